@@ -1,0 +1,1 @@
+"""Tables against peers; results as JSON lines with machine, versions, seed and spread."""

@@ -1,0 +1,74 @@
+"""Terse tensors: the smallest, fastest model that meets a target measured on your own hardware.
+
+Public names load on first use, so ``import tersor`` loads neither torch nor a backend.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tersor._version import __version__
+
+if TYPE_CHECKING:
+    from tersor.api import (
+        apply_plan,
+        bench,
+        compress,
+        doctor,
+        export,
+        inspect,
+        load,
+        read_report,
+        verify,
+    )
+    from tersor.core.data import Data, Metric
+    from tersor.core.errors import TersorError
+    from tersor.core.records import Plan, Verdict
+    from tersor.core.target import Target
+    from tersor.runtime.guards import Guards
+
+_HOMES = {
+    **dict.fromkeys(
+        (
+            "apply_plan", "bench", "compress", "doctor", "export", "inspect", "load",
+            "read_report", "verify",
+        ),
+        "tersor.api",
+    ),
+    "Data": "tersor.core.data",
+    "Metric": "tersor.core.data",
+    "Target": "tersor.core.target",
+    "Plan": "tersor.core.records",
+    "Verdict": "tersor.core.records",
+    "Guards": "tersor.runtime.guards",
+    "TersorError": "tersor.core.errors",
+}  # fmt: skip
+
+__all__ = [
+    "Data",
+    "Guards",
+    "Metric",
+    "Plan",
+    "Target",
+    "TersorError",
+    "Verdict",
+    "__version__",
+    "apply_plan",
+    "bench",
+    "compress",
+    "doctor",
+    "export",
+    "inspect",
+    "load",
+    "read_report",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tersor' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

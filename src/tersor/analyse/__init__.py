@@ -1,0 +1,1 @@
+"""The environment check, the sites and the calibration."""

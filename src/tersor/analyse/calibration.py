@@ -1,0 +1,159 @@
+"""Statistics of every site, and the standing check that they predict what layers really do."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import NumericalError
+from tersor.core.records import Site
+from tersor.graph.contracts import Graph, Rows, SiteStatistics
+from tersor.graph.edit import attribute, execute
+from tersor.graph.operators import WeightedOp, as_rows, weighted_ops
+from tersor.observe.statistics import Observed, op_bias, op_weight, token_mask
+from tersor.ops.moments import moments_of, second_moment
+from tersor.ops.refit import layer_loss
+
+# Both sides run in float32 at least once; squared differences of outputs of similar size.
+SELF_CHECK = 1e-3
+_PERTURBATION = 0.05
+
+
+def site_statistics(
+    graph: Graph, sites: Sequence[Site], observed: Mapping[str, Observed]
+) -> dict[str, SiteStatistics]:
+    """What methods need to know, by site name; embeddings have none of it but their table."""
+    ops = {op.node.name: op for op in weighted_ops(graph.module)}
+    readers = readers_amax(graph, sites)
+    return {
+        site.name: _statistics(graph, site, ops[site.ops[0]], observed, readers)
+        for site in sites
+    }
+
+
+def readers_amax(graph: Graph, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """For each tensor the largest |w| by input channel over all the sites that read it."""
+    ops = {op.node.name: op for op in weighted_ops(graph.module)}
+    result: dict[str, Tensor] = {}
+    for site in sites:
+        if site.tensor is None or site.op_kind == "embedding":
+            continue
+        amax = input_amax(attribute(graph.module, site.weight), ops[site.ops[0]])
+        old = result.get(site.tensor)
+        result[site.tensor] = amax if old is None else torch.maximum(old, amax)
+    return result
+
+
+def input_amax(weight: Tensor, op: WeightedOp) -> Tensor:
+    """Largest |w| for each input channel [c_in]."""
+    groups = 1 if op.window is None else op.window.groups
+    grouped = weight.detach().abs().reshape(groups, -1, weight.shape[1], *weight.shape[2:])
+    spare = tuple(range(3, grouped.dim()))
+    return grouped.amax((1, *spare)).reshape(-1)
+
+
+def _statistics(
+    graph: Graph,
+    site: Site,
+    op: WeightedOp,
+    observed: Mapping[str, Observed],
+    readers: Mapping[str, Tensor],
+) -> SiteStatistics:
+    if site.op_kind == "embedding":
+        return embedding_statistics(attribute(graph.module, site.weight))
+    seen = observed[op.node.name]
+    return SiteStatistics(
+        weight=op_weight(graph, op),
+        bias=op_bias(graph, op),
+        moments=seen.moments,
+        channels=seen.channels,
+        counts=seen.counts,
+        edges=seen.edges,
+        low=seen.low,
+        high=seen.high,
+        rows=lambda: seen.rows,
+        readers_amax=readers.get(site.tensor or ""),
+        is_padded=op.window is not None and op.window.is_padded,
+        channel_dim=op.channel_dim,
+    )
+
+
+def embedding_statistics(table: Tensor) -> SiteStatistics:
+    """An embedding's input is an index: nothing to know but the table."""
+    empty = torch.zeros(1, 1, 1)
+    return SiteStatistics(
+        weight=table.detach().double().unsqueeze(0),
+        bias=None,
+        moments=moments_of(empty),
+        channels=torch.zeros(1, 1),
+        counts=torch.zeros(1, dtype=torch.float64),
+        edges=torch.zeros(2, dtype=torch.float64),
+        low=0.0,
+        high=0.0,
+        rows=_no_rows,
+    )
+
+
+def _no_rows() -> Rows:
+    raise NumericalError("an embedding has no input rows")
+
+
+def self_check(
+    graph: Graph, flat: Sequence[Tensor], *, seed: int, note: Callable[[str], None]
+) -> float:
+    """Predicted layer loss tr(D H D^T) against both layers really run, on one batch.
+
+    The layers run as the graph's own nodes, the prediction through rows and moments: the two ways
+    share no code. Returns the largest relative difference.
+
+    Raises:
+        NumericalError: A layer's loss differs by more than 1e-3: its statistics can't be trusted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mask = token_mask(graph.signature, flat)
+    ops = {op.node.name: op for op in weighted_ops(graph.module) if op.kind != "embedding"}
+    env: dict[str, object] = {}
+    stream = iter(flat)
+    worst = 0.0
+    with torch.no_grad():
+        for node in graph.module.graph.nodes:
+            is_input = node.op == "placeholder"
+            env[node.name] = next(stream) if is_input else execute(graph.module, node, env)
+            if node.name in ops:
+                worst = max(worst, _check_one(graph, ops[node.name], env, mask, generator))
+    note(f"self-check: predicted and run layer losses agree to {worst:.1e}")
+    return worst
+
+
+def _check_one(
+    graph: Graph,
+    op: WeightedOp,
+    env: dict[str, object],
+    mask: Tensor | None,
+    generator: torch.Generator,
+) -> float:
+    data, output = env[op.data.name], env[op.node.name]
+    assert isinstance(data, Tensor)
+    assert isinstance(output, Tensor)
+    weight = attribute(graph.module, str(op.weight.target))
+    noise = torch.randn(weight.shape, generator=generator) * weight.std(correction=0)
+    other = dict(env)
+    changed = {op.weight.name: weight + _PERTURBATION * noise}
+    other.update(changed)
+    moved = execute(graph.module, op.node, other)
+    difference = (moved - output).double()
+    if mask is not None and op.window is None and output.dim() == 3:
+        difference = difference[mask] if output.shape[:2] == mask.shape else difference
+    measured = float(difference.square().sum())
+    moments = moments_of(as_rows(data, op, mask))
+    groups = 1 if op.window is None else op.window.groups
+    delta = (changed[op.weight.name] - weight).double().reshape(groups, -1, moments.x.shape[1])
+    predicted = float(layer_loss(delta, second_moment(moments)).sum()) * moments.count
+    scale = max(abs(measured), 1e-12 * float(output.double().square().sum()), 1e-30)
+    relative = abs(predicted - measured) / scale
+    if relative > SELF_CHECK and measured > 1e-20:
+        raise NumericalError(
+            f"{op.node.name}: predicted layer loss {predicted:.6g}, both layers run give "
+            f"{measured:.6g}; wanted agreement to {SELF_CHECK:g}: please report this model"
+        )
+    return relative

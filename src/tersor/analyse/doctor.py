@@ -1,0 +1,329 @@
+"""What works on this machine, what is missing and how to mend it.
+
+``probe`` looks; ``diagnose`` judges what was seen. Nothing heavy is imported unless the caller
+asks for PyTorch's own word on CUDA: versions come from the installed packages' metadata.
+"""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tersor.core.machine import Machine
+from tersor.core.records import BackendInfo
+
+FindingStatus = Literal["ok", "missing", "problem"]
+
+# As in pyproject.toml; a test compares the two.
+MINIMUM_VERSIONS: Mapping[str, tuple[int, ...]] = {
+    "numpy": (1, 26),
+    "safetensors": (0, 4),
+    "torch": (2, 11),
+    "scipy": (1, 11),
+    "openvino": (2026, 1),
+    "onnx": (1, 17),
+    "onnxscript": (0, 5),
+    "onnxruntime": (1, 20),
+}
+_EXTRAS = {
+    "numpy": "tersor",
+    "safetensors": "tersor",
+    "torch": "tersor[compress]",
+    "scipy": "tersor[compress]",
+    "openvino": "tersor[openvino]",
+    "onnx": "tersor[onnx]",
+    "onnxscript": "tersor[onnx]",
+    "onnxruntime": "tersor[onnx]",
+}
+_COMPRESS_PACKAGES = ("torch", "scipy")
+_MINIMUM_PYTHON = (3, 11)
+# Instruction sets that decide which formats are fast, and any of which brings the ability.
+_ABILITIES: Mapping[str, tuple[str, ...]] = {
+    "256-bit vectors (avx2)": ("avx2",),
+    "int8 dot products (vnni)": ("avx_vnni", "avx512_vnni"),
+    "bf16 products": ("avx512_bf16", "amx_bf16"),
+    "int8 matrix tiles (amx_int8)": ("amx_int8",),
+}
+_SMI_SECONDS = 10.0  # a wedged driver makes nvidia-smi hang for ever
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One NVIDIA GPU, as its driver reports it."""
+
+    name: str
+    driver: str
+    memory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    """What was seen on the machine, unjudged.
+
+    Attributes:
+        packages: Version by package name; None where it is not installed.
+        gpus: NVIDIA GPUs that nvidia-smi lists.
+        gpu_problem: Why nvidia-smi is there but gave no answer.
+        has_nvidia_smi: Whether it is on PATH.
+        torch_cuda: CUDA that PyTorch was built for; empty where unknown or none.
+        torch_cudnn: cuDNN that PyTorch uses; empty where unknown or none.
+        torch_asked: Whether PyTorch was imported and asked.
+        torch_problem: Why the import failed.
+    """
+
+    packages: Mapping[str, str | None]
+    gpus: tuple[Gpu, ...] = ()
+    gpu_problem: str = ""
+    has_nvidia_smi: bool = False
+    torch_cuda: str = ""
+    torch_cudnn: str = ""
+    torch_asked: bool = False
+    torch_problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    group: Literal["processor", "python", "packages", "nvidia", "backends"]
+    name: str
+    status: FindingStatus
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Doctor:
+    """The state of this machine.
+
+    Attributes:
+        machine: Processor, cores, memory.
+        findings: Everything that was looked at.
+        backends: What each backend says of itself.
+        run_on: Backends on which artifacts run here.
+        compress_on: Backends for which models can be compressed here.
+    """
+
+    machine: Machine
+    findings: tuple[Finding, ...]
+    backends: tuple[BackendInfo, ...] = ()
+    run_on: tuple[str, ...] = ()
+    compress_on: tuple[str, ...] = field(default=())
+
+
+def diagnose(
+    backend_infos: Sequence[BackendInfo],
+    machine: Machine,
+    *,
+    import_torch: bool = False,
+    probes: Probes | None = None,
+) -> Doctor:
+    """Judge the machine.
+
+    Args:
+        backend_infos: What each installed backend says of itself.
+        machine: The machine's description.
+        import_torch: Whether PyTorch may be imported to ask for CUDA and cuDNN (seconds).
+        probes: What was seen; None looks now.
+    """
+    seen = probe(import_torch=import_torch) if probes is None else probes
+    packages = tuple(_package(name, seen.packages.get(name)) for name in MINIMUM_VERSIONS)
+    usable = {f.name for f in packages if f.status == "ok"}
+    run_on = tuple(info.name for info in backend_infos if info.available)
+    can_compress = all(name in usable for name in _COMPRESS_PACKAGES)
+    return Doctor(
+        machine=machine,
+        findings=(
+            *_processor(machine),
+            _python(machine),
+            *packages,
+            *_nvidia(seen),
+            *(_backend(info) for info in backend_infos),
+        ),
+        backends=tuple(backend_infos),
+        run_on=run_on,
+        compress_on=run_on if can_compress else (),
+    )
+
+
+def probe(*, import_torch: bool = False) -> Probes:
+    """Look at packages and at NVIDIA's driver; with ``import_torch``, ask PyTorch too."""
+    packages = {name: _installed(name) for name in MINIMUM_VERSIONS}
+    gpus, gpu_problem, has_smi = _ask_nvidia_smi()
+    asked = import_torch and packages["torch"] is not None
+    cuda, cudnn, problem = _ask_torch() if asked else ("", "", "")
+    return Probes(
+        packages=packages,
+        gpus=gpus,
+        gpu_problem=gpu_problem,
+        has_nvidia_smi=has_smi,
+        torch_cuda=cuda,
+        torch_cudnn=cudnn,
+        torch_asked=asked,
+        torch_problem=problem,
+    )
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str, bool]:
+    path = shutil.which("nvidia-smi")
+    if path is None:
+        return (), "", False
+    query = [path, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(  # noqa: S603 - a fixed command, found on PATH
+            query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True
+        )
+    except subprocess.TimeoutExpired:
+        return (), f"nvidia-smi gave no answer in {_SMI_SECONDS:.0f} s", True
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout or "").strip().splitlines()
+        return (), f"nvidia-smi exit {error.returncode}: {said[0] if said else 'no message'}", True
+    except OSError as error:
+        return (), f"nvidia-smi cannot be run: {error.strerror or error}", True
+    return parse_smi(answer.stdout), "", True
+
+
+def parse_smi(text: str) -> tuple[Gpu, ...]:
+    """Read nvidia-smi's lines of ``name, driver_version, memory.total``."""
+    rows = (line.rsplit(",", 2) for line in text.splitlines())
+    return tuple(
+        Gpu(name=row[0].strip(), driver=row[1].strip(), memory=row[2].strip())
+        for row in rows
+        if len(row) == 3
+    )
+
+
+def _ask_torch() -> tuple[str, str, str]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a missing shared library is an OSError
+        return "", "", f"{type(error).__name__}: {error}"
+    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
+    return torch.version.cuda or "", "" if cudnn is None else str(cudnn), ""
+
+
+def _processor(machine: Machine) -> list[Finding]:
+    gib = machine.memory_bytes / 2**30
+    head = Finding(
+        group="processor",
+        name="processor",
+        status="ok",
+        found=f"{machine.processor}, {machine.cores} usable core(s), {gib:.1f} GiB",
+    )
+    if machine.architecture not in ("x86_64", "AMD64"):
+        extra = ", ".join(machine.features) or "none of those that Tersor asks for"
+        return [head, Finding(group="processor", name="features", status="ok", found=extra)]
+    return [head, *(_ability(name, sets, machine) for name, sets in _ABILITIES.items())]
+
+
+def _ability(name: str, sets: tuple[str, ...], machine: Machine) -> Finding:
+    found = [s for s in sets if s in machine.features]
+    return Finding(
+        group="processor",
+        name=name,
+        status="ok" if found else "missing",
+        found=", ".join(found) or "not on this processor",
+        remedy="" if found else "none needed: Tersor measures which formats are fast without it",
+    )
+
+
+def _python(machine: Machine) -> Finding:
+    good = _numbers(machine.python) >= _MINIMUM_PYTHON
+    wanted = ".".join(str(n) for n in _MINIMUM_PYTHON)
+    return Finding(
+        group="python",
+        name="python",
+        status="ok" if good else "problem",
+        found=machine.python,
+        remedy="" if good else f"use Python {wanted} or newer",
+    )
+
+
+def _package(name: str, version: str | None) -> Finding:
+    wanted = ".".join(str(n) for n in MINIMUM_VERSIONS[name])
+    remedy = f"pip install '{_EXTRAS[name]}' ({name}>={wanted})"
+    if version is None:
+        status: FindingStatus = "missing"
+    elif _numbers(version) < MINIMUM_VERSIONS[name]:
+        status = "problem"
+    else:
+        status, remedy = "ok", ""
+    found = version or "not installed"
+    return Finding(group="packages", name=name, status=status, found=found, remedy=remedy)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    head = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(n) for n in head.group().split(".")) if head else ()
+
+
+def _nvidia(seen: Probes) -> list[Finding]:
+    return [_driver(seen), *_torch_cuda(seen)]
+
+
+def _driver(seen: Probes) -> Finding:
+    if seen.gpus:
+        found = "; ".join(f"{g.name}, {g.memory}, driver {g.driver}" for g in seen.gpus)
+        return Finding(group="nvidia", name="driver", status="ok", found=found)
+    if seen.has_nvidia_smi:
+        return Finding(
+            group="nvidia",
+            name="driver",
+            status="problem",
+            found=seen.gpu_problem or "nvidia-smi lists no GPU",
+            remedy="reload or reinstall NVIDIA's driver; nothing is needed for CPU work",
+        )
+    return Finding(
+        group="nvidia",
+        name="driver",
+        status="missing",
+        found="no nvidia-smi on PATH",
+        remedy="install NVIDIA's driver if there is such a GPU; nothing is needed for CPU work",
+    )
+
+
+def _torch_cuda(seen: Probes) -> list[Finding]:
+    version = seen.packages.get("torch")
+    if version is None:
+        return []
+    if seen.torch_problem:
+        return [
+            _cuda("problem", f"torch {version}: {seen.torch_problem}", "reinstall torch"),
+        ]
+    if seen.torch_cuda:
+        found = f"CUDA {seen.torch_cuda}, cuDNN {seen.torch_cudnn or 'unknown'}"
+        return [_cuda("ok", found)]
+    if not (seen.torch_asked or version.endswith("+cpu")):
+        return [_cuda("ok", f"torch {version}; not asked for its CUDA")]
+    if seen.gpus:
+        remedy = "install a CUDA build of torch to use this GPU"
+        return [_cuda("problem", f"torch {version} is a CPU build", remedy)]
+    return [
+        _cuda("missing", f"torch {version} is a CPU build", "none needed without an NVIDIA GPU")
+    ]
+
+
+def _cuda(status: FindingStatus, found: str, remedy: str = "") -> Finding:
+    return Finding(group="nvidia", name="CUDA in torch", status=status, found=found, remedy=remedy)
+
+
+def _backend(info: BackendInfo) -> Finding:
+    formats = ", ".join(dict.fromkeys([*info.precisions, *(f.name for f in info.formats)]))
+    found = f"{info.version} on {info.device}: {formats}" if info.available else info.reason
+    return Finding(
+        group="backends",
+        name=info.name,
+        status="ok" if info.available else "problem",
+        found=found,
+        remedy=info.remedy,
+    )

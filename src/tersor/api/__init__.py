@@ -1,0 +1,345 @@
+"""The public functions: they compose the stages, nothing else.
+
+The only place beside ``train`` that turns names into methods and backends.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tersor.core import registry
+from tersor.core.errors import ConfigError, MissingDependencyError
+from tersor.core.jsonable import from_json
+from tersor.core.records import BaselineRow, Check, Plan
+from tersor.core.target import Target
+
+if TYPE_CHECKING:
+    from tersor.analyse.doctor import Doctor
+    from tersor.analyse.inspection import Inspection
+    from tersor.api.result import Result
+    from tersor.report.record import Report
+    from tersor.runtime.guards import Guards
+    from tersor.runtime.runner import Runner
+
+__all__ = [
+    "apply_plan",
+    "bench",
+    "compress",
+    "doctor",
+    "export",
+    "inspect",
+    "load",
+    "read_report",
+    "verify",
+]
+
+
+def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
+    model: Any,
+    data: Any,
+    *,
+    target: Target | str | Mapping[str, Any],
+    metric: Any = None,
+    test_metric: Any = None,
+    device: str = "cpu",
+    backend: str = "auto",
+    batch: int = 1,
+    methods: str | Sequence[str] = "all",
+    keep: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: Any = True,
+) -> "Result":
+    """Compress a model for this machine under a target.
+
+    Args:
+        model: An ``nn.Module``; never changed.
+        data: Iterable of inputs (a tensor, a tuple of positional or a dict of keyword arguments a
+            batch), or ``tersor.Data``. Split 60/20/20 into calibration, search and test parts.
+        target: ``tersor.Target``, or a text such as "2x, 0.5 pt".
+        metric: Takes ``predict`` (called like the model), returns a number, higher is better.
+            None: agreement with the original.
+        test_metric: The same on data that nothing else saw; called once for the original and once
+            for the result.
+        device: Where the model will run: "cpu".
+        backend: "auto" or a backend's name.
+        batch: Samples in one call, for which latency is measured.
+        methods: "all" or names.
+        keep: Patterns of layers to leave alone.
+        cache_dir: Where finished stages are kept; None: ~/.cache/tersor.
+        seed: Of every split, sample and draw.
+        progress: True prints stages, False is silent, or a ``core.progress.Progress``.
+
+    Returns:
+        A Result whose verdict was measured. A target that can't be met gives the best point found
+        and the constraint that binds; a result that is slower than the best uncompressed build is
+        not returned, that build is.
+
+    Raises:
+        TersorError: A subclass for each cause that the caller can act on.
+    """
+    _require_torch("compress")
+    from tersor.api.finish import TestPart
+    from tersor.api.result import Run, make_result
+    from tersor.api.session import Settings, open_session
+    from tersor.api.stages import price, propose
+
+    wanted = as_target(target)
+    settings = Settings(
+        device=device,
+        backend=backend,
+        batch=batch,
+        methods=methods,
+        keep=keep,
+        cache_dir=cache_dir,
+        seed=seed,
+        progress=progress,
+        metric=metric,
+        test_metric=test_metric,
+    )
+    session = open_session(model, data, settings)
+    offered = propose(session)
+    prices = price(session, offered)
+    run = Run(session=session, offered=offered, prices=prices, test=TestPart())
+    return make_result(run, wanted)
+
+
+def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves open
+    model: Any,
+    data: Any,
+    plan: Plan | str | Path,
+    *,
+    metric: Any = None,
+    test_metric: Any = None,
+    cache_dir: str | Path | None = None,
+    progress: Any = True,
+) -> "Result":
+    """Carry out a plan, edited or not, on a model and data: transform, build and verify.
+
+    Raises:
+        ConfigError: A plan that names a layer or a level that the model does not have.
+    """
+    _require_torch("apply_plan")
+    from tersor.api.finish import ChoiceRecord, TestPart
+    from tersor.api.result import Result, Run
+    from tersor.api.session import Settings, open_session
+    from tersor.api.stages import baselines, propose
+    from tersor.core.jsonable import read_record
+    from tersor.core.machine import describe_machine
+    from tersor.core.records import Prices
+
+    found = plan if isinstance(plan, Plan) else read_record(Plan, plan)
+    settings = Settings(
+        device=found.choice.device,
+        backend=found.choice.backend,
+        batch=found.choice.batch,
+        cache_dir=cache_dir,
+        seed=found.seed,
+        progress=progress,
+        metric=metric,
+        test_metric=test_metric,
+    )
+    session = open_session(model, data, settings)
+    offered = propose(session)
+    _check_plan(found, offered.levels())
+    rows, best = baselines(session)
+    prices = Prices(
+        machine=describe_machine().fingerprint(), baselines=rows, best=best, tables=()
+    )
+    target = Target.from_mapping(found.target) if found.target else Target(speedup=1.0)
+    choice = ChoiceRecord(
+        plan=found,
+        finalists=(found,),
+        evaluations=(),
+        binding="",
+        reason="the given plan",
+        is_baseline=False,
+        tables=(),
+    )
+    run = Run(session=session, offered=offered, prices=prices, test=TestPart())
+    result = Result(run, target, choice)
+    _ = result.verdict
+    session.progress.close()
+    return result
+
+
+def _check_plan(plan: Plan, levels: Mapping[str, Sequence[str]]) -> None:
+    for site, level in plan.assignment.items():
+        if site not in levels:
+            raise ConfigError(f"plan: layer {site!r} is not in the model, or is kept")
+        if level not in levels[site]:
+            raise ConfigError(
+                f"plan: layer {site!r} has no level {level!r}, only {', '.join(levels[site])}"
+            )
+
+
+def load(
+    path: str | Path, *, device: str = "cpu", guards: "Guards | None" = None
+) -> "Runner":
+    """Load an artifact; the runner is called like the original model. Needs no torch.
+
+    Raises:
+        ArtifactError: The file is no artifact, is damaged or was edited.
+        BackendError: No build in it runs here.
+    """
+    from tersor.runtime.load import load_runner
+
+    return load_runner(path, device, guards, resolve_backend=_backend)
+
+
+def _backend(name: str) -> Any:
+    return registry.resolve(registry.BACKENDS, name)()
+
+
+def inspect(model: Any, example: Any, *, keep: Sequence[str] = ()) -> "Inspection":
+    """List the sites of a model, what is pinned and why; ``example`` is one batch of inputs."""
+    _require_torch("inspect")
+    from tersor.analyse.inspection import Inspection
+    from tersor.analyse.sites import find_sites, unsupported
+    from tersor.capture.module import capture
+    from tersor.capture.samples import Samples, flatten_item
+
+    call, tensors = flatten_item(example, "example")
+    graph = capture(model, Samples(call, tensors)).graph
+    sites = find_sites(graph, tuple(keep))
+    return Inspection(
+        signature=graph.signature,
+        sites=sites,
+        unsupported=unsupported(graph),
+        macs=sum(s.macs for s in sites),
+        size_bytes=graph.parameter_bytes(),
+        nodes=len(graph.module.graph.nodes),
+    )
+
+
+def doctor() -> "Doctor":
+    """What works here, what is missing, and how to mend it."""
+    from tersor.analyse.doctor import diagnose
+    from tersor.core.machine import describe_machine
+
+    infos = [_backend(name).describe() for name in registry.names(registry.BACKENDS)]
+    return diagnose(infos, describe_machine())
+
+
+def bench(
+    model: Any,
+    data: Any,
+    *,
+    device: str = "cpu",
+    backend: str = "auto",
+    batch: int = 1,
+    cache_dir: str | Path | None = None,
+) -> tuple[BaselineRow, ...]:
+    """Time the model as given and every uncompressed build, interleaved; fastest build first."""
+    _require_torch("bench")
+    import tempfile
+
+    from tersor.api.session import Settings, open_session
+    from tersor.api.stages import baselines
+
+    with tempfile.TemporaryDirectory() as folder:  # a bench measures now, whatever is kept
+        settings = Settings(
+            device=device,
+            backend=backend,
+            batch=batch,
+            cache_dir=cache_dir or folder,
+            progress=False,
+        )
+        rows, _ = baselines(open_session(model, data, settings))
+    return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What ``verify`` found."""
+
+    path: str
+    checks: tuple[Check, ...]
+
+
+def verify(
+    path: str | Path, *, model: Any = None, inputs: Mapping[str, Any] | None = None
+) -> Verified:
+    """Check every hash of an artifact, then its build against its graph and the original.
+
+    Args:
+        path: The artifact.
+        model: The original, to compare with as well.
+        inputs: Arrays by input name; None: drawn within the calibrated ranges.
+
+    Raises:
+        ArtifactError: An entry is damaged or was edited.
+    """
+    from tersor.artifact.file import read_artifact, verify_artifact
+
+    verify_artifact(path)
+    checks = [Check(name="hashes", wanted=0.0, found=0.0, status="pass", note="every entry")]
+    try:
+        _require_torch("verify")
+    except MissingDependencyError as error:
+        note = f"the graph was not run: {error}"
+        checks.append(Check(name="graph", wanted=0.0, found=0.0, status="unknown", note=note))
+        return Verified(path=str(path), checks=tuple(checks))
+    from tersor.api.verifying import compare_build
+
+    checks += compare_build(read_artifact(path), load(path), model, inputs)
+    return Verified(path=str(path), checks=tuple(checks))
+
+
+def export(path: str | Path, out: str | Path) -> None:
+    """Write an artifact's model for another runtime: .xml, .onnx or .pt2; the file is checked."""
+    _require_torch("export")
+    from tersor.api.exporting import export_graph
+    from tersor.api.files import open_graph
+    from tersor.api.verifying import drawn_inputs
+    from tersor.artifact.file import read_artifact
+
+    artifact = read_artifact(path)
+    graph = open_graph(artifact)
+    choice = next(iter(artifact.manifest.choices.values()))
+    export_graph(graph, choice, Path(out), drawn_inputs(artifact))
+
+
+def read_report(path: str | Path) -> "Report":
+    """The report that an artifact carries.
+
+    Raises:
+        ArtifactError: The artifact carries none.
+    """
+    from tersor.artifact.file import read_artifact
+    from tersor.core.errors import ArtifactError
+    from tersor.report.record import Report
+
+    artifact = read_artifact(path)
+    found = artifact.manifest.metadata.get("report")
+    if found is None:
+        raise ArtifactError(f"{path}: carries no report; it was not saved by a Result")
+    report = from_json(Report, found, f"{path}, report")
+    return replace(report, verdict=artifact.manifest.verdict or report.verdict)
+
+
+def as_target(target: Any) -> Target:
+    """A target from a Target, a text or a mapping."""
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, str):
+        return Target.parse(target)
+    if isinstance(target, Mapping):
+        return Target.from_mapping(target)
+    raise ConfigError(
+        f"target: found {type(target).__name__}, wanted tersor.Target(...) or a text such as '2x'"
+    )
+
+
+def _require_torch(what: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "scipy") if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+            "not installed; pip install 'tersor[compress]'"
+        )
+
+

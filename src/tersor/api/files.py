@@ -1,0 +1,163 @@
+"""Artifacts: putting a result into one file, and taking it out again."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tersor._version import __version__
+from tersor.api.session import Session
+from tersor.artifact.file import Artifact, ArtifactFile, artifact_bytes
+from tersor.artifact.manifest import Manifest, Range, Ranges
+from tersor.artifact.tensors import RawTensor
+from tersor.build.build import Built
+from tersor.core.jsonable import to_json
+from tersor.core.records import BuildChoice, Plan, TensorSpec, Verdict
+from tersor.graph.contracts import Graph
+from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
+from tersor.report.record import Report
+
+_REPORT = "report"
+
+
+def pack_artifact(
+    session: Session,
+    graph: Graph,
+    choice: BuildChoice,
+    sections: Mapping[str, bytes],
+    *,
+    created: str = "",
+    plan: Plan | None = None,
+    verdict: Verdict | None = None,
+    report: Report | None = None,
+) -> Artifact:
+    """A result as an artifact in memory."""
+    manifest = Manifest(
+        tersor=__version__,
+        created=created,
+        signature=graph.signature,
+        model=session.model_hash,
+        choices={choice.backend: choice},
+        plan=plan,
+        verdict=verdict,
+        ranges=_ranges(session, graph),
+        metadata={} if report is None else {_REPORT: to_json(report)},
+    )
+    tensors = {name: _raw(t) for name, t in graph_tensors(graph).items()}
+    return Artifact(
+        manifest=manifest,
+        graph=graph_to_json(graph),
+        tensors=tensors,
+        builds={choice.backend: dict(sections)},
+    )
+
+
+def _raw(tensor: Tensor) -> RawTensor:
+    flat = tensor.detach().contiguous().reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return RawTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
+
+
+def _ranges(session: Session, graph: Graph) -> Ranges:
+    """What calibration saw of each float input and output; ids below the embedding's rows."""
+    part = session.parts["calibration"]
+    inputs = {
+        spec.name: found
+        for spec, tensor in zip(graph.signature.inputs, part.tensors, strict=True)
+        if (found := _input_range(session, spec, tensor)) is not None
+    }
+    flat = [t[:16] for t in part.tensors]
+    outputs = {
+        spec.name: Range(low=float(t.min()), high=float(t.max()))
+        for spec, t in zip(graph.signature.outputs, session.graph.run(flat), strict=True)
+        if t.is_floating_point() and t.numel()
+    }
+    return Ranges(inputs=inputs, outputs=outputs)
+
+
+def _input_range(session: Session, spec: TensorSpec, tensor: Tensor) -> Range | None:
+    if not tensor.numel():
+        return None
+    if tensor.is_floating_point():
+        return Range(low=float(tensor.min()), high=float(tensor.max()))
+    rows = [
+        s.shape[0]
+        for s in session.sites
+        if s.op_kind == "embedding" and _reads(session, s.ops, spec.name)
+    ]
+    return Range(low=0.0, high=float(min(rows) - 1)) if rows else None
+
+
+def _reads(session: Session, ops: tuple[str, ...], name: str) -> bool:
+    nodes = {n.name: n for n in session.graph.module.graph.nodes}
+    return any(source.name == name for op in ops for source in nodes[op].all_input_nodes)
+
+
+def artifact_size(
+    session: Session,
+    graph: Graph,
+    choice: BuildChoice | None,
+    plan: Plan | None = None,
+    built: Built | None = None,
+) -> int:
+    """Bytes of the file that ``save`` writes, without its report."""
+    assert choice is not None
+    if built is None:
+        from tersor.api.stages import build_for
+
+        built = build_for(session, graph, choice)
+    sections = built.executable.serialize()
+    return len(artifact_bytes(pack_artifact(session, graph, choice, sections, plan=plan)))
+
+
+def final_bytes(
+    session: Session,
+    graph: Graph,
+    built: Built,
+    *,
+    created: str,
+    plan: Plan,
+    verdict: Verdict,
+    report: Report,
+) -> bytes:
+    """The whole file; the size that it states is its own."""
+    sections = built.executable.serialize()
+    for _ in range(4):  # the digits of the size are part of the size
+        artifact = pack_artifact(
+            session,
+            graph,
+            built.choice,
+            sections,
+            created=created,
+            plan=plan,
+            verdict=verdict,
+            report=replace(report, verdict=verdict),
+        )
+        data = artifact_bytes(artifact)
+        if len(data) == verdict.size_bytes:
+            break
+        verdict = replace(verdict, size_bytes=len(data))
+    return data
+
+
+def open_graph(artifact: ArtifactFile) -> Graph:
+    """The artifact's graph, for torch."""
+    tensors = {name: _tensor(raw) for name, raw in artifact.tensors.items()}
+    return graph_from_json(artifact.graph, tensors)
+
+
+def _tensor(raw: RawTensor) -> Tensor:
+    dtype = getattr(torch, raw.dtype)
+    if not len(raw.data):
+        return torch.zeros(raw.shape, dtype=dtype)
+    buffer = np.frombuffer(raw.data, dtype=np.uint8).copy()
+    return torch.from_numpy(buffer).view(dtype).reshape(raw.shape)
+
+
+def stored_report(artifact: ArtifactFile) -> Any:
+    """The report as JSON values, or None."""
+    return artifact.manifest.metadata.get(_REPORT)

@@ -1,0 +1,439 @@
+"""From candidates and prices to one measured result: plan, transform, build, verify."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.analyse.calibration import embedding_statistics, readers_amax
+from tersor.api.files import artifact_size
+from tersor.api.quality import Quality, score
+from tersor.api.session import Session, metric_of
+from tersor.api.stages import (
+    Offers,
+    build_for,
+    calibration_batches,
+    eager_call,
+    shapes_of,
+    stitched,
+)
+from tersor.build.build import Built
+from tersor.core.errors import BackendError, ParityError
+from tersor.core.jsonable import digest
+from tersor.core.records import (
+    BuildChoice,
+    Candidate,
+    Format,
+    Plan,
+    Prices,
+    PriceTable,
+    Timing,
+    Verdict,
+)
+from tersor.core.target import Target
+from tersor.core.units import BYTES_PER_MB
+from tersor.graph.apply import apply
+from tersor.graph.changes import ChangeRecords, pack, unpack
+from tersor.graph.contracts import Graph, SiteChange
+from tersor.graph.edit import attribute
+from tersor.plan.search import choose
+from tersor.plan.task import Choice, Evaluation, Limits, Task, Tools
+from tersor.price.table import correct_table
+from tersor.propose.propose import NATIVE
+from tersor.runtime.runner import Runner
+from tersor.timing.protocol import Protocol, measure, ratio
+from tersor.transform.sequential import transform
+from tersor.verify.memory import peak_bytes
+from tersor.verify.verify import Measured, agreement, is_slower, verdict
+
+_FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0)
+_FINAL = Protocol(rounds=9, runs=15, max_seconds=60.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceRecord:
+    """What the plan stage found, with the tables as measurements corrected them."""
+
+    plan: Plan
+    finalists: tuple[Plan, ...]
+    evaluations: tuple[Evaluation, ...]
+    binding: str
+    reason: str
+    is_baseline: bool
+    tables: tuple[PriceTable, ...]
+    met: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalRecord:
+    """How the final graph was made."""
+
+    changes: ChangeRecords
+    is_sequential: bool
+    loss: float
+
+
+@dataclass
+class Final:
+    """The compressed graph and its build."""
+
+    graph: Graph
+    changes: tuple[SiteChange, ...]
+    built: Built
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class TestPart:
+    """The test part, and how often it was used."""
+
+    uses: int = 0
+    wanted: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes: int) -> Limits:
+    """The target's budgets in the plan's units."""
+    times = [target.latency_ms]
+    if target.speedup is not None:
+        times.append(prices.baseline.timing.median_ms / target.speedup)
+    sizes = [None if target.size_mb is None else target.size_mb * BYTES_PER_MB]
+    if target.size_ratio is not None:
+        sizes.append(original_bytes / target.size_ratio)
+    max_ms = min((t for t in times if t is not None), default=None)
+    max_bytes = min((s for s in sizes if s is not None), default=None)
+    limit = quality.limit()
+    if max_ms is None and max_bytes is None and limit is None:  # peak memory alone
+        max_ms = prices.baseline.timing.median_ms
+    return Limits(max_ms=max_ms, max_bytes=max_bytes, max_loss=limit)
+
+
+def task_for(
+    session: Session,
+    offered: Offers,
+    prices: Prices,
+    tables: Sequence[PriceTable],
+    quality: Quality,
+) -> Task:
+    """What the plan stage reads."""
+    covered = sum(s.size_bytes for s in session.sites if s.pinned is None)
+    whole = artifact_size(session, session.graph, prices.baseline.choice)
+    return Task(
+        candidates=offered.by_site(),
+        tables=tuple(tables),
+        tensors=session.tensors,
+        fixed_bytes=max(0, whole - covered),
+        limits=limits_for(quality.target, prices, quality, session.original_bytes),
+        baseline=prices.baseline,
+        pinned={s.name: s.pinned for s in session.sites if s.pinned is not None},
+        seed=session.settings.seed,
+        target=quality.target.budgets(),
+        model=session.model_hash,
+    )
+
+
+def choose_plan(
+    session: Session, offered: Offers, prices: Prices, quality: Quality
+) -> ChoiceRecord:
+    """Solve, evaluate, build and measure until the plan holds; found again in the store."""
+    key = plan_key(session, prices, quality.target)
+    kept = session.store.get(ChoiceRecord, "plan", key)
+    if kept is not None:
+        return kept
+    session.progress.stage("plan")
+    task = task_for(session, offered, prices, prices.tables, quality)
+    tables = {t.choice.describe(): t for t in prices.tables}
+
+    def correct(
+        table: PriceTable,
+        assignment: Mapping[str, Format],
+        tensors: Mapping[str, str],
+        measured_ms: float,
+    ) -> PriceTable:
+        corrected = correct_table(table, assignment, tensors, measured_ms)
+        tables[table.choice.describe()] = corrected
+        return corrected
+
+    tools = Tools(
+        evaluate=quality.of_assignment(offered),
+        measure=_measurer(session, offered, prices),
+        correct=correct,
+    )
+    found = choose(task, tools)
+    record = ChoiceRecord(
+        plan=found.plan,
+        finalists=found.finalists,
+        evaluations=found.evaluations,
+        binding=found.binding,
+        reason=found.reason,
+        is_baseline=found.is_baseline,
+        tables=tuple(tables.values()),
+        met=found.target_met_on_search,
+    )
+    session.store.put("plan", key, record)
+    return record
+
+
+def plan_key(session: Session, prices: Prices, target: Target) -> str:
+    """The key of a plan: the model and data, the prices, the target, and the metric's code."""
+    metric = session.settings.metric
+    function = getattr(metric, "function", metric)
+    code = getattr(function, "__code__", None)
+    text = "" if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
+    name = getattr(function, "__qualname__", repr(type(function)))
+    stamp = digest(prices) if prices.tables else ""
+    return digest(session.key, stamp, target.budgets(), name if function else "", text)
+
+
+def _measurer(
+    session: Session, offered: Offers, prices: Prices
+) -> Callable[[Sequence[Plan]], list[float]]:
+    base = prices.baseline.choice
+    assert base is not None
+    reference: list[Callable[[], object]] = []
+
+    def measure_plans(plans: Sequence[Plan]) -> list[float]:
+        if not reference:
+            built = build_for(session, session.graph, base)
+            reference.append(session.caller(built.executable, base.batch))
+        calls: dict[str, Callable[[], object]] = {"reference": reference[0]}
+        for i, plan in enumerate(plans):
+            try:
+                graph = stitched(session, offered, plan.assignment)
+                built = build_for(session, graph, plan.choice)
+            except (BackendError, ParityError) as error:
+                session.progress.note(f"a plan was dropped: {error}")
+                continue
+            calls[str(i)] = session.caller(built.executable, plan.choice.batch)
+        timings = measure(calls, _FINALISTS)
+        drift = timings["reference"].median_ms / prices.baseline.timing.median_ms
+        found = [timings[str(i)].median_ms / drift if str(i) in timings else float("inf")
+                 for i in range(len(plans))]  # fmt: skip
+        for plan, ms in zip(plans, found, strict=True):
+            session.progress.note(f"plan predicted {plan.predicted_ms:.2f} ms, measured {ms:.2f} ms")
+        return found
+
+    return measure_plans
+
+
+def chosen_candidates(offered: Offers, plan: Plan) -> dict[str, Candidate]:
+    """The plan's candidates that edit the graph, with settings that the user may have edited."""
+    by_level = {(c.site, c.level): c for c in offered.candidates}
+    found = {}
+    for site, level in plan.assignment.items():
+        if level in NATIVE:
+            continue
+        candidate = by_level[site, level]
+        settings = plan.settings.get(site)
+        found[site] = replace(candidate, detail=dict(settings)) if settings else candidate
+    return found
+
+
+def make_final(
+    session: Session, offered: Offers, plan: Plan, quality: Quality, key: str
+) -> tuple[Graph, tuple[SiteChange, ...], str]:
+    """The sequential transform; where the stitched changes lose less, those."""
+    chosen = chosen_candidates(offered, plan)
+    if not chosen:
+        return session.graph, (), ""
+    kept = session.store.get(FinalRecord, "transform", key)
+    if kept is not None:
+        arrays = session.store.arrays("transform", key)
+        changes = tuple(unpack(kept.changes, arrays, session.site_by_name))
+    else:
+        kept, changes = _transform(session, offered, plan, quality, chosen)
+        records, arrays = pack(changes)
+        session.store.put("transform", key, replace(kept, changes=records), arrays)
+    graph = apply(session.graph, changes)
+    way = "front to back" if kept.is_sequential else "stitched"
+    return graph, changes, f"weights {way}, loss on the search part {kept.loss:.4g}"
+
+
+def _transform(
+    session: Session,
+    offered: Offers,
+    plan: Plan,
+    quality: Quality,
+    chosen: Mapping[str, Candidate],
+) -> tuple[FinalRecord, tuple[SiteChange, ...]]:
+    session.progress.stage("transform", len(chosen))
+    done = transform(
+        session.graph,
+        session.sites,
+        chosen,
+        session.methods,
+        calibration_batches(session),
+        readers=readers_amax(session.graph, session.sites),
+        embedding=lambda site: embedding_statistics(
+            attribute(session.graph.module, site.weight)
+        ),
+        seed=session.settings.seed,
+        advance=session.progress.advance,
+    )
+    loss = quality.loss(done.graph)
+    other = quality.loss(stitched(session, offered, plan.assignment))
+    session.progress.note(f"loss on the search part: front to back {loss:.4g}, stitched {other:.4g}")
+    if loss <= other:
+        return FinalRecord(changes=ChangeRecords(changes=()), is_sequential=True, loss=loss), done.changes
+    changes = tuple(offered.chosen(plan.assignment))
+    return FinalRecord(changes=ChangeRecords(changes=()), is_sequential=False, loss=other), changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """What is measured side by side at the end."""
+
+    graph: Graph
+    built: Built
+    baseline: Built
+
+
+def runner_for(session: Session, built: Built) -> Runner:
+    """A build with the original's calling convention."""
+    return Runner(built.executable, session.graph.signature, built.choice.batch)
+
+
+def verify_final(
+    session: Session,
+    prices: Prices,
+    target: Target,
+    final: Final,
+    test: TestPart,
+    *,
+    plan: Plan,
+    binding: str,
+    is_baseline: bool,
+    reason: str,
+) -> Verdict:
+    """Measure everything once more, interleaved, and judge it on the test part."""
+    session.progress.stage("verify")
+    base = prices.baseline.choice
+    assert base is not None
+    baseline = build_for(session, session.graph, base)
+    peak = peak_bytes(session.caller(final.built.executable, final.built.choice.batch))
+    timings = measure(
+        {
+            "result": session.caller(final.built.executable, final.built.choice.batch),
+            "baseline": session.caller(baseline.executable, base.batch),
+            "original": eager_call(session),
+        },
+        _FINAL,
+    )
+    test.uses += 1
+    measured = _measured(session, final, test, timings, peak, plan)
+    return verdict(
+        target,
+        measured,
+        binding=binding,
+        returned_baseline=is_baseline,
+        reason=reason,
+        notes=final.notes,
+        seed=session.settings.seed,
+    )
+
+
+def _measured(
+    session: Session,
+    final: Final,
+    test: TestPart,
+    timings: Mapping[str, Timing],
+    peak: int | None,
+    plan: Plan,
+) -> Measured:
+    runner = runner_for(session, final.built)
+    batches = list(session.parts["test"].batches(16))
+    if not test.wanted:
+        test.wanted = [session.graph.run(flat) for flat in batches]
+    found = [_flat_outputs(session, runner, flat) for flat in batches]
+    own = metric_of(session.settings.test_metric)
+    metric = own or metric_of(session.settings.metric)
+    name = "test_metric" if own else "metric"
+    return Measured(
+        result=timings["result"],
+        baseline=timings["baseline"],
+        original=timings["original"],
+        size_bytes=artifact_size(session, final.graph, final.built.choice, plan, final.built),
+        original_bytes=session.original_bytes,
+        peak_bytes=peak,
+        agreement=agreement(found, test.wanted, session.kind),
+        kind=session.kind,
+        metric_original=None if metric is None else score(metric, session.captured.original, name),
+        metric_result=None if metric is None else score(metric, runner, name),
+        points=0.01 if metric is None else metric.points,
+        metric_is_held_out=own is not None,
+        test_uses=test.uses,
+        difference=final.built.difference,
+    )
+
+
+def _flat_outputs(
+    session: Session, runner: Runner, flat: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    specs = session.graph.signature
+    parts: list[dict[str, Any]] = []
+    size = runner.built_batch
+    count = flat[0].shape[0]
+    for start in range(0, count, size):
+        rows = torch.arange(start, start + size).clamp_max(count - 1)
+        inputs = {s.name: t[rows].numpy() for s, t in zip(specs.inputs, flat, strict=True)}
+        parts.append(runner.executable.run(inputs))
+    return tuple(
+        torch.cat([torch.from_numpy(p[s.name]).reshape(_sized(s.shape, size)) for p in parts])[
+            :count
+        ]
+        for s in specs.outputs
+    )
+
+
+def _sized(shape: tuple[int | None, ...], batch: int) -> list[int]:
+    return [batch if size is None else size for size in shape]
+
+
+def surely_slower(result: Verdict, seed: int) -> bool:
+    """Whether a verdict shows a result slower than the best uncompressed build."""
+    return is_slower(ratio(result.baseline_latency, result.latency, seed))
+
+
+def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) -> Plan:
+    """The plan that leaves everything as it is, on the best uncompressed build."""
+    base = prices.baseline
+    assert base.choice is not None
+    native: Format = base.choice.precision
+    return replace(
+        plan,
+        assignment=dict.fromkeys((s.name for s in session.sites if s.pinned is None), native),
+        choice=base.choice,
+        settings={},
+        predicted_ms=base.timing.median_ms,
+        measured_ms=base.timing.median_ms,
+        predicted_error=0.0,
+        target=target.budgets(),
+    )
+
+
+def built_final(
+    session: Session, graph: Graph, changes: tuple[SiteChange, ...], choice: BuildChoice, note: str
+) -> Final:
+    """The final graph's build."""
+    session.progress.stage("build")
+    built = build_for(session, graph, choice)
+    return Final(graph, changes, built, (note,) if note else ())
+
+
+__all__ = [
+    "ChoiceRecord",
+    "Final",
+    "TestPart",
+    "as_baseline",
+    "built_final",
+    "choose_plan",
+    "make_final",
+    "plan_key",
+    "runner_for",
+    "shapes_of",
+    "surely_slower",
+    "task_for",
+    "verify_final",
+    "Choice",
+]

@@ -1,0 +1,121 @@
+"""The loss that the search minimises: the caller's metric, or the agreement, on the search part."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.api.session import Session, metric_of
+from tersor.api.stages import Offers, stitched
+from tersor.core.data import Metric
+from tersor.core.errors import MetricError
+from tersor.core.records import Format
+from tersor.core.target import Target
+from tersor.graph.contracts import Graph
+from tersor.graph.geometry import sample_agreement
+from tersor.propose.propose import chunks
+
+_LEAST_BUDGET = 1e-6  # a budget of zero allows rounding only
+
+
+def score(metric: Metric, predict: Callable[..., Any], name: str) -> float:
+    """Call the caller's metric.
+
+    Raises:
+        MetricError: It raised, or returned something that is no finite number.
+    """
+    try:
+        value = float(metric.function(predict))
+    except Exception as error:  # noqa: BLE001 - the caller's own code may raise anything
+        raise MetricError(
+            f"{name} raised {type(error).__name__}: {error}; wanted a function that takes predict "
+            "(called like the model) and returns a number"
+        ) from error
+    if not math.isfinite(value):
+        raise MetricError(f"{name} returned {value}; wanted a finite number, higher is better")
+    return value
+
+
+@dataclass
+class Quality:
+    """Losses of graphs on the search part."""
+
+    session: Session
+    target: Target
+    _wanted: list[tuple[Tensor, ...]] = field(default_factory=list)
+    _original: float | None = None
+
+    @property
+    def metric(self) -> Metric | None:
+        """The caller's metric."""
+        return metric_of(self.session.settings.metric)
+
+    def original_score(self) -> float:
+        """The metric of the original, computed once."""
+        metric = self.metric
+        assert metric is not None
+        if self._original is None:
+            self._original = score(metric, self.session.captured.original, "metric")
+            if metric.points == 0.01 and not -1e-9 <= self._original <= 1 + 1e-9:  # noqa: PLR2004
+                raise MetricError(
+                    f"metric returned {self._original:g}; wanted a fraction from 0 to 1, or "
+                    "tersor.Metric(function, points=...) that says what a point is"
+                )
+        return self._original
+
+    def limit(self) -> float | None:
+        """The largest loss that the target allows, in the units of ``loss``."""
+        budgets = self._budgets()
+        if not budgets:
+            return None
+        return 1.0 if len(budgets) > 1 else next(iter(budgets.values()))
+
+    def _budgets(self) -> dict[str, float]:
+        found = {}
+        if self.target.drop_points is not None:
+            found["drop_points"] = max(self.target.drop_points, _LEAST_BUDGET)
+        if self.target.min_agreement is not None:
+            found["min_agreement"] = max(1.0 - self.target.min_agreement, _LEAST_BUDGET)
+        return found
+
+    def loss(self, graph: Graph) -> float:
+        """Loss of a graph: in points, in 1 - agreement, or the larger share of two budgets."""
+        budgets = self._budgets()
+        values = {name: self._value(graph, name) for name in budgets}
+        if not budgets:
+            return self._value(graph, "drop_points" if self.metric else "min_agreement")
+        if len(budgets) == 1:
+            return next(iter(values.values()))
+        return max(values[name] / budgets[name] for name in budgets)
+
+    def of_assignment(self, offered: Offers) -> Callable[[Mapping[str, Format]], float]:
+        """Losses of assignments, by stitching the cached changes together."""
+
+        def evaluate(assignment: Mapping[str, Format]) -> float:
+            self.session.progress.advance()
+            return self.loss(stitched(self.session, offered, assignment))
+
+        return evaluate
+
+    def _value(self, graph: Graph, budget: str) -> float:
+        if budget == "drop_points" and self.metric is not None:
+            found = score(self.metric, self.session.reference(graph), "metric")
+            return (self.original_score() - found) / self.metric.points
+        agreement = self._agreement(graph)
+        lost = float(1.0 - agreement.mean())
+        if self.session.kind != "logits" and len(agreement) > 1:
+            lost += float(agreement.std()) / math.sqrt(len(agreement))  # one standard error
+        return 100.0 * lost if budget == "drop_points" else lost
+
+    def _agreement(self, graph: Graph) -> Tensor:
+        parts = chunks(self.session.graph, self.session.flat("search"))
+        if not self._wanted:
+            self._wanted = [self.session.graph.run(part) for part in parts]
+        found = [graph.run(part) for part in parts]
+        columns = [
+            [torch.cat(list(c)) for c in zip(*side, strict=True)] for side in (found, self._wanted)
+        ]
+        return sample_agreement(columns[0], columns[1], self.session.kind)

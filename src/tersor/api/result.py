@@ -1,0 +1,290 @@
+"""What ``compress`` returns: the plan, the model, the verdict, and ways to ask for more."""
+
+import datetime
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tersor._version import __version__
+from tersor.api.files import final_bytes
+from tersor.api.finish import (
+    ChoiceRecord,
+    Final,
+    TestPart,
+    as_baseline,
+    built_final,
+    choose_plan,
+    make_final,
+    plan_key,
+    runner_for,
+    surely_slower,
+    task_for,
+    verify_final,
+)
+from tersor.api.quality import Quality
+from tersor.api.session import Session
+from tersor.api.stages import Offers
+from tersor.core.errors import BackendError, ConfigError, ParityError
+from tersor.core.jsonable import digest, dumps
+from tersor.core.machine import describe_machine
+from tersor.core.records import ParetoPoint, Plan, Prices, Verdict
+from tersor.core.store import write_atomic
+from tersor.core.target import Target
+from tersor.core.units import BYTES_PER_MB
+from tersor.graph.modules import GraphModule
+from tersor.plan.resolve import curve
+from tersor.plan.resolve import resolve as resolve_plan
+from tersor.report.explain import explain as explain_site
+from tersor.report.form import report_json
+from tersor.report.record import Report
+from tersor.runtime.runner import Runner
+
+_CURVE_POINTS = 12
+_PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all results of one ``compress`` share."""
+
+    session: Session
+    offered: Offers
+    prices: Prices
+    test: TestPart
+
+
+class Result:
+    """One compressed model.
+
+    ``plan`` and ``pareto`` are at hand; ``model``, ``module`` and ``verdict`` are made on first
+    use where the result comes from ``resolve``.
+    """
+
+    def __init__(self, run: Run, target: Target, choice: ChoiceRecord) -> None:
+        self._run = run
+        self.target = target
+        self._choice = choice
+        self._reason = choice.reason
+        self._plan = choice.plan
+        self._is_baseline = choice.is_baseline
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that this result carries out."""
+        return self._plan
+
+    @property
+    def is_materialised(self) -> bool:
+        """Whether the model was built and measured; else all numbers are predicted."""
+        return "_final" in self.__dict__
+
+    @cached_property
+    def _quality(self) -> Quality:
+        return Quality(self._run.session, self.target)
+
+    @property
+    def _key(self) -> str:
+        """Of everything after the plan: the plan's own content."""
+        unmeasured = replace(self._plan, measured_ms=None, measured_error=None)
+        base = plan_key(self._run.session, self._run.prices, self.target)
+        return digest(base, unmeasured)
+
+    @cached_property
+    def _final(self) -> Final:
+        session = self._run.session
+        graph, changes, note = make_final(
+            session, self._run.offered, self._plan, self._quality, self._key
+        )
+        try:
+            return built_final(session, graph, changes, self._plan.choice, note)
+        except (BackendError, ParityError) as error:
+            if self._is_baseline:
+                raise
+            self._fall_back(f"the planned build failed: {error}")
+            return built_final(session, session.graph, (), self._plan.choice, "")
+
+    def _fall_back(self, reason: str) -> None:
+        run = self._run
+        self._plan = as_baseline(run.session, run.prices, self.target, self._plan)
+        self._is_baseline = True
+        self._reason = reason
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What was measured on the test part, against the target."""
+        session = self._run.session
+        key = self._key
+        kept = session.store.get(Verdict, "verdict", key)
+        if kept is not None:
+            self._run.test.uses += 1
+            if kept.returned_baseline and not self._is_baseline:
+                self._fall_back(kept.reason)
+                self.__dict__.pop("_final", None)
+            return kept
+        found = self._verify()
+        if not self._is_baseline and surely_slower(found, session.settings.seed) and (
+            not self._needs_size()
+        ):
+            self._fall_back(
+                f"the compressed build measured {found.speedup:.2f}x the best uncompressed build; "
+                "that build is returned instead"
+            )
+            self.__dict__.pop("_final", None)
+            self._run.test.uses -= 1  # one verdict: the same data judged the same question
+            found = self._verify()
+        session.store.put("verdict", key, found)
+        return found
+
+    def _needs_size(self) -> bool:
+        """Whether only a compressed plan can meet the target's size."""
+        target, base = self.target, self._run.prices.baseline
+        too_large = (
+            target.size_mb is not None and base.size_bytes > target.size_mb * BYTES_PER_MB
+        ) or target.size_ratio is not None
+        return too_large and target.speedup is None and target.latency_ms is None
+
+    def _verify(self) -> Verdict:
+        final = self._final  # may fall back, and then moves the plan and the reason
+        return verify_final(
+            self._run.session,
+            self._run.prices,
+            self.target,
+            final,
+            self._run.test,
+            plan=self._plan,
+            binding=self._plan.binding or self._choice.binding,
+            is_baseline=self._is_baseline,
+            reason=self._reason if self._is_baseline else "",
+        )
+
+    @property
+    def model(self) -> Runner:
+        """Callable like the original; runs the built executable."""
+        return self._runner
+
+    @cached_property
+    def _runner(self) -> Runner:
+        runner = runner_for(self._run.session, self._final.built)
+        runner.module = self.module  # type: ignore[attr-defined]
+        return runner
+
+    @property
+    def module(self) -> nn.Module:
+        """The compressed graph as an ``nn.Module`` with the original's calling convention."""
+        return GraphModule(self._final.graph)
+
+    @cached_property
+    def pareto(self) -> tuple[ParetoPoint, ...]:
+        """Plans that trade latency, size and loss; each says whether it was measured."""
+        run = self._run
+        task = task_for(
+            run.session, run.offered, run.prices, self._choice.tables, self._quality
+        )
+        return curve(task, self._choice.evaluations, _CURVE_POINTS, self._choice.finalists)
+
+    def resolve(self, target: Target) -> "Result":
+        """Another result from the same tables, in seconds; its numbers are predicted."""
+        run = self._run
+        quality = Quality(run.session, target)
+        task = task_for(run.session, run.offered, run.prices, self._choice.tables, quality)
+        found = resolve_plan(task, self._comparable(quality))
+        record = replace(
+            self._choice,
+            plan=found.plan,
+            finalists=found.finalists,
+            binding=found.binding,
+            reason=found.reason,
+            is_baseline=found.is_baseline,
+            met=found.target_met_on_search,
+        )
+        return Result(run, target, record)
+
+    def _comparable(self, quality: Quality) -> Any:
+        """Evaluations hold for another target where both measure the same quantity."""
+        same = set(quality.target.budgets()) & {"drop_points", "min_agreement"}
+        own = set(self.target.budgets()) & {"drop_points", "min_agreement"}
+        return self._choice.evaluations if same == own else ()
+
+    def explain(self, site: str) -> dict[str, Any]:
+        """Price, error, alternatives, reason and what undoing would change, for one layer."""
+        return explain_site(self.record, site)
+
+    @property
+    def record(self) -> Report:
+        """Everything that reports say, as one record."""
+        run = self._run
+        verdict = self.verdict
+        return Report(
+            version=__version__,
+            machine=describe_machine(),
+            plan=self._plan,
+            verdict=verdict,
+            prices=run.prices if not self._choice.tables else replace(
+                run.prices, tables=self._choice.tables
+            ),
+            sites=run.session.sites,
+            candidates=run.offered.candidates,
+            pareto=self.pareto,
+            versions=_versions(),
+            notes=(self._reason,) if self._reason else (),
+        )
+
+    def report(self, path: str | Path) -> None:
+        """Write the report as JSON.
+
+        Raises:
+            ConfigError: Another suffix than .json.
+        """
+        if Path(path).suffix != ".json":
+            raise ConfigError(f"{path}: reports are written as .json in this version")
+        write_atomic(path, dumps(report_json(self.record), indent=1).encode())
+
+    def save(self, path: str | Path) -> None:
+        """Write one artifact that ``tersor.load`` runs, whole or not at all."""
+        record = self.record
+        data = final_bytes(
+            self._run.session,
+            self._final.graph,
+            self._final.built,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            plan=self._plan,
+            verdict=record.verdict,
+            report=record,
+        )
+        write_atomic(path, data)
+
+    def export(self, path: str | Path) -> None:
+        """Write the model for another runtime: .xml (OpenVINO), .onnx or .pt2.
+
+        Raises:
+            ConfigError: Another suffix.
+            ParityError: The file computes something else than the graph.
+        """
+        from tersor.api.exporting import export_graph
+
+        flat = self._run.session.flat("calibration", 4)
+        export_graph(self._final.graph, self._final.built.choice, Path(path), flat)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def make_result(run: Run, target: Target) -> Result:
+    """Choose, transform, build and verify."""
+    quality = Quality(run.session, target)
+    choice = choose_plan(run.session, run.offered, run.prices, quality)
+    result = Result(run, target, choice)
+    _ = result.verdict
+    run.session.progress.close()
+    return result

@@ -1,0 +1,279 @@
+"""What one run works on: the captured model, the data, the backend, the store and the settings."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor._version import __version__
+from tersor.analyse.sites import find_sites
+from tersor.build.reference import GraphExecutable
+from tersor.capture.module import Captured, capture
+from tersor.capture.outputs import output_kind
+from tersor.capture.samples import Samples, collect
+from tersor.core import registry
+from tersor.core.data import Metric, Split, as_data
+from tersor.core.errors import BackendError, CaptureError, ConfigError
+from tersor.core.jsonable import digest
+from tersor.core.machine import describe_machine
+from tersor.core.progress import Printed, Progress, Silent
+from tersor.core.records import BackendInfo, BuildChoice, OutputKind, Site
+from tersor.core.store import Store
+from tersor.graph.contracts import Backend, Executable, Graph, Method
+from tersor.graph.serial import structure_text
+from tersor.runtime.runner import Runner
+
+_REFERENCE_BATCH = 16  # of graphs that torch runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The caller's options."""
+
+    device: str = "cpu"
+    backend: str = "auto"
+    batch: int = 1
+    methods: str | Sequence[str] = "all"
+    keep: Sequence[str] = ()
+    cache_dir: str | Path | None = None
+    seed: int = 0
+    progress: Any = True
+    metric: Any = None
+    test_metric: Any = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise ConfigError(f"batch: found {self.batch!r}, wanted a whole number of at least 1")
+        if isinstance(self.keep, str):
+            raise ConfigError(f"keep: found the text {self.keep!r}, wanted a tuple of patterns")
+        for name in ("metric", "test_metric"):
+            value = getattr(self, name)
+            if value is not None and not callable(value) and not isinstance(value, Metric):
+                raise ConfigError(
+                    f"{name}: found {type(value).__name__}, wanted a callable that takes predict "
+                    "and returns a number, or tersor.Metric"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One model with its data on one backend."""
+
+    captured: Captured
+    parts: Mapping[Split, Samples]
+    kind: OutputKind
+    sites: tuple[Site, ...]
+    methods: Mapping[str, Method]
+    backend: Backend
+    info: BackendInfo
+    store: Store
+    progress: Progress
+    settings: Settings
+    original_bytes: int
+    model_hash: str
+    key: str  # of everything that the stages before the target read
+
+    @property
+    def graph(self) -> Graph:
+        """The captured graph."""
+        return self.captured.graph
+
+    @property
+    def site_by_name(self) -> dict[str, Site]:
+        """Sites by name."""
+        return {site.name: site for site in self.sites}
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Site -> the tensor that it reads."""
+        return {s.name: s.tensor for s in self.sites if s.tensor is not None}
+
+    def flat(self, part: Split, limit: int | None = None) -> tuple[Tensor, ...]:
+        """Flat inputs of a part."""
+        return tuple(t[:limit] for t in self.parts[part].tensors)
+
+    def example(self, batch: int) -> dict[str, Any]:
+        """Named arrays for one call at a batch size, from real samples."""
+        samples = self.parts["calibration"]
+        index = torch.arange(batch) % len(samples)
+        specs = self.graph.signature.inputs
+        return {
+            spec.name: t[index].contiguous().numpy()
+            for spec, t in zip(specs, samples.tensors, strict=True)
+        }
+
+    def caller(self, executable: Executable, batch: int) -> Callable[[], object]:
+        """One call of a build on real samples."""
+        inputs = self.example(batch)
+        return lambda: executable.run(inputs)
+
+    def reference(self, graph: Graph) -> Runner:
+        """A graph with the model's own calling convention, run by torch."""
+        return Runner(GraphExecutable(graph), graph.signature, _REFERENCE_BATCH)
+
+
+def open_session(model: Any, data: Any, settings: Settings) -> Session:
+    """Check everything that can be checked early, read the data, capture the model."""
+    progress = _progress(settings.progress)
+    store = Store(settings.cache_dir or Path.home() / ".cache" / "tersor")
+    backend, info = pick_backend(settings.backend, settings.device)
+    wanted = as_data(data)
+    progress.stage("data")
+    parts = collect(wanted, settings.seed)
+    progress.stage("capture")
+    captured = capture(_module(model), parts["calibration"])
+    graph = captured.graph
+    parts = {name: _cast(part, graph) for name, part in parts.items()}
+    sites = find_sites(graph, tuple(settings.keep))
+    outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
+    kind = output_kind(wanted.output, outputs)
+    model_hash = graph_hash(graph)
+    progress.note(
+        f"{len(sites)} layers, {sum(len(p) for p in parts.values())} samples "
+        f"({', '.join(f'{len(p)} {n}' for n, p in parts.items())})"
+    )
+    key = digest(
+        __version__,
+        model_hash,
+        _data_hash(parts),
+        kind,
+        info.name,
+        info.version,
+        settings.device,
+        settings.batch,
+        settings.seed,
+        list(settings.keep),
+        "all" if settings.methods == "all" else list(settings.methods),
+        describe_machine().fingerprint(),
+    )
+    return Session(
+        captured=captured,
+        parts=parts,
+        kind=kind,
+        sites=sites,
+        methods=pick_methods(settings.methods, info),
+        backend=backend,
+        info=info,
+        store=store,
+        progress=progress,
+        settings=settings,
+        original_bytes=_model_bytes(model),
+        model_hash=model_hash,
+        key=key,
+    )
+
+
+def _progress(progress: Any) -> Progress:
+    if progress is True:
+        return Printed()
+    if not progress:
+        return Silent()
+    return progress  # type: ignore[no-any-return]
+
+
+def _module(model: Any) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, str | Path):
+        raise CaptureError(
+            f"{model}: reading models from files is not built yet; load it and pass the nn.Module"
+        )
+    raise CaptureError(f"model: found {type(model).__name__}, wanted a torch.nn.Module")
+
+
+def _cast(samples: Samples, graph: Graph) -> Samples:
+    """The graph's own float types; integers stay what they are."""
+    specs = graph.signature.inputs
+    cast = tuple(
+        t.to(getattr(torch, spec.dtype)) if t.is_floating_point() else t
+        for spec, t in zip(specs, samples.tensors, strict=True)
+    )
+    return replace(samples, tensors=cast)
+
+
+def pick_backend(name: str, device: str) -> tuple[Backend, BackendInfo]:
+    """The backend of a name, or the first that is available.
+
+    Raises:
+        ConfigError: No backend of that name.
+        BackendError: It is not available here, or not for the device.
+    """
+    names = registry.names(registry.BACKENDS) if name == "auto" else [name]
+    reasons = []
+    for candidate in names:
+        backend: Backend = registry.resolve(registry.BACKENDS, candidate)()
+        info = backend.describe()
+        if info.available and info.device == device:
+            return backend, info
+        reason = info.reason or f"it runs on {info.device} only"
+        reasons.append(f"{candidate}: {reason}{f' ({info.remedy})' if info.remedy else ''}")
+    raise BackendError(
+        f"no backend runs on device {device!r} here: {'; '.join(reasons)}; "
+        "see what `tersor doctor` says"
+    )
+
+
+def pick_methods(wanted: str | Sequence[str], info: BackendInfo) -> dict[str, Method]:
+    """Methods by name, told what the backend's integer products can take.
+
+    Raises:
+        ConfigError: No method of that name.
+    """
+    names = registry.names(registry.METHODS) if wanted == "all" else _names(wanted)
+    found: dict[str, Method] = {}
+    for name in names:
+        cls = registry.resolve(registry.METHODS, name)
+        int8 = info.format("int8")
+        takes_limit = "weight_limit" in getattr(cls, "__dataclass_fields__", {})
+        found[name] = cls(weight_limit=int8.weight_limit) if int8 and takes_limit else cls()
+    return found
+
+
+def _names(wanted: str | Sequence[str]) -> list[str]:
+    return [wanted] if isinstance(wanted, str) else list(wanted)
+
+
+def graph_hash(graph: Graph) -> str:
+    """SHA-256 of the structure and of all tensors."""
+    state = hashlib.sha256(structure_text(graph).encode())
+    for name, tensor in sorted(graph.module.state_dict().items()):
+        state.update(name.encode())
+        state.update(_bytes(tensor))
+    return state.hexdigest()
+
+
+def _data_hash(parts: Mapping[Split, Samples]) -> str:
+    state = hashlib.sha256()
+    for name in sorted(parts):
+        state.update(json.dumps([name, len(parts[name])]).encode())
+        for tensor in parts[name].tensors:
+            state.update(_bytes(tensor))
+    return state.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _model_bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    unique = {t.untyped_storage().data_ptr(): t for t in tensors}
+    return sum(t.numel() * t.element_size() for t in unique.values())
+
+
+def metric_of(value: Any) -> Metric | None:
+    """The caller's metric with its unit."""
+    if value is None or isinstance(value, Metric):
+        return value
+    return Metric(value)
+
+
+def choice_for(session: Session, base: BuildChoice, options: Mapping[str, Any]) -> BuildChoice:
+    """The baseline's choice with another option set."""
+    return replace(base, options=dict(options), batch=session.settings.batch)

@@ -1,0 +1,277 @@
+"""The stages up to the prices, each found again in the store when it was finished before."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tersor.analyse.calibration import self_check, site_statistics
+from tersor.api.session import Session
+from tersor.build.build import Built, build
+from tersor.build.build import shapes_of as shapes_of
+from tersor.core.errors import BackendError, ParityError
+from tersor.core.jsonable import digest
+from tersor.core.machine import describe_machine, usable_cores
+from tersor.core.records import (
+    BaselineRow,
+    BuildChoice,
+    Candidate,
+    Format,
+    PriceTable,
+    Prices,
+)
+from tersor.graph.apply import apply, quantize_node_name
+from tersor.graph.changes import ChangeRecords, pack, unpack
+from tersor.graph.contracts import Graph, SiteChange
+from tersor.observe import keeping
+from tersor.observe.statistics import Observed, observe
+from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
+from tersor.price.price import PriceConfig, PriceTools, price_all
+from tersor.propose.propose import (
+    NATIVE,
+    Offer,
+    chunk_count,
+    chunk_size,
+    measure_errors,
+    offers,
+)
+from tersor.timing.protocol import Protocol, measure
+
+_CALIBRATION_SAMPLES = 256  # more change no statistics that matter here (ALGORITHMS 8.2)
+_ERROR_SAMPLES = 64
+_QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
+_CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
+_PRICING = Protocol(rounds=3, runs=9, max_seconds=15.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offers:
+    """Candidates with their measured errors, and their changes by (site, level)."""
+
+    candidates: tuple[Candidate, ...]
+    changes: Mapping[tuple[str, str], SiteChange]
+
+    def levels(self) -> dict[str, tuple[Format, ...]]:
+        """Site -> its levels."""
+        found: dict[str, list[Format]] = {}
+        for candidate in self.candidates:
+            found.setdefault(candidate.site, []).append(candidate.level)
+        return {site: tuple(levels) for site, levels in found.items()}
+
+    def by_site(self) -> dict[str, tuple[Candidate, ...]]:
+        """Site -> its candidates."""
+        found: dict[str, list[Candidate]] = {}
+        for candidate in self.candidates:
+            found.setdefault(candidate.site, []).append(candidate)
+        return {site: tuple(rows) for site, rows in found.items()}
+
+    def chosen(self, assignment: Mapping[str, Format]) -> list[SiteChange]:
+        """The changes of an assignment that edit the graph."""
+        return [
+            self.changes[site, level]
+            for site, level in assignment.items()
+            if level not in NATIVE
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfferRecord:
+    candidates: tuple[Candidate, ...]
+    changes: ChangeRecords
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tables:
+    tables: tuple[PriceTable, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BaselineRecord:
+    rows: tuple[BaselineRow, ...]
+    best: int
+    notes: tuple[str, ...] = field(default=())
+
+
+def calibration_batches(session: Session) -> list[tuple[torch.Tensor, ...]]:
+    """Flat inputs of the calibration part, in batches that fit in memory."""
+    part = session.parts["calibration"].take(slice(0, _CALIBRATION_SAMPLES))
+    return list(part.batches(chunk_size(session.graph)))
+
+
+def calibrate(session: Session) -> dict[str, Observed]:
+    """One statistics pass, with the standing self-check."""
+    kept = session.store.get(keeping.ObservedRecords, "calibration", session.key)
+    if kept is not None:
+        arrays = session.store.arrays("calibration", session.key)
+        return keeping.unpack(kept, arrays)
+    batches = calibration_batches(session)
+    session.progress.stage("calibrate", len(batches))
+    seed = session.settings.seed
+    check = self_check(
+        session.graph, [t[:8] for t in batches[0]], seed=seed, note=session.progress.note
+    )
+    observed = observe(
+        session.graph, batches, len(batches), seed=seed, advance=session.progress.advance
+    )
+    record, kept_arrays = keeping.pack(observed, check)
+    session.store.put("calibration", session.key, record, kept_arrays)
+    return observed
+
+
+def propose(session: Session) -> Offers:
+    """All candidates with their errors; the statistics are not needed afterwards."""
+    kept = session.store.get(_OfferRecord, "propose", session.key)
+    if kept is not None:
+        arrays = session.store.arrays("propose", session.key)
+        return _offers(kept, unpack(kept.changes, arrays, session.site_by_name))
+    statistics = site_statistics(session.graph, session.sites, calibrate(session))
+    session.progress.stage("propose", len(session.sites))
+    proposals = offers(
+        session.sites,
+        statistics,
+        session.methods,
+        lambda candidate: session.backend.supports(candidate).ok,
+        session.progress.advance,
+    )
+    candidates = _errors(session, proposals)
+    changes = [offer.change for offer in proposals]
+    records, arrays = pack(changes)
+    record = _OfferRecord(candidates=tuple(candidates), changes=records)
+    session.store.put("propose", session.key, record, arrays)
+    session.store.remove("calibration", session.key)  # large, and recomputed by the transform
+    return _offers(record, changes)
+
+
+def _errors(session: Session, proposals: list[Offer]) -> list[Candidate]:
+    flat = session.flat("search", _ERROR_SAMPLES)
+    edits = sum(offer.candidate.level not in NATIVE for offer in proposals)
+    session.progress.stage("errors", edits * chunk_count(session.graph, flat))
+    return measure_errors(
+        session.graph, proposals, flat, session.kind, session.progress.advance
+    )
+
+
+def _offers(record: _OfferRecord, changes: list[SiteChange]) -> Offers:
+    by_level = {
+        (c.site, c.level): change for c, change in zip(record.candidates, changes, strict=True)
+    }
+    return Offers(candidates=record.candidates, changes=by_level)
+
+
+def stitched(session: Session, offered: Offers, assignment: Mapping[str, Format]) -> Graph:
+    """The original graph with the cached changes of an assignment."""
+    return apply(session.graph, offered.chosen(assignment))
+
+
+def build_for(session: Session, graph: Graph, choice: BuildChoice) -> Built:
+    """A checked build."""
+    return build(graph, session.backend, choice, session.flat("calibration", 4))
+
+
+def baselines(session: Session) -> tuple[tuple[BaselineRow, ...], int]:
+    """Every uncompressed build, measured interleaved, and which is the best."""
+    key = digest(session.key, "baseline")
+    kept = session.store.get(_BaselineRecord, "baseline", key)
+    if kept is None:
+        choices = baseline_choices(
+            session.info, cores=usable_cores(), batch=session.settings.batch
+        )
+        session.progress.stage("baseline", len(choices))
+        found = measure_baselines(choices, _baseline_tools(session))
+        notes = tuple(f"{d.choice.describe()}: {d.reason}" for d in found.dropped)
+        kept = _BaselineRecord(rows=found.rows, best=found.best, notes=notes)
+        session.store.put("baseline", key, kept)
+    for note in kept.notes:
+        session.progress.note(note)
+    best = kept.rows[kept.best]
+    session.progress.note(f"best uncompressed build: {best.name}, {best.timing.median_ms:.2f} ms")
+    return kept.rows, kept.best
+
+
+def _baseline_tools(session: Session) -> BaselineTools:
+    def make(choice: BuildChoice) -> Callable[[], object]:
+        session.progress.advance()
+        try:
+            built = build_for(session, session.graph, choice)
+        except ParityError as error:  # a precision that the device computes wrongly is no baseline
+            raise BackendError(str(error)) from error
+        return session.caller(built.executable, choice.batch)
+
+    size = session.graph.parameter_bytes()
+    return BaselineTools(
+        build=make,
+        quick=lambda calls: measure(calls, _QUICK),
+        careful=lambda calls: measure(calls, _CAREFUL),
+        size_bytes=lambda choice: session.original_bytes if choice is None else size,
+        eager=eager_call(session),
+    )
+
+
+def eager_call(session: Session) -> Callable[[], object]:
+    """One call of the model as given, at the session's batch."""
+    flat = list(session.example(session.settings.batch).values())
+    tensors = [torch.from_numpy(a) for a in flat]
+    original = session.captured.original
+    args, kwargs = arguments(session, tensors)
+    return lambda: original(*args, **kwargs)
+
+
+def arguments(session: Session, flat: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Flat inputs in the model's own calling convention."""
+    from tersor.core.records import Structure
+    from tersor.core.structure import unflatten
+
+    call = session.captured.call
+    both = Structure(kind="tuple", children=(call.args, call.kwargs))
+    args, kwargs = unflatten(both, flat)
+    return tuple(args), dict(kwargs)
+
+
+def price(session: Session, offered: Offers) -> Prices:
+    """Baselines, and a price table for each way to build that stays in the race."""
+    rows, best = baselines(session)
+    levels = offered.levels()
+    key = digest(session.key, "price", sorted((s, list(v)) for s, v in levels.items()))
+    kept = session.store.get(_Tables, "price", key)
+    if kept is None:
+        kept = _price(session, offered, rows[best])
+        session.store.put("price", key, kept)
+    for note in kept.notes:
+        session.progress.note(note)
+    machine = describe_machine().fingerprint()
+    return Prices(machine=machine, baselines=rows, best=best, tables=kept.tables)
+
+
+def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
+    base = baseline.choice
+    assert base is not None
+    config = PriceConfig(seed=session.settings.seed)
+    session.progress.stage("price", config.k + config.held_out)
+    reference = build_for(session, session.graph, base)
+    tools = PriceTools(
+        build=lambda choice, assignment: _priced_build(session, offered, choice, assignment),
+        run=lambda executable: session.caller(executable, base.batch)(),
+        measure=lambda calls: measure(calls, _PRICING),
+        reference=session.caller(reference.executable, base.batch),
+        reference_ms=baseline.timing.median_ms,
+        quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
+    )
+    choices = [replace(base, options=dict(o)) for o in session.info.choices] or [base]
+    priced = price_all(choices, session.sites, offered.levels(), tools, config)
+    notes = [
+        f"{probe.choice.describe()}: all int8 takes {probe.measured_ms:.2f} ms"
+        + (f"; not priced, {probe.reason}" if not probe.priced else "")
+        for probe in priced.probes
+        if probe.measured_ms is not None
+    ]
+    return _Tables(tables=priced.tables, notes=tuple(notes))
+
+
+def _priced_build(
+    session: Session, offered: Offers, choice: BuildChoice, assignment: Mapping[str, Format]
+) -> Any:
+    session.progress.advance()
+    graph = stitched(session, offered, assignment)
+    return session.backend.build(graph, shapes_of(graph.signature, choice.batch), choice)

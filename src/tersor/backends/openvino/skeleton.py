@@ -1,0 +1,181 @@
+"""A float graph becomes an OpenVINO model whose weights are inputs, once for all formats.
+
+The graph is exported and decomposed with OpenVINO's own table, then read by its PyTorch
+frontend. Every node of the result carries the name of the *graph's* node that it comes from as
+the first part of its friendly name, so that measured node times lead back to the graph.
+"""
+
+import hashlib
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import openvino as ov
+import torch
+from openvino.frontend import (
+    FrontEndManager,
+    GeneralFailure,
+    NotImplementedFailure,
+    OpConversionFailure,
+    OpValidationFailure,
+)
+from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+from torch import fx
+from torch.export.decomp_utils import CustomDecompTable
+
+from tersor.backends.openvino.failures import conversion_failed
+from tersor.backends.openvino.split import Split, stored_tensors
+from tersor.graph.contracts import Graph
+
+_KEPT = 8  # skeletons in memory: they hold no weights, only the graph's small constants
+
+_KEPT_HINTS = {"fused_names_0"}
+
+FAILURES = (
+    RuntimeError,
+    GeneralFailure,
+    NotImplementedFailure,
+    OpConversionFailure,
+    OpValidationFailure,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A converted float graph with dynamic batch.
+
+    Attributes:
+        model: Its parameters: the graph's inputs, then the weights. Never edited: clone it.
+        parameters: Position of every parameter by name.
+    """
+
+    model: Any
+    parameters: Mapping[str, int]
+
+
+_cache: OrderedDict[str, Skeleton] = OrderedDict()  # by content: the same key, the same value
+_lock = threading.Lock()
+
+
+def skeleton_of(graph: Graph, parts: Split) -> Skeleton:
+    """The skeleton of a float graph; graphs that differ only in what was split off share it.
+
+    Raises:
+        BackendError: An op that OpenVINO's frontend does not know; the message names it.
+    """
+    key = _fingerprint(graph, parts)
+    with _lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    fresh = _convert(graph, parts)
+    with _lock:
+        _cache[key] = fresh
+        while len(_cache) > _KEPT:
+            _cache.popitem(last=False)
+    return fresh
+
+
+def _fingerprint(graph: Graph, parts: Split) -> str:
+    digest = hashlib.sha256()
+    for spec in graph.signature.inputs:
+        digest.update(repr(spec).encode())
+    for node in parts.module.graph.nodes:
+        shape = parts.weight_shapes.get(node.name, "")
+        line = f"{node.op} {node.target} {node.name} {node.args} {node.kwargs} {shape}\n"
+        digest.update(line.encode())
+    for target, tensor in stored_tensors(parts.module).items():
+        digest.update(f"{target} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                      if tensor.dim() else repr(tensor.item()).encode())  # fmt: skip
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _decompositions() -> CustomDecompTable:
+    table = CustomDecompTable()
+    for op in ops_to_not_decompose():
+        if op in table:
+            table.pop(op)
+    return table
+
+
+def _convert(graph: Graph, parts: Split) -> Skeleton:
+    module = _decompose(graph, parts)
+    decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # SymInt sizes become dynamic
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    try:
+        model = ov.Model(frontend.convert(frontend.load(decoder)))
+    except FAILURES as error:
+        raise conversion_failed(error) from error
+    _name_by_source(model, module)
+    _forget_hints(model)
+    wanted = [s.name for s in graph.signature.inputs]
+    holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    names = [*wanted, *holders[len(wanted) :]]
+    return Skeleton(model, _positions(model, holders, names))
+
+
+def _positions(model: Any, holders: list[str], names: list[str]) -> dict[str, int]:
+    found = {p.get_friendly_name(): i for i, p in enumerate(model.get_parameters())}
+    return {
+        name: found[holder] for holder, name in zip(holders, names, strict=True) if holder in found
+    }
+
+
+def _decompose(graph: Graph, parts: Split) -> fx.GraphModule:
+    """Export again with dynamic batch, and decompose what OpenVINO has no converter for."""
+    weights = [torch.empty(parts.weight_shapes[o.weight_input]) for o in parts.operations]
+    inputs = (*graph.example, *_in_order(parts, weights))
+    batch = torch.export.Dim("batch", min=1)
+    shapes: list[Any] = [
+        {i: batch for i, size in enumerate(spec.shape) if size is None} or None
+        for spec in graph.signature.inputs
+    ]
+    shapes += [None] * len(weights)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of torch's own export internals
+            program = torch.export.export(
+                parts.module, inputs, dynamic_shapes=tuple(shapes), strict=False
+            )
+            decomposed = program.run_decompositions(_decompositions())
+            module: fx.GraphModule = decomposed.module(check_guards=False)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise conversion_failed(error) from error
+    return module
+
+
+def _in_order(parts: Split, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    by_name = dict(zip((o.weight_input for o in parts.operations), weights, strict=True))
+    holders = [n.name for n in parts.module.graph.nodes if n.op == "placeholder"]
+    return [by_name[name] for name in holders if name in by_name]
+
+
+def _name_by_source(model: Any, module: fx.GraphModule) -> None:
+    source = {node.name: _origin(node) for node in module.graph.nodes}
+    for op in model.get_ops():
+        first, slash, rest = op.get_friendly_name().partition("/")
+        if slash and source.get(first, first) != first:
+            op.set_friendly_name(f"{source[first]}/{rest}")
+
+
+def _forget_hints(model: Any) -> None:
+    """Drop the frontend's hints that IR files do not hold: a loaded model computes the same."""
+    for node in model.get_ops():
+        info = node.get_rt_info()
+        for key in [k for k in info if k not in _KEPT_HINTS]:
+            del info[key]
+
+
+def _origin(node: fx.Node) -> str:
+    """The name in the graph before the export: the end of the chain of ``from_node``."""
+    name, chain = node.name, node.meta.get("from_node")
+    while chain:
+        name, chain = chain[-1].name, chain[-1].from_node
+    return name

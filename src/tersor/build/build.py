@@ -1,0 +1,87 @@
+"""Lowers a graph through a backend, and proves that the build computes what the graph computes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import ParityError
+from tersor.core.records import BuildChoice, Signature
+from tersor.graph.contracts import Backend, Executable, Graph, Shapes
+
+# Normalised squared error of the build against the graph, in float32. Without quantisers only the
+# order of sums differs; with them a value at the border of two codes may fall to either side.
+_EXACT = 1e-6
+_ROUNDED = 1e-2
+_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An executable and how far it is from its graph."""
+
+    executable: Executable
+    choice: BuildChoice
+    difference: float  # normalised squared error
+
+
+def shapes_of(signature: Signature, batch: int) -> Shapes:
+    """Concrete input shapes for one batch size."""
+    return {
+        spec.name: tuple(batch if size is None else size for size in spec.shape)
+        for spec in signature.inputs
+    }
+
+
+def build(
+    graph: Graph, backend: Backend, choice: BuildChoice, flat: Sequence[Tensor]
+) -> Built:
+    """Build a graph and compare the build with the graph on a few samples.
+
+    Args:
+        graph: Compressed or not.
+        backend: Builds it.
+        choice: Precision, threads, batch and options.
+        flat: Flat inputs of a few samples.
+
+    Raises:
+        BackendError: The backend can't build it.
+        ParityError: The build computes something else than the graph.
+    """
+    executable = backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
+    difference = parity(graph, executable, choice.batch, flat)
+    rounds = choice.precision != "f32" or _is_quantized(graph)
+    limit = _ROUNDED if rounds else _EXACT
+    if not difference <= limit:
+        raise ParityError(
+            f"the {choice.describe()} build differs from its graph: normalised squared error "
+            f"{difference:.2e}, wanted at most {limit:g}; the backend computes these formats "
+            "otherwise on this machine"
+        )
+    return Built(executable, choice, difference)
+
+
+def parity(
+    graph: Graph, executable: Executable, batch: int, flat: Sequence[Tensor]
+) -> float:
+    """Normalised squared error of the build's float outputs against the graph's."""
+    count = max(1, -(-min(_SAMPLES, flat[0].shape[0]) // batch))
+    worst = 0.0
+    for index in range(count):
+        rows = torch.arange(index * batch, (index + 1) * batch) % flat[0].shape[0]
+        inputs = [t[rows] for t in flat]
+        named = {
+            spec.name: t.numpy() for spec, t in zip(graph.signature.inputs, inputs, strict=True)
+        }
+        found = executable.run(named)
+        for spec, wanted in zip(graph.signature.outputs, graph.run(inputs), strict=True):
+            if wanted.is_floating_point():
+                got = torch.from_numpy(found[spec.name]).double().reshape(wanted.shape)
+                spread = float(wanted.double().square().mean()) + 1e-30
+                worst = max(worst, float((got - wanted.double()).square().mean()) / spread)
+    return worst
+
+
+def _is_quantized(graph: Graph) -> bool:
+    return any("quantize" in str(n.target) for n in graph.module.graph.nodes)

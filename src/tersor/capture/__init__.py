@@ -1,0 +1,1 @@
+"""Brings what people have into the one representation."""

@@ -1,0 +1,52 @@
+"""Containers of tensors: torch's own view of them, as a plain record."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tersor.core.errors import CaptureError
+from tersor.core.records import Structure
+
+
+def describe(value: Any, leaves: list[Tensor], where: str = "output") -> Structure:
+    """The structure of a model's output; its tensors are appended to ``leaves`` in order.
+
+    Raises:
+        CaptureError: A container or leaf that has no plain form.
+    """
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return Structure(kind="tensor")
+    if value is None:
+        return Structure(kind="none")
+    if isinstance(value, bool | int | float | str):
+        return Structure(kind="constant", value=value)
+    if isinstance(value, Mapping):
+        return _named("dict" if type(value) is dict else "object", value, leaves, where)
+    if isinstance(value, tuple | list):
+        if hasattr(value, "_fields"):
+            fields = dict(zip(value._fields, value, strict=True))
+            return _named("object", fields, leaves, where, type(value).__name__)
+        children = tuple(describe(v, leaves, f"{where}[{i}]") for i, v in enumerate(value))
+        kind = "list" if isinstance(value, list) else "tuple"
+        return Structure(kind=kind, children=children)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return _named("object", fields, leaves, where, type(value).__name__)
+    raise CaptureError(
+        f"{where}: found {type(value).__name__}, wanted tensors in tuples, lists, dicts or "
+        "dataclasses; return those from forward()"
+    )
+
+
+def _named(
+    kind: Any, value: Mapping[Any, Any], leaves: list[Tensor], where: str, name: str = ""
+) -> Structure:
+    return Structure(
+        kind=kind,
+        keys=tuple(str(k) for k in value),
+        children=tuple(describe(v, leaves, f"{where}.{k}") for k, v in value.items()),
+        type_name=name or type(value).__name__,
+    )

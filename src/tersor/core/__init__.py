@@ -1,0 +1,1 @@
+"""Vocabulary that every part speaks: records, targets, errors, units, the registry and the store; plain Python."""

@@ -1,0 +1,34 @@
+"""Names to plug-ins, through entry points; only ``api`` and ``train`` resolve them."""
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from tersor.core.errors import ConfigError
+
+METHODS = "tersor.methods"
+BACKENDS = "tersor.backends"
+# What this distribution itself brings: found also where it runs without being installed.
+_BUILT_IN = {
+    METHODS: {"quantize": "tersor.methods.quantize:Quantize"},
+    BACKENDS: {"openvino": "tersor.backends.openvino:OpenVINOBackend"},
+}
+
+
+def names(group: str) -> list[str]:
+    """The names of all plug-ins of a group, sorted."""
+    return sorted({*_BUILT_IN[group], *(e.name for e in entry_points(group=group))})
+
+
+def resolve(group: str, name: str) -> Any:
+    """The class behind a name.
+
+    Raises:
+        ConfigError: No plug-in of that name; the message lists those there are.
+    """
+    if name in _BUILT_IN[group]:
+        return EntryPoint(name, _BUILT_IN[group][name], group).load()
+    for entry in entry_points(group=group):
+        if entry.name == name:
+            return entry.load()
+    kind = group.removeprefix("tersor.").removesuffix("s")
+    raise ConfigError(f"no {kind} is called {name!r}; there are {names(group)}")

@@ -1,0 +1,130 @@
+"""The content-addressed store: a finished stage is found again by the hash of what it read.
+
+Layout: ``<root>/<stage>/<key>/record.json`` with optional ``arrays.safetensors`` beside it. An
+entry appears by one rename, so a killed process leaves either a whole entry or none.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
+
+from tersor.core.errors import ConfigError, StoreError
+from tersor.core.jsonable import dumps, from_json
+
+RecordT = TypeVar("RecordT")
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary file beside it, then one rename.
+
+    Raises:
+        StoreError: The directory can't be written or is full; no partial file stays.
+    """
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise StoreError(
+            f"{path}: cannot write ({error.strerror or error}); "
+            "give a directory that is writable and has room"
+        ) from error
+
+
+class Store:
+    """Records and arrays of finished stages, under one directory."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = tempfile.mkdtemp(dir=self.root, prefix=".probe-")
+            Path(probe).rmdir()
+        except OSError as error:
+            raise StoreError(
+                f"cache directory {self.root}: cannot write ({error.strerror or error}); "
+                "pass cache_dir= with a directory that is writable and has room"
+            ) from error
+
+    def _entry(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+    def has(self, stage: str, key: str) -> bool:
+        """Whether the stage was finished for that key."""
+        return (self._entry(stage, key) / "record.json").is_file()
+
+    def get(self, cls: type[RecordT], stage: str, key: str) -> RecordT | None:
+        """The record of a finished stage, or None. A damaged entry is removed and counts as none."""
+        path = self._entry(stage, key) / "record.json"
+        try:
+            record = from_json(cls, json.loads(path.read_text(encoding="utf-8")), str(path))
+            if (arrays := path.with_name("arrays.safetensors")).is_file():
+                with safe_open(arrays, framework="np"):  # reads the header, checks the length
+                    pass
+        except FileNotFoundError:
+            return None
+        except (ValueError, ConfigError, SafetensorError):
+            self.remove(stage, key)
+            return None
+        except OSError as error:
+            raise StoreError(f"{path}: cannot read ({error.strerror or error})") from error
+        return record
+
+    def arrays(self, stage: str, key: str) -> dict[str, NDArray[Any]]:
+        """The arrays of a finished stage; empty where it has none.
+
+        Raises:
+            StoreError: They can't be read. Damage that ``get`` can see makes it return None.
+        """
+        path = self._entry(stage, key) / "arrays.safetensors"
+        if not path.is_file():
+            return {}
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"{path}: cannot read ({error}); delete it and run again") from error
+
+    def put(self, stage: str, key: str, record: Any, arrays: Arrays | None = None) -> None:
+        """Keep a finished stage: the whole entry appears at once.
+
+        Raises:
+            StoreError: The directory can't be written or is full; nothing partial stays.
+        """
+        entry = self._entry(stage, key)
+        temporary: str | None = None
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            temporary = tempfile.mkdtemp(dir=entry.parent, prefix=f".{key[:16]}-")
+            if arrays:
+                (Path(temporary) / "arrays.safetensors").write_bytes(save(dict(arrays)))
+            (Path(temporary) / "record.json").write_text(dumps(record), encoding="utf-8")
+            if entry.exists():
+                shutil.rmtree(entry)
+            Path(temporary).rename(entry)
+        except OSError as error:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise StoreError(
+                f"cache directory {self.root}: cannot keep stage {stage} "
+                f"({error.strerror or error}); free some room or pass another cache_dir="
+            ) from error
+
+    def remove(self, stage: str, key: str) -> None:
+        """Forget a stage."""
+        shutil.rmtree(self._entry(stage, key), ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The exported graph: contracts, normalisation, edits and its plain serial form."""

@@ -1,0 +1,188 @@
+"""The only place that edits a graph: changes at sites become nodes and tensors.
+
+An int8 op reads ``quantize -> dequantize`` of its tensor (one pair for all readers, with the
+channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers quantized_decomposed
+from torch import Tensor, fx
+
+from tersor.core.errors import ShapeError
+from tersor.graph.contracts import Graph, Quantizer, SiteChange
+from tersor.graph.edit import copy_graph, rebuild
+from tersor.graph.operators import WeightedOp, weighted_op
+
+_INT8_LIMIT = 127
+
+
+def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
+    """A new graph with the changes in effect; tensors that stay are shared, not copied.
+
+    Args:
+        graph: Normalised, without quantisers at the changed sites.
+        changes: At most one a site. Changes that read one tensor must carry equal quantisers.
+
+    Raises:
+        ShapeError: A change whose codes or bias do not fit the site's weight.
+    """
+    fresh, tensors = copy_graph(graph.module)
+    nodes = {node.name: node for node in fresh.nodes}
+    quantized: dict[str, tuple[Quantizer, fx.Node]] = {}
+    for change in changes:
+        weight: fx.Node | None = None
+        for name in change.site.ops:
+            op = weighted_op(nodes[name], tensors)
+            if op is None:
+                raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
+            if weight is None:
+                weight = _new_weight(fresh, tensors, op, change)
+            _connect(fresh, tensors, op, change, weight)
+            if change.quantizer is not None:
+                _quantize_input(fresh, tensors, op, change.quantizer, quantized)
+    fresh.lint()
+    return Graph(rebuild(fresh, tensors), graph.signature, graph.example)
+
+
+def quantize_node_name(tensor: str) -> str:
+    """The name of the node that quantises a tensor: pricing looks it up."""
+    return f"{tensor}_quantize"
+
+
+def _new_weight(
+    graph: fx.Graph, tensors: dict[str, Tensor], op: WeightedOp, change: SiteChange
+) -> fx.Node | None:
+    old = tensors[str(op.weight.target)]
+    base = str(op.weight.target)
+    if change.codes is not None:
+        if change.codes.shape != old.shape or change.scale is None:
+            raise ShapeError(
+                f"{change.site.name}: codes {tuple(change.codes.shape)} for a weight "
+                f"{tuple(old.shape)}; wanted the same shape and one scale a row"
+            )
+        tensors[f"{base}_codes"] = change.codes.to(torch.int8)
+        tensors[f"{base}_scale"] = change.scale.to(torch.float32)
+        with graph.inserting_before(op.node):
+            codes = graph.create_node("get_attr", f"{base}_codes", name=f"{op.weight.name}_codes")
+            scale = graph.create_node("get_attr", f"{base}_scale", name=f"{op.weight.name}_scale")
+            return graph.create_node(
+                "call_function",
+                torch.ops.quantized_decomposed.dequantize_per_channel.default,
+                (codes, scale, None, 0, -_INT8_LIMIT, _INT8_LIMIT, torch.int8),
+                name=f"{op.weight.name}_dequantize",
+            )
+    if change.weight is not None:
+        if change.weight.shape != old.shape:
+            raise ShapeError(
+                f"{change.site.name}: weight {tuple(change.weight.shape)}, wanted "
+                f"{tuple(old.shape)}"
+            )
+        tensors[f"{base}_new"] = change.weight.to(old.dtype)
+        with graph.inserting_before(op.node):
+            return graph.create_node("get_attr", f"{base}_new", name=f"{op.weight.name}_new")
+    return None
+
+
+def _connect(
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    op: WeightedOp,
+    change: SiteChange,
+    weight: fx.Node | None,
+) -> None:
+    args = list(op.node.args)
+    if weight is not None:
+        args[0 if op.kind == "embedding" else 1] = weight
+    if change.bias is not None and op.kind != "embedding":
+        base = str(op.weight.target).removesuffix(".weight")
+        name = f"{base}.bias_{change.level}"
+        tensors[name] = change.bias.to(tensors[str(op.weight.target)].dtype)
+        with graph.inserting_before(op.node):
+            bias = graph.create_node("get_attr", name, name=f"{op.node.name}_bias_{change.level}")
+        args = [*args, None] if len(args) == 2 else args
+        args[2] = bias
+    op.node.args = tuple(args)
+
+
+def _quantize_input(
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    op: WeightedOp,
+    quantizer: Quantizer,
+    done: dict[str, tuple[Quantizer, fx.Node]],
+) -> None:
+    tensor = op.data.name
+    if tensor not in done:
+        done[tensor] = (quantizer, _quantize_pair(graph, tensors, op, quantizer))
+    agreed, node = done[tensor]
+    if not same_quantizer(agreed, quantizer):
+        raise ShapeError(
+            f"{op.node.name}: the readers of {tensor} carry different quantisers; wanted one for all"
+        )
+    args = list(op.node.args)
+    args[0] = node
+    op.node.args = tuple(args)
+
+
+def same_quantizer(left: Quantizer, right: Quantizer) -> bool:
+    """Whether two quantisers map every tensor alike."""
+    if left is right:
+        return True
+    scales = (left.inverse_scale, right.inverse_scale)
+    if (scales[0] is None) != (scales[1] is None):
+        return False
+    if scales[0] is not None and scales[1] is not None and not torch.equal(scales[0], scales[1]):
+        return False
+    return (left.step, left.low, left.high, left.shift) == (
+        right.step,
+        right.low,
+        right.high,
+        right.shift,
+    )
+
+
+def _quantize_pair(
+    graph: fx.Graph, tensors: dict[str, Tensor], op: WeightedOp, quantizer: Quantizer
+) -> fx.Node:
+    node, tensor = op.data, op.data.name
+    dtype = torch.uint8 if quantizer.low >= 0 else torch.int8
+    decomposed = torch.ops.quantized_decomposed
+    with graph.inserting_before(op.node):
+        if quantizer.inverse_scale is not None:
+            name = f"{tensor}_inverse_scale"
+            tensors[name] = _broadcastable(quantizer, op).to(torch.float32)
+            factor = graph.create_node("get_attr", name, name=name)
+            node = graph.create_node(
+                "call_function", torch.ops.aten.mul.Tensor, (node, factor), name=f"{tensor}_scaled"
+            )
+        if quantizer.shift:
+            node = graph.create_node(
+                "call_function",
+                torch.ops.aten.add.Tensor,
+                (node, quantizer.shift),
+                name=f"{tensor}_shifted",
+            )
+        grid: tuple[Any, ...] = (quantizer.step, 0, quantizer.low, quantizer.high, dtype)
+        codes = graph.create_node(
+            "call_function",
+            decomposed.quantize_per_tensor.default,
+            (node, *grid),
+            name=quantize_node_name(tensor),
+        )
+        return graph.create_node(
+            "call_function",
+            decomposed.dequantize_per_tensor.default,
+            (codes, *grid),
+            name=f"{tensor}_dequantize",
+        )
+
+
+def _broadcastable(quantizer: Quantizer, op: WeightedOp) -> Tensor:
+    scale = quantizer.inverse_scale
+    assert scale is not None
+    if op.window is None:
+        return scale
+    return scale.reshape(-1, *[1] * len(op.window.kernel))

@@ -1,0 +1,113 @@
+"""Changes as plain records and arrays, so that a finished stage can be kept and read again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tersor.core.records import Site
+from tersor.graph.contracts import Quantizer, SiteChange
+
+Arrays = dict[str, NDArray[Any]]
+_TENSORS = ("codes", "scale", "weight", "bias")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizerRecord:
+    """A quantiser without its channel scale."""
+
+    step: float
+    low: int
+    high: int
+    channel_dim: int
+    shift: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRecord:
+    """A change without its tensors."""
+
+    site: str
+    level: str
+    quantizer: QuantizerRecord | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeRecords:
+    """Changes in order."""
+
+    changes: tuple[ChangeRecord, ...]
+
+
+def pack(changes: Sequence[SiteChange]) -> tuple[ChangeRecords, Arrays]:
+    """Records, and the arrays by ``<position>.<name>``."""
+    arrays: Arrays = {}
+    records = []
+    for i, change in enumerate(changes):
+        for name in _TENSORS:
+            value: Tensor | None = getattr(change, name)
+            if value is not None:
+                arrays[f"{i}.{name}"] = value.detach().contiguous().numpy()
+        records.append(_record(i, change, arrays))
+    return ChangeRecords(changes=tuple(records)), arrays
+
+
+def _record(position: int, change: SiteChange, arrays: Arrays) -> ChangeRecord:
+    quantizer = change.quantizer
+    if quantizer is not None and quantizer.inverse_scale is not None:
+        arrays[f"{position}.inverse_scale"] = quantizer.inverse_scale.contiguous().numpy()
+    return ChangeRecord(
+        site=change.site.name,
+        level=change.level,
+        quantizer=None
+        if quantizer is None
+        else QuantizerRecord(
+            step=quantizer.step,
+            low=quantizer.low,
+            high=quantizer.high,
+            channel_dim=quantizer.channel_dim,
+            shift=quantizer.shift,
+        ),
+        report=dict(change.report),
+    )
+
+
+def unpack(
+    records: ChangeRecords, arrays: Mapping[str, Any], sites: Mapping[str, Site]
+) -> list[SiteChange]:
+    """The changes again; ``sites`` by name."""
+
+    def tensor(position: int, name: str) -> Tensor | None:
+        array = arrays.get(f"{position}.{name}")
+        return None if array is None else torch.from_numpy(array)
+
+    return [
+        SiteChange(
+            site=sites[record.site],
+            level=record.level,
+            codes=tensor(i, "codes"),
+            scale=tensor(i, "scale"),
+            weight=tensor(i, "weight"),
+            bias=tensor(i, "bias"),
+            quantizer=_quantizer(record.quantizer, tensor(i, "inverse_scale")),
+            report=record.report,
+        )
+        for i, record in enumerate(records.changes)
+    ]
+
+
+def _quantizer(record: QuantizerRecord | None, inverse_scale: Tensor | None) -> Quantizer | None:
+    if record is None:
+        return None
+    return Quantizer(
+        step=record.step,
+        low=record.low,
+        high=record.high,
+        channel_dim=record.channel_dim,
+        shift=record.shift,
+        inverse_scale=inverse_scale,
+    )

@@ -1,0 +1,183 @@
+"""What stages, methods and backends agree on: the graph, statistics, changes and executables."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from tersor.core.records import (
+    BackendInfo,
+    BuildChoice,
+    Candidate,
+    Signature,
+    Site,
+    Support,
+)
+from tersor.ops.moments import Moments
+
+Shapes = Mapping[str, tuple[int, ...]]  # input name -> concrete shape of one build
+Arrays = Mapping[str, NDArray[Any]]
+TensorMap = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A model as one normalised, undecomposed ATen graph in evaluation mode.
+
+    ``module`` takes the flat inputs in the signature's order and returns a tuple of the flat
+    outputs. It is never edited in place: ``graph.apply.apply`` returns a new Graph.
+    """
+
+    module: fx.GraphModule
+    signature: Signature
+    example: tuple[Tensor, ...]  # flat inputs, batch >= 2
+
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One forward pass without gradients."""
+        with torch.no_grad():
+            outputs: tuple[Tensor, ...] = self.module(*inputs)
+        return outputs
+
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameters and buffers, each storage once."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        seen = {t.untyped_storage().data_ptr(): t for t in tensors}
+        return sum(t.numel() * t.element_size() for t in seen.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A bounded sample of what a layer saw: rows of its (unfolded) input and of its output."""
+
+    original: Tensor  # [t, g, n]
+    compressed: Tensor  # [t, g, n]; the original where nothing before it is compressed
+    output: Tensor  # [t, g, m], the original layer's, bias included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteStatistics:
+    """What one pass knows about the input of a site's ops.
+
+    Attributes:
+        weight: The current weight as [g, m, n], float64; an embedding's table as [1, rows, width].
+        bias: The current bias as [g, m], or None.
+        moments: Sums over samples and positions of the raw input.
+        channels: A sample of the raw input by channel [t, c_in].
+        counts, edges: Histogram of the tensor, over [-max|x|, max|x|].
+        low, high: Smallest and largest value of the tensor.
+        rows: Calls up the row sample.
+        readers_amax: max|w| for each input channel over all the sites that read the tensor.
+        is_padded: Zeros are added at the borders, so that zero must stay zero.
+        channel_dim: The dimension of the tensor that holds the channels.
+        moments_of: Replays the pass with the compressed tensor mapped by a first function and the
+            original one by a second (both before unfolding); only the transform can do it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    moments: Moments
+    channels: Tensor
+    counts: Tensor
+    edges: Tensor
+    low: float
+    high: float
+    rows: Callable[[], Rows]
+    readers_amax: Tensor | None = None
+    is_padded: bool = False
+    channel_dim: int = -1
+    moments_of: Callable[[TensorMap, TensorMap], Moments] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantizer:
+    """How the readers of one tensor see it: (x * inverse_scale + shift) rounded on a grid.
+
+    ``inverse_scale`` is None or one factor a channel; ``channel_dim`` is that channel's
+    dimension. The reader's weight carries 1 / inverse_scale, its bias the shift.
+    """
+
+    step: float
+    low: int
+    high: int
+    inverse_scale: Tensor | None = None
+    channel_dim: int = -1
+    shift: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteChange:
+    """What ``graph.apply`` does at one site.
+
+    Attributes:
+        site: The site.
+        level: Number format after the change.
+        codes: Integer weight in the weight's own shape, or None for a float weight.
+        scale: Step for each output channel [c_out] (each row of an embedding).
+        weight: A new float weight, where ``codes`` is None.
+        bias: The new bias [c_out], or None to keep it.
+        quantizer: The quantiser of the tensor that the ops read, or None.
+        report: What the method did: damping used, losses, settings; JSON values.
+    """
+
+    site: Site
+    level: str
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    quantizer: Quantizer | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Arithmetic on one site; it never edits the graph."""
+
+    def propose(self, site: Site, statistics: SiteStatistics) -> Sequence[Candidate]:
+        """The candidates at a site, without their measured errors."""
+        ...
+
+    def apply(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
+        """The change that puts a candidate into effect, for the current weight and statistics."""
+        ...
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """A built model; takes and returns arrays by name, at the built shapes."""
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """One call."""
+        ...
+
+    def profile(self) -> dict[str, float]:
+        """Milliseconds a call by graph node (or name of glue), averaged over warm calls."""
+        ...
+
+    def serialize(self) -> dict[str, bytes]:
+        """Sections for the artifact, by file name."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A compiler or runtime on a device."""
+
+    def describe(self) -> BackendInfo:
+        """What it is and can do here."""
+        ...
+
+    def supports(self, candidate: Candidate) -> Support:
+        """Whether it runs a candidate."""
+        ...
+
+    def build(self, graph: Graph, shapes: Shapes, choice: BuildChoice) -> Executable:
+        """Compile a graph for concrete shapes."""
+        ...
+
+    def load(self, sections: Mapping[str, bytes], choice: BuildChoice) -> Executable:
+        """Compile what ``serialize`` gave."""
+        ...

@@ -1,0 +1,306 @@
+"""Number formats of weights and activations: f32, bf16, int8, and int8 for storage only.
+
+int8: activations symmetric, one step a tensor (unsigned where the range is one-sided, shifted
+where it nearly is), chosen by mean squared error, with a smoothing scale per channel where that
+helps; weights symmetric, one step an output channel, rounded with error feedback on the layer's
+own statistics; the bias takes up the mean of what is left. Given statistics of a compressed
+prefix, the weight is first refitted to the original layer's outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import ConfigError
+from tersor.core.records import Candidate, Site
+from tersor.graph.contracts import Quantizer, SiteChange, SiteStatistics
+from tersor.graph.quantizer import rounded, scaled
+from tersor.ops.feedback import descend, round_with_feedback
+from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
+from tersor.ops.moments import Moments, centred
+from tersor.ops.refit import bias_shift, refit, relative_error
+from tersor.ops.smoothing import smoothing_scale
+
+INT8_LIMIT = 127
+SIGNED, UNSIGNED = (-128, 127), (0, 255)
+# A tensor such as GELU's, whose negative part is short, wastes half of a signed grid.
+SHIFT_SHARE = 0.25
+_BINS = 2048
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantize:
+    """Formats of one op, as a ``Method``.
+
+    Args:
+        weight_limit: Largest absolute code of int8 products. 63 where the device adds pairs of
+            products in 16 bits, which saturate (the backend's probe knows).
+        alphas: Smoothing exponents to choose from, beside none.
+        damping: Of the refit and of error feedback, relative to the mean diagonal of H.
+        sweeps: Coordinate-descent sweeps after error feedback.
+    """
+
+    weight_limit: int = INT8_LIMIT
+    alphas: tuple[float, ...] = (0.5, 0.7, 0.9)
+    damping: float = 1e-2
+    sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.weight_limit <= INT8_LIMIT:
+            raise ConfigError(f"weight_limit: found {self.weight_limit}, wanted 1..{INT8_LIMIT}")
+
+    def propose(self, site: Site, statistics: SiteStatistics) -> Sequence[Candidate]:
+        """All formats that the site may take; errors are measured by the caller."""
+        out = statistics.weight.shape[0] * statistics.weight.shape[1]
+        coded = statistics.weight.numel() + _SCALE_BYTES * out
+        bias = 0 if site.op_kind == "embedding" else _SCALE_BYTES * out
+
+        def offer(level: Any, size: int, **detail: Any) -> Candidate:
+            return Candidate(
+                site=site.name, level=level, method="quantize", size_bytes=size, detail=detail
+            )
+
+        found = [offer("f32", site.size_bytes), offer("bf16", site.size_bytes)]
+        if site.op_kind != "embedding" and site.tensor is not None and statistics.high > statistics.low:
+            quantizer, alpha = choose_quantizer(statistics, (None, *self.alphas), self.weight_limit)
+            detail = {
+                "alpha": alpha,
+                "step": quantizer.step,
+                "grid": [quantizer.low, quantizer.high],
+                "shift": quantizer.shift,
+                "weight_limit": self.weight_limit,
+            }
+            found.append(offer("int8", coded + bias, **detail))
+        found.append(offer("int8_weight", coded + (bias if site.op_kind != "embedding" else 0)))
+        return found
+
+    def apply(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
+        """The change for the current weight and statistics.
+
+        Raises:
+            ConfigError: A level that this method does not have.
+        """
+        if candidate.level in ("f32", "bf16"):
+            return SiteChange(site=site, level=candidate.level)
+        if candidate.level == "int8_weight":
+            return self._stored(site, statistics)
+        if candidate.level == "int8":
+            return self._computed(site, candidate, statistics)
+        raise ConfigError(f"{site.name}: quantize has no level {candidate.level!r}")
+
+    def _stored(self, site: Site, statistics: SiteStatistics) -> SiteChange:
+        """Integer weight, expanded before it is used."""
+        weight = statistics.weight
+        if site.op_kind == "embedding":
+            rows = weight[0].unsqueeze(0)  # [1, rows, width]: one step a row
+            step = rows.abs().amax(2) / INT8_LIMIT
+            step = torch.where(step > 0, step, 1.0)
+            codes = round_nearest(rows, step, INT8_LIMIT)
+            return SiteChange(
+                site=site,
+                level="int8_weight",
+                codes=codes.reshape(site.shape),
+                scale=step.reshape(-1).float(),
+            )
+        moments = statistics.moments
+        if statistics.moments_of is None:  # on the original model, 8 bits need no feedback
+            step = weight_steps(weight, INT8_LIMIT).float().double()
+            codes = round_nearest(weight, step, INT8_LIMIT)
+            return SiteChange(
+                site=site,
+                level="int8_weight",
+                codes=codes.reshape(site.shape),
+                scale=step.reshape(-1).float(),
+            )
+        return self._round(site, statistics, moments, None, INT8_LIMIT, "int8_weight")
+
+    def _computed(
+        self, site: Site, candidate: Candidate, statistics: SiteStatistics
+    ) -> SiteChange:
+        """Integer weight and integer activations, smoothed as the candidate says."""
+        alpha = candidate.detail.get("alpha")
+        quantizer, _ = choose_quantizer(statistics, (alpha,), self.weight_limit)
+        if statistics.moments_of is not None:
+            moments = statistics.moments_of(
+                lambda x: rounded(x, quantizer), lambda x: scaled(x, quantizer)
+            )
+        else:
+            moments = _expected(statistics, quantizer)
+        return self._round(site, statistics, moments, quantizer, self.weight_limit, "int8")
+
+    def _round(  # noqa: PLR0913 - one private step of two public levels
+        self,
+        site: Site,
+        statistics: SiteStatistics,
+        moments: Moments,
+        quantizer: Quantizer | None,
+        limit: int,
+        level: str,
+    ) -> SiteChange:
+        weight = statistics.weight
+        columns = _column_scale(weight, quantizer, statistics)
+        target, damping = _target(weight, columns, moments, self.damping)
+        metric, _ = centred(moments)
+        step = weight_steps(target, limit, metric.diagonal(dim1=1, dim2=2))
+        step = step.float().double()  # codes belong to the step that is stored
+        codes = self._codes(target, step, metric, limit)
+        dequantized = codes.double() * step.unsqueeze(-1)
+        shift = _bias_shift(weight, columns, dequantized, moments)
+        bias = shift + (0.0 if statistics.bias is None else statistics.bias)
+        if quantizer is not None and quantizer.shift:
+            bias = bias - dequantized.sum(2) * quantizer.shift
+        return SiteChange(
+            site=site,
+            level=level,
+            codes=codes.reshape(site.shape),
+            scale=step.reshape(-1).float(),
+            bias=bias.reshape(-1).float(),
+            quantizer=quantizer,
+            report={"damping": damping},
+        )
+
+    def _codes(self, target: Tensor, step: Tensor, metric: Tensor, limit: int) -> Tensor:
+        done = round_with_feedback(target, step, metric, limit=limit, damping=self.damping)
+        if not self.sweeps:
+            return done.codes
+        return descend(target, done.codes, step, metric, limit, self.sweeps)
+
+
+def choose_quantizer(
+    statistics: SiteStatistics, alphas: Sequence[float | None], weight_limit: int
+) -> tuple[Quantizer, float | None]:
+    """The quantiser of a tensor, the same for all its readers, and its smoothing exponent.
+
+    Args:
+        statistics: Of any reader.
+        alphas: Exponents to choose from; None: no smoothing.
+        weight_limit: Largest absolute code of the readers' weights.
+
+    It depends on the tensor and on ``readers_amax`` only. Cost of a choice: the activations'
+    rounding error through the readers' largest weights, plus the weights' own rounding error.
+    """
+    best: tuple[float, Quantizer, float | None] | None = None
+    amax = torch.quantile(statistics.channels.abs().float(), 0.999, dim=0).clamp_min(1e-6)
+    readers = statistics.readers_amax
+    can_smooth = readers is not None and statistics.channel_dim == -1
+    for alpha in alphas if can_smooth else (None,):
+        scale = None
+        if alpha is not None and readers is not None:
+            scale = smoothing_scale(amax, readers, alpha).float()
+        quantizer = _fit(statistics, scale)
+        cost = _cost(statistics, quantizer, scale, weight_limit)
+        if best is None or cost < best[0]:
+            best = (cost, quantizer, alpha)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _fit(statistics: SiteStatistics, scale: Tensor | None) -> Quantizer:
+    """Grid, shift and step for one smoothing scale."""
+    inverse = None if scale is None else 1.0 / scale
+    channel_dim = statistics.channel_dim
+    values = statistics.channels if inverse is None else statistics.channels * inverse
+    low, high = (float(v) for v in torch.aminmax(values.float()))
+    if inverse is None:
+        low, high = min(low, statistics.low), max(high, statistics.high)
+    shift = 0.0
+    if low < 0 < high and -low <= SHIFT_SHARE * (high - low) and not statistics.is_padded:
+        shift = -low
+    unsigned = statistics.low >= 0 or shift > 0
+    grid = UNSIGNED if unsigned else SIGNED
+    if inverse is None and not shift:
+        step = range_step(statistics.counts, statistics.edges, signed=not unsigned)
+    else:
+        edge = max(abs(low + shift), abs(high + shift), 1e-12)
+        counts = torch.histc((values + shift).float(), _BINS, -edge, edge)
+        edges = torch.linspace(-edge, edge, _BINS + 1, dtype=torch.float64)
+        step = range_step(counts, edges, signed=not unsigned)
+    return Quantizer(
+        step=step,
+        low=grid[0],
+        high=grid[1],
+        inverse_scale=inverse,
+        channel_dim=channel_dim,
+        shift=shift,
+    )
+
+
+def _cost(
+    statistics: SiteStatistics, quantizer: Quantizer, scale: Tensor | None, limit: int
+) -> float:
+    x = statistics.channels.double()
+    weights = statistics.readers_amax
+    w = torch.ones(x.shape[1], dtype=torch.float64) if weights is None else weights.double()
+    s = torch.ones_like(w) if scale is None else scale.double()
+    values = x / s + quantizer.shift
+    error = fake_quantize(values, quantizer.step, quantizer.low, quantizer.high) - values
+    activations = (error.square().mean(0) * (w * s).square()).sum()
+    weight_step = (w * s).max() / limit
+    weights_error = ((x / s).square().mean(0) * weight_step.square() / 12).sum()
+    return float(activations + weights_error)
+
+
+def _column_scale(
+    weight: Tensor, quantizer: Quantizer | None, statistics: SiteStatistics
+) -> Tensor | None:
+    """What each column of the weight is multiplied by: the inverse of the channel's factor."""
+    if quantizer is None or quantizer.inverse_scale is None:
+        return None
+    per_channel = 1.0 / quantizer.inverse_scale.double()
+    groups = weight.shape[0]
+    window = weight.shape[2] * groups // per_channel.numel()
+    return per_channel.reshape(groups, 1, -1).repeat_interleave(window, dim=2)
+
+
+def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
+    """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12."""
+    from dataclasses import replace
+
+    moments = statistics.moments
+    n = moments.xx.shape[-1]
+    noise = torch.eye(n, dtype=torch.float64) * (quantizer.step**2 / 12 * moments.count)
+    if quantizer.inverse_scale is None:
+        return replace(moments, xx=moments.xx + noise)
+    window = n * moments.xx.shape[0] // quantizer.inverse_scale.numel()
+    factor = quantizer.inverse_scale.double().reshape(moments.xx.shape[0], -1)
+    factor = factor.repeat_interleave(window, dim=1)
+    xx = moments.xx * factor.unsqueeze(1) * factor.unsqueeze(2)
+    return replace(moments, xx=xx + noise, x=moments.x * factor)
+
+
+def _target(
+    weight: Tensor, columns: Tensor | None, moments: Moments, damping: float
+) -> tuple[Tensor, float]:
+    """The weight to round: scaled to the quantised input, refitted where the prefix changed."""
+    scaled_weight = weight if columns is None else weight * columns
+    if moments.cross is None:
+        return scaled_weight, 0.0
+    target, _, used = refit(scaled_weight, moments, damping)
+    return target, used
+
+
+def _bias_shift(
+    weight: Tensor, columns: Tensor | None, dequantized: Tensor, moments: Moments
+) -> Tensor:
+    scaled_weight = weight if columns is None else weight * columns
+    return bias_shift(scaled_weight, dequantized, moments)
+
+
+def layer_error(statistics: SiteStatistics, change: SiteChange) -> float:
+    """Relative squared error of the layer's output, from moments alone (a cheap proxy)."""
+    if change.codes is None or change.scale is None:
+        return 0.0
+    shape = statistics.weight.shape
+    new = change.codes.double().reshape(shape) * change.scale.double().reshape(*shape[:2], 1)
+    quantizer = change.quantizer
+    moments = statistics.moments if quantizer is None else _expected(statistics, quantizer)
+    columns = _column_scale(statistics.weight, quantizer, statistics)
+    old = statistics.weight if columns is None else statistics.weight * columns
+    return relative_error(old, new, moments)
+
+
+__all__ = ["Quantize", "choose_quantizer", "layer_error"]

@@ -1,0 +1,1 @@
+"""Streaming moments and samples over a graph, in one pass."""

@@ -1,0 +1,181 @@
+"""One pass over a graph: for each tensor that a site reads its moments, histogram and rows.
+
+Only real tokens count where an attention mask is among the inputs. Positions of a convolution are
+subsampled, without bias, to a bounded number a sample.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from tersor.core.records import Signature
+from tersor.graph.contracts import Graph, Rows
+from tersor.graph.edit import attribute, execute, last_uses
+from tersor.graph.operators import (
+    WeightedOp,
+    as_rows,
+    grouped_weight,
+    output_rows,
+    weighted_ops,
+)
+from tersor.observe.streams import Histogram, MomentStream, RowSample
+from tersor.ops.moments import Moments
+
+POSITIONS = 256  # rows of a convolution's input used per sample
+ROWS = 1024  # rows kept of each op
+CHANNEL_ROWS = 2048  # raw values kept of each channel
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the pass knows about one op's input."""
+
+    moments: Moments
+    channels: Tensor  # [t, c_in]: a sample of the raw input by channel
+    counts: Tensor
+    edges: Tensor
+    low: float
+    high: float
+    rows: Rows
+
+    def channel_amax(self) -> Tensor:
+        """99.9th percentile of |x| by channel."""
+        return torch.quantile(self.channels.abs().float(), 0.999, dim=0)
+
+
+@dataclass
+class _Streams:
+    moments: MomentStream
+    histogram: Histogram
+    rows: RowSample
+    outputs: RowSample
+    channels: RowSample
+
+
+def token_mask(signature: Signature, flat: Sequence[Tensor]) -> Tensor | None:
+    """The attention mask among the inputs as booleans [batch, tokens], or None."""
+    for spec, tensor in zip(signature.inputs, flat, strict=True):
+        if "attention_mask" in spec.name and tensor.dim() == 2 and not tensor.is_floating_point():
+            mask = tensor.bool()
+            if bool((tensor == mask).all()) and bool(mask.any()):
+                return mask
+    return None
+
+
+def observe(
+    graph: Graph,
+    batches: Iterable[tuple[Tensor, ...]],
+    n_batches: int,
+    *,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Observed]:
+    """Statistics by op name (linear and convolution), in one pass.
+
+    Args:
+        graph: The original graph; only read.
+        batches: Flat inputs.
+        n_batches: How many batches there are, to spread the row samples.
+        seed: Of the subsampling.
+        advance: Called after each batch.
+    """
+    ops = [op for op in weighted_ops(graph.module) if op.kind != "embedding"]
+    wanted = {op.node.name: op for op in ops}
+    streams = {name: _new_streams(n_batches) for name in wanted}
+    generator = torch.Generator().manual_seed(seed)
+    done = last_uses(graph.module)
+    for flat in batches:
+        mask = token_mask(graph.signature, flat)
+        env: dict[str, object] = {}
+        stream = iter(flat)
+        with torch.no_grad():
+            for node in graph.module.graph.nodes:
+                is_input = node.op == "placeholder"
+                env[node.name] = next(stream) if is_input else execute(graph.module, node, env)
+                if node.name in wanted:
+                    _record(streams[node.name], wanted[node.name], env, mask, generator)
+                for name in done.get(node.name, ()):
+                    del env[name]
+        advance()
+    return {name: _finish(streams[name]) for name in wanted}
+
+
+def _new_streams(n_batches: int) -> _Streams:
+    return _Streams(
+        MomentStream(),
+        Histogram(),
+        RowSample(ROWS, n_batches),
+        RowSample(ROWS, n_batches),
+        RowSample(CHANNEL_ROWS, n_batches),
+    )
+
+
+def _record(
+    streams: _Streams,
+    op: WeightedOp,
+    env: Mapping[str, object],
+    mask: Tensor | None,
+    generator: torch.Generator,
+) -> None:
+    data, output = env[op.data.name], env[op.node.name]
+    assert isinstance(data, Tensor)
+    assert isinstance(output, Tensor)
+    rows, results = as_rows(data, op, mask), output_rows(output, op, mask)
+    if op.window is not None:
+        keep = _positions(len(rows), data.shape[0], generator)
+        rows, results = rows[keep], results[keep]
+    streams.moments.add_(rows)
+    values = channel_rows(data, op, mask)
+    streams.histogram.add_(values)
+    streams.channels.add_(values[streams.channels.pick(len(values), generator)])
+    picked = streams.rows.pick(len(rows), generator)
+    streams.rows.add_(rows[picked])
+    streams.outputs.add_(results[picked])
+
+
+def _positions(rows: int, samples: int, generator: torch.Generator) -> Tensor:
+    limit = POSITIONS * samples
+    if rows <= limit:
+        return torch.arange(rows)
+    return torch.randperm(rows, generator=generator)[:limit].sort().values
+
+
+def channel_rows(data: Tensor, op: WeightedOp, mask: Tensor | None) -> Tensor:
+    """Raw values by channel [t, c]."""
+    if op.window is None:
+        return as_rows(data, op, mask)[:, 0]
+    return data.movedim(1, -1).reshape(-1, data.shape[1])
+
+
+def _finish(streams: _Streams) -> Observed:
+    histogram, rows = streams.histogram, streams.rows.value()
+    return Observed(
+        moments=streams.moments.value(),
+        channels=streams.channels.value(),
+        counts=histogram.counts,
+        edges=histogram.edges(),
+        low=histogram.low,
+        high=histogram.high,
+        rows=Rows(original=rows, compressed=rows, output=streams.outputs.value()),
+    )
+
+
+def op_weight(graph: Graph, op: WeightedOp) -> Tensor:
+    """The op's weight as [g, m, n], float64."""
+    groups = 1 if op.window is None else op.window.groups
+    return grouped_weight(attribute(graph.module, str(op.weight.target)), groups)
+
+
+def op_bias(graph: Graph, op: WeightedOp) -> Tensor | None:
+    """The op's bias as [g, m], float64, or None."""
+    if op.bias is None:
+        return None
+    groups = 1 if op.window is None else op.window.groups
+    return attribute(graph.module, str(op.bias.target)).double().reshape(groups, -1)
+
+
+def node_by_name(graph: Graph) -> dict[str, fx.Node]:
+    """The graph's nodes by name."""
+    return {node.name: node for node in graph.module.graph.nodes}

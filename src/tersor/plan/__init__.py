@@ -1,0 +1,1 @@
+"""Candidates, prices and a target become a plan."""

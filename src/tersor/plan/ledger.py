@@ -1,0 +1,189 @@
+"""What a search has paid for: each real evaluation and each measurement once.
+
+The one stateful part of the stage. Tables move with every measurement, so that totals of a draft
+are always read from here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tersor.core.records import Candidate, Format, Plan, PriceTable
+from tersor.plan.problem import Constraint, Objective, Problem, Totals
+from tersor.plan.solve import TOLERANCE, optimise
+from tersor.plan.sweep import expected_loss
+from tersor.plan.task import Assignment, Draft, Evaluation, Task, Tools
+
+Key = tuple[tuple[str, Format], ...]
+
+
+def draft_of(table: int, assignment: Assignment) -> Draft:
+    """The draft of an assignment on a table."""
+    return Draft(table, _key(assignment))
+
+
+def _key(assignment: Assignment) -> Key:
+    return tuple(sorted(assignment.items()))
+
+
+class Ledger:
+    """Tables as corrected so far, evaluated losses and measured latencies."""
+
+    def __init__(self, task: Task, tools: Tools, known: Sequence[Evaluation] = ()) -> None:
+        self.task = task
+        self.tables: list[PriceTable] = list(task.tables)
+        self.evaluations: list[Evaluation] = list(known)
+        self.measured: dict[Draft, float] = {}
+        self.unreachable: Constraint | None = None  # a budget that had to be given up
+        self._tools = tools
+        self._losses: dict[Key, float] = {_key(e.assignment): e.loss for e in known}
+        self._n_known = len(self.evaluations)
+
+    @property
+    def evaluations_left(self) -> int:
+        """How many more real evaluations the task allows."""
+        return self.task.max_evaluations - len(self.evaluations) + self._n_known
+
+    def problem(self, table: int) -> Problem:
+        """The problem on one table as corrected so far."""
+        problem = self.task.problem(self.tables[table])
+        return problem.without("size") if self.unreachable == "size" else problem
+
+    def native_ms(self, table: int) -> float:
+        """Predicted latency of the uncompressed build on a table."""
+        return self.tables[table].predict_ms({}, self.task.tensors)
+
+    def solve(
+        self,
+        objective: Objective,
+        *,
+        max_ms: float | None = None,
+        max_error: float | None = None,
+        may_be_slower: bool = False,
+    ) -> list[Draft]:
+        """The best plan on each table that can hold the budgets, the best table first.
+
+        Unless it may be, no plan is predicted slower than the uncompressed build on its table.
+        """
+        found = []
+        for i in range(len(self.tables)):
+            limit = max_ms
+            if not may_be_slower:
+                native = self.native_ms(i) * (1 + TOLERANCE)
+                limit = native if max_ms is None else min(max_ms, native)
+            problem = replace(
+                self.problem(i), objective=objective, max_ms=limit, max_error=max_error
+            )
+            solution = optimise(problem)
+            if solution.is_feasible:
+                found.append(draft_of(i, solution.assignment))
+        return sorted(found, key=lambda d: (self.totals(d).of(objective), self.totals(d), d.table))
+
+    def totals(self, draft: Draft) -> Totals:
+        """What a draft costs on its table as corrected so far."""
+        return self.problem(draft.table).totals(draft.assignment)
+
+    def is_evaluated(self, draft: Draft) -> bool:
+        """Whether the real loss of a draft is known."""
+        return draft.levels in self._losses
+
+    def loss(self, draft: Draft) -> float:
+        """The real quality loss of a draft; evaluated at most once.
+
+        Where the evaluations are used up, the loss that its predicted error should cost.
+        """
+        if draft.levels in self._losses:
+            return self._losses[draft.levels]
+        error = self.totals(draft).error
+        if self.evaluations_left <= 0:
+            return expected_loss([(e.error, e.loss) for e in self.evaluations], error)
+        return self._evaluate(draft.assignment, draft.levels, error)
+
+    def baseline_loss(self) -> float:
+        """The real quality loss of the best uncompressed build; evaluated at most once."""
+        assignment = self._baseline_assignment()
+        known = self._losses.get(_key(assignment))
+        if known is not None:
+            return known
+        return self._evaluate(assignment, _key(assignment), self._baseline_error())
+
+    def _baseline_assignment(self) -> dict[str, Format]:
+        native: Format = self.task.baseline_choice.precision
+        return dict.fromkeys(sorted(self.task.candidates), native)
+
+    def _baseline_error(self) -> float:
+        native = self.task.baseline_choice.precision
+        rows = self.task.candidates.values()
+        return sum((min((c.error for c in r if c.level == native), default=0.0) for r in rows), 0.0)
+
+    def _evaluate(self, assignment: Assignment, levels: Key, error: float) -> float:
+        loss = float(self._tools.evaluate(assignment))
+        self._losses[levels] = loss
+        self.evaluations.append(Evaluation(assignment=assignment, error=error, loss=loss))
+        return loss
+
+    def measure(self, drafts: Sequence[Draft]) -> bool:
+        """Measure the drafts that were not yet, correct their tables; False if all were."""
+        fresh = [d for d in dict.fromkeys(drafts) if d not in self.measured]
+        if not fresh:
+            return False
+        times = self._tools.measure([self.plan(d) for d in fresh])
+        for draft, ms in zip(fresh, times, strict=True):
+            self.measured[draft] = float(ms)
+            self.tables[draft.table] = self._tools.correct(
+                self.tables[draft.table], draft.assignment, self.task.tensors, float(ms)
+            )
+        return True
+
+    def ms(self, draft: Draft) -> float:
+        """Measured latency of a draft, or the predicted one."""
+        return self.measured.get(draft, self.totals(draft).ms)
+
+    def disagreement(self, draft: Draft) -> float:
+        """How far the prediction is from the measurement; infinite where there is none."""
+        if draft not in self.measured:
+            return float("inf")
+        return abs(self.totals(draft).ms / self.measured[draft] - 1)
+
+    def plan(self, draft: Draft, binding: str = "") -> Plan:
+        """The record of a draft, with what is known about it."""
+        totals = self.totals(draft)
+        levels = self.problem(draft.table).levels()
+        chosen: list[Candidate] = [levels[site][level] for site, level in draft.levels]
+        return Plan(
+            assignment=draft.assignment,
+            choice=self.tables[draft.table].choice,
+            predicted_ms=totals.ms,
+            predicted_bytes=totals.size_bytes,
+            predicted_error=totals.error,
+            target=self.task.target,
+            settings={c.site: c.detail for c in chosen if c.detail},
+            binding=binding,
+            seed=self.task.seed,
+            model=self.task.model,
+            measured_ms=self.measured.get(draft),
+            measured_error=self._losses.get(draft.levels),
+        )
+
+    def baseline_plan(self, binding: str = "") -> Plan:
+        """The best uncompressed build as a plan."""
+        task, assignment = self.task, self._baseline_assignment()
+        return Plan(
+            assignment=assignment,
+            choice=task.baseline_choice,
+            predicted_ms=task.baseline_ms,
+            predicted_bytes=task.baseline.size_bytes,
+            predicted_error=self._baseline_error(),
+            target=task.target,
+            binding=binding,
+            seed=task.seed,
+            model=task.model,
+            measured_ms=task.baseline_ms,
+            measured_error=self._losses.get(_key(assignment)),
+        )
+
+    def is_baseline(self, draft: Draft) -> bool:
+        """Whether a draft is the best uncompressed build itself."""
+        choice = self.tables[draft.table].choice
+        return choice == self.task.baseline_choice and all(
+            level == choice.precision for _, level in draft.levels
+        )

@@ -1,0 +1,162 @@
+"""What the search is asked, what it may call, and what it answers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tersor.core.errors import ConfigError
+from tersor.core.records import BaselineRow, BuildChoice, Candidate, Format, Plan, PriceTable
+from tersor.plan.problem import Problem
+
+Assignment = Mapping[str, Format]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The budgets of a target, in the search's own units; at least one is set.
+
+    Args:
+        max_ms: Latency of one call, in the session of the baseline's median.
+        max_bytes: Bytes of the artifact.
+        max_loss: Quality loss in the units of ``evaluate``: points, or 1 - agreement.
+    """
+
+    max_ms: float | None = None
+    max_bytes: float | None = None
+    max_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_ms is None and self.max_bytes is None and self.max_loss is None:
+            raise ConfigError(
+                "the plan has no budget that it can act on: found none of max_ms, max_bytes and "
+                "max_loss; give a speed, a size or a quality in the target"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Everything the search reads.
+
+    Args:
+        candidates: Site -> its candidates; pinned sites are left out.
+        tables: One price table for each build choice in the race; at least one.
+        tensors: Site -> the tensor that it reads.
+        fixed_bytes: Bytes of everything that is no site, pinned sites included.
+        limits: The target's budgets.
+        baseline: The best uncompressed build.
+        pinned: Pinned site -> why.
+        max_evaluations: Real evaluations of the quality, besides the baseline's own.
+        max_rounds: Rounds of measuring, correcting and solving again.
+        seed: Chooses among swap moves where there are too many.
+        target, model: Copied into the plans.
+    """
+
+    candidates: Mapping[str, Sequence[Candidate]]
+    tables: tuple[PriceTable, ...]
+    tensors: Mapping[str, str]
+    fixed_bytes: int
+    limits: Limits
+    baseline: BaselineRow
+    pinned: Mapping[str, str] = field(default_factory=dict)
+    max_evaluations: int = 24
+    max_rounds: int = 3
+    seed: int = 0
+    target: Mapping[str, float] = field(default_factory=dict)
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.tables:
+            raise ConfigError("found no price table, wanted at least one; run the price stage")
+        if self.baseline.choice is None:
+            raise ConfigError(
+                f"baseline {self.baseline.name}: found the eager model, wanted a build; the best "
+                "uncompressed build is what speeds are compared with"
+            )
+        if self.max_evaluations < 0 or self.max_rounds < 1:
+            raise ConfigError(
+                f"found max_evaluations={self.max_evaluations}, max_rounds={self.max_rounds}; "
+                "wanted at least 0 and 1"
+            )
+
+    @property
+    def baseline_choice(self) -> BuildChoice:
+        """How the best uncompressed build is made."""
+        choice = self.baseline.choice
+        assert choice is not None  # noqa: S101 - checked at birth
+        return choice
+
+    @property
+    def baseline_ms(self) -> float:
+        """Median latency of the best uncompressed build."""
+        return self.baseline.timing.median_ms
+
+    def problem(self, table: PriceTable) -> Problem:
+        """The allocation problem on one table, with the size budget and no other."""
+        return Problem(
+            candidates=self.candidates,
+            table=table,
+            tensors=self.tensors,
+            fixed_bytes=self.fixed_bytes,
+            max_bytes=self.limits.max_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """What the search calls.
+
+    Args:
+        evaluate: Quality loss of an assignment on the search part, by real forwards; lower is
+            better. Called once for each distinct assignment.
+        measure: Builds plans and measures them interleaved with the baseline; milliseconds,
+            normalised so that the baseline would show ``baseline_ms``.
+        correct: A table moved by one measured plan: (table, assignment, tensors, measured_ms).
+    """
+
+    evaluate: Callable[[Assignment], float]
+    measure: Callable[[Sequence[Plan]], Sequence[float]]
+    correct: Callable[[PriceTable, Assignment, Mapping[str, str], float], PriceTable]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Draft:
+    """One level for each site, on one of the task's tables."""
+
+    table: int
+    levels: tuple[tuple[str, Format], ...]  # by site name
+
+    @property
+    def assignment(self) -> dict[str, Format]:
+        """Site -> level."""
+        return dict(self.levels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One real evaluation: the sum of the candidates' errors against the loss that it caused."""
+
+    assignment: Assignment
+    error: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What the search answers.
+
+    Attributes:
+        plan: The plan to build.
+        finalists: One to three plans, the chosen one first, then by latency.
+        evaluations: Every real evaluation, in order.
+        binding: The constraint by name: latency, size, drop, or "" where nothing binds.
+        reason: Why this plan, in words.
+        target_met_on_search: Every budget holds by the numbers at hand.
+        is_baseline: The best uncompressed build is the answer.
+    """
+
+    plan: Plan
+    finalists: tuple[Plan, ...]
+    evaluations: tuple[Evaluation, ...]
+    binding: str
+    reason: str
+    target_met_on_search: bool
+    is_baseline: bool = False

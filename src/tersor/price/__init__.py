@@ -1,0 +1,1 @@
+"""Whole builds on the backend, node times and fitted tables."""

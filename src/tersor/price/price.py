@@ -1,0 +1,206 @@
+"""From whole builds on the backend to price tables.
+
+Builds are made, profiled and measured a few at a time, for memory; every batch has the reference
+build in it, and its latencies are divided by the reference's drift, so that all tables speak of
+the session in which the baseline was measured.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tersor.core.errors import BackendError, ConfigError
+from tersor.core.records import BuildChoice, Format, PriceTable, Site
+from tersor.graph.contracts import Executable
+from tersor.price.baseline import Call, Meter
+from tersor.price.table import Observation, QuantizeNodes, fit_table
+from tersor.price.variants import (
+    Variant,
+    draw_variants,
+    full_assignment,
+    quantizable,
+)
+
+REFERENCE = "reference"
+# A choice whose all-int8 build is slower than the best one's by more is not priced further.
+PROBE_MARGIN = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceTools:
+    """What pricing calls.
+
+    Args:
+        build: Makes the build of an assignment (site -> level) on a choice.
+        run: One call of a build on example inputs, at the built shapes.
+        measure: Measures callables interleaved.
+        reference: The best uncompressed build, ready to call.
+        reference_ms: Its median when it was chosen.
+        quantize_nodes: Tensor -> profile names of its quantiser.
+    """
+
+    build: Callable[[BuildChoice, Mapping[str, Format]], Executable]
+    run: Callable[[Executable], object]
+    measure: Meter
+    reference: Call
+    reference_ms: float
+    quantize_nodes: QuantizeNodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceConfig:
+    """How many builds make a table.
+
+    Args:
+        k: Builds that the fit sees (10 for one precision, 20 for mixtures; FINDINGS 1).
+        held_out: Builds that only test it.
+        batch: Builds that are alive at once, besides the reference.
+        seed: Of the draw.
+    """
+
+    k: int = 12
+    held_out: int = 4
+    batch: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k < 2 or self.held_out < 0 or self.batch < 1:
+            raise ConfigError(
+                f"found k={self.k}, held_out={self.held_out}, batch={self.batch}; wanted k >= 2 "
+                "(all native and all int8), held_out >= 0 and batch >= 1"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """The all-int8 build of a choice; None where it could not be built."""
+
+    choice: BuildChoice
+    measured_ms: float | None
+    priced: bool
+    reason: str = ""  # why it was not priced
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Priced:
+    """Tables of the choices that stay in the race, and how all of them were probed."""
+
+    tables: tuple[PriceTable, ...]
+    probes: tuple[Probe, ...]
+
+
+def price_all(
+    choices: Sequence[BuildChoice],
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Format]],
+    tools: PriceTools,
+    config: PriceConfig,
+) -> Priced:
+    """Probe every choice by its all-int8 build, price those that may win.
+
+    Args:
+        choices: The ways to build, such as the baseline's with each option set of the backend.
+        sites: Every site, pinned ones included, in graph order.
+        levels: Site -> levels that method and backend offer.
+        tools: What is called.
+        config: How many builds.
+
+    Returns:
+        At least one table. Where no site offers int8: one, of native entries, for the first
+        choice.
+
+    Raises:
+        BackendError: No choice could be built.
+    """
+    if not quantizable(sites, levels):
+        table = price_choice(choices[0], sites, levels, tools, config)
+        return Priced(tables=(table,), probes=())
+    probes = _probe(choices, sites, levels, tools)
+    tables = tuple(price_choice(p.choice, sites, levels, tools, config) for p in probes if p.priced)
+    return Priced(tables=tables, probes=probes)
+
+
+def price_choice(
+    choice: BuildChoice,
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Format]],
+    tools: PriceTools,
+    config: PriceConfig,
+) -> PriceTable:
+    """The table of one way to build, fitted on whole builds and tested on held-out ones."""
+    variants = draw_variants(
+        sites,
+        levels,
+        choice.precision,
+        k=config.k,
+        held_out=config.held_out,
+        seed=config.seed,
+    )
+    observations: list[Observation] = []
+    for start in range(0, len(variants), config.batch):
+        observations += _observe(choice, variants[start : start + config.batch], tools)
+    return fit_table(choice, sites, observations, tools.quantize_nodes)
+
+
+def measure_interleaved(calls: Mapping[str, Call], tools: PriceTools) -> dict[str, float]:
+    """Median latencies beside the reference, without its drift since it was chosen."""
+    timings = tools.measure({REFERENCE: tools.reference, **calls})
+    drift = timings[REFERENCE].median_ms / tools.reference_ms
+    return {name: timings[name].median_ms / drift for name in calls}
+
+
+def _observe(
+    choice: BuildChoice, variants: Sequence[Variant], tools: PriceTools
+) -> list[Observation]:
+    """Build a batch, profile and measure it; nothing of it outlives this call."""
+    builds = {str(i): tools.build(choice, v.assignment) for i, v in enumerate(variants)}
+    profiles = {name: build.profile() for name, build in builds.items()}
+    times = measure_interleaved({n: _caller(tools, b) for n, b in builds.items()}, tools)
+    return [
+        Observation(
+            assignment=variant.assignment,
+            node_ms=profiles[name],
+            measured_ms=times[name],
+            held_out=variant.held_out,
+        )
+        for name, variant in zip(builds, variants, strict=True)
+    ]
+
+
+def _caller(tools: PriceTools, build: Executable) -> Call:
+    return lambda: tools.run(build)
+
+
+def _probe(
+    choices: Sequence[BuildChoice],
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Format]],
+    tools: PriceTools,
+) -> tuple[Probe, ...]:
+    calls: dict[str, Call] = {}
+    failures: dict[str, str] = {}
+    for i, choice in enumerate(choices):
+        try:
+            build = tools.build(choice, full_assignment(sites, levels, choice.precision))
+            calls[str(i)] = _caller(tools, build)
+        except BackendError as error:
+            failures[str(i)] = str(error)
+    if not calls:
+        raise BackendError(
+            f"found no int8 build among {len(choices)} choices, wanted at least one "
+            f"({'; '.join(failures.values())}); leave int8 out with methods="
+        )
+    times = measure_interleaved(calls, tools)
+    best = min(times.values())
+    return tuple(
+        _probed(choice, times.get(str(i)), best, failures.get(str(i), ""))
+        for i, choice in enumerate(choices)
+    )
+
+
+def _probed(choice: BuildChoice, ms: float | None, best: float, failure: str) -> Probe:
+    if ms is None:
+        return Probe(choice=choice, measured_ms=None, priced=False, reason=failure)
+    if ms <= best * (1 + PROBE_MARGIN):
+        return Probe(choice=choice, measured_ms=ms, priced=True)
+    reason = f"its all-int8 build takes {ms / best - 1:.0%} more than the fastest"
+    return Probe(choice=choice, measured_ms=ms, priced=False, reason=reason)

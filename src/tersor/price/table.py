@@ -1,0 +1,249 @@
+"""A price table from whole builds: node times in context, and one scale.
+
+Each entry is the mean time of a site's own nodes over the builds in which it had that format;
+regressing end-to-end times instead is twice as wrong from ten builds (FINDINGS 1). What no site
+owns is glue. It grows with the number of quantised tensors and of int8 sites, so those slopes go
+to the quantisers and to the int8 entries; the constant stays. At the end the sums are scaled to
+the measured latencies.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+from scipy.stats import spearmanr
+
+from tersor.core.errors import ConfigError
+from tersor.core.records import BuildChoice, Format, PricedBuild, PriceTable, Site
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+QuantizeNodes = Callable[[str], Sequence[str]]  # tensor -> profile names of its quantiser
+
+# How strongly the parts of a price are held to one common scale, in units of one build's relative
+# error: profiling may slow many short nodes more than a few long ones, but no part moves freely.
+RIDGE = 0.3
+MIN_FOR_RANKS = 4  # a rank correlation of fewer builds says nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One whole build as measured: node times by name, and the latency of a call."""
+
+    assignment: Mapping[str, Format]
+    node_ms: Mapping[str, float]
+    measured_ms: float
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitError:
+    """How far a table is off on builds that no fit saw."""
+
+    n: int
+    median: float  # of |predicted / measured - 1|
+    p90: float
+    spearman: float | None  # None for fewer than four builds, or equal predictions
+
+
+def fit_table(
+    choice: BuildChoice,
+    sites: Sequence[Site],
+    observations: Sequence[Observation],
+    quantize_nodes: QuantizeNodes,
+) -> PriceTable:
+    """Fit a table on the observations that are not held out; predict them all.
+
+    Args:
+        choice: How all of them were built.
+        sites: Every site, pinned ones included; a site's ``ops`` name its nodes.
+        observations: At least one that is not held out.
+        quantize_nodes: Names of the nodes that quantise a tensor; a fused one has no entry in
+            the profile and costs nothing.
+
+    Returns:
+        Entries >= 0; a format that no fitted build showed is absent, except that weight-only
+        int8 costs what the native format does.
+
+    Raises:
+        ConfigError: Nothing to fit on, or a latency that is not positive.
+    """
+    fitted = [o for o in observations if not o.held_out]
+    if not fitted:
+        raise ConfigError(
+            f"{choice.describe()}: found no build to fit prices on, wanted at least one that is "
+            "not held out"
+        )
+    for o in observations:
+        if not o.measured_ms > 0:
+            raise ConfigError(f"{choice.describe()}: found a latency of {o.measured_ms} ms")
+    tensors = {s.name: s.tensor for s in sites if s.tensor is not None}
+    table = PriceTable(
+        choice=choice,
+        ops=_site_prices(choice, sites, fitted),
+        quantizers=_quantizer_prices(tensors, fitted, quantize_nodes),
+        glue_ms=0.0,
+    )
+    table = _with_glue(table, [_glue(o, sites, tensors, quantize_nodes) for o in fitted])
+    table = _balanced(table, tensors, fitted)
+    ratios = [o.measured_ms / table.predict_ms(o.assignment, tensors) for o in fitted]
+    table = replace(table, scale=float(np.median(ratios)))
+    builds = tuple(
+        PricedBuild(
+            assignment=o.assignment,
+            measured_ms=o.measured_ms,
+            predicted_ms=table.predict_ms(o.assignment, tensors),
+            held_out=o.held_out,
+        )
+        for o in observations
+    )
+    return replace(table, builds=builds)
+
+
+def fit_error(table: PriceTable) -> FitError | None:
+    """The error on the held-out builds; None without any."""
+    pairs = [(b.predicted_ms, b.measured_ms) for b in table.builds if b.held_out]
+    if not pairs:
+        return None
+    predicted, measured = np.array(pairs, dtype=np.float64).T
+    off = np.abs(predicted / measured - 1)
+    ranked = len(pairs) >= MIN_FOR_RANKS and np.ptp(predicted) > 0 and np.ptp(measured) > 0
+    return FitError(
+        n=len(pairs),
+        median=float(np.median(off)),
+        p90=float(np.percentile(off, 90)),
+        spearman=float(spearmanr(predicted, measured).statistic) if ranked else None,
+    )
+
+
+def correct_table(
+    table: PriceTable,
+    assignment: Mapping[str, Format],
+    tensors: Mapping[str, str],
+    measured_ms: float,
+) -> PriceTable:
+    """Move the scale by one measured plan.
+
+    After n calls the scale is the fitted one times the geometric mean of measured / predicted
+    over all n plans: each ratio counts the same, whatever the order.
+
+    Raises:
+        ConfigError: The measured latency is not positive.
+    """
+    if not measured_ms > 0:
+        raise ConfigError(f"{table.choice.describe()}: found a latency of {measured_ms} ms")
+    n = table.corrections + 1
+    ratio = measured_ms / table.predict_ms(assignment, tensors)
+    return replace(table, scale=table.scale * ratio ** (1 / n), corrections=n)
+
+
+def _is_int8(observation: Observation, site: str) -> bool:
+    return observation.assignment.get(site) == "int8"
+
+
+def _nodes_ms(observation: Observation, names: Sequence[str]) -> float:
+    return sum((observation.node_ms.get(name, 0.0) for name in names), 0.0)
+
+
+def _quantized(observation: Observation, tensors: Mapping[str, str]) -> list[str]:
+    return sorted({t for site, t in tensors.items() if _is_int8(observation, site)})
+
+
+def _site_prices(
+    choice: BuildChoice, sites: Sequence[Site], fitted: Sequence[Observation]
+) -> dict[str, dict[str, float]]:
+    prices: dict[str, dict[str, float]] = {}
+    for site in sites:
+        row: dict[str, float] = {}
+        native = [_nodes_ms(o, site.ops) for o in fitted if not _is_int8(o, site.name)]
+        int8 = [_nodes_ms(o, site.ops) for o in fitted if _is_int8(o, site.name)]
+        if native:
+            row[choice.precision] = row["int8_weight"] = float(np.mean(native))
+        if int8:
+            row["int8"] = float(np.mean(int8))
+        prices[site.name] = row
+    return prices
+
+
+def _quantizer_prices(
+    tensors: Mapping[str, str], fitted: Sequence[Observation], quantize_nodes: QuantizeNodes
+) -> dict[str, float]:
+    times: dict[str, list[float]] = {}
+    for observation in fitted:
+        for tensor in _quantized(observation, tensors):
+            times.setdefault(tensor, []).append(_nodes_ms(observation, quantize_nodes(tensor)))
+    return {tensor: float(np.mean(found)) for tensor, found in sorted(times.items())}
+
+
+def _glue(
+    observation: Observation,
+    sites: Sequence[Site],
+    tensors: Mapping[str, str],
+    quantize_nodes: QuantizeNodes,
+) -> tuple[int, int, float]:
+    """Quantised tensors, int8 sites, and the time of the nodes that neither owns."""
+    quantized = _quantized(observation, tensors)
+    owned = {name for site in sites for name in site.ops}
+    owned |= {name for tensor in quantized for name in quantize_nodes(tensor)}
+    rest = sum((ms for name, ms in observation.node_ms.items() if name not in owned), 0.0)
+    return len(quantized), sum(_is_int8(observation, s.name) for s in sites), rest
+
+
+def _with_glue(table: PriceTable, glue: Sequence[tuple[int, int, float]]) -> PriceTable:
+    counts = np.array([[1.0, n_tensors, n_sites] for n_tensors, n_sites, _ in glue])
+    rest = np.array([ms for _, _, ms in glue])
+    (constant, per_tensor, per_site), _ = nnls(counts, rest)
+    return replace(
+        table,
+        ops={
+            site: {level: ms + per_site * (level == "int8") for level, ms in row.items()}
+            for site, row in table.ops.items()
+        },
+        quantizers={t: ms + float(per_tensor) for t, ms in table.quantizers.items()},
+        glue_ms=float(constant),
+    )
+
+
+def _balanced(
+    table: PriceTable, tensors: Mapping[str, str], fitted: Sequence[Observation]
+) -> PriceTable:
+    """Scale native entries, int8 entries, quantisers and glue against each other, a little.
+
+    Non-negative least squares on relative errors of the end-to-end times, held to one common
+    scale by a ridge, so that a part which no build shows keeps that scale.
+    """
+    parts = np.array([_parts(table, o, tensors) for o in fitted])
+    measured = np.array([o.measured_ms for o in fitted])
+    sums = parts.sum(axis=1)
+    if not (sums > 0).all():
+        raise ConfigError(
+            f"{table.choice.describe()}: the profile of a build holds no time at all; "
+            "the backend's profile() must return milliseconds by node"
+        )
+    common = float(np.median(measured / sums))
+    rows = np.vstack([parts * common / measured[:, None], RIDGE * np.eye(parts.shape[1])])
+    factors, _ = nnls(rows, np.concatenate([np.ones(len(fitted)), np.full(parts.shape[1], RIDGE)]))
+    native, int8, quantizer, glue = (float(f) for f in factors)
+    return replace(
+        table,
+        ops={
+            site: {level: ms * (int8 if level == "int8" else native) for level, ms in row.items()}
+            for site, row in table.ops.items()
+        },
+        quantizers={t: ms * quantizer for t, ms in table.quantizers.items()},
+        glue_ms=table.glue_ms * glue,
+    )
+
+
+def _parts(
+    table: PriceTable, observation: Observation, tensors: Mapping[str, str]
+) -> tuple[float, float, float, float]:
+    native = int8 = 0.0
+    for site, row in table.ops.items():
+        if _is_int8(observation, site):
+            int8 += row["int8"]
+        else:
+            native += row[table.choice.precision]
+    quantizers = sum((table.quantizers[t] for t in _quantized(observation, tensors)), 0.0)
+    return native, int8, quantizers, table.glue_ms

@@ -1,0 +1,1 @@
+"""Asks every method for candidates at every site and measures their errors."""

@@ -1,0 +1,90 @@
+"""Why one site is as it is: price, error, alternatives, and what undoing it would change."""
+
+import difflib
+from typing import Any
+
+from tersor.core.errors import SiteNotFoundError
+from tersor.core.jsonable import to_json
+from tersor.core.records import Candidate, Site
+from tersor.report.facts import change_ms, reason
+from tersor.report.record import Report
+
+
+def explain(report: Report, site: str) -> dict[str, Any]:
+    """What the plan does at a site and what else it could do there, as JSON values.
+
+    Returns:
+        Keys: site, op_kind, shape, macs, pinned, level, method, error, error_se, size_bytes,
+        predicted_ms, reason, settings, alternatives and undo. Changes (``*_change``) are against
+        the plan as it is, all other sites unchanged, and are predictions.
+
+    Raises:
+        SiteNotFoundError: No site of that name; the message names the nearest.
+    """
+    found = _find(report, site)
+    native = report.plan.choice.precision
+    level = report.plan.assignment.get(found.name, native)
+    chosen = report.candidate(found.name, level)
+    table = report.table()
+    price = None if table is None else table.ops.get(found.name, {}).get(level)
+    options = [c for c in report.candidates if c.site == found.name and c.level != level]
+    return {
+        "site": found.name,
+        "op_kind": found.op_kind,
+        "shape": list(found.shape),
+        "macs": found.macs,
+        "pinned": found.pinned,
+        "level": level,
+        "method": None if chosen is None else chosen.method,
+        "error": 0.0 if chosen is None else chosen.error,
+        "error_se": 0.0 if chosen is None else chosen.error_se,
+        "size_bytes": _size(found, chosen),
+        "predicted_ms": None if price is None or table is None else price * table.scale,
+        "reason": reason(report, found),
+        "settings": to_json(report.plan.settings.get(found.name, {})),
+        "alternatives": [_alternative(report, found, chosen, c) for c in options],
+        "undo": _undo(report, found, chosen) if level != native else None,
+    }
+
+
+def _find(report: Report, name: str) -> Site:
+    for site in report.sites:
+        if site.name == name:
+            return site
+    known = [s.name for s in report.sites]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+    raise SiteNotFoundError(
+        f"no site is called {name!r}; nearest of {len(known)}: {', '.join(near) or 'none'}"
+    )
+
+
+def _size(site: Site, candidate: Candidate | None) -> int:
+    return site.size_bytes if candidate is None else candidate.size_bytes
+
+
+def _alternative(
+    report: Report, site: Site, chosen: Candidate | None, other: Candidate
+) -> dict[str, Any]:
+    error = 0.0 if chosen is None else chosen.error
+    return {
+        "level": other.level,
+        "method": other.method,
+        "error": other.error,
+        "error_se": other.error_se,
+        "size_bytes": other.size_bytes,
+        "latency_ms_change": change_ms(report, site.name, other.level),
+        "error_change": other.error - error,
+        "size_bytes_change": other.size_bytes - _size(site, chosen),
+    }
+
+
+def _undo(report: Report, site: Site, chosen: Candidate | None) -> dict[str, Any]:
+    native = report.plan.choice.precision
+    before = report.candidate(site.name, native)
+    error = 0.0 if before is None else before.error
+    return {
+        "level": native,
+        "latency_ms_change": change_ms(report, site.name, native),
+        "error_change": error - (0.0 if chosen is None else chosen.error),
+        "size_bytes_change": _size(site, before) - _size(site, chosen),
+    }

@@ -1,0 +1,44 @@
+"""What one compression decided and measured, as one record: an artifact carries it whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tersor.core.machine import Machine
+from tersor.core.records import Candidate, ParetoPoint, Plan, Prices, PriceTable, Site, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that the JSON, the terminal and ``explain`` say, and nothing derived.
+
+    Attributes:
+        version: Of Tersor.
+        machine: Where it was measured.
+        versions: Installed packages that took part, by name.
+        plan: The plan that the result carries out.
+        verdict: What was measured on the test part.
+        prices: Uncompressed builds and price tables.
+        sites: Every site, pinned ones too.
+        candidates: Every level that was offered, with its measured error.
+        pareto: Points on the curve, the result's own among them or not.
+        notes: What the reader must know beside the numbers.
+    """
+
+    version: str
+    machine: Machine
+    plan: Plan
+    verdict: Verdict
+    prices: Prices
+    sites: tuple[Site, ...]
+    candidates: tuple[Candidate, ...]
+    pareto: tuple[ParetoPoint, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> PriceTable | None:
+        """The price table of the plan's build choice; None where it was not priced."""
+        return next((t for t in self.prices.tables if t.choice == self.plan.choice), None)
+
+    def candidate(self, site: str, level: str) -> Candidate | None:
+        """The candidate of a site at a level; None where no method offered one."""
+        return next((c for c in self.candidates if (c.site, c.level) == (site, level)), None)

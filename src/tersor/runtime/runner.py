@@ -1,0 +1,228 @@
+"""Runs a built model as if it were the original: any batch, the caller's containers and types.
+
+A build has one batch size. The runner cuts the caller's batch into chunks of it, fills the last
+one by repeating its last row, and trims what comes back; rows must not influence each other,
+which is what a batch means.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from tersor.artifact.manifest import Ranges
+from tersor.core.errors import BackendError, ConfigError, DataError, GuardError, ShapeError
+from tersor.core.records import Signature, TensorSpec
+from tersor.core.structure import bind, unflatten
+from tersor.runtime.guards import Array, Guards, guard_arrays
+from tersor.runtime.tensors import Origin, batch_dim, carrier, from_array, origin_of, to_array
+
+
+@runtime_checkable
+class Executable(Protocol):
+    """What is run: arrays by name in and out, at the built shapes.
+
+    The part of ``graph.contracts.Executable`` that running needs, without torch. The arrays
+    that ``run`` returns are the caller's: the next call does not overwrite them.
+    """
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """One call."""
+        ...
+
+
+class Runner:
+    """Callable like the original model.
+
+    Args:
+        executable: The built model.
+        signature: The original's calling convention.
+        built_batch: Rows that one call of the executable takes.
+        guards: What to check beyond shapes and types; None: nothing.
+        ranges: Ranges for the guards.
+        clock: Nanoseconds, for the counters.
+
+    Calls may come from several threads; they run one after the other.
+
+    Raises:
+        DataError: Arguments that do not fit the signature, or batches that disagree.
+        GuardError: A guard with policy ``reject`` found something.
+        ShapeError: An output without a batch dimension differs between chunks.
+        BackendError: The executable gave other outputs than the signature declares.
+    """
+
+    def __init__(
+        self,
+        executable: Executable,
+        signature: Signature,
+        built_batch: int,
+        guards: Guards | None = None,
+        ranges: Ranges | None = None,
+        *,
+        clock: Callable[[], int] = time.perf_counter_ns,
+    ) -> None:
+        if built_batch < 1:
+            raise ConfigError(f"built_batch: found {built_batch}, wanted at least 1")
+        for spec in (*signature.inputs, *signature.outputs):
+            if spec.shape.count(None) > 1:
+                raise ConfigError(
+                    f"tensor {spec.name!r}: shape {spec.shape} has more than one batch dimension"
+                )
+        self.executable = executable
+        self.signature = signature
+        self.built_batch = built_batch
+        self.guards = guards
+        self.ranges = ranges or Ranges()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._counts = dict.fromkeys(
+            ("calls", "samples", "chunks", "rejected", "clamped", "padded_rows"), 0
+        )
+        self._total_ns = 0
+        self._last_ns = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on a batch of any size; the result is nested as the original's."""
+        with self._lock:
+            start = self._clock()
+            leaves = bind(self.signature, args, kwargs)
+            origin = origin_of(leaves)
+            specs = self.signature.inputs
+            inputs = {s.name: to_array(x, s) for s, x in zip(specs, leaves, strict=True)}
+            n = _batch_size(inputs, specs)
+            outputs = self._run_guarded(inputs, n)
+            result = self._pack(outputs, origin)
+            self._last_ns = self._clock() - start
+            self._total_ns += self._last_ns
+            self._counts["calls"] += 1
+            self._counts["samples"] += 1 if n is None else n
+        return result
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the runner was made.
+
+        ``calls`` that gave a result, their ``samples``, ``chunks`` that the executable ran,
+        calls ``rejected`` by a guard, values ``clamped``, ``padded_rows``, ``total_ms`` and
+        ``last_ms`` of the calls that gave a result.
+        """
+        with self._lock:
+            return {
+                **self._counts,
+                "total_ms": self._total_ns / 1e6,
+                "last_ms": self._last_ns / 1e6,
+            }
+
+    def _run_guarded(self, inputs: dict[str, Array], n: int | None) -> dict[str, Array]:
+        try:
+            inputs = self._guard(inputs, "input")
+            outputs = _empty(self.signature.outputs) if n == 0 else self._run(inputs, n)
+            return self._guard(outputs, "output")
+        except GuardError:
+            self._counts["rejected"] += 1
+            raise
+
+    def _guard(self, arrays: dict[str, Array], where: str) -> dict[str, Array]:
+        if self.guards is None:
+            return arrays
+        ranges = self.ranges.inputs if where == "input" else self.ranges.outputs
+        arrays, changed = guard_arrays(arrays, ranges, self.guards, where)
+        self._counts["clamped"] += changed
+        return arrays
+
+    def _run(self, inputs: dict[str, Array], n: int | None) -> dict[str, Array]:
+        if n is None:
+            return self._call(inputs, self.built_batch)
+        parts: list[dict[str, Array]] = []
+        for start in range(0, n, self.built_batch):
+            kept = min(self.built_batch, n - start)
+            chunk = {
+                spec.name: _chunk(inputs[spec.name], spec, start, self.built_batch)
+                for spec in self.signature.inputs
+            }
+            parts.append(self._call(chunk, kept))
+            self._counts["padded_rows"] += self.built_batch - kept
+        return {
+            spec.name: _join([part[spec.name] for part in parts], spec)
+            for spec in self.signature.outputs
+        }
+
+    def _call(self, inputs: Mapping[str, Array], kept: int) -> dict[str, Array]:
+        """One call of the executable; the first ``kept`` rows of each output."""
+        raw = self.executable.run(inputs)
+        self._counts["chunks"] += 1
+        outputs = {}
+        for spec in self.signature.outputs:
+            if spec.name not in raw:
+                raise BackendError(
+                    f"the build gave outputs {sorted(raw)}, wanted {spec.name!r} among them; "
+                    "it does not belong to this model"
+                )
+            array = np.asarray(raw[spec.name])
+            shape = tuple(self.built_batch if s is None else s for s in spec.shape)
+            if array.shape != shape:
+                raise BackendError(
+                    f"output {spec.name!r}: the build gave shape {array.shape}, wanted {shape}; "
+                    "it does not belong to this model"
+                )
+            outputs[spec.name] = _rows(array, batch_dim(spec), 0, kept)
+        return outputs
+
+    def _pack(self, outputs: Mapping[str, Array], origin: Origin) -> Any:
+        leaves = [from_array(outputs[s.name], s, origin) for s in self.signature.outputs]
+        return unflatten(self.signature.result, leaves)
+
+
+def _batch_size(inputs: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> int | None:
+    dims = {spec.name: batch_dim(spec) for spec in specs}
+    sizes = {name: inputs[name].shape[dim] for name, dim in dims.items() if dim is not None}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"the inputs have different batch sizes {sizes}, wanted one size")
+    return next(iter(sizes.values()), None)
+
+
+def _rows(array: Array, dim: int | None, start: int, stop: int) -> Array:
+    if dim is None:
+        return array
+    index = (slice(None),) * dim + (slice(start, stop),)
+    return array[index]
+
+
+def _chunk(array: Array, spec: TensorSpec, start: int, rows: int) -> Array:
+    dim = batch_dim(spec)
+    if dim is None:
+        return array
+    part = _rows(array, dim, start, start + rows)
+    missing = rows - part.shape[dim]
+    if missing:
+        last = part.shape[dim] - 1
+        fill = np.repeat(_rows(part, dim, last, last + 1), missing, axis=dim)
+        part = np.concatenate([part, fill], axis=dim)
+    return np.ascontiguousarray(part)
+
+
+def _join(parts: list[Array], spec: TensorSpec) -> Array:
+    dim = batch_dim(spec)
+    if dim is not None:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=dim)
+    for part in parts[1:]:
+        if not np.array_equal(parts[0], part, equal_nan=part.dtype.kind == "f"):
+            raise ShapeError(
+                f"output {spec.name!r} has no batch dimension and differs between the chunks of "
+                "this batch; call with at most the built batch, or build for a larger one"
+            )
+    return parts[0]
+
+
+def _empty(specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    for spec in specs:
+        if batch_dim(spec) is None:
+            raise DataError(
+                f"a batch of 0 samples has no output {spec.name!r}, which has no batch dimension; "
+                "pass at least one sample"
+            )
+    return {
+        spec.name: np.empty([size or 0 for size in spec.shape], dtype=carrier(spec.dtype))
+        for spec in specs
+    }

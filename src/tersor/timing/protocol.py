@@ -1,0 +1,283 @@
+"""The timing protocol: interleaved rounds, warm-ups after every switch, medians with bounds.
+
+Two builds are comparable only if they ran in the same minutes, so every round visits every
+callable, and the bounds treat a round, not a run, as the independent unit: drift of the clock
+frequency and neighbours on the machine act on whole rounds.
+"""
+
+import gc
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tersor.core.errors import ConfigError
+from tersor.core.records import Timing
+
+SLOW_MS = 200.0  # one call this long already refills caches and settles the clock frequency,
+SLOW_WARMUPS = 2  # so two of them do what ten short warm-ups do
+MIN_ROUNDS = 3  # fewer show no spread between rounds
+COMPUTE_BOUND = 0.95  # CPU time / wall time of a call that does not wait
+PREEMPTED = 0.9  # CPU time / wall time below which such a call was interrupted
+RESAMPLES = 2000  # bootstrap; its own error on a bound is a small part of the spread
+CONFIDENCE = 0.95
+# 97.5 % quantiles of Student's t by degrees of freedom, for the small-sample correction; between
+# two entries the smaller one counts, which widens the bounds.
+_T_975 = {
+    2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
+    10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042,
+}  # fmt: skip
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How to measure.
+
+    Args:
+        rounds: How often every callable gets its turn; at least 3.
+        runs: Timed calls of one callable in one round.
+        warmups: Calls before them, after every switch; at least 10. Callables above 200 ms
+            get 2.
+        min_runs: What ``runs`` may sink to where time is short.
+        max_seconds: Time for all callables together. It is kept by fewer runs of the callables
+            above 200 ms, then fewer rounds, then fewer runs of all; never below ``min_runs``
+            and 3 rounds, even if those take longer. None: no limit.
+    """
+
+    rounds: int = 7
+    runs: int = 15
+    warmups: int = 10
+    min_runs: int = 3
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds < MIN_ROUNDS:
+            raise ConfigError(f"rounds: found {self.rounds}, wanted at least {MIN_ROUNDS}")
+        if not 1 <= self.min_runs <= self.runs:
+            raise ConfigError(f"min_runs: found {self.min_runs}, wanted 1 to runs={self.runs}")
+        if self.warmups < 10:
+            raise ConfigError(f"warmups: found {self.warmups}, wanted at least 10")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise ConfigError(f"max_seconds: found {self.max_seconds}, wanted more than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """What is read around a call: nanoseconds, and how often the process was interrupted."""
+
+    wall_ns: Callable[[], int]
+    cpu_ns: Callable[[], int]  # of all threads of the process
+    preemptions: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """A ratio with its 95 % bounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    wall_ms: float
+    cpu_ms: float
+    preemptions: int
+
+
+def _involuntary_switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+SYSTEM_CLOCK = Clock(
+    wall_ns=time.perf_counter_ns,
+    cpu_ns=time.process_time_ns,
+    preemptions=_involuntary_switches,
+)
+
+
+def measure(
+    callables: Mapping[str, Callable[[], object]],
+    protocol: Protocol | None = None,
+    clock: Clock = SYSTEM_CLOCK,
+) -> dict[str, Timing]:
+    """Latency of every callable, measured side by side in one process.
+
+    A callable returns when its work is done (on a GPU it synchronises). The order rotates from
+    round to round, so that nobody always follows the same neighbour. Runs that the system
+    interrupted are dropped and counted, unless that is more than half of a round: then
+    interruption is how the machine is, and the round keeps all its runs.
+    """
+    if not callables:
+        raise ConfigError("nothing to measure: found no callables, wanted at least one")
+    protocol = protocol or Protocol()
+    with _no_garbage_collection():
+        estimates = {name: _estimate_ms(call, clock) for name, call in callables.items()}
+        rounds, turns = plan_rounds(estimates, protocol)
+        samples: dict[str, list[list[_Sample]]] = {name: [] for name in callables}
+        names = list(callables)
+        for r in range(rounds):
+            shift = r % len(names)
+            for name in names[shift:] + names[:shift]:
+                samples[name].append(_turn(callables[name], *turns[name], clock))
+    return {name: _summarise(rows) for name, rows in samples.items()}
+
+
+def plan_rounds(
+    estimates_ms: Mapping[str, float], protocol: Protocol
+) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Rounds, and (warm-ups, runs) of each callable, so that ``max_seconds`` holds if it can."""
+    slow = {name for name, ms in estimates_ms.items() if ms > SLOW_MS}
+    warmups = {n: SLOW_WARMUPS if n in slow else protocol.warmups for n in estimates_ms}
+    runs = dict.fromkeys(estimates_ms, protocol.runs)
+    rounds = protocol.rounds
+    if protocol.max_seconds is not None:
+        limit_ms = protocol.max_seconds * 1e3
+        _shrink_runs(runs, slow, estimates_ms, warmups, (limit_ms / rounds, protocol.min_runs))
+        round_ms = sum((warmups[n] + runs[n]) * ms for n, ms in estimates_ms.items())
+        if round_ms > 0:
+            rounds = max(MIN_ROUNDS, min(rounds, math.floor(limit_ms / round_ms)))
+        _shrink_runs(runs, set(runs), estimates_ms, warmups, (limit_ms / rounds, protocol.min_runs))
+    return rounds, {name: (warmups[name], runs[name]) for name in estimates_ms}
+
+
+def ratio(a: Timing, b: Timing, seed: int = 0) -> Ratio:
+    """How many times the latency of ``b`` is the latency of ``a``: ratio of medians a / b.
+
+    The bounds come from a paired bootstrap over rounds: both sides are resampled with the same
+    rounds, so that drift which slows both of them cancels.
+
+    Raises:
+        ConfigError: The two were not measured in the same rounds.
+    """
+    if len(a.rounds_ms) != len(b.rounds_ms):
+        raise ConfigError(
+            f"found {len(a.rounds_ms)} and {len(b.rounds_ms)} rounds, wanted as many; "
+            "measure both in one call of measure()"
+        )
+    rows = np.asarray([a.rounds_ms, b.rounds_ms], dtype=np.float64)
+    picks = _resample(rows.shape[1], seed)
+    values = np.median(rows[0][picks], axis=1) / np.median(rows[1][picks], axis=1)
+    low, high = _bounds(values, rows.shape[1])
+    value = a.median_ms / b.median_ms
+    return Ratio(value=value, low=min(low, value), high=max(high, value))
+
+
+def noise(timing: Timing) -> float:
+    """Relative spread between rounds: standard deviation of the rounds' medians / median."""
+    if len(timing.rounds_ms) < 2:
+        return math.inf
+    return statistics.stdev(timing.rounds_ms) / timing.median_ms
+
+
+def _shrink_runs(
+    runs: dict[str, int],
+    names: set[str],
+    estimates_ms: Mapping[str, float],
+    warmups: Mapping[str, int],
+    limits: tuple[float, int],
+) -> None:
+    """Cut the runs of ``names`` by one factor, again without those that reach the minimum."""
+    round_limit_ms, min_runs = limits
+    while names := {n for n in names if runs[n] > min_runs}:
+        total = sum((warmups[n] + runs[n]) * ms for n, ms in estimates_ms.items())
+        free = sum(runs[n] * estimates_ms[n] for n in names)
+        if total <= round_limit_ms or free <= 0:
+            return
+        share = max(0.0, 1 - (total - round_limit_ms) / free)
+        for name in names:
+            fewer = min(runs[name] - 1, math.floor(runs[name] * share))
+            runs[name] = max(min_runs, fewer)
+
+
+def _estimate_ms(call: Callable[[], object], clock: Clock) -> float:
+    call()  # the first call may compile or allocate
+    start = clock.wall_ns()
+    call()
+    return (clock.wall_ns() - start) / 1e6
+
+
+def _turn(call: Callable[[], object], warmups: int, runs: int, clock: Clock) -> list[_Sample]:
+    for _ in range(warmups):
+        call()
+    return [_timed(call, clock) for _ in range(runs)]
+
+
+def _timed(call: Callable[[], object], clock: Clock) -> _Sample:
+    # Wall time is read innermost: the other two readings cost CPU time, never latency.
+    preemptions = clock.preemptions()
+    cpu = clock.cpu_ns()
+    start = clock.wall_ns()
+    call()
+    wall = clock.wall_ns() - start
+    cpu = clock.cpu_ns() - cpu
+    return _Sample(wall / 1e6, cpu / 1e6, clock.preemptions() - preemptions)
+
+
+def _summarise(rows: Sequence[Sequence[_Sample]]) -> Timing:
+    everything = [s for row in rows for s in row]
+    shares = [s.cpu_ms / s.wall_ms for s in everything if s.wall_ms > 0]
+    compute_bound = bool(shares) and statistics.median(shares) >= COMPUTE_BOUND
+    kept = [np.asarray(_kept_ms(row, compute_bound=compute_bound)) for row in rows]
+    pool = np.concatenate(kept)
+    picks = _resample(len(kept), seed=0)
+    medians = np.asarray([np.median(np.concatenate([kept[i] for i in p])) for p in picks])
+    low, high = _bounds(medians, len(kept))
+    median = float(np.median(pool))
+    return Timing(
+        median_ms=median,
+        low_ms=min(low, median),
+        high_ms=max(high, median),
+        rounds_ms=tuple(float(np.median(k)) for k in kept),
+        runs=int(pool.size),
+        dropped=len(everything) - int(pool.size),
+    )
+
+
+def _kept_ms(row: Sequence[_Sample], *, compute_bound: bool) -> list[float]:
+    kept = [
+        s.wall_ms
+        for s in row
+        if not s.preemptions and not (compute_bound and s.cpu_ms < PREEMPTED * s.wall_ms)
+    ]
+    return kept if 2 * len(kept) >= len(row) else [s.wall_ms for s in row]
+
+
+def _resample(n: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, n, size=(RESAMPLES, n))
+
+
+def _bounds(values: FloatArray, n: int) -> tuple[float, float]:
+    """95 % percentile bounds of a bootstrap over ``n`` units, expanded for small ``n``.
+
+    The plain percentile bounds of few units are too narrow; the expanded ones take the
+    percentiles at Phi(-sqrt(n / (n - 1)) t_{n-1}). Below six units even the extremes of the
+    bootstrap hold less than 95 %; no resampling can know more.
+
+    Source: Hesterberg 2015, The American Statistician 69(4), "expanded percentile".
+    """
+    degrees = max((d for d in _T_975 if d <= n - 1), default=min(_T_975))
+    tail = statistics.NormalDist().cdf(-math.sqrt(n / (n - 1)) * _T_975[degrees])
+    tail = min(tail, (1 - CONFIDENCE) / 2)
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,287 @@
+"""A plan becomes a compressed graph, front to back.
+
+Two runs of the calibration samples go through the graph side by side, node by node: the original
+and the compressed one. At each site of the plan the method sees the statistics of the compressed
+prefix, against the original outputs (with the difference of the residual stream included), and
+its change takes effect before the next node runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tersor.core.errors import NumericalError
+from tersor.core.records import Candidate, Site
+from tersor.graph.apply import apply
+from tersor.graph.contracts import (
+    Graph,
+    Method,
+    Rows,
+    SiteChange,
+    SiteStatistics,
+    TensorMap,
+)
+from tersor.graph.edit import execute, last_uses
+from tersor.graph.operators import WeightedOp, as_rows, output_rows, weighted_ops
+from tersor.graph.quantizer import rounded
+from tersor.observe.statistics import channel_rows, op_bias, op_weight, token_mask
+from tersor.observe.streams import Histogram, MomentStream, RowSample
+from tersor.ops.moments import Moments
+
+_POSITIONS = 256
+_CHANNEL_ROWS = 2048
+_AGREE = 1e-4  # the side-by-side run and the edited graph, of the output's scale
+
+
+@dataclass(frozen=True, slots=True)
+class Transformed:
+    """The compressed graph and the changes that made it."""
+
+    graph: Graph
+    changes: tuple[SiteChange, ...]
+
+
+@dataclass
+class _Pair:
+    """Values of one batch in both runs."""
+
+    original: dict[str, Any]
+    compressed: dict[str, Any]
+    mask: Tensor | None
+
+
+class _Run:
+    """Both runs of all batches, and what is known so far."""
+
+    def __init__(
+        self, graph: Graph, batches: Sequence[tuple[Tensor, ...]], readers: Mapping[str, Tensor]
+    ) -> None:
+        self.graph = graph
+        self.readers = readers
+        self.ops = {op.node.name: op for op in weighted_ops(graph.module)}
+        self.dirty: set[str] = set()
+        self.pairs = [
+            _Pair({}, {}, token_mask(graph.signature, flat)) for flat in batches
+        ]
+        self._tensors: dict[str, dict[str, Any]] = {}
+
+    def step(self, node: fx.Node, values: Sequence[Tensor] | None) -> None:
+        """Run an unchanged node in both runs."""
+        is_dirty = any(source.name in self.dirty for source in node.all_input_nodes)
+        for index, pair in enumerate(self.pairs):
+            if values is not None:
+                pair.original[node.name] = values[index]
+            else:
+                pair.original[node.name] = execute(self.graph.module, node, pair.original)
+            pair.compressed[node.name] = (
+                execute(self.graph.module, node, pair.compressed)
+                if is_dirty
+                else pair.original[node.name]
+            )
+        if is_dirty:
+            self.dirty.add(node.name)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Drop values that nobody needs any more."""
+        for pair in self.pairs:
+            for name in names:
+                pair.original.pop(name, None)
+                pair.compressed.pop(name, None)
+
+    def statistics(self, site: Site, op: WeightedOp, seed: int) -> SiteStatistics:
+        """Statistics of the compressed prefix at a site."""
+        tensor = self._tensor_statistics(op, seed)
+        identity: TensorMap = _same
+        return SiteStatistics(
+            weight=op_weight(self.graph, op),
+            bias=op_bias(self.graph, op),
+            moments=self._moments(op, identity, identity, seed),
+            channels=tensor["channels"],
+            counts=tensor["histogram"].counts,
+            edges=tensor["histogram"].edges(),
+            low=tensor["histogram"].low,
+            high=tensor["histogram"].high,
+            rows=lambda: self._rows(op),
+            readers_amax=self.readers.get(site.tensor or ""),
+            is_padded=op.window is not None and op.window.is_padded,
+            channel_dim=op.channel_dim,
+            moments_of=lambda new, old: self._moments(op, new, old, seed),
+        )
+
+    def _tensor_statistics(self, op: WeightedOp, seed: int) -> dict[str, Any]:
+        """Histogram and channel sample of a tensor: one for all its readers."""
+        name = op.data.name
+        if name not in self._tensors:
+            generator = torch.Generator().manual_seed(seed)
+            histogram = Histogram()
+            sample = RowSample(_CHANNEL_ROWS, len(self.pairs))
+            for pair in self.pairs:
+                values = channel_rows(pair.compressed[name], op, pair.mask)
+                histogram.add_(values)
+                sample.add_(values[sample.pick(len(values), generator)])
+            self._tensors[name] = {"histogram": histogram, "channels": sample.value()}
+        return self._tensors[name]
+
+    def _moments(self, op: WeightedOp, new: TensorMap, old: TensorMap, seed: int) -> Moments:
+        generator = torch.Generator().manual_seed(seed)
+        stream = MomentStream()
+        name = op.data.name
+        other = _residual_operand(op.node, self.dirty)
+        for pair in self.pairs:
+            rows = as_rows(new(pair.compressed[name]), op, pair.mask)
+            before = as_rows(old(pair.original[name]), op, pair.mask)
+            difference = None
+            if other is not None and other in pair.original:
+                gap = pair.original[other] - pair.compressed[other]
+                difference = _matching(gap, op, pair.mask, len(rows))
+            keep = _subset(len(rows), pair, generator, op)
+            picked = (t if keep is None or t is None else t[keep] for t in (rows, before, difference))
+            stream.add_(*picked)
+        return stream.value()
+
+    def _rows(self, op: WeightedOp) -> Rows:
+        pair = self.pairs[0]
+        original = as_rows(pair.original[op.data.name], op, pair.mask)
+        compressed = as_rows(pair.compressed[op.data.name], op, pair.mask)
+        output = execute(self.graph.module, op.node, pair.original)
+        return Rows(
+            original=original, compressed=compressed, output=output_rows(output, op, pair.mask)
+        )
+
+    def replace_op(self, node: fx.Node, op: WeightedOp, change: SiteChange) -> None:
+        """Run a changed op: the original in one run, the change in the other."""
+        for pair in self.pairs:
+            pair.original[node.name] = execute(self.graph.module, node, pair.original)
+            pair.compressed[node.name] = _run_change(self.graph, node, op, change, pair.compressed)
+        self.dirty.add(node.name)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _subset(rows: int, pair: _Pair, generator: torch.Generator, op: WeightedOp) -> Tensor | None:
+    if op.window is None:
+        return None
+    limit = _POSITIONS * int(pair.original[op.data.name].shape[0])
+    if rows <= limit:
+        return None
+    return torch.randperm(rows, generator=generator)[:limit]
+
+
+def _residual_operand(node: fx.Node, dirty: set[str]) -> str | None:
+    """The other operand of the add that alone uses a node, if the prefix changed it."""
+    users = list(node.users)
+    adds = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+    if len(users) != 1 or users[0].target not in adds or users[0].kwargs:
+        return None
+    others = [a for a in users[0].args if isinstance(a, fx.Node) and a is not node]
+    return others[0].name if len(others) == 1 and others[0].name in dirty else None
+
+
+def _matching(gap: Tensor, op: WeightedOp, mask: Tensor | None, rows: int) -> Tensor | None:
+    """The residual's difference as rows, where it has the op's own shape."""
+    value = output_rows(gap, op, mask)
+    return value if len(value) == rows else None
+
+
+def _run_change(
+    graph: Graph, node: fx.Node, op: WeightedOp, change: SiteChange, env: Mapping[str, Any]
+) -> Tensor:
+    other = dict(env)
+    if change.codes is not None and change.scale is not None:
+        shape = [-1] + [1] * (change.codes.dim() - 1)
+        other[op.weight.name] = change.codes.float() * change.scale.float().reshape(shape)
+    elif change.weight is not None:
+        other[op.weight.name] = change.weight
+    if change.quantizer is not None:
+        quantizer = change.quantizer
+        other[op.data.name] = rounded(env[op.data.name], quantizer) + quantizer.shift
+    if change.bias is None or op.kind == "embedding":
+        value = execute(graph.module, node, other)
+    else:
+        args = [*node.args, None] if len(node.args) == 2 else list(node.args)
+        args[2] = None
+        loaded = fx.map_arg(tuple(args), lambda n: other[n.name])
+        value = node.target(*loaded, **node.kwargs)  # type: ignore[operator]
+        dim = -1 if op.window is None else 1
+        shape = [1] * value.dim()
+        shape[dim] = -1
+        value = value + change.bias.to(value.dtype).reshape(shape)
+    if not bool(torch.isfinite(value).all()):
+        raise NumericalError(
+            f"{change.site.name}: the {change.level} form gives values that are not finite; "
+            "keep it with keep=(...)"
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callable
+    graph: Graph,
+    sites: Sequence[Site],
+    chosen: Mapping[str, Candidate],
+    methods: Mapping[str, Method],
+    batches: Sequence[tuple[Tensor, ...]],
+    *,
+    readers: Mapping[str, Tensor],
+    embedding: Callable[[Site], SiteStatistics],
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> Transformed:
+    """Apply the chosen candidates front to back on the calibration samples.
+
+    Args:
+        graph: The original; not changed.
+        sites: All sites.
+        chosen: Candidate by site name; sites that are absent stay.
+        methods: By name.
+        batches: Flat inputs of the calibration part.
+        readers: Largest |w| by channel of each tensor's readers.
+        embedding: Statistics of an embedding site.
+        seed: Of the subsampling.
+        advance: Called once for each site that is done.
+
+    Raises:
+        NumericalError: A change gives values that are not finite.
+    """
+    run = _Run(graph, batches, readers)
+    by_op = {name: site for site in sites if site.name in chosen for name in site.ops}
+    changes: dict[str, SiteChange] = {}
+    done = last_uses(graph.module)
+    position = 0
+    with torch.no_grad():
+        for node in graph.module.graph.nodes:
+            if node.op == "output":
+                break
+            site = by_op.get(node.name)
+            if node.op == "placeholder":
+                run.step(node, [flat[position] for flat in batches])
+                position += 1
+            elif site is None:
+                run.step(node, None)
+            else:
+                op = run.ops[node.name]
+                if site.name not in changes:
+                    statistics = (
+                        embedding(site)
+                        if site.op_kind == "embedding"
+                        else run.statistics(site, op, seed)
+                    )
+                    candidate = chosen[site.name]
+                    changes[site.name] = methods[candidate.method].apply(
+                        site, candidate, statistics
+                    )
+                    advance()
+                run.replace_op(node, op, changes[site.name])
+            run.forget(done.get(node.name, ()))
+    result = apply(graph, [c for c in changes.values() if _edits(c)])
+    return Transformed(result, tuple(changes.values()))
+
+
+def _edits(change: SiteChange) -> bool:
+    return change.codes is not None or change.weight is not None or change.bias is not None
+
+

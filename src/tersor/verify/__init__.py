@@ -1,0 +1,1 @@
+"""Original and built side by side."""
