@@ -11,7 +11,7 @@ from tersor.graph.contracts import Graph, Rows, SiteStatistics
 from tersor.graph.edit import attribute, execute
 from tersor.graph.operators import WeightedOp, as_rows, weighted_ops
 from tersor.observe.statistics import Observed, op_bias, op_weight, token_mask
-from tersor.ops.moments import moments_of, second_moment
+from tersor.ops.moments import Moments, moments_of, second_moment
 from tersor.ops.refit import layer_loss
 
 # Both sides run in float32 at least once; squared differences of outputs of similar size.
@@ -26,8 +26,7 @@ def site_statistics(
     ops = {op.node.name: op for op in weighted_ops(graph.module)}
     readers = readers_amax(graph, sites)
     return {
-        site.name: _statistics(graph, site, ops[site.ops[0]], observed, readers)
-        for site in sites
+        site.name: _statistics(graph, site, ops[site.ops[0]], observed, readers) for site in sites
     }
 
 
@@ -65,7 +64,7 @@ def _statistics(
     return SiteStatistics(
         weight=op_weight(graph, op),
         bias=op_bias(graph, op),
-        moments=seen.moments,
+        moments=lambda: seen.moments,
         channels=seen.channels,
         counts=seen.counts,
         edges=seen.edges,
@@ -80,11 +79,10 @@ def _statistics(
 
 def embedding_statistics(table: Tensor) -> SiteStatistics:
     """An embedding's input is an index: nothing to know but the table."""
-    empty = torch.zeros(1, 1, 1)
     return SiteStatistics(
         weight=table.detach().double().unsqueeze(0),
         bias=None,
-        moments=moments_of(empty),
+        moments=_no_moments,
         channels=torch.zeros(1, 1),
         counts=torch.zeros(1, dtype=torch.float64),
         edges=torch.zeros(2, dtype=torch.float64),
@@ -92,6 +90,10 @@ def embedding_statistics(table: Tensor) -> SiteStatistics:
         high=0.0,
         rows=_no_rows,
     )
+
+
+def _no_moments() -> Moments:
+    raise NumericalError("an embedding has no input moments")
 
 
 def _no_rows() -> Rows:

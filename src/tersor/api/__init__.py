@@ -144,9 +144,7 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     offered = propose(session)
     _check_plan(found, offered.levels())
     rows, best = baselines(session)
-    prices = Prices(
-        machine=describe_machine().fingerprint(), baselines=rows, best=best, tables=()
-    )
+    prices = Prices(machine=describe_machine().fingerprint(), baselines=rows, best=best, tables=())
     target = Target.from_mapping(found.target) if found.target else Target(speedup=1.0)
     choice = ChoiceRecord(
         plan=found,
@@ -174,9 +172,7 @@ def _check_plan(plan: Plan, levels: Mapping[str, Sequence[str]]) -> None:
             )
 
 
-def load(
-    path: str | Path, *, device: str = "cpu", guards: "Guards | None" = None
-) -> "Runner":
+def load(path: str | Path, *, device: str = "cpu", guards: "Guards | None" = None) -> "Runner":
     """Load an artifact; the runner is called like the original model. Needs no torch.
 
     Raises:
@@ -341,5 +337,3 @@ def _require_torch(what: str) -> None:
             f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
             "not installed; pip install 'tersor[compress]'"
         )
-
-

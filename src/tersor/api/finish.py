@@ -211,7 +211,9 @@ def _measurer(
         found = [timings[str(i)].median_ms / drift if str(i) in timings else float("inf")
                  for i in range(len(plans))]  # fmt: skip
         for plan, ms in zip(plans, found, strict=True):
-            session.progress.note(f"plan predicted {plan.predicted_ms:.2f} ms, measured {ms:.2f} ms")
+            session.progress.note(
+                f"plan predicted {plan.predicted_ms:.2f} ms, measured {ms:.2f} ms"
+            )
         return found
 
     return measure_plans
@@ -265,17 +267,19 @@ def _transform(
         session.methods,
         calibration_batches(session),
         readers=readers_amax(session.graph, session.sites),
-        embedding=lambda site: embedding_statistics(
-            attribute(session.graph.module, site.weight)
-        ),
+        embedding=lambda site: embedding_statistics(attribute(session.graph.module, site.weight)),
         seed=session.settings.seed,
         advance=session.progress.advance,
     )
     loss = quality.loss(done.graph)
     other = quality.loss(stitched(session, offered, plan.assignment))
-    session.progress.note(f"loss on the search part: front to back {loss:.4g}, stitched {other:.4g}")
+    session.progress.note(
+        f"loss on the search part: front to back {loss:.4g}, stitched {other:.4g}"
+    )
     if loss <= other:
-        return FinalRecord(changes=ChangeRecords(changes=()), is_sequential=True, loss=loss), done.changes
+        return FinalRecord(
+            changes=ChangeRecords(changes=()), is_sequential=True, loss=loss
+        ), done.changes
     changes = tuple(offered.chosen(plan.assignment))
     return FinalRecord(changes=ChangeRecords(changes=()), is_sequential=False, loss=other), changes
 
@@ -367,9 +371,7 @@ def _measured(
     )
 
 
-def _flat_outputs(
-    session: Session, runner: Runner, flat: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def _flat_outputs(session: Session, runner: Runner, flat: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     specs = session.graph.signature
     parts: list[dict[str, Any]] = []
     size = runner.built_batch

@@ -126,8 +126,10 @@ class Result:
                 self.__dict__.pop("_final", None)
             return kept
         found = self._verify()
-        if not self._is_baseline and surely_slower(found, session.settings.seed) and (
-            not self._needs_size()
+        if (
+            not self._is_baseline
+            and surely_slower(found, session.settings.seed)
+            and (not self._needs_size())
         ):
             self._fall_back(
                 f"the compressed build measured {found.speedup:.2f}x the best uncompressed build; "
@@ -181,9 +183,7 @@ class Result:
     def pareto(self) -> tuple[ParetoPoint, ...]:
         """Plans that trade latency, size and loss; each says whether it was measured."""
         run = self._run
-        task = task_for(
-            run.session, run.offered, run.prices, self._choice.tables, self._quality
-        )
+        task = task_for(run.session, run.offered, run.prices, self._choice.tables, self._quality)
         return curve(task, self._choice.evaluations, _CURVE_POINTS, self._choice.finalists)
 
     def resolve(self, target: Target) -> "Result":
@@ -223,9 +223,9 @@ class Result:
             machine=describe_machine(),
             plan=self._plan,
             verdict=verdict,
-            prices=run.prices if not self._choice.tables else replace(
-                run.prices, tables=self._choice.tables
-            ),
+            prices=run.prices
+            if not self._choice.tables
+            else replace(run.prices, tables=self._choice.tables),
             sites=run.session.sites,
             candidates=run.offered.candidates,
             pareto=self.pareto,

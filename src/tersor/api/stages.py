@@ -18,8 +18,8 @@ from tersor.core.records import (
     BuildChoice,
     Candidate,
     Format,
-    PriceTable,
     Prices,
+    PriceTable,
 )
 from tersor.graph.apply import apply, quantize_node_name
 from tersor.graph.changes import ChangeRecords, pack, unpack
@@ -69,9 +69,7 @@ class Offers:
     def chosen(self, assignment: Mapping[str, Format]) -> list[SiteChange]:
         """The changes of an assignment that edit the graph."""
         return [
-            self.changes[site, level]
-            for site, level in assignment.items()
-            if level not in NATIVE
+            self.changes[site, level] for site, level in assignment.items() if level not in NATIVE
         ]
 
 
@@ -148,9 +146,7 @@ def _errors(session: Session, proposals: list[Offer]) -> list[Candidate]:
     flat = session.flat("search", _ERROR_SAMPLES)
     edits = sum(offer.candidate.level not in NATIVE for offer in proposals)
     session.progress.stage("errors", edits * chunk_count(session.graph, flat))
-    return measure_errors(
-        session.graph, proposals, flat, session.kind, session.progress.advance
-    )
+    return measure_errors(session.graph, proposals, flat, session.kind, session.progress.advance)
 
 
 def _offers(record: _OfferRecord, changes: list[SiteChange]) -> Offers:
@@ -175,9 +171,7 @@ def baselines(session: Session) -> tuple[tuple[BaselineRow, ...], int]:
     key = digest(session.key, "baseline")
     kept = session.store.get(_BaselineRecord, "baseline", key)
     if kept is None:
-        choices = baseline_choices(
-            session.info, cores=usable_cores(), batch=session.settings.batch
-        )
+        choices = baseline_choices(session.info, cores=usable_cores(), batch=session.settings.batch)
         session.progress.stage("baseline", len(choices))
         found = measure_baselines(choices, _baseline_tools(session))
         notes = tuple(f"{d.choice.describe()}: {d.reason}" for d in found.dropped)

@@ -34,9 +34,7 @@ def shapes_of(signature: Signature, batch: int) -> Shapes:
     }
 
 
-def build(
-    graph: Graph, backend: Backend, choice: BuildChoice, flat: Sequence[Tensor]
-) -> Built:
+def build(graph: Graph, backend: Backend, choice: BuildChoice, flat: Sequence[Tensor]) -> Built:
     """Build a graph and compare the build with the graph on a few samples.
 
     Args:
@@ -62,9 +60,7 @@ def build(
     return Built(executable, choice, difference)
 
 
-def parity(
-    graph: Graph, executable: Executable, batch: int, flat: Sequence[Tensor]
-) -> float:
+def parity(graph: Graph, executable: Executable, batch: int, flat: Sequence[Tensor]) -> float:
     """Normalised squared error of the build's float outputs against the graph's."""
     count = max(1, -(-min(_SAMPLES, flat[0].shape[0]) // batch))
     worst = 0.0

@@ -103,7 +103,9 @@ def _quiet() -> Iterator[None]:
 def _check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_complex() or tensor.is_sparse:
-            raise WeightError(f"{name}: complex and sparse weights are not supported; make it dense")
+            raise WeightError(
+                f"{name}: complex and sparse weights are not supported; make it dense"
+            )
         if tensor.is_meta:
             raise WeightError(f"{name} has no values (meta device); load the weights first")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -146,14 +148,14 @@ def _arguments(call: Call, flat: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], d
     return tuple(args), dict(kwargs)
 
 
-def _first_call(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call
-) -> Any:
+def _first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
     _check_arguments(model, args, kwargs)
     try:
         return model(*args, **kwargs)
     except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        kinds = [f"{t.dtype}{tuple(t.shape)}".removeprefix("torch.") for t in _tensors(args, kwargs)]
+        kinds = [
+            f"{t.dtype}{tuple(t.shape)}".removeprefix("torch.") for t in _tensors(args, kwargs)
+        ]
         hint = f"; if the items hold labels, use {TO_INPUTS}" if len(call.args.children) > 1 else ""
         raise DataError(
             f"data: the model failed on the first inputs {', '.join(kinds)}: "
@@ -188,9 +190,7 @@ def _export(
     for dim in (batch, torch.export.Dim.AUTO):
         shapes = _dynamic_shapes(model, args, kwargs, dim)
         try:
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # noqa: BLE001 - torch raises dozens of types; all are re-raised by name
             failure = failure or error
             continue
@@ -228,9 +228,7 @@ def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
     """``Dim.AUTO`` silently makes the batch static: look."""
     user = set(program.graph_signature.user_inputs)
     values = [
-        n.meta.get("val")
-        for n in program.graph.nodes
-        if n.op == "placeholder" and n.name in user
+        n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in user
     ]
     sizes = [v.shape[0] for v in values if isinstance(v, Tensor)]
     return any(isinstance(size, torch.SymInt) for size in sizes)

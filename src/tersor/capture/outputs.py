@@ -40,5 +40,3 @@ def _infer(output: Tensor) -> OutputKind:
         is_softmax = bool((output >= 0).all()) and bool(((sums - 1).abs() < _UNIT).all())
         return "values" if is_softmax else "logits"
     return "values"
-
-

@@ -64,7 +64,7 @@ class SiteStatistics:
     Attributes:
         weight: The current weight as [g, m, n], float64; an embedding's table as [1, rows, width].
         bias: The current bias as [g, m], or None.
-        moments: Sums over samples and positions of the raw input.
+        moments: Calls up the sums over samples and positions of the raw input.
         channels: A sample of the raw input by channel [t, c_in].
         counts, edges: Histogram of the tensor, over [-max|x|, max|x|].
         low, high: Smallest and largest value of the tensor.
@@ -78,7 +78,7 @@ class SiteStatistics:
 
     weight: Tensor
     bias: Tensor | None
-    moments: Moments
+    moments: Callable[[], Moments]
     channels: Tensor
     counts: Tensor
     edges: Tensor

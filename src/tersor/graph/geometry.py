@@ -10,9 +10,7 @@ from tersor.core.records import OutputKind
 _TINY = 1e-30
 
 
-def output_error(
-    found: Sequence[Tensor], wanted: Sequence[Tensor], kind: OutputKind
-) -> Tensor:
+def output_error(found: Sequence[Tensor], wanted: Sequence[Tensor], kind: OutputKind) -> Tensor:
     """Change of the output for each sample [n], 0 for no change.
 
     Logits: Kullback-Leibler divergence from the original's softmax over the last dimension, mean
@@ -48,9 +46,7 @@ def _squared(new: Tensor, old: Tensor) -> Tensor:
     return (new - old).square().mean(1) / spread.clamp_min(_TINY)
 
 
-def sample_agreement(
-    found: Sequence[Tensor], wanted: Sequence[Tensor], kind: OutputKind
-) -> Tensor:
+def sample_agreement(found: Sequence[Tensor], wanted: Sequence[Tensor], kind: OutputKind) -> Tensor:
     """Agreement of each sample with the original [n], 1 for equal.
 
     Logits: share of equal top-1. Embedding: cosine. Values: 1 - normalised squared error.

@@ -76,7 +76,9 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
 
 def _example(signature: Signature) -> tuple[Tensor, ...]:
     return tuple(
-        torch.zeros([2 if size is None else size for size in spec.shape], dtype=getattr(torch, spec.dtype))
+        torch.zeros(
+            [2 if size is None else size for size in spec.shape], dtype=getattr(torch, spec.dtype)
+        )
         for spec in signature.inputs
     )
 

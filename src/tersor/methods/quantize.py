@@ -65,7 +65,11 @@ class Quantize:
             )
 
         found = [offer("f32", site.size_bytes), offer("bf16", site.size_bytes)]
-        if site.op_kind != "embedding" and site.tensor is not None and statistics.high > statistics.low:
+        if (
+            site.op_kind != "embedding"
+            and site.tensor is not None
+            and statistics.high > statistics.low
+        ):
             quantizer, alpha = choose_quantizer(statistics, (None, *self.alphas), self.weight_limit)
             detail = {
                 "alpha": alpha,
@@ -106,7 +110,6 @@ class Quantize:
                 codes=codes.reshape(site.shape),
                 scale=step.reshape(-1).float(),
             )
-        moments = statistics.moments
         if statistics.moments_of is None:  # on the original model, 8 bits need no feedback
             step = weight_steps(weight, INT8_LIMIT).float().double()
             codes = round_nearest(weight, step, INT8_LIMIT)
@@ -116,11 +119,9 @@ class Quantize:
                 codes=codes.reshape(site.shape),
                 scale=step.reshape(-1).float(),
             )
-        return self._round(site, statistics, moments, None, INT8_LIMIT, "int8_weight")
+        return self._round(site, statistics, statistics.moments(), None, INT8_LIMIT, "int8_weight")
 
-    def _computed(
-        self, site: Site, candidate: Candidate, statistics: SiteStatistics
-    ) -> SiteChange:
+    def _computed(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
         """Integer weight and integer activations, smoothed as the candidate says."""
         alpha = candidate.detail.get("alpha")
         quantizer, _ = choose_quantizer(statistics, (alpha,), self.weight_limit)
@@ -260,7 +261,7 @@ def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
     """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12."""
     from dataclasses import replace
 
-    moments = statistics.moments
+    moments = statistics.moments()
     n = moments.xx.shape[-1]
     noise = torch.eye(n, dtype=torch.float64) * (quantizer.step**2 / 12 * moments.count)
     if quantizer.inverse_scale is None:
@@ -297,7 +298,7 @@ def layer_error(statistics: SiteStatistics, change: SiteChange) -> float:
     shape = statistics.weight.shape
     new = change.codes.double().reshape(shape) * change.scale.double().reshape(*shape[:2], 1)
     quantizer = change.quantizer
-    moments = statistics.moments if quantizer is None else _expected(statistics, quantizer)
+    moments = statistics.moments() if quantizer is None else _expected(statistics, quantizer)
     columns = _column_scale(statistics.weight, quantizer, statistics)
     old = statistics.weight if columns is None else statistics.weight * columns
     return relative_error(old, new, moments)

@@ -1,7 +1,7 @@
 """One pass over a graph: for each tensor that a site reads its moments, histogram and rows.
 
-Only real tokens count where an attention mask is among the inputs. Positions of a convolution are
-subsampled, without bias, to a bounded number a sample.
+Only real tokens count where an attention mask is among the inputs. Rows beyond what a covariance
+needs are subsampled, without bias.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,10 @@ from tersor.graph.operators import (
 from tersor.observe.streams import Histogram, MomentStream, RowSample
 from tersor.ops.moments import Moments
 
-POSITIONS = 256  # rows of a convolution's input used per sample
+# Rows that a covariance of n inputs needs: 16 n determine it (ALGORITHMS 8.2 asks for 4 to 8 n),
+# and no fewer than 8,192 for narrow layers.
+ROWS_PER_INPUT = 16
+MIN_ROWS = 8192
 ROWS = 1024  # rows kept of each op
 CHANNEL_ROWS = 2048  # raw values kept of each channel
 
@@ -123,8 +126,9 @@ def _record(
     assert isinstance(data, Tensor)
     assert isinstance(output, Tensor)
     rows, results = as_rows(data, op, mask), output_rows(output, op, mask)
-    if op.window is not None:
-        keep = _positions(len(rows), data.shape[0], generator)
+    limit = -(-enough_rows(rows.shape[2]) // streams.rows.batches)
+    if len(rows) > limit:
+        keep = torch.randperm(len(rows), generator=generator)[:limit].sort().values
         rows, results = rows[keep], results[keep]
     streams.moments.add_(rows)
     values = channel_rows(data, op, mask)
@@ -135,11 +139,9 @@ def _record(
     streams.outputs.add_(results[picked])
 
 
-def _positions(rows: int, samples: int, generator: torch.Generator) -> Tensor:
-    limit = POSITIONS * samples
-    if rows <= limit:
-        return torch.arange(rows)
-    return torch.randperm(rows, generator=generator)[:limit].sort().values
+def enough_rows(inputs: int) -> int:
+    """How many rows determine a covariance of so many inputs."""
+    return max(MIN_ROWS, ROWS_PER_INPUT * inputs)
 
 
 def channel_rows(data: Tensor, op: WeightedOp, mask: Tensor | None) -> Tensor:

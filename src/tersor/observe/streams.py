@@ -82,7 +82,9 @@ class MomentStream:
 
     total: Moments | None = None
 
-    def add_(self, rows: Tensor, original: Tensor | None = None, residual: Tensor | None = None) -> None:
+    def add_(
+        self, rows: Tensor, original: Tensor | None = None, residual: Tensor | None = None
+    ) -> None:
         """Add rows [t, g, n]."""
         part = moments_of(rows, original, residual)
         self.total = part if self.total is None else add_moments(self.total, part)

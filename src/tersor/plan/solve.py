@@ -27,7 +27,7 @@ OTHER_QUANTITIES: dict[Objective, float] = {"latency": 1e-6, "error": 1e-6, "siz
 RELATIVE_GAP = 1e-7
 # The node limit keeps solutions reproducible; the time limit is the last resort of resolve().
 NODE_LIMIT = 20_000
-TIME_LIMIT_S = 2.0
+TIME_LIMIT_S = 5.0
 # HiGHS holds rows to 1e-7 of the scaled budget and integers to 1e-6.
 TOLERANCE = 1e-6
 NOTHING = Totals(0.0, 0, 0.0)

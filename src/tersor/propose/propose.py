@@ -13,7 +13,7 @@ from torch import Tensor
 from tersor.core.records import Candidate, OutputKind, Site
 from tersor.graph.apply import apply
 from tersor.graph.contracts import Graph, Method, SiteChange, SiteStatistics
-from tersor.graph.edit import Environment, run_all, run_changed
+from tersor.graph.edit import run_all, run_changed
 from tersor.graph.geometry import output_error
 
 _ACTIVATION_BYTES = 1 << 29  # of all intermediate results of one chunk of samples
@@ -112,13 +112,10 @@ def chunks(graph: Graph, flat: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 def chunk_size(graph: Graph) -> int:
     """Samples whose intermediate results take at most half a gigabyte."""
     env = run_all(graph.module, graph.example)
-    per_sample = _bytes(env) / graph.example[0].shape[0]
+    computed = (env[n.name] for n in graph.module.graph.nodes if n.op == "call_function")
+    size = sum(v.numel() * v.element_size() for v in computed if isinstance(v, Tensor))
+    per_sample = size / graph.example[0].shape[0]
     return max(1, min(_SAMPLES_OF_STORAGE, int(_ACTIVATION_BYTES / max(per_sample, 1.0))))
-
-
-def _bytes(env: Environment) -> int:
-    values = [v for v in env.values() if isinstance(v, Tensor)]
-    return sum(v.numel() * v.element_size() for v in values)
 
 
 def _with_error(candidate: Candidate, errors: Tensor) -> Candidate:

@@ -27,11 +27,10 @@ from tersor.graph.contracts import (
 from tersor.graph.edit import execute, last_uses
 from tersor.graph.operators import WeightedOp, as_rows, output_rows, weighted_ops
 from tersor.graph.quantizer import rounded
-from tersor.observe.statistics import channel_rows, op_bias, op_weight, token_mask
+from tersor.observe.statistics import channel_rows, enough_rows, op_bias, op_weight, token_mask
 from tersor.observe.streams import Histogram, MomentStream, RowSample
 from tersor.ops.moments import Moments
 
-_POSITIONS = 256
 _CHANNEL_ROWS = 2048
 _AGREE = 1e-4  # the side-by-side run and the edited graph, of the output's scale
 
@@ -63,9 +62,7 @@ class _Run:
         self.readers = readers
         self.ops = {op.node.name: op for op in weighted_ops(graph.module)}
         self.dirty: set[str] = set()
-        self.pairs = [
-            _Pair({}, {}, token_mask(graph.signature, flat)) for flat in batches
-        ]
+        self.pairs = [_Pair({}, {}, token_mask(graph.signature, flat)) for flat in batches]
         self._tensors: dict[str, dict[str, Any]] = {}
 
     def step(self, node: fx.Node, values: Sequence[Tensor] | None) -> None:
@@ -94,11 +91,10 @@ class _Run:
     def statistics(self, site: Site, op: WeightedOp, seed: int) -> SiteStatistics:
         """Statistics of the compressed prefix at a site."""
         tensor = self._tensor_statistics(op, seed)
-        identity: TensorMap = _same
         return SiteStatistics(
             weight=op_weight(self.graph, op),
             bias=op_bias(self.graph, op),
-            moments=self._moments(op, identity, identity, seed),
+            moments=lambda: self._moments(op, _same, _same, seed),
             channels=tensor["channels"],
             counts=tensor["histogram"].counts,
             edges=tensor["histogram"].edges(),
@@ -137,8 +133,10 @@ class _Run:
             if other is not None and other in pair.original:
                 gap = pair.original[other] - pair.compressed[other]
                 difference = _matching(gap, op, pair.mask, len(rows))
-            keep = _subset(len(rows), pair, generator, op)
-            picked = (t if keep is None or t is None else t[keep] for t in (rows, before, difference))
+            keep = _subset(rows, len(self.pairs), generator)
+            picked = (
+                t if keep is None or t is None else t[keep] for t in (rows, before, difference)
+            )
             stream.add_(*picked)
         return stream.value()
 
@@ -163,13 +161,12 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _subset(rows: int, pair: _Pair, generator: torch.Generator, op: WeightedOp) -> Tensor | None:
-    if op.window is None:
+def _subset(rows: Tensor, batches: int, generator: torch.Generator) -> Tensor | None:
+    """Some of a batch's rows, where all of them are more than the statistics need."""
+    limit = -(-enough_rows(rows.shape[2]) // batches)
+    if len(rows) <= limit:
         return None
-    limit = _POSITIONS * int(pair.original[op.data.name].shape[0])
-    if rows <= limit:
-        return None
-    return torch.randperm(rows, generator=generator)[:limit]
+    return torch.randperm(len(rows), generator=generator)[:limit].sort().values
 
 
 def _residual_operand(node: fx.Node, dirty: set[str]) -> str | None:
@@ -283,5 +280,3 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
 
 def _edits(change: SiteChange) -> bool:
     return change.codes is not None or change.weight is not None or change.bias is not None
-
-

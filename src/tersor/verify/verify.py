@@ -120,9 +120,7 @@ def _checks(target: Target, measured: Measured, speed: Ratio, drop: float) -> li
     makers: Mapping[str, Callable[[float], Check]] = {
         "speedup": lambda wanted: _bounded("speedup", wanted, speed),
         "latency_ms": lambda wanted: _latency(wanted, measured.result),
-        "size_mb": lambda wanted: _at_most(
-            "size_mb", wanted, measured.size_bytes / BYTES_PER_MB
-        ),
+        "size_mb": lambda wanted: _at_most("size_mb", wanted, measured.size_bytes / BYTES_PER_MB),
         "size_ratio": lambda wanted: _at_least(
             "size_ratio", wanted, measured.original_bytes / max(1, measured.size_bytes)
         ),
@@ -137,9 +135,7 @@ def _checks(target: Target, measured: Measured, speed: Ratio, drop: float) -> li
 
 
 def _bounded(name: str, wanted: float, found: Ratio) -> Check:
-    status: Status = (
-        "pass" if found.low >= wanted else "fail" if found.high < wanted else "unknown"
-    )
+    status: Status = "pass" if found.low >= wanted else "fail" if found.high < wanted else "unknown"
     note = f"95 % bounds {found.low:.3f} to {found.high:.3f}"
     return Check(name=name, wanted=wanted, found=found.value, status=status, note=note)
 

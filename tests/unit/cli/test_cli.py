@@ -507,6 +507,26 @@ def test_inspect_of_a_model_without_data_says_what_is_missing() -> None:
     assert "needs DATA" in result.stderr
 
 
+def test_demo_hands_over_its_options_and_prints_rows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_demo(*, seed: int, cache_dir: Path, quick: bool, console: Console) -> Any:
+        seen.update(seed=seed, cache_dir=cache_dir, quick=quick)
+        console.print("a table")
+        return (Check(name="row", wanted=1.0, found=2.0, status="pass"),)
+
+    compare = SimpleNamespace(run_demo=run_demo)
+    monkeypatch.setitem(sys.modules, "tersor.cli.demo.compare", compare)
+    words = ("demo", "--quick", "--seed", 3, "--cache-dir", tmp_path)
+    assert call(*words).stdout == "a table\n"
+    assert seen == {"seed": 3, "cache_dir": tmp_path, "quick": True}
+    result = call(*words, "--json")
+    assert [row["name"] for row in json_of(result)] == ["row"]
+    assert result.stderr == "a table\n"
+
+
 class FakeRunner:
     def __init__(self, outputs: Any) -> None:
         self.outputs = outputs
