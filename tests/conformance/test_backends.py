@@ -145,7 +145,7 @@ class Mixed(nn.Module):
 
 
 class Block(nn.Module):
-    """What a transformer's feed-forward part looks like."""
+    """What a transformer's feed-forward part looks like, with a division as embeddings have."""
 
     def __init__(self, width: int = 16, inner: int = 48) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(self.down(nn.functional.gelu(self.up(x))) + x)
-        return out
+        return out / out.norm(dim=-1, keepdim=True)
 
 
 @pytest.fixture(scope="module")

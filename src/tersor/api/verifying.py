@@ -84,6 +84,8 @@ def _kind(artifact: ArtifactFile) -> OutputKind:
 
 def _given(graph: Graph, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     names = [spec.name for spec in graph.signature.inputs]
+    if len(inputs) == len(names) and not set(inputs) & set(names):  # arrays without names
+        inputs = dict(zip(names, inputs.values(), strict=True))
     missing = [name for name in names if name not in inputs]
     if missing:
         raise DataError(f"inputs: {missing} are missing; the model takes {names}")

@@ -37,6 +37,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes files for the owner alone
         Path(temporary).replace(path)
     except OSError as error:
         if temporary is not None:
@@ -45,6 +46,12 @@ def write_atomic(path: str | Path, data: bytes) -> None:
             f"{path}: cannot write ({error.strerror or error}); "
             "give a directory that is writable and has room"
         ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class Store:

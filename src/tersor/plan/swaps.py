@@ -6,6 +6,7 @@ cost for what they gain.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from tersor.plan.task import Draft
 # Real evaluations that are spent on neighbours, at most.
 MAX_TRIES = 8
 # A pair costs one prediction; beyond this many a seeded sample stands for all.
-MAX_PAIRS = 4_000
+MAX_PAIRS = 1_000
 # A gain that no measurement could tell from noise is not worth an evaluation (FINDINGS 1).
 SMALLEST_GAIN = 0.005
 
@@ -56,22 +57,49 @@ def improve(ledger: Ledger, incumbent: Draft) -> list[Draft]:
 
 
 def neighbours(ledger: Ledger, incumbent: Draft) -> list[Draft]:
-    """Feasible plans one or two sites away, the most promising first."""
+    """Feasible plans one or two sites away, the most promising first.
+
+    Those that soften the same site take turns with the others: where one site is to blame for a
+    loss that no prediction knows, it is let go within a few tries.
+    """
     problem, limits = ledger.problem(incumbent.table), ledger.task.limits
-    here = ledger.totals(incumbent)
+    here, assignment = ledger.totals(incumbent), incumbent.assignment
     max_ms = _latency_cap(ledger, incumbent, here)
     ranked = []
     for moves in _moves(problem, incumbent, ledger.task.seed):
-        draft = draft_of(incumbent.table, incumbent.assignment | dict(moves))
-        totals = problem.totals(draft.assignment)
+        totals, softened = _after(problem, assignment, here, moves)
         fits = problem.max_bytes is None or totals.size_bytes <= problem.max_bytes
         if totals.ms > max_ms or not fits:
             continue
         cost = totals.error - here.error
         if limits.max_loss is not None:
             cost /= here.ms - totals.ms
-        ranked.append((cost, totals, draft))
-    return [draft for _, _, draft in sorted(ranked)]
+        draft = draft_of(incumbent.table, assignment | dict(moves))
+        ranked.append((cost, totals, draft, softened))
+    ranked.sort()
+    seen: Counter[tuple[str, ...]] = Counter()
+    turns = []
+    for rank, (_, _, draft, softened) in enumerate(ranked):
+        turns.append((seen[softened], rank, draft))
+        if softened:
+            seen[softened] += 1
+    return [draft for _, _, draft in sorted(turns)]
+
+
+def _after(
+    problem: Problem, assignment: dict[str, Format], here: Totals, moves: tuple[Move, ...]
+) -> tuple[Totals, tuple[str, ...]]:
+    """Totals after some moves, and the sites whose error they lessen."""
+    levels = problem.levels()
+    size, error, softened = here.size_bytes, here.error, []
+    for site, level in moves:
+        old, new = levels[site][assignment[site]], levels[site][level]
+        size += new.size_bytes - old.size_bytes
+        error += new.error - old.error
+        if new.error < old.error:
+            softened.append(site)
+    ms = problem.table.predict_ms(assignment | dict(moves), problem.tensors)
+    return Totals(ms, size, error), tuple(softened)
 
 
 def _latency_cap(ledger: Ledger, incumbent: Draft, here: Totals) -> float:

@@ -81,7 +81,7 @@ class Task:
     def baseline_choice(self) -> BuildChoice:
         """How the best uncompressed build is made."""
         choice = self.baseline.choice
-        assert choice is not None  # noqa: S101 - checked at birth
+        assert choice is not None  # checked at birth
         return choice
 
     @property
