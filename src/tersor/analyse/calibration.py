@@ -1,13 +1,14 @@
 """Statistics of every site, and the standing check that they predict what layers really do."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tersor.core.errors import NumericalError
 from tersor.core.records import Site
-from tersor.graph.contracts import Graph, Rows, SiteStatistics
+from tersor.graph.contracts import Graph, Readers, Rows, SiteStatistics
 from tersor.graph.edit import attribute, execute
 from tersor.graph.operators import WeightedOp, as_rows, weighted_ops
 from tersor.observe.statistics import Observed, op_bias, op_weight, token_mask
@@ -24,22 +25,39 @@ def site_statistics(
 ) -> dict[str, SiteStatistics]:
     """What methods need to know, by site name; embeddings have none of it but their table."""
     ops = {op.node.name: op for op in weighted_ops(graph.module)}
-    readers = readers_amax(graph, sites)
+    readers = tensor_readers(graph, sites)
+    # The readers of one tensor share its quantiser, so they share what it is chosen from.
+    first: dict[str, Observed] = {}
+    for site in sites:
+        if site.tensor is not None:
+            first.setdefault(site.tensor, observed[site.ops[0]])
     return {
-        site.name: _statistics(graph, site, ops[site.ops[0]], observed, readers) for site in sites
+        site.name: _statistics(graph, site, ops[site.ops[0]], _Seen(observed, first, readers))
+        for site in sites
     }
 
 
-def readers_amax(graph: Graph, sites: Sequence[Site]) -> dict[str, Tensor]:
-    """For each tensor the largest |w| by input channel over all the sites that read it."""
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    by_op: Mapping[str, Observed]
+    by_tensor: Mapping[str, Observed]
+    readers: Mapping[str, Readers]
+
+
+def tensor_readers(graph: Graph, sites: Sequence[Site]) -> dict[str, Readers]:
+    """What is true of all the sites that read a tensor, by tensor."""
     ops = {op.node.name: op for op in weighted_ops(graph.module)}
-    result: dict[str, Tensor] = {}
+    result: dict[str, Readers] = {}
     for site in sites:
         if site.tensor is None or site.op_kind == "embedding":
             continue
-        amax = input_amax(attribute(graph.module, site.weight), ops[site.ops[0]])
+        op = ops[site.ops[0]]
+        amax = input_amax(attribute(graph.module, site.weight), op)
+        is_padded = op.window is not None and op.window.is_padded
         old = result.get(site.tensor)
-        result[site.tensor] = amax if old is None else torch.maximum(old, amax)
+        if old is not None:
+            amax, is_padded = torch.maximum(old.amax, amax), is_padded or old.is_padded
+        result[site.tensor] = Readers(amax=amax, is_padded=is_padded)
     return result
 
 
@@ -51,28 +69,24 @@ def input_amax(weight: Tensor, op: WeightedOp) -> Tensor:
     return grouped.amax((1, *spare)).reshape(-1)
 
 
-def _statistics(
-    graph: Graph,
-    site: Site,
-    op: WeightedOp,
-    observed: Mapping[str, Observed],
-    readers: Mapping[str, Tensor],
-) -> SiteStatistics:
+def _statistics(graph: Graph, site: Site, op: WeightedOp, seen: _Seen) -> SiteStatistics:
     if site.op_kind == "embedding":
         return embedding_statistics(attribute(graph.module, site.weight))
-    seen = observed[op.node.name]
+    own = seen.by_op[op.node.name]
+    shared = own if site.tensor is None else seen.by_tensor[site.tensor]
+    readers = seen.readers.get(site.tensor or "")
     return SiteStatistics(
         weight=op_weight(graph, op),
         bias=op_bias(graph, op),
-        moments=lambda: seen.moments,
-        channels=seen.channels,
-        counts=seen.counts,
-        edges=seen.edges,
-        low=seen.low,
-        high=seen.high,
-        rows=lambda: seen.rows,
-        readers_amax=readers.get(site.tensor or ""),
-        is_padded=op.window is not None and op.window.is_padded,
+        moments=lambda: own.moments,
+        channels=shared.channels,
+        counts=shared.counts,
+        edges=shared.edges,
+        low=shared.low,
+        high=shared.high,
+        rows=lambda: own.rows,
+        readers_amax=None if readers is None else readers.amax,
+        is_padded=readers is not None and readers.is_padded,
         channel_dim=op.channel_dim,
     )
 

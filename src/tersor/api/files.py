@@ -1,8 +1,7 @@
 """Artifacts: putting a result into one file, and taking it out again."""
 
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,28 +23,34 @@ from tersor.report.record import Report
 _REPORT = "report"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the file says beside the model."""
+
+    created: str = ""
+    plan: Plan | None = None
+    verdict: Verdict | None = None
+    report: Report | None = None
+
+
 def pack_artifact(
     session: Session,
     graph: Graph,
     choice: BuildChoice,
     sections: Mapping[str, bytes],
-    *,
-    created: str = "",
-    plan: Plan | None = None,
-    verdict: Verdict | None = None,
-    report: Report | None = None,
+    facts: Facts,
 ) -> Artifact:
     """A result as an artifact in memory."""
     manifest = Manifest(
         tersor=__version__,
-        created=created,
+        created=facts.created,
         signature=graph.signature,
         model=session.model_hash,
         choices={choice.backend: choice},
-        plan=plan,
-        verdict=verdict,
+        plan=facts.plan,
+        verdict=facts.verdict,
         ranges=_ranges(session, graph),
-        metadata={} if report is None else {_REPORT: to_json(report)},
+        metadata={} if facts.report is None else {_REPORT: to_json(facts.report)},
     )
     tensors = {name: _raw(t) for name, t in graph_tensors(graph).items()}
     return Artifact(
@@ -111,36 +116,25 @@ def artifact_size(
 
         built = build_for(session, graph, choice)
     sections = built.executable.serialize()
-    return len(artifact_bytes(pack_artifact(session, graph, choice, sections, plan=plan)))
+    return len(artifact_bytes(pack_artifact(session, graph, choice, sections, Facts(plan=plan))))
 
 
 def final_bytes(
     session: Session,
     graph: Graph,
     built: Built,
-    *,
-    created: str,
-    plan: Plan,
-    verdict: Verdict,
-    report: Report,
+    facts: Facts,
 ) -> bytes:
-    """The whole file; the size that it states is its own."""
+    """The whole file; the size that its verdict states is its own."""
     sections = built.executable.serialize()
+    data = b""
     for _ in range(4):  # the digits of the size are part of the size
-        artifact = pack_artifact(
-            session,
-            graph,
-            built.choice,
-            sections,
-            created=created,
-            plan=plan,
-            verdict=verdict,
-            report=replace(report, verdict=verdict),
-        )
-        data = artifact_bytes(artifact)
-        if len(data) == verdict.size_bytes:
+        data = artifact_bytes(pack_artifact(session, graph, built.choice, sections, facts))
+        verdict, report = facts.verdict, facts.report
+        if verdict is None or report is None or len(data) == verdict.size_bytes:
             break
         verdict = replace(verdict, size_bytes=len(data))
+        facts = replace(facts, verdict=verdict, report=replace(report, verdict=verdict))
     return data
 
 

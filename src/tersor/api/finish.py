@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.analyse.calibration import embedding_statistics, readers_amax
+from tersor.analyse.calibration import embedding_statistics, tensor_readers
 from tersor.api.files import artifact_size
 from tersor.api.quality import Quality, score
 from tersor.api.session import Session, metric_of
@@ -16,7 +16,6 @@ from tersor.api.stages import (
     build_for,
     calibration_batches,
     eager_call,
-    shapes_of,
     stitched,
 )
 from tersor.build.build import Built
@@ -39,7 +38,7 @@ from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.edit import attribute
 from tersor.plan.search import choose
-from tersor.plan.task import Choice, Evaluation, Limits, Task, Tools
+from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
 from tersor.propose.propose import NATIVE
 from tersor.runtime.runner import Runner
@@ -266,7 +265,7 @@ def _transform(
         chosen,
         session.methods,
         calibration_batches(session),
-        readers=readers_amax(session.graph, session.sites),
+        readers=tensor_readers(session.graph, session.sites),
         embedding=lambda site: embedding_statistics(attribute(session.graph.module, site.weight)),
         seed=session.settings.seed,
         advance=session.progress.advance,
@@ -285,12 +284,13 @@ def _transform(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """What is measured side by side at the end."""
+class Decision:
+    """What is judged, and why it is what it is."""
 
-    graph: Graph
-    built: Built
-    baseline: Built
+    plan: Plan
+    binding: str
+    is_baseline: bool
+    reason: str
 
 
 def runner_for(session: Session, built: Built) -> Runner:
@@ -304,11 +304,7 @@ def verify_final(
     target: Target,
     final: Final,
     test: TestPart,
-    *,
-    plan: Plan,
-    binding: str,
-    is_baseline: bool,
-    reason: str,
+    decision: Decision,
 ) -> Verdict:
     """Measure everything once more, interleaved, and judge it on the test part."""
     session.progress.stage("verify")
@@ -325,13 +321,13 @@ def verify_final(
         _FINAL,
     )
     test.uses += 1
-    measured = _measured(session, final, test, timings, peak, plan)
+    measured = _measured(session, final, test, timings, peak, decision.plan)
     return verdict(
         target,
         measured,
-        binding=binding,
-        returned_baseline=is_baseline,
-        reason=reason,
+        binding=decision.binding,
+        returned_baseline=decision.is_baseline,
+        reason=decision.reason,
         notes=final.notes,
         seed=session.settings.seed,
     )
@@ -421,21 +417,3 @@ def built_final(
     session.progress.stage("build")
     built = build_for(session, graph, choice)
     return Final(graph, changes, built, (note,) if note else ())
-
-
-__all__ = [
-    "ChoiceRecord",
-    "Final",
-    "TestPart",
-    "as_baseline",
-    "built_final",
-    "choose_plan",
-    "make_final",
-    "plan_key",
-    "runner_for",
-    "shapes_of",
-    "surely_slower",
-    "task_for",
-    "verify_final",
-    "Choice",
-]

@@ -29,7 +29,7 @@ def score(metric: Metric, predict: Callable[..., Any], name: str) -> float:
     """
     try:
         value = float(metric.function(predict))
-    except Exception as error:  # noqa: BLE001 - the caller's own code may raise anything
+    except Exception as error:
         raise MetricError(
             f"{name} raised {type(error).__name__}: {error}; wanted a function that takes predict "
             "(called like the model) and returns a number"
@@ -59,7 +59,7 @@ class Quality:
         assert metric is not None
         if self._original is None:
             self._original = score(metric, self.session.captured.original, "metric")
-            if metric.points == 0.01 and not -1e-9 <= self._original <= 1 + 1e-9:  # noqa: PLR2004
+            if metric.points == 0.01 and not -1e-9 <= self._original <= 1 + 1e-9:
                 raise MetricError(
                     f"metric returned {self._original:g}; wanted a fraction from 0 to 1, or "
                     "tersor.Metric(function, points=...) that says what a point is"

@@ -1,6 +1,6 @@
 """What ``compress`` returns: the plan, the model, the verdict, and ways to ask for more."""
 
-import datetime
+import datetime as dt
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from tersor._version import __version__
-from tersor.api.files import final_bytes
+from tersor.api.files import Facts, final_bytes
 from tersor.api.finish import (
     ChoiceRecord,
+    Decision,
     Final,
     TestPart,
     as_baseline,
@@ -157,10 +158,12 @@ class Result:
             self.target,
             final,
             self._run.test,
-            plan=self._plan,
-            binding=self._plan.binding or self._choice.binding,
-            is_baseline=self._is_baseline,
-            reason=self._reason if self._is_baseline else "",
+            Decision(
+                plan=self._plan,
+                binding=self._plan.binding or self._choice.binding,
+                is_baseline=self._is_baseline,
+                reason=self._reason if self._is_baseline else "",
+            ),
         )
 
     @property
@@ -246,16 +249,14 @@ class Result:
     def save(self, path: str | Path) -> None:
         """Write one artifact that ``tersor.load`` runs, whole or not at all."""
         record = self.record
-        data = final_bytes(
-            self._run.session,
-            self._final.graph,
-            self._final.built,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        facts = Facts(
+            created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             plan=self._plan,
             verdict=record.verdict,
             report=record,
         )
-        write_atomic(path, data)
+        final = self._final
+        write_atomic(path, final_bytes(self._run.session, final.graph, final.built, facts))
 
     def export(self, path: str | Path) -> None:
         """Write the model for another runtime: .xml (OpenVINO), .onnx or .pt2.

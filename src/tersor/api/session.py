@@ -47,7 +47,7 @@ class Settings:
     test_metric: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+        if type(self.batch) is not int or self.batch < 1:
             raise ConfigError(f"batch: found {self.batch!r}, wanted a whole number of at least 1")
         if isinstance(self.keep, str):
             raise ConfigError(f"keep: found the text {self.keep!r}, wanted a tuple of patterns")
@@ -258,7 +258,7 @@ def _data_hash(parts: Mapping[Split, Samples]) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _model_bytes(model: nn.Module) -> int:

@@ -8,8 +8,7 @@ import torch
 
 from tersor.analyse.calibration import self_check, site_statistics
 from tersor.api.session import Session
-from tersor.build.build import Built, build
-from tersor.build.build import shapes_of as shapes_of
+from tersor.build.build import Built, build, shapes_of
 from tersor.core.errors import BackendError, ParityError
 from tersor.core.jsonable import digest
 from tersor.core.machine import describe_machine, usable_cores
@@ -50,7 +49,7 @@ class Offers:
     """Candidates with their measured errors, and their changes by (site, level)."""
 
     candidates: tuple[Candidate, ...]
-    changes: Mapping[tuple[str, str], SiteChange]
+    changes: Mapping[tuple[str, Format], SiteChange]
 
     def levels(self) -> dict[str, tuple[Format, ...]]:
         """Site -> its levels."""

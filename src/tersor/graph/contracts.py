@@ -58,6 +58,19 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """What is true of all the sites that read one tensor, and so share its quantiser.
+
+    Attributes:
+        amax: Largest |w| over the readers, for each input channel [c_in].
+        is_padded: A reader adds zeros at the borders, so that zero must stay zero.
+    """
+
+    amax: Tensor
+    is_padded: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteStatistics:
     """What one pass knows about the input of a site's ops.
 
@@ -70,7 +83,7 @@ class SiteStatistics:
         low, high: Smallest and largest value of the tensor.
         rows: Calls up the row sample.
         readers_amax: max|w| for each input channel over all the sites that read the tensor.
-        is_padded: Zeros are added at the borders, so that zero must stay zero.
+        is_padded: A reader adds zeros at the borders, so that zero must stay zero.
         channel_dim: The dimension of the tensor that holds the channels.
         moments_of: Replays the pass with the compressed tensor mapped by a first function and the
             original one by a second (both before unfolding); only the transform can do it.

@@ -7,7 +7,7 @@ from tersor.graph.contracts import Quantizer
 
 
 def scaled(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """x * inverse_scale along the channel dimension."""
+    """X * inverse_scale along the channel dimension."""
     scale = quantizer.inverse_scale
     if scale is None:
         return x

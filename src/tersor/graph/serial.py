@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers quantized_decomposed
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor, fx
 
 from tersor.core.errors import ArtifactError

@@ -19,6 +19,7 @@ from tersor.graph.apply import apply
 from tersor.graph.contracts import (
     Graph,
     Method,
+    Readers,
     Rows,
     SiteChange,
     SiteStatistics,
@@ -56,7 +57,7 @@ class _Run:
     """Both runs of all batches, and what is known so far."""
 
     def __init__(
-        self, graph: Graph, batches: Sequence[tuple[Tensor, ...]], readers: Mapping[str, Tensor]
+        self, graph: Graph, batches: Sequence[tuple[Tensor, ...]], readers: Mapping[str, Readers]
     ) -> None:
         self.graph = graph
         self.readers = readers
@@ -91,6 +92,7 @@ class _Run:
     def statistics(self, site: Site, op: WeightedOp, seed: int) -> SiteStatistics:
         """Statistics of the compressed prefix at a site."""
         tensor = self._tensor_statistics(op, seed)
+        readers = self.readers.get(site.tensor or "")
         return SiteStatistics(
             weight=op_weight(self.graph, op),
             bias=op_bias(self.graph, op),
@@ -101,8 +103,8 @@ class _Run:
             low=tensor["histogram"].low,
             high=tensor["histogram"].high,
             rows=lambda: self._rows(op),
-            readers_amax=self.readers.get(site.tensor or ""),
-            is_padded=op.window is not None and op.window.is_padded,
+            readers_amax=None if readers is None else readers.amax,
+            is_padded=readers is not None and readers.is_padded,
             channel_dim=op.channel_dim,
             moments_of=lambda new, old: self._moments(op, new, old, seed),
         )
@@ -223,7 +225,7 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
     methods: Mapping[str, Method],
     batches: Sequence[tuple[Tensor, ...]],
     *,
-    readers: Mapping[str, Tensor],
+    readers: Mapping[str, Readers],
     embedding: Callable[[Site], SiteStatistics],
     seed: int,
     advance: Callable[[], None] = lambda: None,
@@ -236,7 +238,7 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
         chosen: Candidate by site name; sites that are absent stay.
         methods: By name.
         batches: Flat inputs of the calibration part.
-        readers: Largest |w| by channel of each tensor's readers.
+        readers: What is true of all readers of a tensor, by tensor.
         embedding: Statistics of an embedding site.
         seed: Of the subsampling.
         advance: Called once for each site that is done.

@@ -320,7 +320,7 @@ def test_the_probed_limit_is_exact_and_is_one_of_two() -> None:
 
 
 def test_profile_names_a_quantiser_that_stands_alone() -> None:
-    graph = quantized(graph_of(nn.Linear(16, 8), random(2, 5, 16)))
+    graph = quantized(graph_of(nn.Linear(256, 64), random(8, 64, 256)))
     quantizer = next(
         n.name for n in graph.module.graph.nodes if "quantize_per_tensor.default" in str(n.target)
     )

@@ -10,6 +10,7 @@ from tersor.core.records import BaselineRow
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import AGREEMENT, MEASURED_NOISE, choose
+from tersor.plan.solve import optimise
 from tersor.plan.swaps import MAX_PAIRS, SMALLEST_GAIN, improve, neighbours
 from tersor.plan.task import Limits
 
@@ -257,12 +258,14 @@ def test_the_better_of_two_tables_is_found_though_its_prices_are_wrong(lab: Modu
 
 
 def test_swaps_find_what_the_sum_of_errors_hides(lab: ModuleType) -> None:
-    world = lab.make_world(8, n=10)
-    limits = Limits(max_ms=0.85 * world.baseline_ms)
+    world = lab.make_world(10, n=10)
+    fastest = optimise(world.problem).totals.ms
+    limits = Limits(max_ms=(fastest + world.baseline_ms) / 2)
     honest = choose(world.task(limits), world.tools()).plan.assignment
+    prices = world.problem.table.ops
     culprit = min(
         (s for s, v in honest.items() if v == "int8"),
-        key=lambda s: world.problem.table.ops[s]["f32"] - world.problem.table.ops[s]["int8"],
+        key=lambda s: prices[s]["f32"] - prices[s]["int8"],
     )
     # In truth that site's int8 costs as much as all others together.
     lying = replace(world, losses={culprit: world.loss(honest)}, measured=[], seen=[])

@@ -144,7 +144,7 @@ def float_model(case: Case, seed: int) -> FloatModel:
 def make_peers(case: Case, source: FloatModel, progress: Progress) -> dict[str, Any]:
     """Name of the peer -> ``openvino.Model``."""
     arrays = source.arrays(source.calibration)[:MOST_SAMPLES]
-    progress.stage("NNCF int8, a minute or two a preset", len(PRESETS))
+    progress.stage("NNCF int8", len(PRESETS))
     models = {}
     for preset in PRESETS:
         made = nncf_models(source.model, arrays, (preset,), transformer=case.transformer)
@@ -193,7 +193,8 @@ def make_subjects(
     case: Case, source: FloatModel, peers: Mapping[str, Any], result: Any
 ) -> list[Subject]:
     """Every build, with the threads and precision of the best uncompressed one."""
-    choice = replace(result.record.prices.baseline.choice, batch=case.batch)
+    verdict = result.verdict  # first: it may give the baseline back in place of the plan
+    choice = result.record.prices.baseline.choice
     inputs = {name: _first(t, case.batch) for name, t in _named(source, case.search).items()}
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
 
@@ -203,15 +204,14 @@ def make_subjects(
         return Subject(
             name=name,
             kind=kind,
-            build=choice.describe(),
+            build=replace(choice, options={}).describe(),  # the options are about our int8
             call=lambda: executable.run(arrays),
             predict=source.predictor(executable),
             size_bytes=len(sections["model.xml"]) + len(sections["model.bin"]),
         )
 
-    verdict = result.verdict
     return [
-        _as_given(case, result.verdict.original_bytes),
+        _as_given(case, verdict.original_bytes),
         built("best uncompressed", "uncompressed", source.model),
         *(built(name, "peer", model) for name, model in peers.items()),
         Subject(
