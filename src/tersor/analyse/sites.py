@@ -87,6 +87,8 @@ def _site(graph: Graph, ops: list[WeightedOp]) -> Site:
 def _reason(ops: list[WeightedOp], weight: Tensor) -> str | None:
     if len({op.kind for op in ops}) > 1:
         return "the weight is shared by ops of different kinds"
+    if len({op.bias for op in ops}) > 1:
+        return "the weight is shared by ops with different biases"
     if not weight.is_floating_point():
         return f"the weight is {weight.dtype}"
     if weight.numel() == 0:

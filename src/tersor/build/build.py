@@ -1,5 +1,6 @@
 """Lowers a graph through a backend, and proves that the build computes what the graph computes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,8 @@ def parity(graph: Graph, executable: Executable, batch: int, flat: Sequence[Tens
             if wanted.is_floating_point():
                 got = torch.from_numpy(found[spec.name]).double().reshape(wanted.shape)
                 spread = float(wanted.double().square().mean()) + 1e-30
-                worst = max(worst, float((got - wanted.double()).square().mean()) / spread)
+                error = float((got - wanted.double()).square().mean()) / spread
+                worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
 

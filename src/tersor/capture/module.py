@@ -60,7 +60,7 @@ def capture(model: nn.Module, samples: Samples) -> Captured:
         samples = _cast(host, samples)
         example = _example(samples, 2)
         args, kwargs = _arguments(samples.call, example)
-        expected = _first_call(host, args, kwargs, samples.call)
+        expected = _first_call(host, *_arguments(samples.call, _clones(example)), samples.call)
         program = _export(host, args, kwargs)
         module = normalise(program.module(check_guards=False))
         leaves: list[Tensor] = []
@@ -140,6 +140,11 @@ def _example(samples: Samples, size: int) -> tuple[Tensor, ...]:
     """The first samples, repeated where there are fewer: export makes a batch of 1 static."""
     index = torch.arange(size) % len(samples)
     return tuple(t[index].clone() for t in samples.tensors)
+
+
+def _clones(flat: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a model that writes to its inputs may have."""
+    return tuple(t.clone() for t in flat)
 
 
 def _arguments(call: Call, flat: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -338,7 +343,7 @@ def _check_parity(model: nn.Module, graph: Graph, samples: Samples) -> None:
     for size in (2, 3):
         flat = _example(samples, size)
         leaves: list[Tensor] = []
-        args, kwargs = _arguments(samples.call, flat)
+        args, kwargs = _arguments(samples.call, _clones(flat))
         describe(model(*args, **kwargs), leaves)
         for found, wanted in zip(graph.run(flat), leaves, strict=True):
             difference = relative_difference(found, wanted)

@@ -97,10 +97,9 @@ def _read(items: Any, data: Data, part: str, seed: int) -> Samples:
             raise DataError(f"{where}: passed in another form than the items before it")
         call = found
         for row in _rows(tensors, where):
-            if len(kept) < RESERVOIR:
-                kept.append(row)
-            elif (slot := int(rng.integers(0, seen + 1))) < RESERVOIR:
-                kept[slot] = row
+            slot = seen if seen < RESERVOIR else int(rng.integers(0, seen + 1))
+            if slot < RESERVOIR:  # a copy: loaders reuse their buffers, and a view keeps its batch
+                kept[slot : slot + 1] = [tuple(t.clone() for t in row)]
             seen += 1
     if call is None or not kept:
         raise DataError(

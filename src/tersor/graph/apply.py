@@ -32,17 +32,20 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
     fresh, tensors = copy_graph(graph.module)
     nodes = {node.name: node for node in fresh.nodes}
     quantized: dict[str, tuple[Quantizer, fx.Node]] = {}
-    for change in changes:
-        weight: fx.Node | None = None
-        for name in change.site.ops:
-            op = weighted_op(nodes[name], tensors)
-            if op is None:
-                raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
-            if weight is None:
-                weight = _new_weight(fresh, tensors, op, change)
-            _connect(fresh, tensors, op, change, weight)
-            if change.quantizer is not None:
-                _quantize_input(fresh, tensors, op, change.quantizer, quantized)
+    weights: dict[str, fx.Node | None] = {}
+    position = {name: i for i, name in enumerate(nodes)}
+    # In graph order, so that a tensor's quantiser stands before its first reader.
+    work = [(position[name], name, change) for change in changes for name in change.site.ops]
+    for _, name, change in sorted(work, key=lambda item: item[0]):
+        op = weighted_op(nodes[name], tensors)
+        if op is None:
+            raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
+        site = change.site.name
+        if site not in weights:
+            weights[site] = _new_weight(fresh, tensors, op, change)
+        _connect(fresh, tensors, op, change, weights[site])
+        if change.quantizer is not None:
+            _quantize_input(fresh, tensors, op, change.quantizer, quantized)
     fresh.lint()
     return Graph(rebuild(fresh, tensors), graph.signature, graph.example)
 
@@ -97,8 +100,9 @@ def _connect(
     if weight is not None:
         args[0 if op.kind == "embedding" else 1] = weight
     if change.bias is not None and op.kind != "embedding":
-        base = str(op.weight.target).removesuffix(".weight")
-        name = f"{base}.bias_{change.level}"
+        target = str(op.weight.target)
+        base = target.removesuffix(".weight")
+        name = f"{base}{'_' if base == target else '.'}bias_{change.level}"
         tensors[name] = change.bias.to(tensors[str(op.weight.target)].dtype)
         with graph.inserting_before(op.node):
             bias = graph.create_node("get_attr", name, name=f"{op.node.name}_bias_{change.level}")
@@ -150,7 +154,7 @@ def _quantize_pair(
     node, tensor = op.data, op.data.name
     dtype = torch.uint8 if quantizer.low >= 0 else torch.int8
     decomposed = torch.ops.quantized_decomposed
-    with graph.inserting_before(op.node):
+    with graph.inserting_before(_first_reader(graph, node)):
         if quantizer.inverse_scale is not None:
             name = f"{tensor}_inverse_scale"
             tensors[name] = _broadcastable(quantizer, op).to(torch.float32)
@@ -178,6 +182,12 @@ def _quantize_pair(
             (codes, *grid),
             name=f"{tensor}_dequantize",
         )
+
+
+def _first_reader(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
+    """Changes come in any order; a quantiser stands before all the readers of its tensor."""
+    readers: list[fx.Node] = [node for node in graph.nodes if node in tensor.users]
+    return readers[0]
 
 
 def _broadcastable(quantizer: Quantizer, op: WeightedOp) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tersor.graph.mutation import has_mutation
+
 Environment = dict[str, Any]  # node name -> value
 
 
@@ -75,7 +77,8 @@ def execute(module: fx.GraphModule, node: fx.Node, env: Mapping[str, Any]) -> An
 def run_all(module: fx.GraphModule, inputs: Iterable[Tensor]) -> Environment:
     """One forward pass that keeps the value of every node, by name."""
     env: Environment = {}
-    stream = iter(inputs)
+    writes = has_mutation(module.graph)
+    stream = (t.clone() if writes else t for t in inputs)
     with torch.no_grad():
         for node in module.graph.nodes:
             env[node.name] = (
@@ -90,8 +93,12 @@ def run_changed(
     """The outputs of an edited graph, from a full run of the graph before the edit.
 
     Only nodes for which ``changed`` holds, and what follows from them, are computed; everything
-    else is taken from ``env`` by name.
+    else is taken from ``env`` by name. A graph that writes in place is run whole.
     """
+    if has_mutation(module.graph):
+        inputs = [env[node.name].clone() for node in module.graph.nodes if node.op == "placeholder"]
+        with torch.no_grad():
+            return module(*inputs)
     fresh: Environment = {}
     dirty: set[str] = set()
     result: Any = None

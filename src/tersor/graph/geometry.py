@@ -59,8 +59,8 @@ def sample_agreement(found: Sequence[Tensor], wanted: Sequence[Tensor], kind: Ou
             equal = _classes_last(new).argmax(-1) == _classes_last(old).argmax(-1)
             scores.append(equal.double().reshape(len(old), -1).mean(1))
         elif kind == "embedding":
-            flat = (t.double().reshape(len(old), -1) for t in (new, old))
-            scores.append(torch.nn.functional.cosine_similarity(*flat, dim=1))
+            left, right = (t.double().reshape(len(old), -1) for t in (new, old))
+            scores.append(torch.nn.functional.cosine_similarity(left, right, dim=1))
         else:
             scores.append(1.0 - _squared(new, old))
     if not scores:

@@ -1,9 +1,10 @@
 """An exported graph module becomes the one form that every stage reads.
 
 Flat inputs, a flat tuple of tensor outputs, evaluation mode, and: wrappers of grad and autocast
-inlined, identities (dropout, detach, assertions) gone, SDPA's scale explicit, products with a
-stored matrix written as ``linear``, batch norm folded into the convolution or linear before it,
-subgraphs of parameters only computed once, tensors that share a storage kept once.
+inlined, identities (dropout, detach, assertions) gone, in-place ops written as functional ones,
+SDPA's scale explicit, products with a stored matrix written as ``linear``, batch norm folded into
+the convolution or linear before it, subgraphs of parameters only computed once, tensors that share
+a storage kept once.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.graph.edit import attribute, rebuild
+from tersor.graph.mutation import remove_mutation, written_to
 
 aten = torch.ops.aten
 
@@ -26,9 +28,8 @@ _IDENTITIES = {
     aten.detach.default,
     aten.detach_.default,
     aten.alias.default,
-    aten.lift_fresh_copy.default,
-    aten.contiguous.default,
 }
+_COPIES = {aten.lift_fresh_copy.default, aten.contiguous.default}
 _CHECKS = {
     "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
     "sym_constrain_range_for_size", "_guards_fn",
@@ -48,8 +49,11 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
         A graph module that owns clones of its tensors. Its output is a tuple of tensors.
     """
     graph, tensors = _plain_copy(module)
-    for step in (_drop_checks, _drop_identities, _explicit_scale):
-        step(graph)
+    _drop_checks(graph)
+    _drop_identities(graph, _IDENTITIES)
+    remove_mutation(graph)
+    _drop_identities(graph, _COPIES, written_to(graph))
+    _explicit_scale(graph)
     _share_storages(graph, tensors)
     _fold_constants(graph, tensors)
     _write_linear(graph, tensors)
@@ -68,7 +72,7 @@ def _plain_copy(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor]]:
     return graph, tensors
 
 
-def _copy_into(
+def _copy_into(  # noqa: C901, PLR0912 - one branch a kind of node
     graph: fx.Graph,
     module: fx.GraphModule,
     root: torch.nn.Module,
@@ -79,24 +83,18 @@ def _copy_into(
     """Copy the nodes of ``module`` after those of ``graph``; returns the flat outputs."""
     outputs: Any = ()
     for node in module.graph.nodes:
-        if node in values:
-            continue
-        if node.op == "get_attr":
-            value = _lookup(module, str(node.target))
-            if isinstance(value, Tensor):
-                tensors[str(node.target)] = _clone_once(value, clones)
-                values[node] = _twin(graph, node, values)
-            continue
-        if node.op == "call_module":  # the guards' check of the inputs
+        if node in values or node.op == "call_module":  # the guards' check of the inputs
             continue
         if node.op == "output":
-            outputs = _flat_outputs(node.args[0])
-            outputs = tuple(values[n] for n in outputs)
+            outputs = tuple(values[n] for n in _flat_outputs(node.args[0]))
             if module is root:
                 graph.output(outputs)
-            continue
-        wrapper = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if wrapper in _WRAPPERS:
+        elif node.op == "get_attr":
+            value = _lookup(module, str(node.target))
+            if isinstance(value, Tensor):  # else the body of a wrapper
+                tensors[str(node.target)] = _clone_once(value, clones)
+                values[node] = _twin(graph, node, values)
+        elif getattr(node.target, "__name__", "") in _WRAPPERS:
             values[node] = _inline(graph, module, node, values, tensors, clones)
         elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple):
             values[node] = values[node.args[0]][node.args[1]]
@@ -184,9 +182,11 @@ def _drop_checks(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _drop_identities(graph: fx.Graph) -> None:
+def _drop_identities(
+    graph: fx.Graph, targets: set[Any], keep: frozenset[fx.Node] = frozenset()
+) -> None:
     for node in _calls(graph):
-        if node.target in _IDENTITIES:
+        if node.target in targets and node not in keep:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
@@ -219,8 +219,9 @@ def _share_storages(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
 
 def _fold_constants(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
     """Compute what depends on parameters and literals only, unless it grows too much."""
+    written = written_to(graph)
     for node in _calls(graph):
-        if not _is_constant(node):
+        if node in written or not _is_constant(node):
             continue
         sources = [tensors[str(n.target)] for n in node.all_input_nodes]
         args = fx.map_arg(node.args, lambda n: tensors[str(n.target)])
@@ -242,21 +243,13 @@ def _is_constant(node: fx.Node) -> bool:
         return False
     if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:  # noqa: SLF001
         return False
-    if any(node_user_mutates(user) for user in node.users):
-        return False
     return all(n.op == "get_attr" for n in node.all_input_nodes)
-
-
-def node_user_mutates(node: fx.Node) -> bool:
-    """Whether a node writes to one of its inputs."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable  # noqa: SLF001
 
 
 def _replace_by_tensor(
     graph: fx.Graph, node: fx.Node, value: Tensor, tensors: dict[str, Tensor]
 ) -> fx.Node:
-    name = _fresh_name(_module_path(node, node.name), tensors)
+    name = _constant_name(graph, node, tensors)
     tensors[name] = value
     with graph.inserting_before(node):
         constant = graph.create_node("get_attr", name, name=f"{node.name}_folded")
@@ -266,6 +259,20 @@ def _replace_by_tensor(
     return constant
 
 
+def _constant_name(graph: fx.Graph, node: fx.Node, tensors: dict[str, Tensor]) -> str:
+    """A weight that is computed gets the name that its layer's own weight would have."""
+    readers = (u for u in node.users if u.target in _FOLDABLE and u.args[1] is node)
+    reader = next(readers, None)
+    if reader is None:
+        return _fresh_name(_module_path(node, node.name), tensors)
+    for unused in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
+        graph.erase_node(unused)
+    held = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    for name in set(tensors) - held:
+        del tensors[name]
+    return _fresh_name(_module_path(reader, "weight"), tensors)
+
+
 def _module_path(node: fx.Node, leaf: str) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
@@ -273,7 +280,12 @@ def _module_path(node: fx.Node, leaf: str) -> str:
 
 
 def _fresh_name(name: str, tensors: dict[str, Tensor]) -> str:
-    name = ".".join(part if not part.startswith("_") else f"t{part}" for part in name.split("."))
+    parts = [part if not part.startswith("_") else f"t{part}" for part in name.split(".")]
+    for i in range(1, len(parts)):
+        if ".".join(parts[:i]) in tensors:  # a tensor holds no tensors
+            parts = [*parts[: i - 1], "_".join(parts[i - 1 :])]
+            break
+    name = ".".join(parts)
     candidate, number = name, 1
     prefixes = {t.rsplit(".", i)[0] for t in tensors for i in range(1, t.count(".") + 1)}
     while candidate in tensors or candidate in prefixes:
@@ -294,14 +306,27 @@ def _write_linear(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
         if bias is not None and ((b := _stored(bias, tensors)) is None or b.dim() != 1):
             continue
         assert isinstance(matrix, fx.Node)
-        name = _fresh_name(f"{matrix.target!s}_transposed", tensors)
-        tensors[name] = weight.t().contiguous()
+        turned = _turned(graph, node, str(matrix.target), tensors)
         with graph.inserting_before(node):
-            turned = graph.create_node("get_attr", name, name=f"{node.name}_weight")
             linear = graph.call_function(aten.linear.default, (data, turned, bias))
         linear.meta = dict(node.meta)
         node.replace_all_uses_with(linear)
         graph.erase_node(node)
+
+
+def _turned(graph: fx.Graph, node: fx.Node, target: str, tensors: dict[str, Tensor]) -> fx.Node:
+    """The transposed matrix before a node; ``x @ embedding.weight.T`` finds the table again."""
+    value = tensors[target].t().contiguous()
+    for other in graph.nodes:
+        if other is node:
+            break
+        stored = _stored(other, tensors)
+        if stored is not None and stored.dtype == value.dtype and torch.equal(stored, value):
+            return other  # type: ignore[no-any-return]
+    name = _fresh_name(f"{target}_transposed", tensors)
+    tensors[name] = value
+    with graph.inserting_before(node):
+        return graph.create_node("get_attr", name, name=f"{node.name}_weight")
 
 
 def _product_parts(node: fx.Node) -> tuple[Any, Any, Any] | None:
@@ -312,10 +337,12 @@ def _product_parts(node: fx.Node) -> tuple[Any, Any, Any] | None:
     return None
 
 
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
 def _stored(node: Any, tensors: dict[str, Tensor]) -> Tensor | None:
-    if isinstance(node, fx.Node) and node.op == "get_attr":
-        return tensors[str(node.target)]
-    return None
+    return tensors[str(node.target)] if _is_stored(node) else None
 
 
 _FOLDABLE: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
@@ -340,8 +367,8 @@ def _fold_batch_norm(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
         if not isinstance(producer, fx.Node) or producer.target not in _FOLDABLE:
             continue
         weight_node = producer.args[1]
-        weight = _stored(weight_node, tensors)
-        if len(producer.users) > 1 or weight is None:
+        operands = [*producer.args[1:3], *node.args[1:5]]
+        if len(producer.users) > 1 or not all(a is None or _is_stored(a) for a in operands):
             continue
         assert isinstance(weight_node, fx.Node)
         if len(weight_node.users) > 1 or not _is_channel_norm(producer, node):

@@ -96,7 +96,7 @@ def _convolution(node: fx.Node, rank: int, weights: dict[str, Tensor]) -> Weight
     rest = [*node.args[3:], *[None] * 4]
     stride = _repeat(rest[0], rank, 1)
     dilation = _repeat(rest[2], rank, 1)
-    groups = rest[3] if isinstance(rest[3], int) else int(node.kwargs.get("groups", 1) or 1)
+    groups = rest[3] if isinstance(rest[3], int) else 1
     padding = _padding(rest[1], kernel, dilation, rank)
     window = Window(kernel, stride, padding, dilation, groups)
     return WeightedOp(op.node, op.kind, op.data, op.weight, op.bias, window)
@@ -148,8 +148,7 @@ def output_rows(output: Tensor, op: WeightedOp, mask: Tensor | None = None) -> T
             return output[mask].unsqueeze(1)
         return output.reshape(-1, 1, output.shape[-1])
     groups = op.window.groups
-    flat = output.movedim(1, -1).reshape(-1, groups, output.shape[1] // groups)
-    return flat
+    return output.movedim(1, -1).reshape(-1, groups, output.shape[1] // groups)
 
 
 def grouped_weight(weight: Tensor, groups: int) -> Tensor:

@@ -1,7 +1,14 @@
-"""A graph as plain JSON beside its tensors: no pickle, only ops that torch itself registers."""
+"""A graph as plain JSON beside its tensors: no pickle, only ops that torch itself registers.
 
+``torch.fx`` writes a graph out as Python and runs it, so every name that a file brings is checked
+to be nothing but a name.
+"""
+
+import keyword
+import math
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +31,18 @@ _BUILT_IN = {
     )
 }  # fmt: skip
 _NAMES = {function: name for name, function in _BUILT_IN.items()}
+_FORBIDDEN = {"aten.from_file"}  # opens, and may create, any file
+_TENSOR_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_MAX_EXAMPLE = 1 << 28  # values of one example input
+_MALFORMED = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 _NAMESPACES = ("aten", "quantized_decomposed", "torchvision", "prims")
 _TYPES: dict[str, Any] = {
     "dtype": torch.dtype,
@@ -65,22 +84,36 @@ def graph_from_json(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> G
     if data.get("version") != VERSION:
         raise ArtifactError(f"graph.json: version {data.get('version')!r}, wanted {VERSION}")
     signature = from_json(Signature, data.get("signature"), "graph.json signature")
+    try:
+        return Graph(_module(data["nodes"], tensors), signature, _example(signature))
+    except _MALFORMED as error:
+        raise ArtifactError(
+            f"graph.json describes no graph ({type(error).__name__}: {error}); "
+            "the file is damaged or was edited: save it again"
+        ) from error
+
+
+def _module(rows: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     graph = fx.Graph()
     values: dict[str, fx.Node] = {}
-    for row in data["nodes"]:
+    for row in rows:
         _add_node(graph, row, values, tensors)
     graph.lint()
-    module = rebuild(graph, dict(tensors), remove_dead=False)
-    return Graph(module, signature, _example(signature))
+    return rebuild(graph, dict(tensors), remove_dead=False)
 
 
 def _example(signature: Signature) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.zeros(
-            [2 if size is None else size for size in spec.shape], dtype=getattr(torch, spec.dtype)
-        )
-        for spec in signature.inputs
-    )
+    example = []
+    for spec in signature.inputs:
+        shape = [2 if size is None else size for size in spec.shape]
+        dtype = getattr(torch, spec.dtype)
+        if not isinstance(dtype, torch.dtype) or not 0 <= math.prod(shape) <= _MAX_EXAMPLE:
+            raise ArtifactError(
+                f"graph.json, input {spec.name!r}: {spec.dtype} {tuple(spec.shape)} is no input; "
+                f"wanted a tensor of at most {_MAX_EXAMPLE} values"
+            )
+        example.append(torch.zeros(shape, dtype=dtype))
+    return tuple(example)
 
 
 def _add_node(
@@ -95,6 +128,11 @@ def _add_node(
     if op == "get_attr" and target not in tensors:
         raise ArtifactError(f"graph.json, node {name}: tensor {target!r} is absent")
     resolved = _resolve(target, name) if op == "call_function" else target
+    if op == "get_attr" and not _TENSOR_NAME.fullmatch(target):
+        raise ArtifactError(f"graph.json, node {name}: {target!r} is no name of a tensor")
+    for word in [*row["kwargs"], *([target] if op == "placeholder" else [])]:
+        if not word.isidentifier() or keyword.iskeyword(word):
+            raise ArtifactError(f"graph.json, node {name}: {word!r} is no name of an argument")
     args = _decode(row["args"], values, name)
     kwargs = {str(k): _decode(v, values, name) for k, v in row["kwargs"].items()}
     node = graph.create_node(op, resolved, tuple(args), kwargs, name)
@@ -107,7 +145,7 @@ def _target_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return str(node.target)
     if node.target in _NAMES:
-        return _NAMES[node.target]  # type: ignore[index]
+        return _NAMES[node.target]
     if isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001
         return str(node.target)
     raise ArtifactError(f"node {node.name}: {node.target} is no registered op and can't be saved")
@@ -118,14 +156,16 @@ def _resolve(target: str, name: str) -> Any:
         return _BUILT_IN[target]
     namespace, _, rest = target.partition(".")
     op_name, _, overload = rest.partition(".")
-    if namespace not in _NAMESPACES or not op_name.isidentifier() or not overload.isidentifier():
+    is_name = op_name.isidentifier() and overload.isidentifier()
+    if namespace not in _NAMESPACES or not is_name or f"{namespace}.{op_name}" in _FORBIDDEN:
         raise ArtifactError(f"graph.json, node {name}: {target!r} is not allowed")
-    try:
-        return getattr(getattr(getattr(torch.ops, namespace), op_name), overload)
-    except AttributeError as error:
+    packet = getattr(getattr(torch.ops, namespace), op_name, None)
+    found = getattr(packet, overload, None)
+    if not isinstance(found, torch._ops.OpOverload):  # noqa: SLF001
         raise ArtifactError(
             f"graph.json, node {name}: torch {torch.__version__} has no op {target!r}"
-        ) from error
+        )
+    return found
 
 
 def _encode(value: Any, node: fx.Node) -> Any:
@@ -135,6 +175,10 @@ def _encode(value: Any, node: fx.Node) -> Any:
         return [_encode(v, node) for v in value]
     if value is None or isinstance(value, bool | int | str):
         return value
+    return _encode_tagged(value, node)
+
+
+def _encode_tagged(value: Any, node: fx.Node) -> dict[str, Any]:
     if isinstance(value, float):
         return {"float": repr(value)}
     if isinstance(value, torch.device):
@@ -157,6 +201,10 @@ def _decode(value: Any, values: Mapping[str, fx.Node], where: str) -> Any:
     kind, content = next(iter(value.items()))
     if kind == "node" and content in values:
         return values[content]
+    return _decode_tagged(str(kind), content, values, where)
+
+
+def _decode_tagged(kind: str, content: Any, values: Mapping[str, fx.Node], where: str) -> Any:
     if kind == "float":
         return float(content)
     if kind == "device":
@@ -167,7 +215,7 @@ def _decode(value: Any, values: Mapping[str, fx.Node], where: str) -> Any:
         found = getattr(torch, str(content), None)
         if isinstance(found, _TYPES[kind]):
             return found
-    raise ArtifactError(f"graph.json, node {where}: {dict(value)} is no value")
+    raise ArtifactError(f"graph.json, node {where}: {{{kind!r}: {content!r}}} is no value")
 
 
 def structure_text(graph: Graph) -> str:

@@ -133,7 +133,7 @@ class Quantize:
             moments = _expected(statistics, quantizer)
         return self._round(site, statistics, moments, quantizer, self.weight_limit, "int8")
 
-    def _round(  # noqa: PLR0913 - one private step of two public levels
+    def _round(
         self,
         site: Site,
         statistics: SiteStatistics,
@@ -143,7 +143,7 @@ class Quantize:
         level: str,
     ) -> SiteChange:
         weight = statistics.weight
-        columns = _column_scale(weight, quantizer, statistics)
+        columns = _column_scale(weight, quantizer)
         target, damping = _target(weight, columns, moments, self.damping)
         metric, _ = centred(moments)
         step = weight_steps(target, limit, metric.diagonal(dim1=1, dim2=2))
@@ -245,9 +245,7 @@ def _cost(
     return float(activations + weights_error)
 
 
-def _column_scale(
-    weight: Tensor, quantizer: Quantizer | None, statistics: SiteStatistics
-) -> Tensor | None:
+def _column_scale(weight: Tensor, quantizer: Quantizer | None) -> Tensor | None:
     """What each column of the weight is multiplied by: the inverse of the channel's factor."""
     if quantizer is None or quantizer.inverse_scale is None:
         return None
@@ -299,7 +297,7 @@ def layer_error(statistics: SiteStatistics, change: SiteChange) -> float:
     new = change.codes.double().reshape(shape) * change.scale.double().reshape(*shape[:2], 1)
     quantizer = change.quantizer
     moments = statistics.moments() if quantizer is None else _expected(statistics, quantizer)
-    columns = _column_scale(statistics.weight, quantizer, statistics)
+    columns = _column_scale(statistics.weight, quantizer)
     old = statistics.weight if columns is None else statistics.weight * columns
     return relative_error(old, new, moments)
 

@@ -73,11 +73,12 @@ def measure_errors(
         if offer.candidate.level not in NATIVE
     }
     before = {node.name for node in graph.module.graph.nodes}
+    output = next(node.name for node in graph.module.graph.nodes if node.op == "output")
     errors: dict[int, list[Tensor]] = {i: [] for i in edited}
     seen = 0
     for chunk in chunks(graph, flat):
         env = run_all(graph.module, chunk)
-        wanted = env["output"]
+        wanted = env[output]
         for i, variant in edited.items():
             if proposals[i].candidate.level == "int8_weight" and seen >= _SAMPLES_OF_STORAGE:
                 advance()

@@ -26,6 +26,7 @@ from tersor.graph.contracts import (
     TensorMap,
 )
 from tersor.graph.edit import execute, last_uses
+from tersor.graph.mutation import has_mutation
 from tersor.graph.operators import WeightedOp, as_rows, output_rows, weighted_ops
 from tersor.graph.quantizer import rounded
 from tersor.observe.statistics import channel_rows, enough_rows, op_bias, op_weight, token_mask
@@ -63,17 +64,19 @@ class _Run:
         self.readers = readers
         self.ops = {op.node.name: op for op in weighted_ops(graph.module)}
         self.dirty: set[str] = set()
+        self.writes = has_mutation(graph.module.graph)  # then the runs share no values
         self.pairs = [_Pair({}, {}, token_mask(graph.signature, flat)) for flat in batches]
         self._tensors: dict[str, dict[str, Any]] = {}
 
     def step(self, node: fx.Node, values: Sequence[Tensor] | None) -> None:
         """Run an unchanged node in both runs."""
-        is_dirty = any(source.name in self.dirty for source in node.all_input_nodes)
+        is_dirty = self.writes or any(s.name in self.dirty for s in node.all_input_nodes)
         for index, pair in enumerate(self.pairs):
             if values is not None:
-                pair.original[node.name] = values[index]
-            else:
-                pair.original[node.name] = execute(self.graph.module, node, pair.original)
+                fresh = [values[index].clone() if self.writes else values[index] for _ in range(2)]
+                pair.original[node.name], pair.compressed[node.name] = fresh
+                continue
+            pair.original[node.name] = execute(self.graph.module, node, pair.original)
             pair.compressed[node.name] = (
                 execute(self.graph.module, node, pair.compressed)
                 if is_dirty
@@ -136,10 +139,10 @@ class _Run:
                 gap = pair.original[other] - pair.compressed[other]
                 difference = _matching(gap, op, pair.mask, len(rows))
             keep = _subset(rows, len(self.pairs), generator)
-            picked = (
-                t if keep is None or t is None else t[keep] for t in (rows, before, difference)
-            )
-            stream.add_(*picked)
+            if keep is not None:
+                rows, before = rows[keep], before[keep]
+                difference = None if difference is None else difference[keep]
+            stream.add_(rows, before, difference)
         return stream.value()
 
     def _rows(self, op: WeightedOp) -> Rows:

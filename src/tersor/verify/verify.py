@@ -49,7 +49,7 @@ class Measured:
     difference: float = 0.0
 
 
-def verdict(
+def verdict(  # noqa: PLR0913 - what was asked, what was measured, and what the report quotes
     target: Target,
     measured: Measured,
     *,

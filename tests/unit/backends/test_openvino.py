@@ -36,7 +36,7 @@ from tersor.graph.normalise import normalise
 
 ov = pytest.importorskip("openvino")
 
-from tersor.backends.openvino import channels_first  # noqa: E402 - need OpenVINO
+from tersor.backends.openvino import channels_first, executable  # noqa: E402 - need OpenVINO
 from tersor.backends.openvino.failures import conversion_failed  # noqa: E402
 from tersor.backends.openvino.nodes import source_name  # noqa: E402
 from tersor.backends.openvino.probe import FULL_LIMIT, SAFE_LIMIT, weight_limit  # noqa: E402
@@ -327,6 +327,21 @@ def test_profile_names_a_quantiser_that_stands_alone() -> None:
     profile = OpenVINOBackend().build(graph, shapes_of(graph), LINEAR).profile()
     assert {"linear", quantizer} <= set(profile)
     assert all(value >= 0 for value in profile.values())
+
+
+@pytest.mark.parametrize(
+    ("totals", "wanted"),
+    [
+        ([9.0, 16.0, 23.0, 30.0], 1.0),
+        ([90.0, 97.0, 104.0, 111.0], 1.0),  # slow cold runs
+        ([9.0, 16.0, 58.0, 65.0], 1.0),  # interrupted in the second block
+        ([9.0, 16.0, 23.01, 30.02], 21.02 / 21),  # within what the cut explains
+        ([0.0, 0.0, 0.0, 0.0], 0.0),
+        ([0.009, 0.0, 0.0, 0.0], 0.0),  # cut to nothing
+    ],
+)
+def test_warm_time_of_a_node(totals: list[float], wanted: float) -> None:
+    assert executable._warm_ms(totals, [9, 16, 23, 30]) == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize(

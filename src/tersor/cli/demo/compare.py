@@ -194,6 +194,7 @@ def make_subjects(
 ) -> list[Subject]:
     """Every build, with the threads and precision of the best uncompressed one."""
     verdict = result.verdict  # first: it may give the baseline back in place of the plan
+    ours: Runner = result.model
     choice = result.record.prices.baseline.choice
     inputs = {name: _first(t, case.batch) for name, t in _named(source, case.search).items()}
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
@@ -218,8 +219,8 @@ def make_subjects(
             name="ours",
             kind="ours",
             build=result.plan.choice.describe(),
-            call=lambda: result.model.executable.run(arrays),
-            predict=result.model,
+            call=lambda: ours.executable.run(arrays),
+            predict=ours,
             size_bytes=verdict.size_bytes,
             missed=verdict.returned_baseline,
             note=verdict.reason or f"verdict: {verdict.status}",
