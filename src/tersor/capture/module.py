@@ -236,7 +236,12 @@ def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
         n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in user
     ]
     sizes = [v.shape[0] for v in values if isinstance(v, Tensor)]
-    return any(isinstance(size, torch.SymInt) for size in sizes)
+    return any(_is_dynamic(size) for size in sizes)
+
+
+def _is_dynamic(size: Any) -> bool:
+    """A symbol that the code turned into a number keeps its type."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -264,7 +269,8 @@ def _source_line(error: Exception, text: str) -> str:
         file, line, function, code = found[-1]
         return f"; at {file}:{line} in {function}: {code.strip()}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and "/tersor/" not in f.filename]
+    others = ("/torch/", "/tersor/", "<")  # "<string>": code that a library made
+    own = [f for f in frames if not any(part in f.filename for part in others)]
     if own:
         frame = own[-1]
         return f"; at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
@@ -320,7 +326,7 @@ def _output_shape(leaf: Tensor, value: Any) -> tuple[int | None, ...]:
     if value is None:
         return (None, *leaf.shape[1:])
     return tuple(
-        None if isinstance(size, torch.SymInt) else int(known)
+        None if _is_dynamic(size) else int(known)
         for size, known in zip(value.shape, leaf.shape, strict=True)
     )
 

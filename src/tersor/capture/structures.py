@@ -23,7 +23,7 @@ def describe(value: Any, leaves: list[Tensor], where: str = "output") -> Structu
         return Structure(kind="none")
     if isinstance(value, bool | int | float | str):
         return Structure(kind="constant", value=value)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not dataclasses.is_dataclass(value):
         return _named("dict" if type(value) is dict else "object", value, leaves, where)
     if isinstance(value, tuple | list):
         if hasattr(value, "_fields"):

@@ -86,7 +86,8 @@ class SiteStatistics:
         is_padded: A reader adds zeros at the borders, so that zero must stay zero.
         channel_dim: The dimension of the tensor that holds the channels.
         moments_of: Replays the pass with the compressed tensor mapped by a first function and the
-            original one by a second (both before unfolding); only the transform can do it.
+            original one by a second (both before unfolding), in two halves of the samples, to fit
+            on one and check on the other; only the transform can do it.
     """
 
     weight: Tensor
@@ -101,7 +102,7 @@ class SiteStatistics:
     readers_amax: Tensor | None = None
     is_padded: bool = False
     channel_dim: int = -1
-    moments_of: Callable[[TensorMap, TensorMap], Moments] | None = None
+    moments_of: Callable[[TensorMap, TensorMap], tuple[Moments, Moments]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,7 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph, tensors = _plain_copy(module)
     _drop_checks(graph)
+    _drop_constant_inputs(graph)
     _drop_identities(graph, _IDENTITIES)
     remove_mutation(graph)
     _drop_identities(graph, _COPIES, written_to(graph))
@@ -179,6 +180,14 @@ def _drop_checks(graph: fx.Graph) -> None:
     for node in reversed(_calls(graph)):
         name = str(node.target).rsplit("::", 1)[-1].split(".")
         if any(part in _CHECKS for part in name) and not node.users:
+            graph.erase_node(node)
+
+
+def _drop_constant_inputs(graph: fx.Graph) -> None:
+    """None and plain numbers among the inputs were frozen by the export."""
+    for node in list(graph.nodes):
+        is_constant = node.op == "placeholder" and not isinstance(node.meta.get("val"), Tensor)
+        if is_constant and not node.users:
             graph.erase_node(node)
 
 

@@ -134,6 +134,8 @@ def _add_node(
         if not word.isidentifier() or keyword.iskeyword(word):
             raise ArtifactError(f"graph.json, node {name}: {word!r} is no name of an argument")
     args = _decode(row["args"], values, name)
+    if op == "output":  # JSON knows no tuples
+        args = [tuple(args[0])]
     kwargs = {str(k): _decode(v, values, name) for k, v in row["kwargs"].items()}
     node = graph.create_node(op, resolved, tuple(args), kwargs, name)
     if node.name != name:

@@ -9,6 +9,7 @@ prefix, the weight is first refitted to the original layer's outputs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tersor.graph.contracts import Quantizer, SiteChange, SiteStatistics
 from tersor.graph.quantizer import rounded, scaled
 from tersor.ops.feedback import descend, round_with_feedback
 from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
-from tersor.ops.moments import Moments, centred
+from tersor.ops.moments import Moments, add_moments, centred
 from tersor.ops.refit import bias_shift, refit, relative_error
 from tersor.ops.smoothing import smoothing_scale
 
@@ -30,6 +31,8 @@ SIGNED, UNSIGNED = (-128, 127), (0, 255)
 SHIFT_SHARE = 0.25
 _BINS = 2048
 _SCALE_BYTES = 4
+# Ridges of the refit to choose from, relative to the mean diagonal of the covariance.
+REFIT_DAMPINGS = (1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ class Quantize:
         weight_limit: Largest absolute code of int8 products. 63 where the device adds pairs of
             products in 16 bits, which saturate (the backend's probe knows).
         alphas: Smoothing exponents to choose from, beside none.
-        damping: Of the refit and of error feedback, relative to the mean diagonal of H.
+        damping: Of error feedback, relative to the mean diagonal of H.
         sweeps: Coordinate-descent sweeps after error feedback.
     """
 
@@ -119,7 +122,8 @@ class Quantize:
                 codes=codes.reshape(site.shape),
                 scale=step.reshape(-1).float(),
             )
-        return self._round(site, statistics, statistics.moments(), None, INT8_LIMIT, "int8_weight")
+        halves = statistics.moments_of(_same, _same)
+        return self._round(site, statistics, halves, None, "int8_weight")
 
     def _computed(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
         """Integer weight and integer activations, smoothed as the candidate says."""
@@ -130,27 +134,29 @@ class Quantize:
                 lambda x: rounded(x, quantizer), lambda x: scaled(x, quantizer)
             )
         else:
-            moments = _expected(statistics, quantizer)
-        return self._round(site, statistics, moments, quantizer, self.weight_limit, "int8")
+            moments = (_expected(statistics, quantizer),)
+        return self._round(site, statistics, moments, quantizer, "int8")
 
     def _round(
         self,
         site: Site,
         statistics: SiteStatistics,
-        moments: Moments,
+        halves: tuple[Moments, ...],
         quantizer: Quantizer | None,
-        limit: int,
         level: str,
     ) -> SiteChange:
+        limit = INT8_LIMIT if quantizer is None else self.weight_limit
         weight = statistics.weight
         columns = _column_scale(weight, quantizer)
-        target, damping = _target(weight, columns, moments, self.damping)
+        scaled_weight = weight if columns is None else weight * columns
+        moments = reduce(add_moments, halves)
+        target, damping = _target(scaled_weight, halves)
         metric, _ = centred(moments)
         step = weight_steps(target, limit, metric.diagonal(dim1=1, dim2=2))
         step = step.float().double()  # codes belong to the step that is stored
         codes = self._codes(target, step, metric, limit)
         dequantized = codes.double() * step.unsqueeze(-1)
-        shift = _bias_shift(weight, columns, dequantized, moments)
+        shift = bias_shift(scaled_weight, dequantized, moments)
         bias = shift + (0.0 if statistics.bias is None else statistics.bias)
         if quantizer is not None and quantizer.shift:
             bias = bias - dequantized.sum(2) * quantizer.shift
@@ -161,7 +167,7 @@ class Quantize:
             scale=step.reshape(-1).float(),
             bias=bias.reshape(-1).float(),
             quantizer=quantizer,
-            report={"damping": damping},
+            report={"refit_damping": damping},
         )
 
     def _codes(self, target: Tensor, step: Tensor, metric: Tensor, limit: int) -> Tensor:
@@ -271,22 +277,32 @@ def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
     return replace(moments, xx=xx + noise, x=moments.x * factor)
 
 
-def _target(
-    weight: Tensor, columns: Tensor | None, moments: Moments, damping: float
-) -> tuple[Tensor, float]:
-    """The weight to round: scaled to the quantised input, refitted where the prefix changed."""
-    scaled_weight = weight if columns is None else weight * columns
-    if moments.cross is None:
-        return scaled_weight, 0.0
-    target, _, used = refit(scaled_weight, moments, damping)
-    return target, used
+def _target(weight: Tensor, halves: tuple[Moments, ...]) -> tuple[Tensor, float | None]:
+    """The weight to round: refitted where the prefix changed, as far as that generalises.
+
+    A least-squares fit of n inputs on t rows adds n / t of what it can't explain, and most of what
+    quantisation does can't be explained. So the damping is the one whose fit on one half of the
+    samples does best on the other; None, no refit at all, is among the choices.
+    """
+    if len(halves) < 2 or halves[0].cross is None:
+        return weight, None
+    costs: dict[float | None, float] = {
+        None: sum(relative_error(weight, weight, h) for h in halves)
+    }
+    for damping in REFIT_DAMPINGS:
+        fits = [refit(weight, half, damping)[0] for half in halves]
+        costs[damping] = sum(
+            relative_error(weight, fit, other)
+            for fit, other in zip(fits, reversed(halves), strict=True)
+        )
+    best = min(costs, key=costs.__getitem__)
+    if best is None:
+        return weight, None
+    return refit(weight, reduce(add_moments, halves), best)[0], best
 
 
-def _bias_shift(
-    weight: Tensor, columns: Tensor | None, dequantized: Tensor, moments: Moments
-) -> Tensor:
-    scaled_weight = weight if columns is None else weight * columns
-    return bias_shift(scaled_weight, dequantized, moments)
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def layer_error(statistics: SiteStatistics, change: SiteChange) -> float:

@@ -32,6 +32,8 @@ class Histogram:
         self._cover_(max(abs(low), abs(high)))
         if self.edge:
             self.counts += torch.histc(flat, BINS, -self.edge, self.edge).double()
+        else:  # nothing but zeros so far: this bin is theirs for every edge
+            self.counts[BINS // 2] += flat.numel()
 
     def _cover_(self, amax: float) -> None:
         if amax == 0.0 or amax <= self.edge:
@@ -83,10 +85,14 @@ class MomentStream:
     total: Moments | None = None
 
     def add_(
-        self, rows: Tensor, original: Tensor | None = None, residual: Tensor | None = None
+        self,
+        rows: Tensor,
+        original: Tensor | None = None,
+        residual: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
-        """Add rows [t, g, n]."""
-        part = moments_of(rows, original, residual)
+        """Add rows [t, g, n], each with its weight."""
+        part = moments_of(rows, original, residual, weights)
         self.total = part if self.total is None else add_moments(self.total, part)
 
     def value(self) -> Moments:

@@ -52,6 +52,7 @@ def moments_of(
     x: Float[Tensor, "t g n"],
     x_original: Float[Tensor, "t g n"] | None = None,
     residual: Float[Tensor, "t g m"] | None = None,
+    weights: Float[Tensor, " t"] | None = None,
 ) -> Moments:
     """Sum the products of all rows.
 
@@ -60,6 +61,7 @@ def moments_of(
         x_original: Input of the original layer for the same rows; None where it is the same.
         residual: Original minus compressed value of the other operand of the residual add that
             follows the layer; None where there is none or it is the same.
+        weights: How much each row counts, mean 1 so that their sum is the count; None: all alike.
 
     Returns:
         Moments with the fields of what was given, on the device of ``x``. No more than
@@ -75,6 +77,7 @@ def moments_of(
                 _by_group(x[part]),
                 None if x_original is None else _by_group(x_original[part]),
                 None if residual is None else _by_group(residual[part]),
+                None if weights is None else weights[part].double().reshape(1, -1, 1),
             )
             for part in parts
         ),
@@ -89,19 +92,29 @@ def _moments_of_chunk(
     x: Float64[Tensor, "g t n"],
     x_original: Float64[Tensor, "g t n"] | None,
     residual: Float64[Tensor, "g t m"] | None,
+    weights: Float64[Tensor, "1 t 1"] | None,
 ) -> Moments:
+    xw = x if weights is None else x * weights
+    ow = _weighted(x_original, weights)
+    dw = _weighted(residual, weights)
     return Moments(
         count=x.shape[1],
-        xx=x.mT @ x,
-        x=x.sum(1),
-        cross=_products(x_original, x),
-        x_original=None if x_original is None else x_original.sum(1),
-        xx_original=_products(x_original, x_original),
-        residual=_products(residual, x),
-        residual_original=_products(residual, x_original),
-        d=None if residual is None else residual.sum(1),
-        dd=None if residual is None else residual.square().sum((1, 2)),
+        xx=xw.mT @ x,
+        x=xw.sum(1),
+        cross=_products(ow, x),
+        x_original=None if ow is None else ow.sum(1),
+        xx_original=_products(ow, x_original),
+        residual=_products(dw, x),
+        residual_original=_products(dw, x_original),
+        d=None if dw is None else dw.sum(1),
+        dd=None if dw is None or residual is None else (dw * residual).sum((1, 2)),
     )
+
+
+def _weighted(
+    rows: Float64[Tensor, "g t k"] | None, weights: Float64[Tensor, "1 t 1"] | None
+) -> Float64[Tensor, "g t k"] | None:
+    return rows if rows is None or weights is None else rows * weights
 
 
 def _products(

@@ -50,7 +50,7 @@ def run_milp(
 def _standard_output_closed() -> Iterator[None]:
     """Send file descriptor 1 to the null device.
 
-    HiGHS 1.8 prints a debugging line from C++ whatever its options say, which would break
+    HiGHS (in SciPy 1.17) prints a debugging line from C++ whatever its options say, which would break
     ``--json``. Its buffer is the C library's, so that is flushed before the descriptor is
     restored.
     """

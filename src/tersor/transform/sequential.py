@@ -31,9 +31,13 @@ from tersor.graph.operators import WeightedOp, as_rows, output_rows, weighted_op
 from tersor.graph.quantizer import rounded
 from tersor.observe.statistics import channel_rows, enough_rows, op_bias, op_weight, token_mask
 from tersor.observe.streams import Histogram, MomentStream, RowSample
-from tersor.ops.moments import Moments
+from tersor.ops.moments import Moments, add_moments
+
+aten = torch.ops.aten
 
 _CHANNEL_ROWS = 2048
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+_LEAST_VARIANCE = 1e-3  # of the mean: padding-like rows must not own the fit either
 _AGREE = 1e-4  # the side-by-side run and the edited graph, of the output's scale
 
 
@@ -99,7 +103,7 @@ class _Run:
         return SiteStatistics(
             weight=op_weight(self.graph, op),
             bias=op_bias(self.graph, op),
-            moments=lambda: self._moments(op, _same, _same, seed),
+            moments=lambda: add_moments(*self._moments(op, _same, _same, seed)),
             channels=tensor["channels"],
             counts=tensor["histogram"].counts,
             edges=tensor["histogram"].edges(),
@@ -126,24 +130,57 @@ class _Run:
             self._tensors[name] = {"histogram": histogram, "channels": sample.value()}
         return self._tensors[name]
 
-    def _moments(self, op: WeightedOp, new: TensorMap, old: TensorMap, seed: int) -> Moments:
+    def _moments(
+        self, op: WeightedOp, new: TensorMap, old: TensorMap, seed: int
+    ) -> tuple[Moments, Moments]:
+        """Moments of the even and of the odd batches; of half of the rows each for one batch."""
         generator = torch.Generator().manual_seed(seed)
-        stream = MomentStream()
+        halves = (MomentStream(), MomentStream())
         name = op.data.name
         other = _residual_operand(op.node, self.dirty)
-        for pair in self.pairs:
+        for index, pair in enumerate(self.pairs):
             rows = as_rows(new(pair.compressed[name]), op, pair.mask)
             before = as_rows(old(pair.original[name]), op, pair.mask)
             difference = None
             if other is not None and other in pair.original:
                 gap = pair.original[other] - pair.compressed[other]
                 difference = _matching(gap, op, pair.mask, len(rows))
+            weights = self._row_weights(op, pair)
             keep = _subset(rows, len(self.pairs), generator)
             if keep is not None:
                 rows, before = rows[keep], before[keep]
                 difference = None if difference is None else difference[keep]
-            stream.add_(rows, before, difference)
-        return stream.value()
+                weights = None if weights is None else weights[keep]
+            if weights is not None:
+                weights = weights / weights.mean()
+            parts = (rows, before, difference, weights)
+            if len(self.pairs) > 1:
+                halves[index % 2].add_(*parts)
+                continue
+            for half, stream in enumerate(halves):
+                stream.add_(*(None if p is None else p[half::2] for p in parts))
+        return halves[0].value(), halves[1].value()
+
+    def _row_weights(self, op: WeightedOp, pair: _Pair) -> Tensor | None:
+        """1 / variance of what a layer norm behind the op divides by its deviation.
+
+        Without them the few tokens with massive activations would own the least squares, though
+        the norm makes all tokens alike.
+        """
+        add = _add_before_norm(op.node)
+        if add is None or op.window is not None:
+            return None
+        total = execute(self.graph.module, op.node, pair.original)
+        other = _other_operand(add, op.node)
+        if other is not None:
+            if other not in pair.original:
+                return None
+            total = total + pair.original[other]
+        if total.dim() < 2:
+            return None
+        rows = output_rows(total, op, pair.mask)[:, 0].double()
+        variance = rows.var(1, correction=0)
+        return 1.0 / variance.clamp_min(_LEAST_VARIANCE * float(variance.mean()) + 1e-30)
 
     def _rows(self, op: WeightedOp) -> Rows:
         pair = self.pairs[0]
@@ -177,11 +214,29 @@ def _subset(rows: Tensor, batches: int, generator: torch.Generator) -> Tensor | 
 def _residual_operand(node: fx.Node, dirty: set[str]) -> str | None:
     """The other operand of the add that alone uses a node, if the prefix changed it."""
     users = list(node.users)
-    adds = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-    if len(users) != 1 or users[0].target not in adds or users[0].kwargs:
+    if len(users) != 1 or not _is_add(users[0]):
         return None
-    others = [a for a in users[0].args if isinstance(a, fx.Node) and a is not node]
-    return others[0].name if len(others) == 1 and others[0].name in dirty else None
+    other = _other_operand(users[0], node)
+    return other if other in dirty else None
+
+
+def _is_add(node: fx.Node) -> bool:
+    return node.target in (aten.add.Tensor, aten.add_.Tensor) and not node.kwargs
+
+
+def _other_operand(add: fx.Node, node: fx.Node) -> str | None:
+    if add is node:
+        return None
+    others = [a for a in add.args if isinstance(a, fx.Node) and a is not node]
+    return others[0].name if len(others) == 1 else None
+
+
+def _add_before_norm(node: fx.Node) -> fx.Node | None:
+    """What a layer norm reads of an op: the op itself, or the residual add behind it."""
+    for candidate in (node, *[u for u in node.users if _is_add(u)]):
+        if any(user.target in _NORMS for user in candidate.users):
+            return candidate
+    return None
 
 
 def _matching(gap: Tensor, op: WeightedOp, mask: Tensor | None, rows: int) -> Tensor | None:

@@ -1,4 +1,5 @@
 import itertools
+import json
 import time
 from dataclasses import replace
 from types import ModuleType
@@ -6,13 +7,14 @@ from types import ModuleType
 import pytest
 
 from tersor.core.errors import ConfigError
+from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import BaselineRow
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import AGREEMENT, MEASURED_NOISE, choose
 from tersor.plan.solve import optimise
 from tersor.plan.swaps import MAX_PAIRS, SMALLEST_GAIN, improve, neighbours
-from tersor.plan.task import Limits
+from tersor.plan.task import Choice, Limits
 
 
 def all_levels(problem):  # noqa: ANN001 - a helper of this file
@@ -406,3 +408,9 @@ def test_bad_tasks_are_refused(lab: ModuleType) -> None:
     eager = BaselineRow(name="eager", choice=None, timing=lab.timing(1.0), size_bytes=1)
     with pytest.raises(ConfigError, match="baseline eager: found the eager model, wanted a build"):
         world.task(Limits(max_ms=1.0), baseline=eager)
+
+
+def test_a_choice_survives_the_store(lab: ModuleType) -> None:
+    world = lab.make_world(0)
+    choice = choose(world.task(Limits(max_loss=0.5)), world.tools())
+    assert from_json(Choice, json.loads(dumps(choice))) == choice

@@ -45,9 +45,10 @@ def test_noisy_builds_are_predicted_within_their_noise(lab: ModuleType, seed: in
     noise = 0.02
     machine = lab.Machine(lab.make_sites(9), seed=seed, noise=noise)
     error = fit_error(fitted(lab, machine))
-    # A held-out latency carries the noise of its total, and the fit that of a median of twelve.
-    assert error.median < 2 * noise
-    assert error.p90 < 4 * noise
+    # A held-out latency carries the noise of its total and of its nodes, and the fit adds that of
+    # its own twelve: three standard deviations for the middle of six, five for the worst.
+    assert error.median < 3 * noise
+    assert error.p90 < 5 * noise
 
 
 def test_glue_that_formats_cause_is_charged_to_them(lab: ModuleType) -> None:

@@ -1,0 +1,131 @@
+"""Finished runs of real networks, made once for all end-to-end tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tersor
+from tersor.core.records import Verdict
+from tests.data.zoo import load_lenet5, load_resnet20
+from tests.e2e.helpers import Accuracy, Finished, Recorded, parts, state_of, warm_copy
+
+# A size that only int8 weights reach, whatever the machine's timings say.
+LENET_TARGET = tersor.Target(size_ratio=3.0, drop_points=5.0)
+RESNET_TARGET = tersor.Target(size_ratio=2.0, min_agreement=0.8)
+
+
+def finish(
+    model: nn.Module,
+    data: tersor.Data,
+    target: tersor.Target,
+    cache: Path,
+    metrics: tuple[Accuracy | None, Accuracy | None] = (None, None),
+) -> Finished:
+    before, progress = state_of(model), Recorded()
+    metric, test_metric = metrics
+    result = tersor.compress(
+        model,
+        data,
+        target=target,
+        metric=metric,
+        test_metric=test_metric,
+        cache_dir=cache,
+        progress=progress,
+    )
+    uses = 0 if test_metric is None else len(test_metric.predictors)
+    return Finished(
+        model, before, data, metric, test_metric, progress, cache, result, uses_of_test_metric=uses
+    )
+
+
+@pytest.fixture(scope="session")
+def lenet_run(
+    images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """LeNet-5 with both metrics; the model was in training mode when it was given."""
+    metric = Accuracy(images["train"][60:100], images["train_labels"][60:100])
+    held_out = Accuracy(images["test"][40:80], images["test_labels"][40:80])
+    cache = tmp_path_factory.mktemp("lenet") / "cache"
+    model = load_lenet5().train()
+    return finish(model, parts(images), LENET_TARGET, cache, (metric, held_out))
+
+
+@pytest.fixture(scope="session")
+def resnet_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """ResNet-20 without a metric, from a labelled loader that is split here."""
+    chosen = torch.utils.data.TensorDataset(images["train"][:100], images["train_labels"][:100])
+    loader = torch.utils.data.DataLoader(chosen, batch_size=32)
+    data = tersor.Data(loader, to_inputs=lambda batch: batch[0], output="logits")
+    cache = tmp_path_factory.mktemp("resnet") / "cache"
+    return finish(load_resnet20(), data, RESNET_TARGET, cache)
+
+
+@pytest.fixture(params=["lenet_run", "resnet_run"])
+def finished(request: pytest.FixtureRequest) -> Finished:
+    """Each finished run in turn."""
+    run: Finished = request.getfixturevalue(request.param)
+    return run
+
+
+@pytest.fixture(scope="session")
+def lenet_file(lenet_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The saved artifact of the LeNet-5; read only."""
+    path = tmp_path_factory.mktemp("saved") / "lenet.tersor"
+    lenet_run.result.save(path)
+    return path
+
+
+@pytest.fixture
+def again(
+    lenet_run: Finished, tmp_path: Path
+) -> Callable[..., tersor.api.result.Result]:
+    """``compress`` on the LeNet-5 with its prices at hand; options may be changed."""
+    store = warm_copy(lenet_run, tmp_path)
+
+    def compress(target: object = LENET_TARGET, **options: object) -> tersor.api.result.Result:
+        settings = {"cache_dir": store, "progress": False, **options}
+        model = settings.pop("model", None) or load_lenet5()
+        data = settings.pop("data", lenet_run.data)
+        return tersor.compress(model, data, target=target, **settings)
+
+    return compress
+
+
+@pytest.fixture
+def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timings of a busy machine do not decide what is returned."""
+
+    def calm(result: Verdict, seed: int) -> bool:
+        del result, seed
+        return False
+
+    monkeypatch.setattr("tersor.api.result.surely_slower", calm)
+
+
+class Tiny(nn.Module):
+    """Three linear layers over one row of an image: quick to build and to price."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(28, 64), nn.Linear(64, 32), nn.Linear(32, 5)
+        generator = torch.Generator().manual_seed(0)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator) / 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.middle(self.first(x).relu()).relu())
+        return found
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    return Tiny().eval()
+
+
+@pytest.fixture
+def tiny_data(images: dict[str, Tensor]) -> tersor.Data:
+    """One row of 90 images."""
+    return tersor.Data([images["train"][:90, 0, 14]], output="values")

@@ -1,0 +1,176 @@
+"""What the end-to-end tests share: finished runs, recorders, and commands in processes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tersor
+from tersor.api.result import Result
+
+ROOT = Path(__file__).parents[2]
+# In the order in which they finish; "measured" grows while the plan is made.
+STAGES = ("calibration", "propose", "baseline", "price", "plan", "transform", "verdict")
+N_TEST = 40
+
+
+@dataclass
+class Recorded:
+    """A progress that remembers; ``stop_at`` interrupts a stage as Ctrl-C would."""
+
+    stop_at: str = ""
+    stages: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    steps: int = 0
+    closed: int = 0
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        del total
+        self.stages.append(name)
+
+    def advance(self, steps: int = 1) -> None:
+        self.steps += steps
+        if self.stages[-1] == self.stop_at:
+            raise KeyboardInterrupt
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Accuracy:
+    """Share of right labels; remembers with what it was called."""
+
+    images: Tensor
+    labels: Tensor
+    predictors: list[Any] = field(default_factory=list)
+
+    def __call__(self, predict: Callable[[Tensor], Tensor]) -> float:
+        self.predictors.append(predict)
+        return float((predict(self.images).argmax(1) == self.labels).double().mean())
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished ``compress`` and everything that went into it."""
+
+    model: nn.Module
+    before: dict[str, Tensor]  # the model's state before the run
+    data: tersor.Data
+    metric: Accuracy | None
+    test_metric: Accuracy | None
+    progress: Recorded
+    cache: Path
+    result: Result
+    uses_of_test_metric: int  # while compress ran
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def parts(images: dict[str, Tensor]) -> tersor.Data:
+    """60 images to calibrate with, 40 to search on, 40 to test on; one class an output."""
+    train, test = images["train"], images["test"]
+    return tersor.Data(
+        calibration=[train[:60]], search=[train[60:100]], test=[test[:N_TEST]], output="logits"
+    )
+
+
+def warm_copy(run: Finished, folder: Path, without: Sequence[str] = ()) -> Path:
+    """A copy of a run's store, in which some stages are not finished."""
+    copy = folder / "warm"
+    shutil.copytree(run.cache, copy)
+    for stage in without:
+        shutil.rmtree(copy / stage, ignore_errors=True)
+    return copy
+
+
+def after(stage: str) -> tuple[str, ...]:
+    """A stage and those behind it."""
+    return (*STAGES[STAGES.index(stage) :], *(("measured",) if stage != "verdict" else ()))
+
+
+def records(store: Path) -> dict[str, int]:
+    """Every record in a store, with the time of its last change."""
+    found = sorted(store.glob("*/*/record.json"))
+    return {str(path.relative_to(store)): path.stat().st_mtime_ns for path in found}
+
+
+def partial_files(folder: Path) -> list[str]:
+    """What an interrupted or refused write would leave behind."""
+    hidden = [p for p in folder.rglob("*") if any(part.startswith(".") for part in p.parts[-2:])]
+    entries = [p for p in folder.glob("*/*") if p.is_dir() and not (p / "record.json").is_file()]
+    return sorted({str(p.relative_to(folder)) for p in (*hidden, *entries) if folder in p.parents})
+
+
+def environment() -> dict[str, str]:
+    """Of a child process: one thread, this checkout."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def start(*words: str) -> "subprocess.Popen[str]":
+    """A Python process with this checkout; its streams are read by ``communicate``."""
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stop_when(
+    process: "subprocess.Popen[str]", ready: Callable[[], bool], number: signal.Signals
+) -> tuple[str, str]:
+    """Send a signal as soon as something is there; returns both streams."""
+    end = time.monotonic() + 90
+    while not ready():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"it ended before the signal: {process.returncode}\n{out}\n{err}")
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.communicate(timeout=60)
+
+
+def error_of(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """Normalised squared error, the largest of all outputs."""
+    errors = [
+        float((f.double() - w.double()).square().sum() / w.double().square().sum())
+        for f, w in zip(found, wanted, strict=True)
+    ]
+    return max(errors)
+
+
+def same_class(found: Tensor, wanted: Tensor) -> float:
+    """Share of samples with the same largest output."""
+    return float((found.argmax(1) == wanted.argmax(1)).double().mean())
+
+
+def close_logits(found: Tensor, wanted: Tensor) -> bool:
+    """Two forms of one quantised graph: few values fall on the other side of a rounding.
+
+    A flip moves one activation by one of 255 steps; a squared error of 1e-3 is what some hundred
+    flips among the thousands of activations of these networks make.
+    """
+    return error_of([found], [wanted]) <= 1e-3 and same_class(found, wanted) >= 0.99
+
+
+def tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.from_numpy(value)
