@@ -1,5 +1,6 @@
 """Fixtures that more than one folder uses: real trained models and real images."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from tests.data.zoo import load_lenet5, load_resnet20
 
 DATA = Path(__file__).parent / "data"
 MEAN, DEVIATION = 0.2860, 0.3530
+
+# torch builds its trace messages only where somebody listens, and pytest listens to every logger
+# that does not propagate: exporting a model would take three times as long.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pixels(images: np.ndarray) -> Tensor:

@@ -3,7 +3,9 @@
 Public names load on first use, so ``import tersor`` loads neither torch nor a backend.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tersor._version import __version__
@@ -62,6 +64,17 @@ __all__ = [
     "read_report",
     "verify",
 ]
+
+
+class _Package(ModuleType):
+    """A stage's folder may have the name of a public function (``verify``): the function wins."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):  # what importing a folder sets
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

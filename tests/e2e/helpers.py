@@ -1,5 +1,6 @@
 """What the end-to-end tests share: finished runs, recorders, and commands in processes."""
 
+import copy
 import os
 import shutil
 import signal
@@ -75,6 +76,12 @@ class Finished:
     cache: Path
     result: Result
     uses_of_test_metric: int  # while compress ran
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The original on a copy in evaluation mode: the given model stays as it is."""
+        with torch.no_grad():
+            found: Tensor = copy.deepcopy(self.model).eval()(x)
+        return found
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

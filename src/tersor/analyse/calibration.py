@@ -54,10 +54,15 @@ def tensor_readers(graph: Graph, sites: Sequence[Site]) -> dict[str, Readers]:
         op = ops[site.ops[0]]
         amax = input_amax(attribute(graph.module, site.weight), op)
         is_padded = op.window is not None and op.window.is_padded
+        rows = None
+        if site.op_kind == "linear":
+            rows = attribute(graph.module, site.weight).detach().float()
         old = result.get(site.tensor)
         if old is not None:
             amax, is_padded = torch.maximum(old.amax, amax), is_padded or old.is_padded
-        result[site.tensor] = Readers(amax=amax, is_padded=is_padded)
+            both = rows is not None and old.weight is not None
+            rows = torch.cat([old.weight, rows]) if both else None  # type: ignore[list-item]
+        result[site.tensor] = Readers(amax=amax, is_padded=is_padded, weight=rows)
     return result
 
 
@@ -85,7 +90,7 @@ def _statistics(graph: Graph, site: Site, op: WeightedOp, seen: _Seen) -> SiteSt
         low=shared.low,
         high=shared.high,
         rows=lambda: own.rows,
-        readers_amax=None if readers is None else readers.amax,
+        readers=readers,
         is_padded=readers is not None and readers.is_padded,
         channel_dim=op.channel_dim,
     )

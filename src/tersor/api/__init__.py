@@ -81,6 +81,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
     """
     _require_torch("compress")
     from tersor.api.finish import TestPart
+    from tersor.api.quality import original_score
     from tersor.api.result import Run, make_result
     from tersor.api.session import Settings, open_session
     from tersor.api.stages import price, propose
@@ -99,6 +100,9 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         test_metric=test_metric,
     )
     session = open_session(model, data, settings)
+    if metric is not None:  # a metric that can't be used is better known now
+        session.progress.stage("metric")
+        original_score(session, "metric")
     offered = propose(session)
     prices = price(session, offered)
     run = Run(session=session, offered=offered, prices=prices, test=TestPart())

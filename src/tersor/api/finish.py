@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.analyse.calibration import embedding_statistics, tensor_readers
 from tersor.api.files import artifact_size
-from tersor.api.quality import Quality, score
+from tersor.api.quality import Quality, original_score, score
 from tersor.api.session import Session, metric_of
 from tersor.api.stages import (
     Offers,
@@ -176,13 +176,19 @@ def choose_plan(
 
 def plan_key(session: Session, prices: Prices, target: Target) -> str:
     """The key of a plan: the model and data, the prices, the target, and the metric's code."""
-    metric = session.settings.metric
-    function = getattr(metric, "function", metric)
-    code = getattr(function, "__code__", None)
-    text = "" if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
-    name = getattr(function, "__qualname__", repr(type(function)))
     stamp = digest(prices) if prices.tables else ""
-    return digest(session.key, stamp, target.budgets(), name if function else "", text)
+    return digest(session.key, stamp, target.budgets(), metric_stamp(session, "metric"))
+
+
+def metric_stamp(session: Session, name: str) -> str:
+    """What tells one metric from another: its code, its unit, and its value on the original."""
+    metric = metric_of(getattr(session.settings, name))
+    if metric is None:
+        return ""
+    code = getattr(metric.function, "__code__", None)
+    text = "" if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
+    known = getattr(metric.function, "__qualname__", repr(type(metric.function)))
+    return digest(known, text, metric.points, original_score(session, name))
 
 
 def _measurer(
@@ -358,7 +364,7 @@ def _measured(
         peak_bytes=peak,
         agreement=agreement(found, test.wanted, session.kind),
         kind=session.kind,
-        metric_original=None if metric is None else score(metric, session.captured.original, name),
+        metric_original=None if metric is None else original_score(session, name),
         metric_result=None if metric is None else score(metric, runner, name),
         points=0.01 if metric is None else metric.points,
         metric_is_held_out=own is not None,

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tersor.api.session import Session, metric_of
 from tersor.api.stages import Offers, stitched
@@ -39,6 +41,45 @@ def score(metric: Metric, predict: Callable[..., Any], name: str) -> float:
     return value
 
 
+def original_score(session: Session, name: str) -> float:
+    """The caller's ``metric`` or ``test_metric`` of the original, called once a session.
+
+    Raises:
+        MetricError: It can't be called, or its value is no fraction although points are not given.
+    """
+    if name not in session.scores:
+        metric = metric_of(getattr(session.settings, name))
+        assert metric is not None
+        found = score(metric, _with_arrays(session.captured.original), name)
+        if metric.points == 0.01 and not -1e-9 <= found <= 1 + 1e-9:
+            raise MetricError(
+                f"{name} returned {found:g}; wanted a fraction from 0 to 1, or "
+                "tersor.Metric(function, points=...) that says what a point is"
+            )
+        session.scores[name] = found
+    return session.scores[name]
+
+
+def _with_arrays(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The original as runners are called: floats of any width, NumPy in and NumPy out."""
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        given, named = tree_unflatten([_as_tensor(leaf) for leaf in leaves], spec)
+        found = original(*given, **named)
+        if any(isinstance(leaf, Tensor) for leaf in leaves):
+            return found
+        return tree_map(lambda leaf: leaf.numpy() if isinstance(leaf, Tensor) else leaf, found)
+
+    return predict
+
+
+def _as_tensor(leaf: Any) -> Any:
+    tensor = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+    is_float = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    return tensor.float() if is_float else tensor
+
+
 @dataclass
 class Quality:
     """Losses of graphs on the search part."""
@@ -46,7 +87,6 @@ class Quality:
     session: Session
     target: Target
     _wanted: list[tuple[Tensor, ...]] = field(default_factory=list)
-    _original: float | None = None
 
     @property
     def metric(self) -> Metric | None:
@@ -55,16 +95,7 @@ class Quality:
 
     def original_score(self) -> float:
         """The metric of the original, computed once."""
-        metric = self.metric
-        assert metric is not None
-        if self._original is None:
-            self._original = score(metric, self.session.captured.original, "metric")
-            if metric.points == 0.01 and not -1e-9 <= self._original <= 1 + 1e-9:
-                raise MetricError(
-                    f"metric returned {self._original:g}; wanted a fraction from 0 to 1, or "
-                    "tersor.Metric(function, points=...) that says what a point is"
-                )
-        return self._original
+        return original_score(self.session, "metric")
 
     def limit(self) -> float | None:
         """The largest loss that the target allows, in the units of ``loss``."""

@@ -20,6 +20,7 @@ from tersor.api.finish import (
     built_final,
     choose_plan,
     make_final,
+    metric_stamp,
     plan_key,
     runner_for,
     surely_slower,
@@ -118,7 +119,7 @@ class Result:
     def verdict(self) -> Verdict:
         """What was measured on the test part, against the target."""
         session = self._run.session
-        key = self._key
+        key = digest(self._key, metric_stamp(session, "test_metric"))
         kept = session.store.get(Verdict, "verdict", key)
         if kept is not None:
             self._run.test.uses += 1

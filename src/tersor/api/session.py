@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Session:
     original_bytes: int
     model_hash: str
     key: str  # of everything that the stages before the target read
+    scores: dict[str, float] = field(default_factory=dict)  # of the original, by metric
 
     @property
     def graph(self) -> Graph:

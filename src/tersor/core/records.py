@@ -7,6 +7,7 @@ was measured. Times are milliseconds, sizes bytes, unless a name says otherwise.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tersor.core.errors import ConfigError
@@ -231,7 +232,7 @@ class Plan:
     measured_ms: float | None = None
     measured_error: float | None = None
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the plan as indented JSON, whole or not at all."""
         from tersor.core.jsonable import dumps
         from tersor.core.store import write_atomic

@@ -63,11 +63,13 @@ class Readers:
 
     Attributes:
         amax: Largest |w| over the readers, for each input channel [c_in].
+        weight: All rows of all readers [rows, c_in], float32, where all are linear; else None.
         is_padded: A reader adds zeros at the borders, so that zero must stay zero.
     """
 
     amax: Tensor
     is_padded: bool
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class SiteStatistics:
         counts, edges: Histogram of the tensor, over [-max|x|, max|x|].
         low, high: Smallest and largest value of the tensor.
         rows: Calls up the row sample.
-        readers_amax: max|w| for each input channel over all the sites that read the tensor.
+        readers: All the sites that read the tensor, this one included.
         is_padded: A reader adds zeros at the borders, so that zero must stay zero.
         channel_dim: The dimension of the tensor that holds the channels.
         moments_of: Replays the pass with the compressed tensor mapped by a first function and the
@@ -99,7 +101,7 @@ class SiteStatistics:
     low: float
     high: float
     rows: Callable[[], Rows]
-    readers_amax: Tensor | None = None
+    readers: Readers | None = None
     is_padded: bool = False
     channel_dim: int = -1
     moments_of: Callable[[TensorMap, TensorMap], tuple[Moments, Moments]] | None = None

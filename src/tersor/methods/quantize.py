@@ -7,7 +7,7 @@ own statistics; the bias takes up the mean of what is left. Given statistics of 
 prefix, the weight is first refitted to the original layer's outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -29,8 +29,12 @@ INT8_LIMIT = 127
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
 # A tensor such as GELU's, whose negative part is short, wastes half of a signed grid.
 SHIFT_SHARE = 0.25
-_BINS = 2048
 _SCALE_BYTES = 4
+# Ranges to choose from, as fractions of the largest value.
+RANGE_FRACTIONS = (1.0, 0.8, 0.64, 0.5, 0.4, 0.3)
+_COST_ROWS = 384  # of the sample, to compare grids
+# Error feedback leaves about half of the error of rounding to nearest (ALGORITHMS 9).
+FEEDBACK_GAIN = 0.5
 # Ridges of the refit to choose from, relative to the mean diagonal of the covariance.
 REFIT_DAMPINGS = (1e-2, 1e-1, 1.0, 10.0)
 
@@ -48,7 +52,7 @@ class Quantize:
     """
 
     weight_limit: int = INT8_LIMIT
-    alphas: tuple[float, ...] = (0.5, 0.7, 0.9)
+    alphas: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
     damping: float = 1e-2
     sweeps: int = 1
 
@@ -129,6 +133,7 @@ class Quantize:
         """Integer weight and integer activations, smoothed as the candidate says."""
         alpha = candidate.detail.get("alpha")
         quantizer, _ = choose_quantizer(statistics, (alpha,), self.weight_limit)
+        moments: tuple[Moments, ...]
         if statistics.moments_of is not None:
             moments = statistics.moments_of(
                 lambda x: rounded(x, quantizer), lambda x: scaled(x, quantizer)
@@ -182,73 +187,81 @@ def choose_quantizer(
 ) -> tuple[Quantizer, float | None]:
     """The quantiser of a tensor, the same for all its readers, and its smoothing exponent.
 
+    It depends on the tensor and on its readers as a whole, so every reader finds the same one.
+
     Args:
         statistics: Of any reader.
         alphas: Exponents to choose from; None: no smoothing.
         weight_limit: Largest absolute code of the readers' weights.
-
-    It depends on the tensor and on ``readers_amax`` only. Cost of a choice: the activations'
-    rounding error through the readers' largest weights, plus the weights' own rounding error.
     """
+    readers = statistics.readers
+    if readers is None or readers.weight is None:
+        return _fit_to_histogram(statistics), None
     best: tuple[float, Quantizer, float | None] | None = None
-    amax = torch.quantile(statistics.channels.abs().float(), 0.999, dim=0).clamp_min(1e-6)
-    readers = statistics.readers_amax
-    can_smooth = readers is not None and statistics.channel_dim == -1
-    for alpha in alphas if can_smooth else (None,):
-        scale = None
-        if alpha is not None and readers is not None:
-            scale = smoothing_scale(amax, readers, alpha).float()
-        quantizer = _fit(statistics, scale)
-        cost = _cost(statistics, quantizer, scale, weight_limit)
-        if best is None or cost < best[0]:
-            best = (cost, quantizer, alpha)
+    sample = statistics.channels.float()
+    amax = torch.quantile(sample.abs(), 0.999, dim=0).clamp_min(1e-6)
+    rows = sample[:: max(1, len(sample) // _COST_ROWS)]
+    for alpha in alphas:
+        scale = None if alpha is None else smoothing_scale(amax, readers.amax, alpha).float()
+        values = rows if scale is None else rows / scale
+        weight = readers.weight if scale is None else readers.weight * scale
+        for quantizer in _grids(statistics, sample, scale):
+            cost = _cost(values, weight, quantizer, weight_limit)
+            if best is None or cost < best[0]:
+                best = (cost, quantizer, alpha)
     assert best is not None
     return best[1], best[2]
 
 
-def _fit(statistics: SiteStatistics, scale: Tensor | None) -> Quantizer:
-    """Grid, shift and step for one smoothing scale."""
-    inverse = None if scale is None else 1.0 / scale
-    channel_dim = statistics.channel_dim
-    values = statistics.channels if inverse is None else statistics.channels * inverse
-    low, high = (float(v) for v in torch.aminmax(values.float()))
-    if inverse is None:
-        low, high = min(low, statistics.low), max(high, statistics.high)
-    shift = 0.0
-    if low < 0 < high and -low <= SHIFT_SHARE * (high - low) and not statistics.is_padded:
-        shift = -low
-    unsigned = statistics.low >= 0 or shift > 0
-    grid = UNSIGNED if unsigned else SIGNED
-    if inverse is None and not shift:
-        step = range_step(statistics.counts, statistics.edges, signed=not unsigned)
-    else:
-        edge = max(abs(low + shift), abs(high + shift), 1e-12)
-        counts = torch.histc((values + shift).float(), _BINS, -edge, edge)
-        edges = torch.linspace(-edge, edge, _BINS + 1, dtype=torch.float64)
-        step = range_step(counts, edges, signed=not unsigned)
+def _fit_to_histogram(statistics: SiteStatistics) -> Quantizer:
+    """Least squared error of the tensor itself, where the readers are no linear layers."""
+    signed = statistics.low < 0
+    low, high = SIGNED if signed else UNSIGNED
     return Quantizer(
-        step=step,
-        low=grid[0],
-        high=grid[1],
-        inverse_scale=inverse,
-        channel_dim=channel_dim,
-        shift=shift,
+        step=range_step(statistics.counts, statistics.edges, signed=signed),
+        low=low,
+        high=high,
+        channel_dim=statistics.channel_dim,
     )
 
 
-def _cost(
-    statistics: SiteStatistics, quantizer: Quantizer, scale: Tensor | None, limit: int
-) -> float:
-    x = statistics.channels[::2].float()  # half of the sample ranks the choices
-    weights = statistics.readers_amax
-    w = torch.ones(x.shape[1]) if weights is None else weights.float()
-    s = torch.ones_like(w) if scale is None else scale.float()
-    values = x / s + quantizer.shift
-    error = fake_quantize(values, quantizer.step, quantizer.low, quantizer.high) - values
-    activations = (error.square().mean(0) * (w * s).square()).sum()
-    weight_step = (w * s).max() / limit
-    weights_error = ((x / s).square().mean(0) * weight_step.square() / 12).sum()
-    return float(activations + weights_error)
+def _grids(statistics: SiteStatistics, sample: Tensor, scale: Tensor | None) -> Iterator[Quantizer]:
+    """Grids for one smoothing scale: signed, unsigned or shifted, of several ranges."""
+    inverse = None if scale is None else 1.0 / scale
+    low, high = (float(v) for v in torch.aminmax(sample if inverse is None else sample * inverse))
+    if inverse is None:
+        low, high = min(low, statistics.low), max(high, statistics.high)
+    shifts = [0.0]
+    if low < 0 < high and -low <= SHIFT_SHARE * (high - low) and not statistics.is_padded:
+        shifts.append(-low)
+    for shift in shifts:
+        unsigned = low >= 0 or shift > 0
+        grid = UNSIGNED if unsigned else SIGNED
+        widest = (high + shift) / UNSIGNED[1] if unsigned else max(-low, high) / SIGNED[1]
+        for fraction in RANGE_FRACTIONS:
+            yield Quantizer(
+                step=max(widest * fraction, 1e-12),
+                low=grid[0],
+                high=grid[1],
+                inverse_scale=inverse,
+                channel_dim=statistics.channel_dim,
+                shift=shift,
+            )
+
+
+def _cost(values: Tensor, weight: Tensor, quantizer: Quantizer, limit: int) -> float:
+    """Expected error of the readers' outputs: activations' rounding plus the weights' own.
+
+    Each row counts relative to its own output (plus the average one), or the few rows with
+    massive activations would own the choice.
+    """
+    shifted = values + quantizer.shift
+    error = fake_quantize(shifted, quantizer.step, quantizer.low, quantizer.high) - shifted
+    energy = (values @ weight.mT).square().sum(1)
+    activations = (error @ weight.mT).square().sum(1)
+    steps = weight.abs().amax(1) / limit
+    weights = values.square().sum(1) * (steps.square().sum() / 12 * FEEDBACK_GAIN)
+    return float(((activations + weights) / (energy + energy.mean() + 1e-30)).mean())
 
 
 def _column_scale(weight: Tensor, quantizer: Quantizer | None) -> Tensor | None:

@@ -23,7 +23,7 @@ from tersor.plan.problem import CONSTRAINTS, Constraint, Objective, Problem, Tot
 FORMAT_PENALTY = 1e-6
 # Among equal plans, the one that is better in the other quantities. Bytes tie often (int8 weights
 # take the same with and without int8 activations), so there the weight must be seen by the solver.
-OTHER_QUANTITIES: dict[Objective, float] = {"latency": 1e-6, "error": 1e-6, "size": 1e-5}
+OTHER_QUANTITIES: dict[Objective, float] = {"latency": 1e-4, "error": 1e-6, "size": 1e-5}
 RELATIVE_GAP = 1e-7
 # The node limit keeps solutions reproducible; the time limit is the last resort of resolve().
 NODE_LIMIT = 20_000

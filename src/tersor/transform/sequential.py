@@ -110,7 +110,7 @@ class _Run:
             low=tensor["histogram"].low,
             high=tensor["histogram"].high,
             rows=lambda: self._rows(op),
-            readers_amax=None if readers is None else readers.amax,
+            readers=readers,
             is_padded=readers is not None and readers.is_padded,
             channel_dim=op.channel_dim,
             moments_of=lambda new, old: self._moments(op, new, old, seed),
@@ -153,12 +153,17 @@ class _Run:
                 weights = None if weights is None else weights[keep]
             if weights is not None:
                 weights = weights / weights.mean()
-            parts = (rows, before, difference, weights)
             if len(self.pairs) > 1:
-                halves[index % 2].add_(*parts)
+                halves[index % 2].add_(rows, before, difference, weights)
                 continue
             for half, stream in enumerate(halves):
-                stream.add_(*(None if p is None else p[half::2] for p in parts))
+                part = slice(half, None, 2)
+                stream.add_(
+                    rows[part],
+                    before[part],
+                    None if difference is None else difference[part],
+                    None if weights is None else weights[part],
+                )
         return halves[0].value(), halves[1].value()
 
     def _row_weights(self, op: WeightedOp, pair: _Pair) -> Tensor | None:

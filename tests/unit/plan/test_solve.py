@@ -128,7 +128,8 @@ def test_readers_of_one_tensor_pay_its_quantizer_once(lab: ModuleType) -> None:
         table=replace(table, quantizers={"t0": 0.5, "t1": 0.5}),
         tensors={"s000": "t0", "s001": "t1"},
     )
-    assert solve(apart).assignment == {"s000": "f32", "s001": "f32"}
+    # Alone they do not; int8 storage is free in time, and smaller.
+    assert solve(apart).assignment == {"s000": "int8_weight", "s001": "int8_weight"}
 
 
 def test_a_level_without_a_price_is_not_used(lab: ModuleType) -> None:
@@ -144,7 +145,12 @@ def test_a_level_without_a_price_is_not_used(lab: ModuleType) -> None:
 def test_formats_that_gain_nothing_are_not_used(lab: ModuleType) -> None:
     problem = lab.random_problem(1, 8)
     flat = {s: dict.fromkeys(row, row["f32"]) for s, row in problem.table.ops.items()}
-    solution = solve(replace(problem, table=replace(problem.table, ops=flat)))
+    same_size = {
+        site: [replace(c, size_bytes=row[0].size_bytes) for c in row]
+        for site, row in problem.candidates.items()
+    }
+    table = replace(problem.table, ops=flat)
+    solution = solve(replace(problem, table=table, candidates=same_size))
     assert set(solution.assignment.values()) == {"f32"}
 
 

@@ -1,0 +1,133 @@
+"""Errors of single replacements against their definition: one whole run of the edited graph."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tersor.analyse.calibration import site_statistics
+from tersor.analyse.sites import find_sites
+from tersor.core.records import Candidate, OutputKind, Site
+from tersor.graph.apply import apply
+from tersor.graph.contracts import Graph, SiteChange, SiteStatistics
+from tersor.graph.geometry import output_error
+from tersor.methods.quantize import Quantize
+from tersor.observe.statistics import observe
+from tersor.propose.propose import (
+    NATIVE,
+    Offer,
+    chunk_count,
+    chunk_size,
+    chunks,
+    measure_errors,
+    offers,
+)
+from tests.unit.capturing import graph_of, random, trained
+
+
+def all_offers(graph: Graph, flat: Tensor, **options: Any) -> list[Offer]:
+    sites = find_sites(graph)
+    statistics = site_statistics(graph, sites, observe(graph, [(flat,)], 1, seed=0))
+    return offers(sites, statistics, {"q": Quantize()}, lambda _: True, **options)
+
+
+@pytest.mark.parametrize("kind", ["logits", "values"])
+def test_errors_are_those_of_whole_runs(
+    lenet5_graph: Graph, images: dict[str, Tensor], kind: OutputKind
+) -> None:
+    graph = lenet5_graph
+    proposals = all_offers(graph, images["train"][:32])
+    flat = images["train"][200:240]
+    calls: list[int] = []
+    found = measure_errors(graph, proposals, (flat,), kind, lambda: calls.append(1))
+    assert [replace(c, error=0.0, error_se=0.0) for c in found] == [o.candidate for o in proposals]
+    parts = chunks(graph, (flat,))
+    for offer, candidate in zip(proposals, found, strict=True):
+        if candidate.level in NATIVE:
+            assert (candidate.error, candidate.error_se) == (0, 0)
+            continue
+        edited = apply(graph, [offer.change])
+        # Weights alone change so little that 16 samples rank them; "values" are normalised by chunk.
+        used = parts[:1] if candidate.level == "int8_weight" else parts
+        errors = torch.cat([output_error(edited.run(p), graph.run(p), kind) for p in used])
+        assert candidate.error == pytest.approx(float(errors.mean()), rel=1e-12)
+        assert candidate.error_se == pytest.approx(float(errors.std()) / len(errors) ** 0.5, rel=1e-12)
+        assert candidate.error > 0
+    edits = sum(o.candidate.level not in NATIVE for o in proposals)
+    assert len(calls) == edits * chunk_count(graph, (flat,))
+
+
+def test_more_bits_err_less(lenet5_graph: Graph, images: dict[str, Tensor]) -> None:
+    flat = images["train"][:32]
+    sites = find_sites(lenet5_graph)
+    statistics = site_statistics(lenet5_graph, sites, observe(lenet5_graph, [(flat,)], 1, seed=0))
+    errors = []
+    for limit in (7, 31, 127):
+        method = Quantize(weight_limit=limit)
+        proposals = offers(sites, statistics, {"q": method}, lambda c: c.level == "int8")
+        measured = measure_errors(lenet5_graph, proposals, (flat,), "logits")
+        errors.append(sum(c.error for c in measured))
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+class OutputNamed(nn.Module):
+    """An input that is called as the graph's own last node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, output: Tensor) -> Tensor:
+        return self.a(output)
+
+
+def test_an_input_may_be_called_output() -> None:
+    graph = graph_of(trained(OutputNamed()), random(4, 4))
+    found = measure_errors(graph, all_offers(graph, random(32, 4)), (random(8, 4),), "values")
+    assert all(0 < c.error < 1e-2 for c in found if c.level not in NATIVE)
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A method with two candidates of one level."""
+
+    def propose(self, site: Site, statistics: SiteStatistics) -> Sequence[Candidate]:
+        assert len(statistics.weight) == site.groups
+        make = {"site": site.name, "method": "?", "size_bytes": 1}
+        return [Candidate(level="f32", **make), Candidate(level="bf16", **make)]
+
+    def apply(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
+        assert statistics is not None
+        return SiteChange(site=site, level=candidate.level)
+
+
+def test_every_method_is_asked_at_every_free_site(lenet5_graph: Graph) -> None:
+    sites = find_sites(lenet5_graph, keep=("c2",))
+    seen = observe(lenet5_graph, [(random(4, 1, 28, 28),)], 1, seed=0)
+    statistics = site_statistics(lenet5_graph, sites, seen)
+    calls: list[int] = []
+    found = offers(
+        sites,
+        statistics,
+        {"one": Twice(), "two": Twice()},
+        lambda c: c.level == "bf16" or c.method == "one",
+        lambda: calls.append(1),
+    )
+    wanted = [(s, m, lv) for s in ("c1", "f1", "f2") for m, lv in
+              (("one", "f32"), ("one", "bf16"), ("two", "bf16"))]  # fmt: skip
+    assert [(o.candidate.site, o.candidate.method, o.candidate.level) for o in found] == wanted
+    assert all(o.change.site.name == o.candidate.site for o in found)
+    assert len(calls) == len(sites)
+
+
+def test_chunks_are_complete_and_fit_in_memory(lenet5_graph: Graph) -> None:
+    size = chunk_size(lenet5_graph)
+    assert 1 <= size <= 16
+    flat = (random(37, 1, 28, 28),)
+    parts = chunks(lenet5_graph, flat)
+    assert torch.equal(torch.cat([p[0] for p in parts]), flat[0])
+    assert max(len(p[0]) for p in parts) == size
+    assert len(parts) == chunk_count(lenet5_graph, flat) == -(-37 // size)
