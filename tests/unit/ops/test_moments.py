@@ -118,14 +118,21 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, n_values: int) -
     seen: list[int] = []
     single = module._moments_of_chunk
 
-    def watched(*parts: Tensor) -> Moments:
-        seen.extend(part.numel() for part in parts)
+    def watched(*parts: Tensor | None) -> Moments:
+        seen.extend(part.numel() for part in parts if part is not None)
         return single(*parts)
 
     monkeypatch.setattr(module, "CHUNK_VALUES", n_values)
     monkeypatch.setattr(module, "_moments_of_chunk", watched)
     assert_equal(moments_of(*args), whole)
     assert max(seen) <= max(n_values, 2 * 4)  # never below one row
+
+
+def test_a_row_that_counts_twice_is_there_twice() -> None:
+    args = integers(0, 6, 2, 3), integers(1, 6, 2, 3), integers(2, 6, 2, 4)
+    counts = torch.tensor([2.0, 1.0, 0.0, 1.0, 1.0, 1.0])  # mean 1
+    index = torch.tensor([0, 0, 1, 3, 4, 5])
+    assert_equal(moments_of(*args, counts), moments_of(*(a[index] for a in args)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
