@@ -42,10 +42,10 @@ from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
 from tersor.propose.propose import NATIVE
 from tersor.runtime.runner import Runner
-from tersor.timing.protocol import Protocol, measure, ratio
+from tersor.timing.protocol import Protocol, Ratio, measure, ratio
 from tersor.transform.sequential import transform
 from tersor.verify.memory import peak_bytes
-from tersor.verify.verify import Measured, agreement, is_slower, verdict
+from tersor.verify.verify import Measured, agreement, verdict
 
 _FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0)
 _FINAL = Protocol(rounds=9, runs=15, max_seconds=60.0)
@@ -304,15 +304,20 @@ def runner_for(session: Session, built: Built) -> Runner:
     return Runner(built.executable, session.graph.signature, built.choice.batch)
 
 
-def verify_final(
-    session: Session,
-    prices: Prices,
-    target: Target,
-    final: Final,
-    test: TestPart,
-    decision: Decision,
-) -> Verdict:
-    """Measure everything once more, interleaved, and judge it on the test part."""
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Latencies of one interleaved run, and the extra memory of one call."""
+
+    timings: Mapping[str, Timing]
+    peak: int | None
+
+    def speed(self, seed: int) -> Ratio:
+        """Best uncompressed build over result."""
+        return ratio(self.timings["baseline"], self.timings["result"], seed)
+
+
+def race(session: Session, prices: Prices, final: Final) -> Race:
+    """Measure result, best uncompressed build and the model as given, interleaved."""
     session.progress.stage("verify")
     base = prices.baseline.choice
     assert base is not None
@@ -326,11 +331,22 @@ def verify_final(
         },
         _FINAL,
     )
+    return Race(timings=timings, peak=peak)
+
+
+def judge(
+    session: Session,
+    target: Target,
+    final: Final,
+    test: TestPart,
+    measured: Race,
+    decision: Decision,
+) -> Verdict:
+    """Run the result on the test part, once, and compare with the target."""
     test.uses += 1
-    measured = _measured(session, final, test, timings, peak, decision.plan)
     return verdict(
         target,
-        measured,
+        _measured(session, final, test, measured.timings, measured.peak, decision.plan),
         binding=decision.binding,
         returned_baseline=decision.is_baseline,
         reason=decision.reason,
@@ -392,11 +408,6 @@ def _flat_outputs(session: Session, runner: Runner, flat: tuple[Tensor, ...]) ->
 
 def _sized(shape: tuple[int | None, ...], batch: int) -> list[int]:
     return [batch if size is None else size for size in shape]
-
-
-def surely_slower(result: Verdict, seed: int) -> bool:
-    """Whether a verdict shows a result slower than the best uncompressed build."""
-    return is_slower(ratio(result.baseline_latency, result.latency, seed))
 
 
 def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) -> Plan:

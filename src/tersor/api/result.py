@@ -19,13 +19,13 @@ from tersor.api.finish import (
     as_baseline,
     built_final,
     choose_plan,
+    judge,
     make_final,
     metric_stamp,
     plan_key,
+    race,
     runner_for,
-    surely_slower,
     task_for,
-    verify_final,
 )
 from tersor.api.quality import Quality
 from tersor.api.session import Session
@@ -44,6 +44,7 @@ from tersor.report.explain import explain as explain_site
 from tersor.report.form import report_json
 from tersor.report.record import Report
 from tersor.runtime.runner import Runner
+from tersor.verify.verify import is_slower
 
 _CURVE_POINTS = 12
 _PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
@@ -128,18 +129,6 @@ class Result:
                 self.__dict__.pop("_final", None)
             return kept
         found = self._verify()
-        if (
-            not self._is_baseline
-            and surely_slower(found, session.settings.seed)
-            and (not self._needs_size())
-        ):
-            self._fall_back(
-                f"the compressed build measured {found.speedup:.2f}x the best uncompressed build; "
-                "that build is returned instead"
-            )
-            self.__dict__.pop("_final", None)
-            self._run.test.uses -= 1  # one verdict: the same data judged the same question
-            found = self._verify()
         session.store.put("verdict", key, found)
         return found
 
@@ -152,20 +141,26 @@ class Result:
         return too_large and target.speedup is None and target.latency_ms is None
 
     def _verify(self) -> Verdict:
+        """Race first: what is slower than the baseline never sees the test part."""
+        run, seed = self._run, self._run.session.settings.seed
         final = self._final  # may fall back, and then moves the plan and the reason
-        return verify_final(
-            self._run.session,
-            self._run.prices,
-            self.target,
-            final,
-            self._run.test,
-            Decision(
-                plan=self._plan,
-                binding=self._plan.binding or self._choice.binding,
-                is_baseline=self._is_baseline,
-                reason=self._reason if self._is_baseline else "",
-            ),
+        times = race(run.session, run.prices, final)
+        speed = times.speed(seed)
+        if not self._is_baseline and is_slower(speed) and not self._needs_size():
+            self._fall_back(
+                f"the compressed build measured {speed.value:.2f}x the best uncompressed build; "
+                "that build is returned instead"
+            )
+            self.__dict__.pop("_final", None)
+            final = self._final
+            times = race(run.session, run.prices, final)
+        decision = Decision(
+            plan=self._plan,
+            binding=self._plan.binding or self._choice.binding,
+            is_baseline=self._is_baseline,
+            reason=self._reason if self._is_baseline else "",
         )
+        return judge(run.session, self.target, final, run.test, times, decision)
 
     @property
     def model(self) -> Runner:
@@ -187,6 +182,8 @@ class Result:
     def pareto(self) -> tuple[ParetoPoint, ...]:
         """Plans that trade latency, size and loss; each says whether it was measured."""
         run = self._run
+        if not self._choice.tables:  # a plan that was given, not found, has no prices
+            return ()
         task = task_for(run.session, run.offered, run.prices, self._choice.tables, self._quality)
         return curve(task, self._choice.evaluations, _CURVE_POINTS, self._choice.finalists)
 

@@ -122,15 +122,25 @@ def _padding(
     return tuple((p, p) for p in _repeat(value, rank, 0))
 
 
-def as_rows(data: Tensor, op: WeightedOp, mask: Tensor | None = None) -> Tensor:
-    """The op's input as rows [t, g, n]; ``mask`` [batch, tokens] keeps real tokens only."""
+def as_rows(
+    data: Tensor, op: WeightedOp, mask: Tensor | None = None, keep: Tensor | None = None
+) -> Tensor:
+    """The op's input as rows [t, g, n].
+
+    Args:
+        data: What the op reads.
+        op: Linear or convolution.
+        mask: Real tokens [batch, tokens]; only those become rows.
+        keep: Indices of the rows that are wanted; a convolution gathers only those.
+    """
     if op.window is None:
-        if mask is not None and data.dim() == 3 and data.shape[:2] == mask.shape:
-            return data[mask].unsqueeze(1)
-        return data.reshape(-1, 1, data.shape[-1])
+        rows = _token_rows(data, mask)
+        return rows if keep is None else rows[keep]
     window = op.window
     pads = [side for pair in reversed(window.padding) for side in pair]
     padded = torch.nn.functional.pad(data, pads) if any(pads) else data
+    if keep is not None:
+        return _rows_at(padded, window, keep)
     return unfold(
         padded,
         window.kernel,
@@ -139,6 +149,41 @@ def as_rows(data: Tensor, op: WeightedOp, mask: Tensor | None = None) -> Tensor:
         window.dilation,
         window.groups,
     )
+
+
+def _token_rows(data: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and data.dim() == 3 and data.shape[:2] == mask.shape:
+        return data[mask].unsqueeze(1)
+    return data.reshape(-1, 1, data.shape[-1])
+
+
+def _rows_at(padded: Tensor, window: Window, keep: Tensor) -> Tensor:
+    """Some rows of the unfolded input, without unfolding the others."""
+    rank = len(window.kernel)
+    view = padded
+    for dim in range(rank):
+        kernel, dilation = window.kernel[dim], window.dilation[dim]
+        view = view.unfold(2 + dim, dilation * (kernel - 1) + 1, window.stride[dim])
+        view = view[..., ::dilation]
+    sizes = (view.shape[0], *view.shape[2 : 2 + rank])
+    batch, *places = torch.unravel_index(keep, sizes)
+    where: tuple[Tensor | slice, ...] = (batch, slice(None), *places)
+    picked = view[where]  # [t, c, *kernel]
+    return picked.reshape(len(keep), window.groups, -1)
+
+
+def row_count(data: Tensor, op: WeightedOp, mask: Tensor | None = None) -> int:
+    """How many rows ``as_rows`` gives."""
+    if op.window is None:
+        if mask is not None and data.dim() == 3 and data.shape[:2] == mask.shape:
+            return int(mask.sum())
+        return data.numel() // data.shape[-1]
+    window = op.window
+    count = int(data.shape[0])
+    for dim, size in enumerate(data.shape[2:]):
+        reach = window.dilation[dim] * (window.kernel[dim] - 1) + 1
+        count *= (int(size) + sum(window.padding[dim]) - reach) // window.stride[dim] + 1
+    return count
 
 
 def output_rows(output: Tensor, op: WeightedOp, mask: Tensor | None = None) -> Tensor:

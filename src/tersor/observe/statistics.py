@@ -18,6 +18,7 @@ from tersor.graph.operators import (
     as_rows,
     grouped_weight,
     output_rows,
+    row_count,
     weighted_ops,
 )
 from tersor.observe.streams import Histogram, MomentStream, RowSample
@@ -125,11 +126,9 @@ def _record(
     data, output = env[op.data.name], env[op.node.name]
     assert isinstance(data, Tensor)
     assert isinstance(output, Tensor)
-    rows, results = as_rows(data, op, mask), output_rows(output, op, mask)
-    limit = -(-enough_rows(rows.shape[2]) // streams.rows.batches)
-    if len(rows) > limit:
-        keep = torch.randperm(len(rows), generator=generator)[:limit].sort().values
-        rows, results = rows[keep], results[keep]
+    keep = some_rows(data, op, mask, streams.rows.batches, generator)
+    rows, results = as_rows(data, op, mask, keep), output_rows(output, op, mask)
+    results = results if keep is None else results[keep]
     streams.moments.add_(rows)
     values = channel_rows(data, op, mask)
     streams.histogram.add_(values)
@@ -137,6 +136,23 @@ def _record(
     picked = streams.rows.pick(len(rows), generator)
     streams.rows.add_(rows[picked])
     streams.outputs.add_(results[picked])
+
+
+def some_rows(
+    data: Tensor, op: WeightedOp, mask: Tensor | None, batches: int, generator: torch.Generator
+) -> Tensor | None:
+    """Indices of a batch's rows where all of them are more than the statistics need, or None."""
+    count = row_count(data, op, mask)
+    window = op.window
+    width = data.shape[-1]
+    if window is not None:
+        width = int(data.shape[1]) // window.groups
+        for size in window.kernel:
+            width *= size
+    limit = -(-enough_rows(width) // batches)
+    if count <= limit:
+        return None
+    return torch.randperm(count, generator=generator)[:limit].sort().values
 
 
 def enough_rows(inputs: int) -> int:

@@ -27,9 +27,15 @@ from tersor.graph.contracts import (
 )
 from tersor.graph.edit import execute, last_uses
 from tersor.graph.mutation import has_mutation
-from tersor.graph.operators import WeightedOp, as_rows, output_rows, weighted_ops
+from tersor.graph.operators import (
+    WeightedOp,
+    as_rows,
+    output_rows,
+    row_count,
+    weighted_ops,
+)
 from tersor.graph.quantizer import rounded
-from tersor.observe.statistics import channel_rows, enough_rows, op_bias, op_weight, token_mask
+from tersor.observe.statistics import channel_rows, op_bias, op_weight, some_rows, token_mask
 from tersor.observe.streams import Histogram, MomentStream, RowSample
 from tersor.ops.moments import Moments, add_moments
 
@@ -139,16 +145,16 @@ class _Run:
         name = op.data.name
         other = _residual_operand(op.node, self.dirty)
         for index, pair in enumerate(self.pairs):
-            rows = as_rows(new(pair.compressed[name]), op, pair.mask)
-            before = as_rows(old(pair.original[name]), op, pair.mask)
+            data, count = pair.compressed[name], row_count(pair.compressed[name], op, pair.mask)
+            keep = some_rows(data, op, pair.mask, len(self.pairs), generator)
+            rows = as_rows(new(data), op, pair.mask, keep)
+            before = as_rows(old(pair.original[name]), op, pair.mask, keep)
             difference = None
             if other is not None and other in pair.original:
                 gap = pair.original[other] - pair.compressed[other]
-                difference = _matching(gap, op, pair.mask, len(rows))
+                difference = _matching(gap, op, pair.mask, count)
             weights = self._row_weights(op, pair)
-            keep = _subset(rows, len(self.pairs), generator)
             if keep is not None:
-                rows, before = rows[keep], before[keep]
                 difference = None if difference is None else difference[keep]
                 weights = None if weights is None else weights[keep]
             if weights is not None:
@@ -206,14 +212,6 @@ class _Run:
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _subset(rows: Tensor, batches: int, generator: torch.Generator) -> Tensor | None:
-    """Some of a batch's rows, where all of them are more than the statistics need."""
-    limit = -(-enough_rows(rows.shape[2]) // batches)
-    if len(rows) <= limit:
-        return None
-    return torch.randperm(len(rows), generator=generator)[:limit].sort().values
 
 
 def _residual_operand(node: fx.Node, dirty: set[str]) -> str | None:

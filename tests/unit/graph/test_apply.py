@@ -72,7 +72,9 @@ def test_integer_weights_alone(pair: Graph) -> None:
     y = x.tanh()
     hidden = F.linear(y, tensor_of(pair, "z.weight"), tensor_of(pair, "z.bias"))
     hidden = hidden * F.linear(y, tensor_of(pair, "a.weight"))
-    assert torch.equal(edited.run([x])[0], F.linear(hidden, weight(fields), tensor_of(pair, "last.bias")))
+    assert torch.equal(
+        edited.run([x])[0], F.linear(hidden, weight(fields), tensor_of(pair, "last.bias"))
+    )
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
@@ -136,10 +138,14 @@ def test_a_float_weight_and_a_bias_where_there_was_none(pair: Graph) -> None:
 
 
 def test_an_embedding_keeps_its_rows_scales() -> None:
-    graph = graph_of(trained(nn.Sequential(nn.Embedding(7, 3), nn.Tanh())), torch.tensor([[1, 2], [3, 4]]))
+    graph = graph_of(
+        trained(nn.Sequential(nn.Embedding(7, 3), nn.Tanh())), torch.tensor([[1, 2], [3, 4]])
+    )
     fields = codes_of(site_of(graph, "0"))
     edited = apply(graph, [change(graph, "0", **fields)])
-    assert torch.equal(edited.run([torch.tensor([[6], [0]])])[0][:, 0], weight(fields)[[6, 0]].tanh())
+    assert torch.equal(
+        edited.run([torch.tensor([[6], [0]])])[0][:, 0], weight(fields)[[6, 0]].tanh()
+    )
 
 
 class Own(nn.Module):
@@ -159,7 +165,9 @@ def test_a_shared_weight_changes_at_every_op() -> None:
     edited = apply(graph, [change(graph, "w", weight=new, bias=bias)])
     x = random(3, 4)
     assert torch.equal(edited.run([x])[0], F.linear(F.linear(x, new, bias).tanh(), new, bias))
-    assert [n.name for n in edited.module.graph.nodes if str(n.target).startswith("w_new")] == ["w_new"]
+    assert [n.name for n in edited.module.graph.nodes if str(n.target).startswith("w_new")] == [
+        "w_new"
+    ]
 
 
 def test_the_base_graph_is_unchanged_and_what_stays_is_shared(pair: Graph) -> None:

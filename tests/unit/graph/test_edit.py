@@ -7,7 +7,15 @@ from torch import Tensor, nn
 from tersor.analyse.sites import find_sites
 from tersor.graph.apply import apply
 from tersor.graph.contracts import Graph, SiteChange
-from tersor.graph.edit import attribute, copy_graph, execute, last_uses, rebuild, run_all, run_changed
+from tersor.graph.edit import (
+    attribute,
+    copy_graph,
+    execute,
+    last_uses,
+    rebuild,
+    run_all,
+    run_changed,
+)
 from tests.unit.capturing import graph_of, random, trained
 
 
@@ -52,7 +60,9 @@ def test_only_what_follows_is_computed(resnet20: nn.Module) -> None:
     env = run_all(graph.module, [random(4, 1, 28, 28)])
     last = find_sites(graph)[-1]
     for node in graph.module.graph.nodes:  # whatever is read from before the last op is poison
-        if node.op == "call_function" and node.name not in {s.name for s in last_inputs(graph, last.ops[0])}:
+        if node.op == "call_function" and node.name not in {
+            s.name for s in last_inputs(graph, last.ops[0])
+        }:
             env[node.name] = None
     (found,) = run_changed(graph.module, env, lambda n: n.name in last.ops)
     assert torch.equal(found, graph.run([random(4, 1, 28, 28)])[0])

@@ -58,7 +58,11 @@ def test_wrappers_are_inlined_and_identities_are_gone() -> None:
     ]
 
 
-CONVS = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
+CONVS = {
+    1: (nn.Conv1d, nn.BatchNorm1d),
+    2: (nn.Conv2d, nn.BatchNorm2d),
+    3: (nn.Conv3d, nn.BatchNorm3d),
+}
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -162,7 +166,8 @@ class Standardised(nn.Conv2d):
 
 
 @pytest.mark.parametrize(
-    "conv", [lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), lambda: Standardised(2, 3, 3)]
+    "conv",
+    [lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), lambda: Standardised(2, 3, 3)],
 )
 def test_computed_weights_are_folded_under_the_name_of_their_layer(
     conv: Callable[[], nn.Module],

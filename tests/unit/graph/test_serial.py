@@ -114,7 +114,9 @@ def renamed(name: str) -> Edit:
 
 
 def placeholder(name: str) -> Edit:
-    return lambda data, _: next(n for n in data["nodes"] if n["op"] == "placeholder").update(target=name)
+    return lambda data, _: next(n for n in data["nodes"] if n["op"] == "placeholder").update(
+        target=name
+    )
 
 
 def signature(**fields: Any) -> Edit:
