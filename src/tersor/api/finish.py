@@ -276,17 +276,24 @@ def _transform(
         seed=session.settings.seed,
         advance=session.progress.advance,
     )
-    loss = quality.loss(done.graph)
-    other = quality.loss(stitched(session, offered, plan.assignment))
+    rival = stitched(session, offered, plan.assignment)
+    ways = [
+        (done.graph, tuple(done.changes), True),
+        (rival, tuple(offered.chosen(plan.assignment)), False),
+    ]
+    limit = quality.limit()
+    losses = [quality.loss(graph) for graph, _, _ in ways]
+    errors = [quality.error(graph) for graph, _, _ in ways]
     session.progress.note(
-        f"loss on the search part: front to back {loss:.4g}, stitched {other:.4g}"
+        "on the search part, front to back / stitched: "
+        f"loss {losses[0]:.4g} / {losses[1]:.4g}, error {errors[0]:.3g} / {errors[1]:.3g}"
     )
-    if loss <= other:
-        return FinalRecord(
-            changes=ChangeRecords(changes=()), is_sequential=True, loss=loss
-        ), done.changes
-    changes = tuple(offered.chosen(plan.assignment))
-    return FinalRecord(changes=ChangeRecords(changes=()), is_sequential=False, loss=other), changes
+    # Within the limit first; among those the smaller error, which is finer than the loss.
+    best = min((0, 1), key=lambda i: (limit is not None and losses[i] > limit, errors[i]))
+    record = FinalRecord(
+        changes=ChangeRecords(changes=()), is_sequential=ways[best][2], loss=losses[best]
+    )
+    return record, ways[best][1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from tersor.core.errors import MetricError
 from tersor.core.records import Format
 from tersor.core.target import Target
 from tersor.graph.contracts import Graph
-from tersor.graph.geometry import sample_agreement
+from tersor.graph.geometry import output_error, sample_agreement
 from tersor.propose.propose import chunks
 
 _LEAST_BUDGET = 1e-6  # a budget of zero allows rounding only
@@ -141,7 +141,16 @@ class Quality:
             lost += float(agreement.std()) / math.sqrt(len(agreement))  # one standard error
         return 100.0 * lost if budget == "drop_points" else lost
 
+    def error(self, graph: Graph) -> float:
+        """Change of the outputs in their own geometry: finer than a share of equal answers."""
+        found, wanted = self._outputs(graph)
+        return float(output_error(found, wanted, self.session.kind).mean())
+
     def _agreement(self, graph: Graph) -> Tensor:
+        return sample_agreement(*self._outputs(graph), self.session.kind)
+
+    def _outputs(self, graph: Graph) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs of a graph and of the original on the search part."""
         parts = chunks(self.session.graph, self.session.flat("search"))
         if not self._wanted:
             self._wanted = [self.session.graph.run(part) for part in parts]
@@ -149,4 +158,4 @@ class Quality:
         columns = [
             [torch.cat(list(c)) for c in zip(*side, strict=True)] for side in (found, self._wanted)
         ]
-        return sample_agreement(columns[0], columns[1], self.session.kind)
+        return columns[0], columns[1]
