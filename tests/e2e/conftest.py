@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
-from tersor.core.records import Verdict
+from tersor.timing.protocol import Ratio
 from tests.data.zoo import load_lenet5, load_resnet20
 from tests.e2e.helpers import Accuracy, Finished, Recorded, parts, state_of, warm_copy
 
@@ -98,11 +98,11 @@ def again(
 def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timings of a busy machine do not decide what is returned."""
 
-    def calm(result: Verdict, seed: int) -> bool:
-        del result, seed
+    def calm(speed: Ratio) -> bool:
+        del speed
         return False
 
-    monkeypatch.setattr("tersor.api.result.surely_slower", calm)
+    monkeypatch.setattr("tersor.api.result.is_slower", calm)
 
 
 class Tiny(nn.Module):

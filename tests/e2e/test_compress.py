@@ -246,7 +246,7 @@ def test_a_fallback_does_not_use_the_test_metric_of_the_original_twice(
     again: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, images: dict[str, Tensor]
 ) -> None:
     held_out = Accuracy(images["test"][80:120], images["test_labels"][80:120])
-    monkeypatch.setattr("tersor.api.result.surely_slower", lambda *_: True)
+    monkeypatch.setattr("tersor.api.result.is_slower", lambda *_: True)
     monkeypatch.setattr(Result, "_needs_size", lambda _: False)
     result = again(test_metric=held_out)
     assert result.verdict.returned_baseline
@@ -318,7 +318,7 @@ def test_an_edited_plan_is_carried_out(
 
 @pytest.mark.parametrize(
     ("site", "level", "message"),
-    [("f9", "int8", "'f9' is not in the model"), ("f1", "int4", "assignment\[f1\]: found 'int4', wanted")],
+    [("f9", "int8", "'f9' is not in the model"), ("f1", "int4", r"assignment\[f1\]: found 'int4', wanted")],
 )
 def test_a_plan_that_does_not_fit_is_refused(
     lenet_run: Finished, tmp_path: Path, site: str, level: str, message: str

@@ -39,7 +39,7 @@ def test_readers_of_one_tensor_share_what_a_quantiser_needs() -> None:
     observed = observe(graph, [FLAT], 1, seed=0)
     found = site_statistics(graph, sites, observed)
     q, k = found["q"], found["k"]
-    for name in ("channels", "counts", "edges", "readers_amax"):
+    for name in ("channels", "counts", "edges"):
         assert torch.equal(getattr(q, name), getattr(k, name))
     assert (q.low, q.high, q.is_padded) == (k.low, k.high, True)
     assert not found["last"].is_padded
@@ -47,8 +47,14 @@ def test_readers_of_one_tensor_share_what_a_quantiser_needs() -> None:
         module.q.weight.abs().amax((0, 2)),
         torch.cat([g.abs().amax((0, 2)) for g in module.k.weight.chunk(2)]),
     )
-    assert torch.equal(q.readers_amax, by_hand.detach())
-    assert set(tensor_readers(graph, sites)) == {"tanh", "conv1d"}
+    readers = tensor_readers(graph, sites)
+    assert set(readers) == {"tanh", "conv1d"}
+    assert torch.equal(readers["tanh"].amax, by_hand.detach())
+    assert readers["tanh"].weight is None  # for linear readers only
+    assert torch.equal(readers["conv1d"].weight, module.last.weight.detach())
+    for one in (q.readers, k.readers):
+        assert one is not None
+        assert torch.equal(one.amax, readers["tanh"].amax)
     assert (q.channel_dim, found["last"].channel_dim) == (1, -1)
     assert k.weight.shape == (2, 2, 6)
     assert k.bias is None
