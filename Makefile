@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	$(BIN)/tersor demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not zoo and not gpu and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not zoo and not gpu and not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -42,9 +42,7 @@ def finish(
 
 
 @pytest.fixture(scope="session")
-def lenet_run(
-    images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
+def lenet_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """LeNet-5 with both metrics; the model was in training mode when it was given."""
     metric = Accuracy(images["train"][60:100], images["train_labels"][60:100])
     held_out = Accuracy(images["test"][40:80], images["test_labels"][40:80])
@@ -79,9 +77,7 @@ def lenet_file(lenet_run: Finished, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def again(
-    lenet_run: Finished, tmp_path: Path
-) -> Callable[..., tersor.api.result.Result]:
+def again(lenet_run: Finished, tmp_path: Path) -> Callable[..., tersor.api.result.Result]:
     """``compress`` on the LeNet-5 with its prices at hand; options may be changed."""
     store = warm_copy(lenet_run, tmp_path)
 

@@ -282,7 +282,7 @@ def test_a_saved_plan_replays(lenet_run: Finished, tmp_path: Path) -> None:
     assert replayed.plan.assignment == plan.assignment
     assert replayed.plan.choice == plan.choice
     assert not {"calibrate", "propose", "price", "plan"} & set(progress.stages)
-    x = torch.cat([part for part in lenet_run.data.test])
+    x = torch.cat(list(lenet_run.data.test))
     assert close_logits(replayed.model(x), lenet_run.result.model(x))
     assert {c.name for c in replayed.verdict.checks} == set(plan.target)
 
@@ -318,7 +318,10 @@ def test_an_edited_plan_is_carried_out(
 
 @pytest.mark.parametrize(
     ("site", "level", "message"),
-    [("f9", "int8", "'f9' is not in the model"), ("f1", "int4", r"assignment\[f1\]: found 'int4', wanted")],
+    [
+        ("f9", "int8", "'f9' is not in the model"),
+        ("f1", "int4", r"assignment\[f1\]: found 'int4', wanted"),
+    ],
 )
 def test_a_plan_that_does_not_fit_is_refused(
     lenet_run: Finished, tmp_path: Path, site: str, level: str, message: str
@@ -464,7 +467,7 @@ def test_save_load_verify_and_report(
     assert (runner.stats()["calls"], runner.stats()["samples"]) == (1, 7)
     checked = tersor.verify(path, model=finished.model, inputs={"x": images["test"][:40].numpy()})
     assert [c.status for c in checked.checks] == ["pass", "pass", "pass"]
-    assert [c.name for c in checked.checks][0] == "hashes"
+    assert next(c.name for c in checked.checks) == "hashes"
     report = tersor.read_report(path)
     assert report.plan == finished.result.plan
     assert report.verdict.size_bytes == path.stat().st_size  # the verdict speaks of this file
