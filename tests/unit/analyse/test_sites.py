@@ -35,7 +35,11 @@ def macs(model: nn.Module) -> int:
         nonlocal total
         total += output[0].numel() * module.weight[0].numel()
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [
+        m.register_forward_hook(count)
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
     model(random(1, 1, 28, 28))
     for hook in hooks:
         hook.remove()
@@ -119,7 +123,9 @@ def test_a_pattern_covers_what_is_below_a_module() -> None:
 
 def test_a_pattern_that_matches_nothing_is_refused(lenet5: nn.Module) -> None:
     graph = graph_of(lenet5, random(4, 1, 28, 28))
-    with pytest.raises(SiteNotFoundError, match="keep='fc' matches no layer; there are c1, c2, f1, f2"):
+    with pytest.raises(
+        SiteNotFoundError, match="keep='fc' matches no layer; there are c1, c2, f1, f2"
+    ):
         find_sites(graph, keep=("c1", "fc"))
 
 

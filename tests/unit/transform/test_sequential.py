@@ -15,6 +15,7 @@ from tersor.graph.apply import apply
 from tersor.graph.contracts import Graph, SiteChange, SiteStatistics
 from tersor.graph.edit import attribute
 from tersor.graph.geometry import output_error
+from tersor.graph.operators import as_rows, output_rows, weighted_ops
 from tersor.methods.quantize import Quantize
 from tersor.observe.statistics import observe
 from tersor.transform.sequential import Transformed, transform
@@ -65,7 +66,9 @@ def candidates(
     return chosen, changes
 
 
-def run(graph: Graph, batches: list[tuple[Tensor, ...]], chosen: Mapping[str, Candidate], spy: Spy) -> Transformed:
+def run(
+    graph: Graph, batches: list[tuple[Tensor, ...]], chosen: Mapping[str, Candidate], spy: Spy
+) -> Transformed:
     sites = find_sites(graph)
     return transform(
         graph,
@@ -88,42 +91,82 @@ def all_int8(graph: Graph) -> dict[str, Format]:
     return {site.name: "int8" for site in find_sites(graph)}
 
 
-@pytest.mark.parametrize("name", ["lenet5_graph", "resnet20_graph"])
-def test_sequence_is_no_worse_than_stitching(
-    name: str, images: dict[str, Tensor], request: pytest.FixtureRequest
-) -> None:
-    graph: Graph = request.getfixturevalue(name)
-    batches = [(part,) for part in images["train"][:128].split(32)]
+@dataclass(frozen=True)
+class Done:
+    """One transform of a trained network on real images, for several tests to look at."""
+
+    graph: Graph
+    batches: list[tuple[Tensor, ...]]
+    spy: Spy
+    result: Transformed
+    stitched: Graph
+
+
+def done(graph: Graph, images: Tensor, levels: Mapping[str, Format]) -> Done:
+    batches: list[tuple[Tensor, ...]] = [(part,) for part in images.split(16)]
     spy = Spy()
-    chosen, changes = candidates(graph, batches, all_int8(graph), spy)
-    done = run(graph, batches, chosen, spy)
-    assert [c.site.name for c in done.changes] == [s.name for s in find_sites(graph)]
-    stitched = error(graph, apply(graph, changes), batches)
-    sequential = error(graph, done.graph, batches)
+    chosen, changes = candidates(graph, batches, levels, spy)
+    return Done(graph, batches, spy, run(graph, batches, chosen, spy), apply(graph, changes))
+
+
+@pytest.fixture(scope="module")
+def lenet5_done(lenet5_graph: Graph, images: dict[str, Tensor]) -> Done:
+    return done(lenet5_graph, images["train"][:48], all_int8(lenet5_graph))
+
+
+@pytest.fixture(scope="module")
+def resnet20_done(resnet20_graph: Graph, images: dict[str, Tensor]) -> Done:
+    """The layers of the first two widths; the wide ones take most of the time."""
+    narrow: dict[str, Format] = {
+        s.name: "int8" for s in find_sites(resnet20_graph) if s.shape[0] <= 32
+    }
+    return done(resnet20_graph, images["train"][:48], narrow)
+
+
+@pytest.fixture(params=["lenet5_done", "resnet20_done"])
+def trained_done(request: pytest.FixtureRequest) -> Done:
+    found: Done = request.getfixturevalue(request.param)
+    return found
+
+
+def test_sequence_is_no_worse_than_stitching(trained_done: Done) -> None:
+    check_sequence(trained_done)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_sequence_is_no_worse_than_stitching_over_all_of_resnet20(
+    resnet20_graph: Graph, images: dict[str, Tensor]
+) -> None:
+    check_sequence(done(resnet20_graph, images["train"][:128], all_int8(resnet20_graph)))
+
+
+def check_sequence(found: Done) -> None:
+    stitched = error(found.graph, found.stitched, found.batches)
+    sequential = error(found.graph, found.result.graph, found.batches)
     assert 0 < sequential <= stitched
     assert stitched < 0.05  # of the output's variance: int8 works at all
 
 
-@pytest.mark.parametrize("name", ["lenet5_graph", "resnet20_graph"])
-def test_methods_see_the_compressed_prefix_and_the_original_outputs(
-    name: str, images: dict[str, Tensor], request: pytest.FixtureRequest
-) -> None:
-    graph: Graph = request.getfixturevalue(name)
-    batches = [(images["train"][:16],)]
-    spy = Spy()
-    chosen, _ = candidates(graph, batches, all_int8(graph), spy)
-    done = run(graph, batches, chosen, spy)
-    last = find_sites(graph)[-1]
+def test_methods_see_the_compressed_prefix_and_the_original_outputs(trained_done: Done) -> None:
+    graph, spy = trained_done.graph, trained_done.spy
+    names = [c.site.name for c in trained_done.result.changes]
+    assert names == [s.name for s in find_sites(graph) if s.name in spy.seen]
+    last = trained_done.result.changes[-1].site
     original, compressed, output = spy.rows[last.name]
-    # The rows of the last layer, as the finished graph and the original compute them.
-    values = [dict(_env(g, batches[0])) for g in (graph, done.graph)]
-    assert last.tensor is not None
-    assert torch.equal(original[:, 0], values[0][last.tensor])
-    assert torch.equal(output[:, 0], graph.run(batches[0])[0])
-    scale = float(values[1][last.tensor].abs().max())
-    assert torch.allclose(compressed[:, 0], values[1][last.tensor], atol=1e-4 * scale, rtol=0)
-    assert not torch.allclose(compressed, original, atol=1e-4 * scale, rtol=0)
-    first = find_sites(graph)[0].name
+    # The rows of the last changed layer, as the original and the finished graph compute them.
+    flat = trained_done.batches[0]
+    before, after = (_env(g, flat) for g in (graph, trained_done.result.graph))
+    op = next(op for op in weighted_ops(graph.module) if op.node.name == last.ops[0])
+    assert torch.equal(original, as_rows(before[op.data.name], op))
+    assert torch.equal(output, output_rows(before[op.node.name], op))
+    # A value at the border of two codes may fall to either side where a sum is taken in another
+    # order: one value in thousands is off by a step. Nothing else distinguishes the two.
+    gap = (compressed - as_rows(after[op.data.name], op)).square().mean()
+    change = (compressed - original).square().mean()
+    assert 0 < float(change)
+    assert float(gap) < 0.02 * float(change)
+    first = names[0]
     assert torch.equal(spy.rows[first][0], spy.rows[first][1])
 
 
@@ -133,8 +176,8 @@ def _env(graph: Graph, flat: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {node.name: value for node, value in interpreter.env.items()}
 
 
-def test_sites_that_are_not_chosen_stay(lenet5_graph: Graph, images: dict[str, Tensor]) -> None:
-    graph = lenet5_graph
+def test_sites_that_are_not_chosen_stay(small: Graph, images: dict[str, Tensor]) -> None:
+    graph = small
     batches = [(images["train"][:16],)]
     spy = Spy()
     levels: dict[str, Format] = {"c2": "int8", "f1": "int8_weight", "f2": "f32"}
@@ -151,9 +194,9 @@ def test_sites_that_are_not_chosen_stay(lenet5_graph: Graph, images: dict[str, T
 
 
 def test_the_original_is_not_changed_and_the_result_repeats(
-    lenet5_graph: Graph, images: dict[str, Tensor]
+    small: Graph, images: dict[str, Tensor]
 ) -> None:
-    graph = lenet5_graph
+    graph = small
     batches = [(images["train"][:16],), (images["train"][16:24],)]
     inputs = [b[0].clone() for b in batches]
     before, text = graph.run(batches[0])[0], str(graph.module.graph)
@@ -165,14 +208,33 @@ def test_the_original_is_not_changed_and_the_result_repeats(
     assert all(torch.equal(b[0], i) for b, i in zip(batches, inputs, strict=True))
 
 
-def test_a_refit_helps_where_codes_are_coarse(lenet5_graph: Graph, images: dict[str, Tensor]) -> None:
+def test_a_refit_helps_where_codes_are_coarse(small: Graph, images: dict[str, Tensor]) -> None:
     batches = [(part,) for part in images["train"][:256].split(64)]
     errors = {}
     for refits in (True, False):
         spy = Spy(method=Quantize(weight_limit=7), refits=refits)
-        chosen, _ = candidates(lenet5_graph, batches, all_int8(lenet5_graph), spy)
-        errors[refits] = error(lenet5_graph, run(lenet5_graph, batches, chosen, spy).graph, batches)
+        chosen, _ = candidates(small, batches, all_int8(small), spy)
+        errors[refits] = error(small, run(small, batches, chosen, spy).graph, batches)
     assert errors[True] < errors[False]
+
+
+class Small(nn.Module):
+    """Convolutions around a residual add, then two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(1, 8, 3, stride=2), nn.Conv2d(8, 8, 3, padding=1)
+        self.f1, self.f2 = nn.Linear(8, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c1(x).relu()
+        y = (y + self.c2(y)).relu().mean((2, 3))
+        return self.f2(self.f1(y).relu())
+
+
+@pytest.fixture(scope="module")
+def small() -> Graph:
+    return graph_of(trained(Small()), random(4, 1, 28, 28))
 
 
 class Tokens(nn.Module):
@@ -215,7 +277,7 @@ def test_tokens_and_writes_in_place(writes: bool) -> None:
     assert error(graph, done.graph, batches) <= 1.05 * error(graph, apply(graph, changes), batches)
 
 
-def test_values_that_are_not_finite_are_refused(lenet5_graph: Graph, images: dict[str, Tensor]) -> None:
+def test_values_that_are_not_finite_are_refused(small: Graph, images: dict[str, Tensor]) -> None:
     class Spoils(Spy):
         def apply(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
             change = super().apply(site, candidate, statistics)
@@ -225,14 +287,16 @@ def test_values_that_are_not_finite_are_refused(lenet5_graph: Graph, images: dic
             return replace(change, scale=change.scale * torch.inf)
 
     batches = [(images["train"][:8],)]
-    chosen, _ = candidates(lenet5_graph, batches, all_int8(lenet5_graph), Spy())
+    chosen, _ = candidates(small, batches, all_int8(small), Spy())
     words = r"c2: the int8 form gives values that are not finite; keep it with keep=\(...\)"
     with pytest.raises(NumericalError, match=words):
-        run(lenet5_graph, batches, chosen, Spoils())
+        run(small, batches, chosen, Spoils())
 
 
 def test_progress_is_told_once_a_site() -> None:
-    graph = graph_of(trained(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))), random(4, 4))
+    graph = graph_of(
+        trained(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))), random(4, 4)
+    )
     batches = [(random(40, 4),)]
     chosen, _ = candidates(graph, batches, all_int8(graph), Spy())
     calls: list[int] = []
