@@ -262,6 +262,21 @@ def test_a_fallback_does_not_use_the_test_metric_of_the_original_twice(
         assert close_logits(result.model(x), held_out.predictors[0](x))
 
 
+def test_a_fallback_takes_back_the_model_that_was_seen_before(
+    lenet_run: Finished, monkeypatch: pytest.MonkeyPatch, images: dict[str, Tensor]
+) -> None:
+    """``model`` before ``verdict``: both speak of the same build afterwards."""
+    found = lenet_run.result.resolve(tersor.Target(size_ratio=2.5))
+    compressed = found.model
+    monkeypatch.setattr("tersor.api.result.is_slower", lambda *_: True)
+    monkeypatch.setattr(Result, "_needs_size", lambda _: False)
+    assert found.verdict.returned_baseline
+    assert found.model is not compressed
+    x = images["test"][:5]
+    assert close_logits(found.model(x), lenet_run.predict(x))
+    assert not torch.equal(found.model(x), compressed(x))
+
+
 # --- plans
 
 

@@ -1,5 +1,6 @@
 """From candidates and prices to one measured result: plan, transform, build, verify."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -63,6 +64,11 @@ class ChoiceRecord:
     is_baseline: bool
     tables: tuple[PriceTable, ...]
     met: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    ms: float  # at the speed at which the baseline ran when it was priced
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +162,7 @@ def choose_plan(
 
     tools = Tools(
         evaluate=quality.of_assignment(offered),
-        measure=_measurer(session, offered, prices),
+        measure=_remembered(session, prices, _measurer(session, offered, prices)),
         correct=correct,
     )
     found = choose(task, tools)
@@ -220,6 +226,29 @@ def _measurer(
                 f"plan predicted {plan.predicted_ms:.2f} ms, measured {ms:.2f} ms"
             )
         return found
+
+    return measure_plans
+
+
+def _remembered(
+    session: Session, prices: Prices, measure_new: Callable[[Sequence[Plan]], list[float]]
+) -> Callable[[Sequence[Plan]], list[float]]:
+    """Each plan is measured once beside one set of prices: one store, one choice.
+
+    Also after an interruption in the middle of the search.
+    """
+    stamp = digest(session.key, prices)
+
+    def measure_plans(plans: Sequence[Plan]) -> list[float]:
+        keys = [digest(stamp, p.choice, sorted(p.assignment.items())) for p in plans]
+        found = {k: r.ms for k in keys if (r := session.store.get(_Measured, "measured", k))}
+        new = {k: plan for k, plan in zip(keys, plans, strict=True) if k not in found}
+        times = measure_new(list(new.values())) if new else []
+        for key, ms in zip(new, times, strict=True):
+            found[key] = ms
+            if math.isfinite(ms):  # what could not be built is tried again
+                session.store.put("measured", key, _Measured(ms=ms))
+        return [found[key] for key in keys]
 
     return measure_plans
 

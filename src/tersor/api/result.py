@@ -112,6 +112,8 @@ class Result:
 
     def _fall_back(self, reason: str) -> None:
         run = self._run
+        for made in ("_final", "_runner"):  # of the plan that is given up
+            self.__dict__.pop(made, None)
         self._plan = as_baseline(run.session, run.prices, self.target, self._plan)
         self._is_baseline = True
         self._reason = reason
@@ -126,7 +128,6 @@ class Result:
             self._run.test.uses += 1
             if kept.returned_baseline and not self._is_baseline:
                 self._fall_back(kept.reason)
-                self.__dict__.pop("_final", None)
             return kept
         found = self._verify()
         session.store.put("verdict", key, found)
@@ -151,7 +152,6 @@ class Result:
                 f"the compressed build measured {speed.value:.2f}x the best uncompressed build; "
                 "that build is returned instead"
             )
-            self.__dict__.pop("_final", None)
             final = self._final
             times = race(run.session, run.prices, final)
         decision = Decision(
