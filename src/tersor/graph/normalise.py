@@ -29,7 +29,7 @@ _IDENTITIES = {
     aten.detach_.default,
     aten.alias.default,
 }
-_COPIES = {aten.lift_fresh_copy.default, aten.contiguous.default}
+_COPIES = {aten.lift_fresh_copy.default}
 _CHECKS = {
     "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
     "sym_constrain_range_for_size", "_guards_fn",

@@ -103,7 +103,7 @@ class Done:
 
 
 def done(graph: Graph, images: Tensor, levels: Mapping[str, Format]) -> Done:
-    batches: list[tuple[Tensor, ...]] = [(part,) for part in images.split(16)]
+    batches: list[tuple[Tensor, ...]] = [(part,) for part in images.split(8)]
     spy = Spy()
     chosen, changes = candidates(graph, batches, levels, spy)
     return Done(graph, batches, spy, run(graph, batches, chosen, spy), apply(graph, changes))
@@ -111,16 +111,16 @@ def done(graph: Graph, images: Tensor, levels: Mapping[str, Format]) -> Done:
 
 @pytest.fixture(scope="module")
 def lenet5_done(lenet5_graph: Graph, images: dict[str, Tensor]) -> Done:
-    return done(lenet5_graph, images["train"][:48], all_int8(lenet5_graph))
+    return done(lenet5_graph, images["train"][:24], all_int8(lenet5_graph))
 
 
 @pytest.fixture(scope="module")
 def resnet20_done(resnet20_graph: Graph, images: dict[str, Tensor]) -> Done:
-    """The layers of the first two widths; the wide ones take most of the time."""
+    """The first width and the classifier; the wide layers take most of the time."""
     narrow: dict[str, Format] = {
-        s.name: "int8" for s in find_sites(resnet20_graph) if s.shape[0] <= 32
+        s.name: "int8" for s in find_sites(resnet20_graph) if s.shape[0] <= 16
     }
-    return done(resnet20_graph, images["train"][:48], narrow)
+    return done(resnet20_graph, images["train"][:24], narrow)
 
 
 @pytest.fixture(params=["lenet5_done", "resnet20_done"])
@@ -197,7 +197,7 @@ def test_the_original_is_not_changed_and_the_result_repeats(
     small: Graph, images: dict[str, Tensor]
 ) -> None:
     graph = small
-    batches = [(images["train"][:16],), (images["train"][16:24],)]
+    batches = [(images["train"][:8],), (images["train"][8:12],)]
     inputs = [b[0].clone() for b in batches]
     before, text = graph.run(batches[0])[0], str(graph.module.graph)
     chosen, _ = candidates(graph, batches, all_int8(graph), Spy())
@@ -209,7 +209,7 @@ def test_the_original_is_not_changed_and_the_result_repeats(
 
 
 def test_a_refit_helps_where_codes_are_coarse(small: Graph, images: dict[str, Tensor]) -> None:
-    batches = [(part,) for part in images["train"][:256].split(64)]
+    batches = [(part,) for part in images["train"][:128].split(32)]
     errors = {}
     for refits in (True, False):
         spy = Spy(method=Quantize(weight_limit=7), refits=refits)
