@@ -63,7 +63,9 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stage", FINISHED)
+@pytest.mark.parametrize(
+    "stage", ["price", *(pytest.param(s, marks=pytest.mark.slow) for s in ("propose", "plan"))]
+)
 def test_killed_after_a_stage(program: Path, tmp_path: Path, stage: str) -> None:
     cache = tmp_path / "cache"
     process = start(str(program), str(cache))
@@ -95,7 +97,7 @@ def test_killed_in_the_middle_of_calibration(program: Path, tmp_path: Path) -> N
     assert partial_files(cache) == []
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "errors", "price", "transform"])
+@pytest.mark.parametrize("stage", ["errors", "transform"])
 def test_interrupted_inside_a_stage(
     lenet_run: Finished, images: dict[str, Tensor], tmp_path: Path, stage: str
 ) -> None:
