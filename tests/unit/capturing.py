@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersor.analyse.sites import find_sites
 from tersor.capture.module import capture
 from tersor.capture.samples import Samples, flatten_item
 from tersor.core.records import Site
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import attribute
-from tersor.analyse.sites import find_sites
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

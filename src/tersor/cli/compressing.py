@@ -26,7 +26,7 @@ from tersor.core.errors import ConfigError
 from tersor.core.records import Site
 
 
-def compress(  # noqa: PLR0913 - one parameter an option
+def compress(
     model: Model,
     data: DataSource,
     *,

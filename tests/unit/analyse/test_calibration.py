@@ -118,6 +118,6 @@ def test_the_self_check_notices_wrong_statistics(
     flat = images["train"][:8]
     graph = graph_of(lenet5, flat)
     with pytest.raises(
-        NumericalError, match="linear: predicted layer loss .* wanted agreement to 0.001"
+        NumericalError, match=r"linear: predicted layer loss .* wanted agreement to 0\.001"
     ):
         self_check(graph, (flat,), seed=0, note=lambda _: None)

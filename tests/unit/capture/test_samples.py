@@ -159,7 +159,11 @@ REFUSED: dict[str, tuple[Data, str]] = {
     "object": (Data([object()]), "found object, wanted a tensor, a tuple"),
     "complex": (Data([torch.zeros(4, dtype=torch.complex64)]), "complex and sparse"),
     "parts in other forms": (
-        Data(calibration=[torch.zeros(4, 3)], search=[{"x": torch.zeros(4, 3)}], test=[torch.zeros(4, 3)]),
+        Data(
+            calibration=[torch.zeros(4, 3)],
+            search=[{"x": torch.zeros(4, 3)}],
+            test=[torch.zeros(4, 3)],
+        ),
         "the search part is passed in another form than the calibration part",
     ),
     "empty part": (

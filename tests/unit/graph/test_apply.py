@@ -18,7 +18,6 @@ from tests.unit.capturing import (
     random,
     scale_error,
     site_of,
-    targets,
     tensor_of,
     trained,
 )

@@ -45,7 +45,7 @@ def one_op(module: nn.Module, shape: tuple[int, ...]) -> tuple[Graph, WeightedOp
     return graph, op, env[op.data.name], env[op.node.name]
 
 
-@pytest.mark.parametrize(("module", "shape"), CASES, ids=lambda v: str(v))
+@pytest.mark.parametrize(("module", "shape"), CASES, ids=str)
 def test_rows_times_weight_is_the_output(module: nn.Module, shape: tuple[int, ...]) -> None:
     graph, op, data, output = one_op(module, shape)
     bias = op_bias(graph, op)
@@ -67,7 +67,7 @@ def test_is_padded(padding: Any, is_padded: bool) -> None:
 
 
 def test_a_mask_keeps_real_tokens_only() -> None:
-    graph, op, data, output = one_op(nn.Linear(4, 6), (2, 3, 4))
+    _graph, op, data, output = one_op(nn.Linear(4, 6), (2, 3, 4))
     mask = torch.tensor([[True, True, False], [True, False, False]])
     real = torch.stack([data[0, 0], data[0, 1], data[1, 0]])
     assert torch.equal(as_rows(data, op, mask)[:, 0], real)

@@ -227,7 +227,7 @@ def compressed(
     xh[:, :2] *= 0.6
     halves = tuple(moments_of(xh[i::2].unsqueeze(1), x[i::2].unsqueeze(1)) for i in range(2))
     whole = moments_of(xh.unsqueeze(1), x.unsqueeze(1))
-    found = replace(statistics, moments=lambda: whole, moments_of=lambda new, old: halves)  # type: ignore[arg-type]
+    found = replace(statistics, moments=lambda: whole, moments_of=lambda *_: halves)  # type: ignore[arg-type]
     return found, x, xh
 
 

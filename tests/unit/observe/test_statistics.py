@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tersor.capture.module import capture
 from tersor.core.records import Signature
 from tersor.graph.contracts import Graph
 from tersor.observe import keeping
@@ -21,7 +22,6 @@ from tersor.observe.statistics import (
     token_mask,
 )
 from tests.unit.capturing import graph_of, random, samples, trained
-from tersor.capture.module import capture
 
 # Sums in float64 of the same float32 values, in another order.
 SUMS = 1e-12
@@ -55,7 +55,9 @@ def test_moments_and_ranges_are_those_of_the_definition(small: Graph) -> None:
     rows = patches.reshape(9, 2, 9, 9).permute(0, 3, 1, 2).reshape(81, 2, 9)
     moments = seen["conv2d"].moments
     assert moments.count == 81
-    assert torch.allclose(moments.xx, torch.einsum("tgn,tgm->gnm", rows, rows), rtol=SUMS, atol=SUMS)
+    assert torch.allclose(
+        moments.xx, torch.einsum("tgn,tgm->gnm", rows, rows), rtol=SUMS, atol=SUMS
+    )
     assert torch.allclose(moments.x, rows.sum(0), rtol=SUMS, atol=SUMS)
     assert (seen["conv2d"].low, seen["conv2d"].high) == (float(x.min()), float(x.max()))
     assert seen["conv2d"].counts.sum() == x.numel()
@@ -140,7 +142,13 @@ def test_only_real_tokens_count() -> None:
 
 @pytest.mark.parametrize(
     ("mask", "counts"),
-    [(MASK, True), (MASK.bool(), True), (MASK.float(), False), (MASK * 2, False), (MASK * 0, False)],
+    [
+        (MASK, True),
+        (MASK.bool(), True),
+        (MASK.float(), False),
+        (MASK * 2, False),
+        (MASK * 0, False),
+    ],
 )
 def test_what_is_an_attention_mask(mask: Tensor, counts: bool) -> None:
     graph = capture(trained(Tokens()), samples({"input_ids": IDS, "attention_mask": MASK})).graph

@@ -54,7 +54,9 @@ def test_errors_are_those_of_whole_runs(
         used = parts[:1] if candidate.level == "int8_weight" else parts
         errors = torch.cat([output_error(edited.run(p), graph.run(p), kind) for p in used])
         assert candidate.error == pytest.approx(float(errors.mean()), rel=1e-12)
-        assert candidate.error_se == pytest.approx(float(errors.std()) / len(errors) ** 0.5, rel=1e-12)
+        assert candidate.error_se == pytest.approx(
+            float(errors.std()) / len(errors) ** 0.5, rel=1e-12
+        )
         assert candidate.error > 0
     edits = sum(o.candidate.level not in NATIVE for o in proposals)
     assert len(calls) == edits * chunk_count(graph, (flat,))
