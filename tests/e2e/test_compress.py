@@ -439,7 +439,7 @@ def test_resolve_is_quick_and_lazy_and_materialises(
     lenet_run: Finished, tmp_path: Path, images: dict[str, Tensor]
 ) -> None:
     assert lenet_run.test_metric is not None
-    before = len(lenet_run.test_metric.predictors)
+    before, used = len(lenet_run.test_metric.predictors), lenet_run.result._run.test.uses
     files = records(lenet_run.cache)
     start = time.perf_counter()
     found = lenet_run.result.resolve(tersor.Target(size_ratio=1.5))
@@ -453,7 +453,8 @@ def test_resolve_is_quick_and_lazy_and_materialises(
     assert close_logits(found.module(x), found.model(x))
     assert found.is_materialised
     verdict = found.verdict
-    assert verdict.test_uses == 2
+    assert verdict.test_uses == used + 1  # every verdict after the first: not held out
+    assert used >= 1
     assert not verdict.held_out
     assert verdict.original_bytes / verdict.size_bytes >= 1.5
     assert [c.name for c in verdict.checks] == ["size_ratio"]
