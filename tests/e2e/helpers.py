@@ -112,7 +112,7 @@ def after(stage: str) -> tuple[str, ...]:
 
 def records(store: Path) -> dict[str, int]:
     """Every record in a store, with the time of its last change."""
-    found = sorted(store.glob("*/*/record.json"))
+    found = sorted(store.glob("*/[!.]*/record.json"))  # a name with a dot is being written
     return {str(path.relative_to(store)): path.stat().st_mtime_ns for path in found}
 
 

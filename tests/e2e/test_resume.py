@@ -1,8 +1,10 @@
 """kill -9 or Ctrl-C anywhere, then the same command: it goes on and chooses the same."""
 
 import json
+import re
 import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,78 +28,137 @@ from tests.e2e.helpers import (
 
 PROGRAM = """
 import json, sys
+import numpy as np
 import tersor
 from tests.conftest import DATA, pixels
 from tests.data.zoo import load_lenet5
-from tests.e2e.helpers import Recorded, parts
-import numpy as np
+from tests.e2e.helpers import parts
 with np.load(DATA / "fashion_mnist_2k.npz") as packed:
     images = {"train": pixels(packed["train_images"]), "test": pixels(packed["test_images"])}
-progress = Recorded()
-result = tersor.compress(load_lenet5(), parts(images), target=tersor.Target(size_ratio=3.0),
-                         cache_dir=sys.argv[1], progress=progress)
-print(json.dumps({"stages": progress.stages, "assignment": dict(result.plan.assignment),
+target = tersor.Target(size_ratio=3.0)
+result = tersor.compress(load_lenet5(), parts(images), target=target, cache_dir=sys.argv[1])
+print(json.dumps({"assignment": dict(result.plan.assignment),
                   "choice": result.plan.choice.describe()}))
 """
-
-# What the killed run had finished -> what the second run must not start again.
-FINISHED = {
-    "propose": {"calibrate", "propose", "errors"},
-    "price": {"calibrate", "propose", "errors", "baseline", "price"},
-    "measured": {"calibrate", "propose", "errors", "baseline", "price"},  # within the plan
-    "plan": {"calibrate", "propose", "errors", "baseline", "price", "plan"},
-}
+BEHIND_PRICES = ("measured", "plan", "transform", "verdict")
 
 
-def run_again(program: Path, cache: Path) -> dict[str, Any]:
-    out, err = (process := start(str(program), str(cache))).communicate(timeout=110)
-    assert process.returncode == 0, err
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
+@dataclass(frozen=True)
+class Kill:
+    """When to kill a run, what the store lacks before it, and what must not be started again."""
+
+    after: str  # the stage whose record is there
+    lacking: tuple[str, ...]
+    done: frozenset[str]
+
+
+PROPOSED = frozenset({"calibrate", "propose", "errors"})
+PRICED = PROPOSED | {"baseline", "price"}
+KILLS = (
+    Kill("calibration", ("propose", *BEHIND_PRICES), frozenset({"calibrate", "baseline", "price"})),
+    Kill("propose", ("propose", *BEHIND_PRICES), PRICED),
+    Kill("price", ("price", *BEHIND_PRICES), PRICED),
+    Kill("measured", BEHIND_PRICES, PRICED),  # in the middle of planning
+    Kill("plan", BEHIND_PRICES, PRICED | {"plan"}),
+)
+SLOW = ("propose", "plan")
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
     path = tmp_path / "program.py"
-    path.write_text(PROGRAM)
+    path.write_text(PROGRAM, encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize(
-    "stage", ["price", *(pytest.param(s, marks=pytest.mark.slow) for s in ("propose", "plan"))]
-)
-def test_killed_after_a_stage(program: Path, tmp_path: Path, stage: str) -> None:
-    cache = tmp_path / "cache"
-    process = start(str(program), str(cache))
-    stop_when(process, lambda: bool(list(cache.glob(f"{stage}/*/record.json"))), signal.SIGKILL)
-    before = records(cache)
-    assert any(name.startswith(f"{stage}/") for name in before)
-    found = run_again(program, cache)
-    assert not FINISHED[stage] & set(found["stages"])
-    kept = records(cache)
-    assert {name: kept[name] for name in before} == before
-    assert partial_files(cache) == []
-    # An uninterrupted run from the same price records chooses the same.
-    other = tmp_path / "other"
+def run_again(program: Path, cache: Path) -> tuple[dict[str, Any], list[str]]:
+    """What the same command chooses in a new process, and the stages that it started."""
+    out, err = (process := start(str(program), str(cache))).communicate(timeout=110)
+    assert process.returncode == 0, err
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found, re.findall(r"^tersor: (\w+)", err, re.MULTILINE)
+
+
+def uninterrupted(cache: Path, folder: Path, images: dict[str, Tensor]) -> dict[str, Any]:
+    """What a run chooses that solves the plan anew from the price records of a store."""
+    other = folder / "other"
     shutil.copytree(cache, other)
     for name in ("plan", "transform", "verdict"):
-        shutil.rmtree(other / name, ignore_errors=True)
-    again = run_again(program, other)
-    assert "plan" in again["stages"]
-    assert (again["choice"], again["assignment"]) == (found["choice"], found["assignment"])
+        shutil.rmtree(other / name)
+    progress = Recorded()
+    result = tersor.compress(
+        load_lenet5(),
+        parts(images),
+        target=tersor.Target(size_ratio=3.0),
+        cache_dir=other,
+        progress=progress,
+    )
+    assert "plan" in progress.stages
+    assert not PRICED & set(progress.stages)
+    return {"assignment": dict(result.plan.assignment), "choice": result.plan.choice.describe()}
 
 
-def test_killed_in_the_middle_of_calibration(program: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(k, id=k.after, marks=[pytest.mark.slow] if k.after in SLOW else [])
+        for k in KILLS
+    ],
+)
+def test_killed_after_a_stage(
+    lenet_run: Finished, images: dict[str, Tensor], program: Path, tmp_path: Path, kill: Kill
+) -> None:
+    cache = warm_copy(lenet_run, tmp_path, kill.lacking)
+    process = start(str(program), str(cache))
+    stop_when(process, lambda: any((cache / kill.after).glob("[!.]*/record.json")), signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = records(cache)
+    assert any(name.startswith(f"{kill.after}/") for name in before)
+    found, stages = run_again(program, cache)
+    assert stages[-1] == "verify"
+    assert not kill.done & set(stages)
+    kept = records(cache)
+    removed = {name for name in before if name.startswith("calibration/")}  # once it was used
+    assert {name: kept[name] for name in before if name not in removed} == {
+        name: time for name, time in before.items() if name not in removed
+    }
+    assert partial_files(cache) == []
+    assert uninterrupted(cache, tmp_path, images) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["capture", "calibrate", "errors", "baseline", "price", "plan"])
+def test_killed_in_the_middle_of_a_stage(
+    images: dict[str, Tensor], program: Path, tmp_path: Path, stage: str
+) -> None:
+    """From an empty store; what was finished before that stage is not done again."""
     cache = tmp_path / "cache"
     process = start(str(program), str(cache))
-    stop_when(process, cache.is_dir, signal.SIGKILL)
-    assert not list(cache.glob("propose/*/record.json"))
-    found = run_again(program, cache)
-    assert found["assignment"]
-    assert partial_files(cache) == []
+    assert process.stderr is not None
+    seen = []
+    while not seen or seen[-1] != stage:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += re.findall(r"^tersor: (\w+)", line)
+    stop_when(process, lambda: True, signal.SIGKILL)
+    before = records(cache)
+    found, stages = run_again(program, cache)
+    finished = set(seen[:-1]) - {"data", "capture", *(["propose"] if stage == "errors" else [])}
+    assert not finished & set(stages)
+    kept = records(cache)
+    assert all(kept[n] == time for n, time in before.items() if not n.startswith("calibration/"))
+    assert uninterrupted(cache, tmp_path, images) == found
 
 
-@pytest.mark.parametrize("stage", ["errors", "transform"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "errors",
+        "transform",
+        pytest.param("calibrate", marks=pytest.mark.slow),
+        pytest.param("price", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_inside_a_stage(
     lenet_run: Finished, images: dict[str, Tensor], tmp_path: Path, stage: str
 ) -> None:

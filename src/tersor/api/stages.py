@@ -27,6 +27,7 @@ from tersor.observe import keeping
 from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
 from tersor.price.price import PriceConfig, PriceTools, price_all
+from tersor.price.table import fit_error
 from tersor.propose.propose import (
     NATIVE,
     Offer,
@@ -241,7 +242,8 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
     base = baseline.choice
     assert base is not None
     config = PriceConfig(seed=session.settings.seed)
-    session.progress.stage("price", config.k + config.held_out)
+    ways = max(1, len(session.info.choices))  # at most: those whose probe is slow are not priced
+    session.progress.stage("price", ways * (config.k + config.held_out + 1))
     reference = build_for(session, session.graph, base)
     tools = PriceTools(
         build=lambda choice, assignment: _priced_build(session, offered, choice, assignment),
@@ -259,6 +261,13 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
         for probe in priced.probes
         if probe.measured_ms is not None
     ]
+    for table in priced.tables:
+        off = fit_error(table)
+        if off is not None:
+            notes.append(
+                f"{table.choice.describe()}: on {off.n} builds that no fit saw the prices are off "
+                f"by {off.median:.1%} (median), {off.p90:.1%} (90th percentile)"
+            )
     return _Tables(tables=priced.tables, notes=tuple(notes))
 
 
