@@ -1,6 +1,7 @@
 """Finished runs of real networks, made once for all end-to-end tests."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Ratio
 from tests.data.zoo import load_lenet5, load_resnet20
 from tests.e2e.helpers import Accuracy, Finished, Recorded, parts, state_of, warm_copy
@@ -15,6 +17,17 @@ from tests.e2e.helpers import Accuracy, Finished, Recorded, parts, state_of, war
 # A size that only int8 weights reach, whatever the machine's timings say.
 LENET_TARGET = tersor.Target(size_ratio=3.0, drop_points=5.0)
 RESNET_TARGET = tersor.Target(size_ratio=2.0, min_agreement=0.8)
+
+
+FOLDER = Path(__file__).parent
+# The first test that asks for a finished run waits for it: a minute alone, more beside others.
+WAIT_SECONDS = 600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FOLDER in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
 
 
 def finish(
@@ -58,7 +71,9 @@ def resnet_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFacto
     loader = torch.utils.data.DataLoader(chosen, batch_size=32)
     data = tersor.Data(loader, to_inputs=lambda batch: batch[0], output="logits")
     cache = tmp_path_factory.mktemp("resnet") / "cache"
-    return finish(load_resnet20(), data, RESNET_TARGET, cache)
+    with pytest.MonkeyPatch.context() as patch:  # half of the priced builds: half a minute less
+        patch.setattr("tersor.api.stages.PriceConfig", partial(PriceConfig, k=6, held_out=2))
+        return finish(load_resnet20(), data, RESNET_TARGET, cache)
 
 
 @pytest.fixture(params=["lenet_run", "resnet_run"])

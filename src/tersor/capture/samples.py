@@ -1,7 +1,11 @@
-"""The caller's inputs as flat, stacked tensors, split into parts that do not overlap."""
+"""The caller's inputs as flat, stacked tensors, split into parts that do not overlap.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+Samples of several shapes (sentence lengths, image sizes) are grouped by shape, so that a batch is
+always rectangular.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +14,7 @@ from torch import Tensor
 
 from tersor.core.data import FRACTIONS, RESERVOIR, SPLITS, Data, Split
 from tersor.core.errors import DataError
-from tersor.core.records import Structure
+from tersor.core.records import Signature, Structure
 
 TO_INPUTS = "tersor.Data(loader, to_inputs=lambda batch: batch[0])"
 
@@ -25,30 +29,85 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Inputs of many samples: flat tensors whose first dimension is the sample."""
+    """Inputs of many samples: flat tensors whose first dimension is the sample.
+
+    Attributes:
+        tensors: The samples of the largest shape; of the only one, where there is one.
+        others: The samples of every other shape, one entry a shape. Samples are numbered through:
+            first those of ``tensors``.
+    """
 
     call: Call
     tensors: tuple[Tensor, ...]
+    others: tuple[tuple[Tensor, ...], ...] = ()
 
     def __len__(self) -> int:
-        return int(self.tensors[0].shape[0])
+        return sum(int(flat[0].shape[0]) for flat in self.groups)
+
+    @property
+    def groups(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Flat tensors by shape, the largest first."""
+        return (self.tensors, *self.others)
 
     def take(self, index: Tensor | slice) -> "Samples":
-        """Some of the samples."""
-        return Samples(self.call, tuple(t[index] for t in self.tensors))
+        """Some of the samples, at least one; of several shapes, each shape keeps its order."""
+        if not self.others:
+            return replace(self, tensors=tuple(t[index] for t in self.tensors))
+        wanted = torch.arange(len(self))[index]
+        parts, start = [], 0
+        for flat in self.groups:
+            stop = start + int(flat[0].shape[0])
+            rows = wanted[(wanted >= start) & (wanted < stop)] - start
+            if len(rows):
+                parts.append(tuple(t[rows] for t in flat))
+            start = stop
+        return Samples(self.call, parts[0], tuple(parts[1:]))
+
+    def limited(self, count: int) -> "Samples":
+        """About ``count`` samples at most, evenly over all the samples: shapes keep their shares."""
+        if not self.others or len(self) <= count:
+            return self.take(slice(0, count))
+        return self.take(torch.linspace(0, len(self) - 1, count).round().long().unique())
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Flat inputs of at most ``size`` samples at a time, in order."""
-        for start in range(0, len(self), size):
-            yield tuple(t[start : start + size] for t in self.tensors)
+        """Flat inputs of at most ``size`` samples of one shape at a time, in order."""
+        for flat in self.groups:
+            for start in range(0, int(flat[0].shape[0]), size):
+                yield tuple(t[start : start + size] for t in flat)
+
+    def cast(self, dtypes: Iterable[torch.dtype]) -> "Samples":
+        """Float inputs in these types, one an input; integers stay what they are."""
+        wanted = tuple(dtypes)
+        groups = [
+            tuple(t.to(d) if t.is_floating_point() else t for t, d in zip(flat, wanted, strict=True))
+            for flat in self.groups
+        ]
+        return replace(self, tensors=groups[0], others=tuple(groups[1:]))
 
 
-def collect(data: Data, seed: int) -> dict[Split, Samples]:
+def as_carried(samples: Samples, signature: Signature) -> Samples:
+    """Samples in the types that the graph itself takes."""
+    return samples.cast(getattr(torch, spec.carrier) for spec in signature.inputs)
+
+
+def varying(parts: Iterable[Samples]) -> frozenset[tuple[int, int]]:
+    """(flat input, dimension) of everything beyond the sample that has several sizes."""
+    seen: dict[tuple[int, int], set[int]] = {}
+    for part in parts:
+        for flat in part.groups:
+            for column, tensor in enumerate(flat):
+                for dim in range(1, tensor.dim()):
+                    seen.setdefault((column, dim), set()).add(int(tensor.shape[dim]))
+    return frozenset(place for place, sizes in seen.items() if len(sizes) > 1)
+
+
+def collect(data: Data, seed: int, *, ragged: bool = False) -> dict[Split, Samples]:
     """Read the caller's inputs and split them.
 
     Args:
         data: Whole (then split 60/20/20 by sample) or in three parts.
         seed: Of the reservoir and of the split.
+        ragged: Take samples of several shapes; else they are refused.
 
     Raises:
         DataError: Nothing to read, too few samples, tensors that do not fit together, or values
@@ -56,14 +115,42 @@ def collect(data: Data, seed: int) -> dict[Split, Samples]:
     """
     if data.iterable is None:
         parts = {name: _read(getattr(data, name), data, name, seed) for name in SPLITS}
-        calls = {name: part.call for name, part in parts.items()}
         for name in SPLITS[1:]:
-            if calls[name] != calls["calibration"]:
-                raise DataError(
-                    f"data: the {name} part is passed in another form than the calibration part"
-                )
+            _check_alike(parts["calibration"], parts[name], name)
+        _check_shapes(parts, ragged=ragged)
         return parts
-    return _split(_read(data.iterable, data, "data", seed), seed)
+    samples = _read(data.iterable, data, "data", seed)
+    _check_shapes({"data": samples}, ragged=ragged)
+    return _split(samples, seed)
+
+
+def _check_alike(calibration: Samples, part: Samples, name: str) -> None:
+    if part.call != calibration.call:
+        raise DataError(
+            f"data: the {name} part is passed in another form than the calibration part"
+        )
+    for column, (a, b) in enumerate(zip(calibration.tensors, part.tensors, strict=True)):
+        if a.dtype != b.dtype or a.dim() != b.dim():
+            raise DataError(
+                f"{name}: input {column} is {b.dtype} with {b.dim()} dimensions, in the "
+                f"calibration part {a.dtype} with {a.dim()}; wanted the same in all parts"
+            )
+
+
+def _check_shapes(parts: Mapping[Any, Samples], *, ragged: bool) -> None:
+    if ragged or not varying(parts.values()):
+        return
+    column = min(varying(parts.values()))[0]
+    raise DataError(f"{next(iter(parts))}: {several_shapes(parts.values(), column)}")
+
+
+def several_shapes(parts: Iterable[Samples], column: int) -> str:
+    """What is said of an input whose shapes can't all be taken, with the way out."""
+    shapes = sorted({tuple(f[column].shape[1:]) for part in parts for f in part.groups})
+    return (
+        f"input {column} comes in {len(shapes)} shapes a sample, such as {shapes[:2]}; "
+        "wanted one: pad or crop to one shape, with tersor.Data(..., to_inputs=...)"
+    )
 
 
 def _split(samples: Samples, seed: int) -> dict[Split, Samples]:
@@ -106,7 +193,7 @@ def _read(items: Any, data: Data, part: str, seed: int) -> Samples:
             f"{part}: found no samples, wanted a few dozen representative inputs; "
             "an iterator that was already used up is empty, too"
         )
-    return Samples(call, _stack(kept, part))
+    return _grouped(call, kept, part)
 
 
 def _items(items: Any) -> Iterator[Any]:
@@ -161,6 +248,11 @@ def _checked(tensor: Tensor, where: str) -> Tensor:
         raise DataError(f"{where}: complex and sparse tensors are not supported; pass dense reals")
     if tensor.dim() == 0:
         raise DataError(f"{where}: found a scalar tensor, wanted dimension 0 to be the sample")
+    if tensor.shape[0] and not tensor.numel():
+        raise DataError(
+            f"{where}: found shape {tuple(tensor.shape)}, which holds no value; wanted every size "
+            "to be at least 1: leave that input out, or give it values"
+        )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).reshape(tensor.shape[0], -1).any(1).nonzero()[0])
         raise DataError(
@@ -181,17 +273,28 @@ def _rows(tensors: tuple[Tensor, ...], where: str) -> Iterator[tuple[Tensor, ...
         yield tuple(t[index] for t in tensors)
 
 
-def _stack(rows: list[tuple[Tensor, ...]], part: str) -> tuple[Tensor, ...]:
-    stacked = []
+def _grouped(call: Call, rows: list[tuple[Tensor, ...]], part: str) -> Samples:
+    """Samples stacked by shape; the shape with most values first, because builds are made for it."""
+    _check_columns(rows, part)
+    groups: dict[tuple[tuple[int, ...], ...], list[tuple[Tensor, ...]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(tuple(t.shape) for t in row), []).append(row)
+    order = sorted(groups, key=lambda shapes: (-sum(_numel(s) for s in shapes), shapes))
+    stacked = [tuple(torch.stack(c) for c in zip(*groups[k], strict=True)) for k in order]
+    return Samples(call, stacked[0], tuple(stacked[1:]))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _check_columns(rows: list[tuple[Tensor, ...]], part: str) -> None:
     for column, values in enumerate(zip(*rows, strict=True)):
-        shapes = {tuple(v.shape) for v in values}
-        if len(shapes) > 1:
-            raise DataError(
-                f"{part}: input {column} comes in {len(shapes)} shapes a sample, such as "
-                f"{sorted(shapes)[:2]}; wanted one: pad or crop to one shape"
-            )
         dtypes = {v.dtype for v in values}
         if len(dtypes) > 1:
             raise DataError(f"{part}: input {column} comes in types {sorted(map(str, dtypes))}")
-        stacked.append(torch.stack(values))
-    return tuple(stacked)
+        ranks = sorted({v.dim() + 1 for v in values})
+        if len(ranks) > 1:
+            raise DataError(
+                f"{part}: input {column} comes with {ranks} dimensions; wanted one number of them"
+            )

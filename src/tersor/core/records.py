@@ -5,6 +5,7 @@ A *site* is one choice; a *candidate* is one level of a site with its size and i
 was measured. Times are milliseconds, sizes bytes, unless a name says otherwise.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,16 @@ from typing import Any, Literal
 from tersor.core.errors import ConfigError
 
 Format = Literal["f32", "bf16", "int8", "int8_weight"]
+# What a site may be set to: a number format, or how many units a width or a branch keeps.
+Level = Format | int
 Precision = Literal["f32", "bf16"]
+SiteKind = Literal["format", "width", "branch"]
+WidthKind = Literal[
+    "channels", "neurons", "heads", "head_dim", "groups", "stream", "experts", "features"
+]
+# exact: every op that meets the width commutes with deleting units; approximate: a statistic over
+# the width changes with it.
+Exactness = Literal["exact", "approximate"]
 OutputKind = Literal["logits", "embedding", "values"]
 Status = Literal["pass", "fail", "unknown"]
 StructureKind = Literal["tensor", "tuple", "list", "dict", "object", "none", "constant"]
@@ -21,11 +31,41 @@ StructureKind = Literal["tensor", "tuple", "list", "dict", "object", "none", "co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One input or output tensor; a size of None is the batch, which may be any."""
+    """One input or output tensor, as the caller sees it.
+
+    Attributes:
+        shape: None is the batch, which may be any. A dimension with a symbol has the size of the
+            graph's example, at which a build is made.
+        dynamic: The symbol of each dimension beyond the batch that may have other sizes, "" for
+            the others: one name is one size in all tensors of a call, an output's may be an
+            expression of the inputs'. Empty: none may.
+        limits: Of an input: smallest size, largest size and step of each dimension with a symbol,
+            (0, 0, 0) for the others. Empty: not known.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+    dynamic: tuple[str, ...] = ()
+    limits: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("dynamic", "limits"):
+            found = len(getattr(self, name))
+            if found not in (0, len(self.shape)):
+                raise ConfigError(
+                    f"tensor {self.name!r}: {name} has {found} entries, wanted none or one for "
+                    f"each of the {len(self.shape)} dimensions"
+                )
+
+    @property
+    def carrier(self) -> str:
+        """The type in which the graph and its builds take and give it: half types are float32."""
+        return "float32" if self.dtype in ("float16", "bfloat16") else self.dtype
+
+    def symbol(self, dim: int) -> str:
+        """The symbol of a dimension; "" where its size is fixed, or is the batch."""
+        return self.dynamic[dim] if self.dynamic else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,15 +152,24 @@ class Support:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One choice. Kind ``format``: the number format of the ops that use one weight."""
+    """One choice.
 
-    name: str  # module path of the first op, as the user knows it
-    kind: Literal["format"]
-    ops: tuple[str, ...]  # graph nodes, in graph order
-    op_kind: Literal["linear", "conv", "embedding"]
-    weight: str  # the parameter's name
-    shape: tuple[int, ...]  # of the weight
+    Kind ``format``: the number format of the ops that use one weight. Kind ``width``: how many
+    units of one width are kept; ``members`` names the coupled parameters. Kind ``branch``: a
+    residual branch, level 1 kept, level 0 removed.
+    """
+
+    name: str  # format: module path of the first op; width: "width:" and its first producer
+    kind: SiteKind
+    ops: tuple[str, ...]  # graph nodes, in graph order; of a width those that read it
+    op_kind: Literal["linear", "conv", "embedding", ""] = ""
+    weight: str = ""  # the parameter's name
+    shape: tuple[int, ...] = ()  # of the weight
     groups: int = 1
+    units: int = 0  # of a width
+    unit_kind: WidthKind | Literal[""] = ""
+    exactness: Exactness | Literal[""] = ""
+    members: tuple[str, ...] = ()  # parameters coupled by a width
     tensor: str | None = None  # the graph node that the ops read; its readers share a quantiser
     macs: int = 0  # per sample
     size_bytes: int = 0  # of weight and bias as given
@@ -132,7 +181,7 @@ class Candidate:
     """One level of a site: the bytes it takes and the error it causes alone."""
 
     site: str
-    level: Format
+    level: Level
     method: str
     size_bytes: int
     error: float = 0.0  # change of the output in its own geometry, mean over samples
@@ -156,15 +205,81 @@ class Timing:
 class PricedBuild:
     """One whole build that was measured to make or to test a table."""
 
-    assignment: Mapping[str, Format]
+    assignment: Mapping[str, Level]
     measured_ms: float
     predicted_ms: float
     held_out: bool  # no fit saw it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """A cost that depends on the levels of some sites, one value a combination.
+
+    An op that two widths meet costs what (input level, output level, format) costs; the bytes of
+    its weight are a term of the same sites.
+
+    Attributes:
+        name: The op or weight that costs it.
+        sites: The sites whose levels decide; at least one, each once.
+        levels: The levels of each site, each once.
+        values: One cost a combination, the last site's levels running fastest.
+
+    Raises:
+        ConfigError: Sites, levels and values do not fit each other.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    levels: tuple[tuple[Level, ...], ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        distinct = len(set(self.sites)) == len(self.sites) > 0
+        if not distinct or len(self.levels) != len(self.sites):
+            raise ConfigError(
+                f"{self.name}: found the sites {list(self.sites)} with {len(self.levels)} lists of "
+                "levels, wanted at least one site, each once, and a list for each"
+            )
+        if any(len(set(row)) != len(row) for row in self.levels):
+            raise ConfigError(f"{self.name}: a level is listed twice in {self.levels}")
+        wanted = math.prod(len(row) for row in self.levels)
+        if len(self.values) != wanted:
+            raise ConfigError(
+                f"{self.name}: found {len(self.values)} values, wanted {wanted}, one a combination "
+                f"of the levels of {', '.join(self.sites)}"
+            )
+
+    def at(self, assignment: Mapping[str, Level]) -> float:
+        """The cost under an assignment that names all the sites.
+
+        Raises:
+            ConfigError: A site at a level that the term does not know.
+        """
+        index = 0
+        for site, levels in zip(self.sites, self.levels, strict=True):
+            level = assignment.get(site)
+            if level not in levels:
+                raise ConfigError(
+                    f"{self.name}: site {site} at level {level!r} has no price; there are "
+                    f"{', '.join(map(str, levels))}"
+                )
+            index = index * len(levels) + levels.index(level)
+        return self.values[index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PriceTable:
-    """What a plan costs on one build choice: sum of the entries, times ``scale``."""
+    """What a plan costs on one build choice: sum of the entries, times ``scale``.
+
+    Attributes:
+        ops: Format sites that no width meets -> format -> ms.
+        terms: What depends on widths, formats of those ops included.
+        native: Width or branch -> its level when left alone: the full count. Format sites are
+            left alone in the precision of ``choice``.
+
+    Raises:
+        ConfigError: A term that has no price for its sites left alone.
+    """
 
     choice: BuildChoice
     ops: Mapping[str, Mapping[str, float]]  # site -> format -> ms
@@ -173,18 +288,46 @@ class PriceTable:
     scale: float = 1.0
     builds: tuple[PricedBuild, ...] = ()
     corrections: int = 0  # how often measured finalists moved the scale
+    terms: tuple[Term, ...] = ()
+    native: Mapping[str, int] = field(default_factory=dict)
 
-    def predict_ms(self, assignment: Mapping[str, Format], tensors: Mapping[str, str]) -> float:
-        """Predicted latency; ``tensors`` names the tensor that each site reads."""
+    def __post_init__(self) -> None:
+        for term in self.terms:
+            for site, levels in zip(term.sites, term.levels, strict=True):
+                if self.native_level(site) not in levels:
+                    raise ConfigError(
+                        f"{term.name}: site {site} left alone is at "
+                        f"{self.native_level(site)!r}, which has no price among "
+                        f"{', '.join(map(str, levels))}; price that level too, and list the full "
+                        "count of a width in native"
+                    )
+
+    def native_level(self, site: str) -> Level:
+        """The level of a site that is left alone."""
+        return self.native.get(site, self.choice.precision)
+
+    def complete(self, assignment: Mapping[str, Level]) -> dict[str, Level]:
+        """An assignment with the sites of the terms that it does not list, left alone."""
+        sites = (site for term in self.terms for site in term.sites)
+        return {**{site: self.native_level(site) for site in sites}, **assignment}
+
+    def predict_ms(self, assignment: Mapping[str, Level], tensors: Mapping[str, str]) -> float:
+        """Predicted latency; ``tensors`` names the tensor that each site reads.
+
+        Sites that are not listed are left alone.
+
+        Raises:
+            ConfigError: A site at a level that one of its terms has no price for.
+        """
         native = self.choice.precision
         total = self.glue_ms
-        quantized = set()
         for site, row in self.ops.items():
-            level = assignment.get(site, native)
-            total += row.get(level, row.get(native, 0.0))
-            if level == "int8" and site in tensors:
-                quantized.add(tensors[site])
-        total += sum(self.quantizers.get(t, 0.0) for t in sorted(quantized))
+            total += row.get(str(assignment.get(site, native)), row.get(native, 0.0))
+        int8 = {tensors[s] for s, level in assignment.items() if level == "int8" and s in tensors}
+        total += sum(self.quantizers.get(t, 0.0) for t in sorted(int8))
+        if self.terms:
+            levels = self.complete(assignment)
+            total += sum(term.at(levels) for term in self.terms)
         return total * self.scale
 
 
@@ -219,7 +362,7 @@ class Prices:
 class Plan:
     """One level a site, on one build choice; readable, editable and replayable."""
 
-    assignment: Mapping[str, Format]  # sites that are not listed stay in the choice's precision
+    assignment: Mapping[str, Level]  # sites that are not listed stay in the choice's precision
     choice: BuildChoice
     predicted_ms: float
     predicted_bytes: int

@@ -6,7 +6,8 @@ that parts, batches and processes add exactly; the functions below turn them int
 are taken in float64 as well: a covariance is the small difference of two large sums once the mean
 is large, and float32 products would leave only noise of it.
 
-Axes: t rows (samples x positions), g groups, m outputs and n inputs of a group, b batch, c channels.
+Axes: t rows (samples x positions), g groups, m outputs and n inputs of a group, p inputs of a group
+of the original layer (n unless inputs were removed), b batch, c channels.
 """
 
 from dataclasses import dataclass, fields
@@ -34,23 +35,25 @@ class Moments:
     xh is the input that the compressed layer really sees, x the one that the original layer saw,
     d = s - sh the difference of the other operand of the residual add that follows the layer.
     Fields that are None were not collected: without ``cross`` x equals xh, without ``residual`` d is 0.
+    x may have more inputs than xh (p > n), where compression removed some; d then runs over the
+    outputs that were kept.
     """
 
     count: int
     xx: Float64[Tensor, "g n n"]  # sum xh xh^T
     x: Float64[Tensor, "g n"]  # sum xh
-    cross: Float64[Tensor, "g n n"] | None = None  # sum x xh^T
-    x_original: Float64[Tensor, "g n"] | None = None  # sum x
-    xx_original: Float64[Tensor, "g n n"] | None = None  # sum x x^T
+    cross: Float64[Tensor, "g p n"] | None = None  # sum x xh^T
+    x_original: Float64[Tensor, "g p"] | None = None  # sum x
+    xx_original: Float64[Tensor, "g p p"] | None = None  # sum x x^T
     residual: Float64[Tensor, "g m n"] | None = None  # sum d xh^T
-    residual_original: Float64[Tensor, "g m n"] | None = None  # sum d x^T
+    residual_original: Float64[Tensor, "g m p"] | None = None  # sum d x^T
     d: Float64[Tensor, "g m"] | None = None  # sum d
     dd: Float64[Tensor, " g"] | None = None  # sum |d|^2
 
 
 def moments_of(
     x: Float[Tensor, "t g n"],
-    x_original: Float[Tensor, "t g n"] | None = None,
+    x_original: Float[Tensor, "t g p"] | None = None,
     residual: Float[Tensor, "t g m"] | None = None,
     weights: Float[Tensor, " t"] | None = None,
 ) -> Moments:
@@ -58,7 +61,8 @@ def moments_of(
 
     Args:
         x: Input of the compressed layer, one row a sample and position; read only.
-        x_original: Input of the original layer for the same rows; None where it is the same.
+        x_original: Input of the original layer for the same rows, of as many inputs as that has;
+            None where it is the same.
         residual: Original minus compressed value of the other operand of the residual add that
             follows the layer; None where there is none or it is the same.
         weights: How much each row counts, mean 1 so that their sum is the count; None: all alike.
@@ -67,7 +71,8 @@ def moments_of(
         Moments with the fields of what was given, on the device of ``x``. No more than
         ``CHUNK_VALUES`` values of each argument are held in float64 at a time.
     """
-    width = max(1, x.shape[1] * x.shape[2], 0 if residual is None else residual[:1].numel())
+    given = (rows for rows in (x, x_original, residual) if rows is not None)
+    width = max(1, *(rows.shape[1] * rows.shape[2] for rows in given))
     rows = max(1, CHUNK_VALUES // width)
     parts = (slice(start, start + rows) for start in range(0, max(1, x.shape[0]), rows))
     return reduce(
@@ -90,7 +95,7 @@ def _by_group(rows: Float[Tensor, "t g k"]) -> Float64[Tensor, "g t k"]:
 
 def _moments_of_chunk(
     x: Float64[Tensor, "g t n"],
-    x_original: Float64[Tensor, "g t n"] | None,
+    x_original: Float64[Tensor, "g t p"] | None,
     residual: Float64[Tensor, "g t m"] | None,
     weights: Float64[Tensor, "1 t 1"] | None,
 ) -> Moments:
@@ -168,7 +173,7 @@ def centred(moments: Moments) -> tuple[Float64[Tensor, "g n n"], Float64[Tensor,
     return covariance * moving.unsqueeze(2) * moving.unsqueeze(1), mean
 
 
-def means(moments: Moments) -> tuple[Float64[Tensor, "g n"], Float64[Tensor, "g n"]]:
+def means(moments: Moments) -> tuple[Float64[Tensor, "g n"], Float64[Tensor, "g p"]]:
     """Mean of xh and of the original input; twice that of xh where the original was not collected.
 
     Raises:
@@ -186,9 +191,10 @@ def drift_covariance(weight: Float[Tensor, "g m n"], moments: Moments) -> Float6
         moments: Of the layer's inputs. Zero where they hold neither ``cross`` nor ``residual``.
 
     Raises:
-        ShapeError: No rows.
+        ShapeError: No rows, or xh has not the inputs of x.
     """
     count = _count(moments)
+    _check_same_inputs(moments)
     mean, mean_original = means(moments)
     drift = torch.zeros_like(weight, dtype=torch.float64)
     if moments.cross is not None:
@@ -207,9 +213,10 @@ def drift_variance(weight: Float[Tensor, "g m n"], moments: Moments) -> Float64[
         moments: Of the layer's inputs. Zero where they hold neither ``cross`` nor ``residual``.
 
     Raises:
-        ShapeError: No rows, or a product that this needs was not collected.
+        ShapeError: No rows, xh has not the inputs of x, or a product that this needs was not collected.
     """
     count = _count(moments)
+    _check_same_inputs(moments)
     mean, mean_original = means(moments)
     W, moved = weight.to(torch.float64), mean_original - mean
     variance = torch.zeros_like(W[:, 0, 0])
@@ -225,6 +232,72 @@ def drift_variance(weight: Float[Tensor, "g m n"], moments: Moments) -> Float64[
         change = (_collected(moments, "residual_original") - moments.residual) / count
         variance = variance + 2 * ((change - _outer(d, moved)) * W).sum((1, 2))
     return variance
+
+
+def output_covariance(weight: Float[Tensor, "g m p"], moments: Moments) -> Float64[Tensor, "g m n"]:
+    """Covariance of the wanted output W x + d with xh, which may have fewer inputs than x.
+
+    Args:
+        weight: W, the original weight of the outputs that were kept; read only.
+        moments: Of the layer's inputs. Without ``cross`` x is xh.
+
+    Raises:
+        ShapeError: No rows.
+    """
+    count = _count(moments)
+    mean, mean_original = means(moments)
+    if moments.cross is None:
+        inputs, _ = centred(moments)
+    else:
+        inputs = moments.cross / count - _outer(mean_original, mean)
+    covariance = weight.to(torch.float64) @ inputs
+    if moments.residual is not None:
+        d = _collected(moments, "d") / count
+        covariance = covariance + moments.residual / count - _outer(d, mean)
+    return covariance * _moving(moments).unsqueeze(1)
+
+
+def output_variance(weight: Float[Tensor, "g m p"], moments: Moments) -> Float64[Tensor, " g"]:
+    """Variance of the wanted output W x + d, summed over outputs.
+
+    Args:
+        weight: W, the original weight of the outputs that were kept; read only.
+        moments: Of the layer's inputs. Without ``cross`` x is xh.
+
+    Raises:
+        ShapeError: No rows, or a product that this needs was not collected.
+    """
+    count = _count(moments)
+    W, (_, mean) = weight.to(torch.float64), means(moments)
+    variance = ((W @ original_covariance(moments)) * W).sum((1, 2))
+    if moments.residual is None:
+        return variance
+    d = _collected(moments, "d") / count
+    same = moments.cross is None
+    products = moments.residual if same else _collected(moments, "residual_original")
+    mixed = ((products / count - _outer(d, mean)) * W).sum((1, 2))
+    return variance + 2 * mixed + _collected(moments, "dd") / count - d.square().sum(1)
+
+
+def original_covariance(moments: Moments) -> Float64[Tensor, "g p p"]:
+    """Covariance of the original input; that of xh where the original was not collected.
+
+    Raises:
+        ShapeError: No rows, or the second moment of the original input was not collected.
+    """
+    if moments.cross is None:
+        return centred(moments)[0]
+    xx, x = _collected(moments, "xx_original"), _collected(moments, "x_original")
+    return centred(Moments(count=moments.count, xx=xx, x=x))[0]
+
+
+def _check_same_inputs(moments: Moments) -> None:
+    if moments.cross is not None and moments.cross.shape[1] != moments.cross.shape[2]:
+        _, original, now = moments.cross.shape
+        raise ShapeError(
+            f"moments of {original} original and {now} compressed inputs a group have no difference "
+            "x - xh: use refit_across and relative_error_across, or keep all inputs"
+        )
 
 
 def _collected(moments: Moments, name: str) -> Tensor:

@@ -5,7 +5,10 @@ instead of s. The weight and bias shift that bring W' xh + sh closest to W x + s
 on xh. For a constraint set (kept columns, a grid, a rank) the same holds: take this weight as the
 new original and solve with the metric of xh, since the two differ by a constant only.
 
-Axes: g groups, m outputs and n inputs of a group.
+Where whole inputs and outputs were removed before, ``refit_across`` regresses the outputs that are
+left, as the original inputs make them, on the inputs that are left.
+
+Axes: g groups, m outputs and n inputs of a group, p inputs of a group of the original layer.
 """
 
 import math
@@ -16,7 +19,16 @@ from torch import Tensor
 
 from tersor.core.errors import ShapeError
 from tersor.ops.damping import damped_cholesky
-from tersor.ops.moments import Moments, centred, drift_covariance, drift_variance, means
+from tersor.ops.moments import (
+    Moments,
+    centred,
+    drift_covariance,
+    drift_variance,
+    means,
+    original_covariance,
+    output_covariance,
+    output_variance,
+)
 
 
 def refit(
@@ -117,24 +129,119 @@ def relative_error(
     # The error is D xh + v, with the drift v = W (x - xh) + d: no difference of large terms where it is small.
     mixed = (drift_covariance(weight, moments) * D).sum((1, 2))
     error = layer_loss(D, covariance) + 2 * mixed + drift_variance(weight, moments)
-    numerator = max(0.0, float(error.sum()))
-    denominator = float(layer_loss(W, _original_covariance(moments)).sum())
+    return _ratio(error, layer_loss(W, original_covariance(moments)))
+
+
+def refit_across(
+    weight_original: Float[Tensor, "g m p"],
+    moments: Moments,
+    prior: Float[Tensor, "g m n"],
+    damping: float = 1e-3,
+) -> tuple[Float64[Tensor, "g m n"], Float64[Tensor, "g m"], float]:
+    """Least-squares weight and bias shift where inputs and outputs were removed.
+
+    W' minimises E|W x + d - W' xh - b|^2 + lam |W' - prior|^2, lam = damping * mean(diag Cov(xh)):
+    W' = prior + (Cov(W x + d, xh) - prior Cov(xh)) (Cov(xh) + lam I)^-1. With all inputs kept and
+    W as the prior this is ``refit``.
+
+    Args:
+        weight_original: W, the rows of the original weight that were kept; read only.
+        moments: xh the inputs that were kept, x the original ones, d over the outputs that were kept.
+        prior: What strong damping leads to, usually W at the kept inputs; read only.
+        damping: Multiple of the mean diagonal, >= 0; 0 is plain least squares.
+
+    Returns:
+        W'; the bias shift E[W x + d] - W' E[xh], to be added to the bias of the kept outputs; the
+        damping in use.
+
+    Raises:
+        ShapeError: Weights and moments differ in size, or the moments have no rows.
+        NumericalError: The moments are not finite or not positive semi-definite.
+
+    Source: as ``refit``; for channel pruning He et al. 2017, arXiv:1707.06168, eq. 4.
+    """
+    _check_across(weight_original, prior, moments)
+    before = prior.to(torch.float64)
+    covariance, _ = centred(moments)
+    L, used = damped_cholesky(covariance, damping)
+    missing = output_covariance(weight_original, moments) - before @ covariance
+    refitted = before + torch.cholesky_solve(missing.mT, L).mT
+    return refitted, bias_shift_across(weight_original, refitted, moments), used
+
+
+def bias_shift_across(
+    weight_original: Float[Tensor, "g m p"], weight_new: Float[Tensor, "g m n"], moments: Moments
+) -> Float64[Tensor, "g m"]:
+    """``bias_shift`` where inputs were removed: E[W x + d] - W' E[xh].
+
+    Args:
+        weight_original: W, the rows of the original weight that were kept; read only.
+        weight_new: W', as it will be executed; read only.
+        moments: As for ``refit_across``.
+
+    Raises:
+        ShapeError: Weights and moments differ in size, or the moments have no rows.
+    """
+    _check_across(weight_original, weight_new, moments)
+    mean, mean_original = (value.unsqueeze(2) for value in means(moments))
+    W, new = weight_original.to(torch.float64), weight_new.to(torch.float64)
+    shift = (W @ mean_original - new @ mean).squeeze(2)
+    return shift if moments.d is None else shift + moments.d / moments.count
+
+
+def relative_error_across(
+    weight_original: Float[Tensor, "g m p"], weight_new: Float[Tensor, "g m n"], moments: Moments
+) -> float:
+    """``relative_error`` where inputs were removed, in units of the variance of the kept outputs.
+
+    Args:
+        weight_original: W, the rows of the original weight that were kept; read only.
+        weight_new: W', the weight on the kept inputs; read only.
+        moments: As for ``refit_across``.
+
+    Returns:
+        A number >= 0, good to some float64 roundings of (|W x + d| / |W x|)^2: it is a difference of
+        variances, and cannot resolve an error far below them as ``relative_error`` does.
+
+    Raises:
+        ShapeError: Sizes differ, no rows, or the moments of the original input or of d are incomplete.
+    """
+    _check_across(weight_original, weight_new, moments)
+    new = weight_new.to(torch.float64)
+    mixed = (output_covariance(weight_original, moments) * new).sum((1, 2))
+    error = output_variance(weight_original, moments) - 2 * mixed
+    error = error + layer_loss(new, centred(moments)[0])
+    return _ratio(error, layer_loss(weight_original, original_covariance(moments)))
+
+
+def _ratio(error: Float64[Tensor, " g"], variance: Float64[Tensor, " g"]) -> float:
+    numerator, denominator = max(0.0, float(error.sum())), float(variance.sum())
     if denominator <= 0:
         return math.inf if numerator > 0 else 0.0
     return numerator / denominator
 
 
-def _original_covariance(moments: Moments) -> Float64[Tensor, "g n n"]:
-    """Covariance of the original input."""
-    if moments.xx_original is None or moments.x_original is None:
-        return centred(moments)[0]
-    original = Moments(count=moments.count, xx=moments.xx_original, x=moments.x_original)
-    return centred(original)[0]
-
-
 def _check(weight: Float[Tensor, "g m n"], moments: Moments) -> None:
     groups, outputs, inputs = weight.shape
-    wanted = {"x": (groups, inputs), "d": (groups, outputs)}
+    _check_sizes(weight, moments, {"x": (groups, inputs), "d": (groups, outputs)})
+    _check_sizes(weight, moments, {"x_original": (groups, inputs)})
+
+
+def _check_across(
+    weight_original: Float[Tensor, "g m p"], weight_new: Float[Tensor, "g m n"], moments: Moments
+) -> None:
+    groups, outputs, inputs = weight_new.shape
+    _check_sizes(weight_new, moments, {"x": (groups, inputs), "d": (groups, outputs)})
+    original = "x" if moments.x_original is None else "x_original"
+    _check_sizes(weight_original, moments, {original: (groups, weight_original.shape[2])})
+    if weight_original.shape[:2] != weight_new.shape[:2]:
+        raise ShapeError(
+            f"original weight {tuple(weight_original.shape)} and new weight {tuple(weight_new.shape)} "
+            "[group, out, in] differ in groups or outputs; pass the rows of the outputs that were kept"
+        )
+
+
+def _check_sizes(weight: Tensor, moments: Moments, wanted: dict[str, tuple[int, int]]) -> None:
     for name, shape in wanted.items():
         value = getattr(moments, name)
         if value is not None and tuple(value.shape) != shape:

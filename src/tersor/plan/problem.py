@@ -1,11 +1,12 @@
 """One allocation problem: candidates, one price table and budgets; and what a plan costs in it."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import Candidate, Format, PriceTable
+from tersor.core.records import Candidate, Level, PriceTable, Term
 
 Objective = Literal["latency", "error", "size"]
 Constraint = Literal["latency", "size", "drop"]
@@ -30,71 +31,131 @@ class Totals(NamedTuple):
         return {"latency": self.ms, "size": float(self.size_bytes), "error": self.error}[objective]
 
 
+def native_levels(
+    candidates: Mapping[str, Sequence[Candidate]], table: PriceTable
+) -> dict[str, Level]:
+    """Site -> its level when left alone, by site name.
+
+    A format site has the precision of the table's choice; a width or a branch what the table
+    lists for it, else its largest level.
+
+    Raises:
+        ConfigError: A site that offers formats and counts, or not its native level.
+    """
+    return {site: _native_level(site, candidates[site], table) for site in sorted(candidates)}
+
+
+def _native_level(site: str, row: Sequence[Candidate], table: PriceTable) -> Level:
+    found = sorted({c.level for c in row}, key=str)
+    counts = [level for level in found if isinstance(level, int)]
+    if counts and len(counts) < len(found):
+        raise ConfigError(
+            f"site {site}: found candidates {found}, wanted either formats or numbers of kept "
+            "units; a width and the format of an op are two sites"
+        )
+    default = max(counts) if counts else table.choice.precision
+    native = table.native.get(site, default)
+    if native in found:
+        return native
+    what = f"the precision of {table.choice.describe()}"
+    raise ConfigError(
+        f"site {site}: found candidates {found}, wanted one in {native}, "
+        f"{'its native count' if counts else what}; a site that has no choice is left out and its "
+        "bytes are counted in fixed_bytes"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """Pick one level for each site: minimise one quantity under budgets on the others.
 
-    Sites without candidates (pinned ones) stay in the choice's precision: their time comes from
-    the table, their bytes are part of ``fixed_bytes``.
+    Sites without candidates (pinned ones) are left alone: their time comes from the table, their
+    bytes are part of ``fixed_bytes`` or of a size term. A site that a size term names has its
+    bytes there, and its candidates' bytes do not count.
 
     Raises:
-        ConfigError: A site has no candidate in the precision of the build, or a quantiser has a
-            negative price.
+        ConfigError: A site has no candidate at its native level, a quantiser has a negative
+            price, or a size term has no value for its sites left alone.
     """
 
     candidates: Mapping[str, Sequence[Candidate]]
     table: PriceTable
     tensors: Mapping[str, str]  # site -> the tensor that it reads
     fixed_bytes: int = 0  # of everything that is no site
+    size_terms: tuple[Term, ...] = ()  # bytes that depend on the levels of several sites
     objective: Objective = "latency"
     max_ms: float | None = None
     max_bytes: float | None = None
     max_error: float | None = None
-    _levels: Mapping[str, Mapping[Format, Candidate]] = field(init=False, repr=False, compare=False)
+    _native: Mapping[str, Level] = field(init=False, repr=False, compare=False)
+    _levels: Mapping[str, Mapping[Level, Candidate]] = field(init=False, repr=False, compare=False)
+    _sized: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        native = self.native
         for tensor, ms in self.table.quantizers.items():
             if not ms >= 0:
                 raise ConfigError(f"quantizer of {tensor}: found a price of {ms} ms, wanted >= 0")
-        for site, levels in self.candidates.items():
-            if all(c.level != native for c in levels):
-                found = sorted({c.level for c in levels})
-                raise ConfigError(
-                    f"site {site}: found candidates {found}, wanted one in {native}, the precision "
-                    f"of {self.table.choice.describe()}; a site that has no choice is left out and "
-                    "its bytes are counted in fixed_bytes"
-                )
+        object.__setattr__(self, "_native", native_levels(self.candidates, self.table))
+        object.__setattr__(self, "_sized", frozenset(s for t in self.size_terms for s in t.sites))
+        for term in (*self.table.terms, *self.size_terms):
+            for site, levels in zip(term.sites, term.levels, strict=True):
+                if self.native_of(site) not in levels:
+                    raise ConfigError(
+                        f"{term.name}: site {site} left alone is at {self.native_of(site)!r}, "
+                        f"wanted one of {list(levels)}; give the term that level, or list the "
+                        "site's full count in the table's native"
+                    )
         object.__setattr__(self, "_levels", self._usable_levels())
 
     @property
-    def native(self) -> Format:
-        """The format of every site that is left alone."""
-        return self.table.choice.precision
+    def native(self) -> Mapping[str, Level]:
+        """Site -> its level when left alone."""
+        return self._native
 
-    def levels(self) -> Mapping[str, Mapping[Format, Candidate]]:
-        """What each site may choose, in a fixed order, the native level first.
+    def native_of(self, site: str) -> Level:
+        """The level of any site that is left alone, also of one without candidates."""
+        return self._native.get(site, self.table.native_level(site))
 
-        A level needs a measured price: one that the table never saw is left out. Of several
-        candidates at one level the one with the least error counts, then the smallest.
+    def native_assignment(self) -> dict[str, Level]:
+        """Every site left alone."""
+        return dict(self._native)
+
+    def levels(self) -> Mapping[str, Mapping[Level, Candidate]]:
+        """What each site may choose, in a fixed order: the native level first, counts falling.
+
+        A level needs a measured price: one that the table never saw, or that a term of the site
+        lacks, is left out. Of several candidates at one level the one with the least error
+        counts, then the smallest.
         """
         return self._levels
 
-    def _usable_levels(self) -> dict[str, dict[Format, Candidate]]:
-        found: dict[str, dict[Format, Candidate]] = {}
-        for site in sorted(self.candidates):
-            usable = [c for c in self.candidates[site] if self._is_usable(site, c.level)]
-            usable.sort(key=lambda c: (c.level != self.native, c.level, c.error, c.size_bytes))
-            row: dict[Format, Candidate] = {}
+    def bytes_of(self, candidate: Candidate) -> int:
+        """The bytes that a candidate takes by itself; 0 where size terms have them."""
+        return 0 if candidate.site in self._sized else candidate.size_bytes
+
+    def _usable_levels(self) -> dict[str, dict[Level, Candidate]]:
+        priced = _common_levels(self.table.terms)
+        sized = _common_levels(self.size_terms)
+        found: dict[str, dict[Level, Candidate]] = {}
+        for site, native in self._native.items():
+            usable = [
+                c
+                for c in self.candidates[site]
+                if c.level == native
+                or (self._is_priced(site, c.level, priced) and c.level in sized.get(site, {c.level}))
+            ]
+            usable.sort(key=lambda c: (c.level != native, _order(c.level), c.error, c.size_bytes))
+            row: dict[Level, Candidate] = {}
             for candidate in usable:
                 row.setdefault(candidate.level, candidate)
             found[site] = row
         return found
 
-    def _is_usable(self, site: str, level: Format) -> bool:
-        if level == self.native:
-            return True
-        return level.startswith("int8") and level in self.table.ops.get(site, {})
+    def _is_priced(self, site: str, level: Level, priced: Mapping[str, set[Level]]) -> bool:
+        if isinstance(level, int):
+            return level in priced.get(site, ())
+        in_ops = level in self.table.ops[site] if site in self.table.ops else site in priced
+        return level.startswith("int8") and in_ops and level in priced.get(site, {level})
 
     def budget(self, name: Constraint) -> float | None:
         """The budget of a constraint, or None where there is none."""
@@ -116,21 +177,38 @@ class Problem:
             max_error=None if "drop" in names else self.max_error,
         )
 
-    def native_assignment(self) -> dict[str, Format]:
-        """Every site left alone."""
-        return dict.fromkeys(sorted(self.candidates), self.native)
-
-    def totals(self, assignment: Mapping[str, Format]) -> Totals:
+    def totals(self, assignment: Mapping[str, Level]) -> Totals:
         """What an assignment costs; sites that it does not list stay native.
 
         Raises:
             ConfigError: The assignment asks a site for a level that it can't have.
         """
-        size, error = self.fixed_bytes, 0.0
+        whole = {**self._native, **assignment}
+        size, error = float(self.fixed_bytes), 0.0
         for site, row in self._levels.items():
-            level = assignment.get(site, self.native)
+            level = whole[site]
             if level not in row:
                 raise ConfigError(f"site {site}: found level {level}, wanted one of {list(row)}")
-            size += row[level].size_bytes
+            size += self.bytes_of(row[level])
             error += row[level].error
-        return Totals(self.table.predict_ms(assignment, self.tensors), size, error)
+        if self.size_terms:
+            named = {**{site: self.native_of(site) for site in self._sized}, **whole}
+            size += math.fsum(term.at(named) for term in self.size_terms)
+        return Totals(self.table.predict_ms(whole, self.tensors), round(size), error)
+
+
+def _order(level: Level) -> tuple[int, str]:
+    return (-level, "") if isinstance(level, int) else (0, level)
+
+
+def _common_levels(terms: Sequence[Term]) -> dict[str, set[Level]]:
+    """Site -> the levels that every term of it knows."""
+    found: dict[str, set[Level]] = {}
+    for site, levels in _site_levels(terms):
+        found[site] = found[site] & set(levels) if site in found else set(levels)
+    return found
+
+
+def _site_levels(terms: Sequence[Term]) -> Iterator[tuple[str, tuple[Level, ...]]]:
+    for term in terms:
+        yield from zip(term.sites, term.levels, strict=True)

@@ -1,13 +1,13 @@
 """What the search is asked, what it may call, and what it answers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import BaselineRow, BuildChoice, Candidate, Format, Plan, PriceTable
-from tersor.plan.problem import Problem
+from tersor.core.records import BaselineRow, BuildChoice, Candidate, Level, Plan, PriceTable, Term
+from tersor.plan.problem import Problem, native_levels
 
-Assignment = Mapping[str, Format]
+Assignment = Mapping[str, Level]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,7 @@ class Task:
         tables: One price table for each build choice in the race; at least one.
         tensors: Site -> the tensor that it reads.
         fixed_bytes: Bytes of everything that is no site, pinned sites included.
+        size_terms: Bytes that depend on the levels of several sites; see ``Problem``.
         limits: The target's budgets.
         baseline: The best uncompressed build.
         pinned: Pinned site -> why.
@@ -62,6 +63,7 @@ class Task:
     seed: int = 0
     target: Mapping[str, float] = field(default_factory=dict)
     model: str = ""
+    size_terms: tuple[Term, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tables:
@@ -89,6 +91,12 @@ class Task:
         """Median latency of the best uncompressed build."""
         return self.baseline.timing.median_ms
 
+    def baseline_assignment(self) -> dict[str, Level]:
+        """Every site as the best uncompressed build has it."""
+        table = self.tables[0]
+        uncompressed = replace(table, choice=self.baseline_choice, terms=())
+        return native_levels(self.candidates, uncompressed)
+
     def problem(self, table: PriceTable) -> Problem:
         """The allocation problem on one table, with the size budget and no other."""
         return Problem(
@@ -96,6 +104,7 @@ class Task:
             table=table,
             tensors=self.tensors,
             fixed_bytes=self.fixed_bytes,
+            size_terms=self.size_terms,
             max_bytes=self.limits.max_bytes,
         )
 
@@ -122,7 +131,7 @@ class Draft:
     """One level for each site, on one of the task's tables."""
 
     table: int
-    levels: tuple[tuple[str, Format], ...]  # by site name
+    levels: tuple[tuple[str, Level], ...]  # by site name
 
     @property
     def assignment(self) -> dict[str, Format]:

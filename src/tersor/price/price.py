@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tersor.core.errors import BackendError, ConfigError
-from tersor.core.records import BuildChoice, Format, PriceTable, Site
+from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site
 from tersor.graph.contracts import Executable
 from tersor.price.baseline import Call, Meter
-from tersor.price.table import Observation, QuantizeNodes, fit_table
+from tersor.price.facts import Facts, WidthFacts, learn_facts
+from tersor.price.observation import Observation
+from tersor.price.table import QuantizeNodes, fit_table
 from tersor.price.variants import (
     Variant,
+    counted,
     draw_variants,
     full_assignment,
     quantizable,
@@ -36,14 +39,17 @@ class PriceTools:
         reference: The best uncompressed build, ready to call.
         reference_ms: Its median when it was chosen.
         quantize_nodes: Tensor -> profile names of its quantiser.
+        facts: Sizes of every node of the graph of an assignment, in graph order, by the names
+            that profiles use; needed where sites are widths.
     """
 
-    build: Callable[[BuildChoice, Mapping[str, Format]], Executable]
+    build: Callable[[BuildChoice, Mapping[str, Level]], Executable]
     run: Callable[[Executable], object]
     measure: Meter
     reference: Call
     reference_ms: float
     quantize_nodes: QuantizeNodes
+    facts: Facts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +57,15 @@ class PriceConfig:
     """How many builds make a table.
 
     Args:
-        k: Builds that the fit sees (10 for one precision, 20 for mixtures; FINDINGS 1).
+        k: Builds that the fit sees.
+        k_mixed: The same where widths and formats both vary (FINDINGS 1).
         held_out: Builds that only test it.
         batch: Builds that are alive at once, besides the reference.
         seed: Of the draw.
     """
 
     k: int = 12
+    k_mixed: int = 20
     held_out: int = 4
     batch: int = 4
     seed: int = 0
@@ -68,6 +76,11 @@ class PriceConfig:
                 f"found k={self.k}, held_out={self.held_out}, batch={self.batch}; wanted k >= 2 "
                 "(all native and all int8), held_out >= 0 and batch >= 1"
             )
+
+    def fitted(self, sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]) -> int:
+        """Builds that the fit of one table sees, at most."""
+        is_mixed = counted(sites, levels) and quantizable(sites, levels)
+        return max(self.k, self.k_mixed) if is_mixed else self.k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +104,7 @@ class Priced:
 def price_all(
     choices: Sequence[BuildChoice],
     sites: Sequence[Site],
-    levels: Mapping[str, Sequence[Format]],
+    levels: Mapping[str, Sequence[Level]],
     tools: PriceTools,
     config: PriceConfig,
 ) -> Priced:
@@ -100,7 +113,7 @@ def price_all(
     Args:
         choices: The ways to build, such as the baseline's with each option set of the backend.
         sites: Every site, pinned ones included, in graph order.
-        levels: Site -> levels that method and backend offer.
+        levels: Site -> levels that method and backend offer; of a width the kept counts.
         tools: What is called.
         config: How many builds.
 
@@ -111,34 +124,64 @@ def price_all(
     Raises:
         BackendError: No choice could be built.
     """
+    facts = width_facts(sites, levels, tools, choices[0].precision)
     if not quantizable(sites, levels):
-        table = price_choice(choices[0], sites, levels, tools, config)
+        table = price_choice(choices[0], sites, levels, tools, config, facts)
         return Priced(tables=(table,), probes=())
     probes = _probe(choices, sites, levels, tools)
-    tables = tuple(price_choice(p.choice, sites, levels, tools, config) for p in probes if p.priced)
+    tables = tuple(
+        price_choice(p.choice, sites, levels, tools, config, facts) for p in probes if p.priced
+    )
     return Priced(tables=tables, probes=probes)
 
 
 def price_choice(
     choice: BuildChoice,
     sites: Sequence[Site],
-    levels: Mapping[str, Sequence[Format]],
+    levels: Mapping[str, Sequence[Level]],
     tools: PriceTools,
     config: PriceConfig,
+    facts: WidthFacts | None = None,
 ) -> PriceTable:
-    """The table of one way to build, fitted on whole builds and tested on held-out ones."""
+    """The table of one way to build, fitted on whole builds and tested on held-out ones.
+
+    ``facts`` are those of ``width_facts``, which all tables share; asked for where not given.
+    """
+    facts = facts or width_facts(sites, levels, tools, choice.precision)
     variants = draw_variants(
         sites,
         levels,
         choice.precision,
-        k=config.k,
+        k=config.fitted(sites, levels),
         held_out=config.held_out,
         seed=config.seed,
     )
     observations: list[Observation] = []
     for start in range(0, len(variants), config.batch):
         observations += _observe(choice, variants[start : start + config.batch], tools)
-    return fit_table(choice, sites, observations, tools.quantize_nodes)
+    return fit_table(choice, sites, observations, tools.quantize_nodes, facts)
+
+
+def width_facts(
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Level]],
+    tools: PriceTools,
+    precision: Precision,
+) -> WidthFacts | None:
+    """Sizes of all nodes at any kept counts; None without widths.
+
+    Raises:
+        ConfigError: There are widths, and no ``tools.facts`` to ask.
+    """
+    widths = counted(sites, levels)
+    if not widths:
+        return None
+    if tools.facts is None:
+        raise ConfigError(
+            f"found {len(widths)} widths to price and no facts of their graphs; give "
+            "PriceTools(facts=...)"
+        )
+    return learn_facts(tools.facts, sites, levels, precision)
 
 
 def measure_interleaved(calls: Mapping[str, Call], tools: PriceTools) -> dict[str, float]:
@@ -173,7 +216,7 @@ def _caller(tools: PriceTools, build: Executable) -> Call:
 def _probe(
     choices: Sequence[BuildChoice],
     sites: Sequence[Site],
-    levels: Mapping[str, Sequence[Format]],
+    levels: Mapping[str, Sequence[Level]],
     tools: PriceTools,
 ) -> tuple[Probe, ...]:
     calls: dict[str, Call] = {}

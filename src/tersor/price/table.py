@@ -3,12 +3,13 @@
 Each entry is the mean time of a site's own nodes over the builds in which it had that format;
 regressing end-to-end times instead is twice as wrong from ten builds (FINDINGS 1). What no site
 owns is glue. It grows with the number of quantised tensors and of int8 sites, so those slopes go
-to the quantisers and to the int8 entries; the constant stays. At the end the sums are scaled to
-the measured latencies.
+to the quantisers and to the int8 entries; the constant stays. What widths decide costs by terms
+(costs.py). At the end the sums are scaled to the measured latencies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import BuildChoice, Format, PricedBuild, PriceTable, Site
+from tersor.core.records import BuildChoice, Level, PricedBuild, PriceTable, Site, Term
+from tersor.price.costs import NodeCost, Slopes, WidthCosts, width_costs
+from tersor.price.facts import WidthFacts
+from tersor.price.observation import Observation
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 QuantizeNodes = Callable[[str], Sequence[str]]  # tensor -> profile names of its quantiser
@@ -25,16 +29,6 @@ QuantizeNodes = Callable[[str], Sequence[str]]  # tensor -> profile names of its
 # error: profiling may slow many short nodes more than a few long ones, but no part moves freely.
 RIDGE = 0.3
 MIN_FOR_RANKS = 4  # a rank correlation of fewer builds says nothing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Observation:
-    """One whole build as measured: node times by name, and the latency of a call."""
-
-    assignment: Mapping[str, Format]
-    node_ms: Mapping[str, float]
-    measured_ms: float
-    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +46,7 @@ def fit_table(
     sites: Sequence[Site],
     observations: Sequence[Observation],
     quantize_nodes: QuantizeNodes,
+    facts: WidthFacts | None = None,
 ) -> PriceTable:
     """Fit a table on the observations that are not held out; predict them all.
 
@@ -61,6 +56,7 @@ def fit_table(
         observations: At least one that is not held out.
         quantize_nodes: Names of the nodes that quantise a tensor; a fused one has no entry in
             the profile and costs nothing.
+        facts: Of the widths that the builds varied; None without any.
 
     Returns:
         Entries >= 0; a format that no fitted build showed is absent, except that weight-only
@@ -79,14 +75,21 @@ def fit_table(
         if not o.measured_ms > 0:
             raise ConfigError(f"{choice.describe()}: found a latency of {o.measured_ms} ms")
     tensors = {s.name: s.tensor for s in sites if s.tensor is not None}
+    formats = [s for s in sites if s.kind == "format"]
+    costs = _costs(choice, formats, fitted, tensors, quantize_nodes, facts)
+    moved = costs.sites() if costs else set[str]()
     table = PriceTable(
         choice=choice,
-        ops=_site_prices(choice, sites, fitted),
+        ops=_site_prices(choice, [s for s in formats if s.name not in moved], fitted),
         quantizers=_quantizer_prices(tensors, fitted, quantize_nodes),
         glue_ms=0.0,
+        native={} if facts is None else facts.full,
     )
-    table = _with_glue(table, [_glue(o, sites, tensors, quantize_nodes) for o in fitted])
-    table = _balanced(table, tensors, fitted)
+    glue = [_glue(o, formats, tensors, quantize_nodes, costs) for o in fitted]
+    table, slopes = _with_glue(table, glue)
+    terms = () if costs is None else costs.terms(slopes)
+    table = replace(table, terms=tuple(term for _, term in terms))
+    table = _balanced(table, tensors, fitted, [cost for cost, _ in terms])
     ratios = [o.measured_ms / table.predict_ms(o.assignment, tensors) for o in fitted]
     table = replace(table, scale=float(np.median(ratios)))
     builds = tuple(
@@ -119,7 +122,7 @@ def fit_error(table: PriceTable) -> FitError | None:
 
 def correct_table(
     table: PriceTable,
-    assignment: Mapping[str, Format],
+    assignment: Mapping[str, Level],
     tensors: Mapping[str, str],
     measured_ms: float,
 ) -> PriceTable:
@@ -176,25 +179,49 @@ def _quantizer_prices(
     return {tensor: float(np.mean(found)) for tensor, found in sorted(times.items())}
 
 
+def _costs(
+    choice: BuildChoice,
+    formats: Sequence[Site],
+    fitted: Sequence[Observation],
+    tensors: Mapping[str, str],
+    quantize_nodes: QuantizeNodes,
+    facts: WidthFacts | None,
+) -> WidthCosts | None:
+    if facts is None:
+        return None
+    quantizers = {name for tensor in tensors.values() for name in quantize_nodes(tensor)}
+    return width_costs(choice.precision, formats, fitted, facts, quantizers)
+
+
 def _glue(
     observation: Observation,
     sites: Sequence[Site],
     tensors: Mapping[str, str],
     quantize_nodes: QuantizeNodes,
-) -> tuple[int, int, float]:
-    """Quantised tensors, int8 sites, and the time of the nodes that neither owns."""
+    costs: WidthCosts | None,
+) -> tuple[list[float], float]:
+    """What glue grows with, and the time of the nodes that nothing else owns.
+
+    It grows with quantised tensors and int8 sites, and with widths also with the elements that
+    the ops write, all and in int8.
+    """
     quantized = _quantized(observation, tensors)
     owned = {name for site in sites for name in site.ops}
     owned |= {name for tensor in quantized for name in quantize_nodes(tensor)}
+    owned |= costs.nodes() if costs else set()
     rest = sum((ms for name, ms in observation.node_ms.items() if name not in owned), 0.0)
-    return len(quantized), sum(_is_int8(observation, s.name) for s in sites), rest
+    counts = [1.0, len(quantized), sum(_is_int8(observation, s.name) for s in sites)]
+    return [*counts, *(costs.elements(observation.assignment) if costs else ())], rest
 
 
-def _with_glue(table: PriceTable, glue: Sequence[tuple[int, int, float]]) -> PriceTable:
-    counts = np.array([[1.0, n_tensors, n_sites] for n_tensors, n_sites, _ in glue])
-    rest = np.array([ms for _, _, ms in glue])
-    (constant, per_tensor, per_site), _ = nnls(counts, rest)
-    return replace(
+def _with_glue(
+    table: PriceTable, glue: Sequence[tuple[list[float], float]]
+) -> tuple[PriceTable, Slopes]:
+    """The table with the slopes of its own parts, and the slopes of what widths decide."""
+    counts = np.array([row for row, _ in glue])
+    rest = np.array([ms for _, ms in glue])
+    (constant, per_tensor, per_site, *by_elements), _ = nnls(counts, rest)
+    table = replace(
         table,
         ops={
             site: {level: ms + per_site * (level == "int8") for level, ms in row.items()}
@@ -203,17 +230,27 @@ def _with_glue(table: PriceTable, glue: Sequence[tuple[int, int, float]]) -> Pri
         quantizers={t: ms + float(per_tensor) for t, ms in table.quantizers.items()},
         glue_ms=float(constant),
     )
+    per_element, per_int8_element = by_elements or (0.0, 0.0)
+    slopes = Slopes(
+        int8_op=float(per_site),
+        elements=float(per_element),
+        int8_elements=float(per_int8_element),
+    )
+    return table, slopes
 
 
 def _balanced(
-    table: PriceTable, tensors: Mapping[str, str], fitted: Sequence[Observation]
+    table: PriceTable,
+    tensors: Mapping[str, str],
+    fitted: Sequence[Observation],
+    owners: Sequence[NodeCost],
 ) -> PriceTable:
     """Scale native entries, int8 entries, quantisers and glue against each other, a little.
 
     Non-negative least squares on relative errors of the end-to-end times, held to one common
     scale by a ridge, so that a part which no build shows keeps that scale.
     """
-    parts = np.array([_parts(table, o, tensors) for o in fitted])
+    parts = np.array([_parts(table, o, tensors, owners) for o in fitted])
     measured = np.array([o.measured_ms for o in fitted])
     sums = parts.sum(axis=1)
     if not (sums > 0).all():
@@ -233,11 +270,25 @@ def _balanced(
         },
         quantizers={t: ms * quantizer for t, ms in table.quantizers.items()},
         glue_ms=table.glue_ms * glue,
+        terms=tuple(
+            _scaled(term, *((glue, glue) if owner.is_glue else (native, int8)))
+            for term, owner in zip(table.terms, owners, strict=True)
+        ),
     )
 
 
+def _scaled(term: Term, native: float, int8: float) -> Term:
+    """A term with its values at int8 and all others scaled."""
+    factors = [int8 if "int8" in levels else native for levels in product(*term.levels)]
+    values = tuple(v * f for v, f in zip(term.values, factors, strict=True))
+    return replace(term, values=values)
+
+
 def _parts(
-    table: PriceTable, observation: Observation, tensors: Mapping[str, str]
+    table: PriceTable,
+    observation: Observation,
+    tensors: Mapping[str, str],
+    owners: Sequence[NodeCost],
 ) -> tuple[float, float, float, float]:
     native = int8 = 0.0
     for site, row in table.ops.items():
@@ -246,4 +297,14 @@ def _parts(
         else:
             native += row[table.choice.precision]
     quantizers = sum((table.quantizers[t] for t in _quantized(observation, tensors)), 0.0)
-    return native, int8, quantizers, table.glue_ms
+    glue = table.glue_ms
+    levels = table.complete(observation.assignment)
+    for term, owner in zip(table.terms, owners, strict=True):
+        ms = term.at(levels)
+        if owner.is_glue:
+            glue += ms
+        elif owner.site is not None and _is_int8(observation, owner.site):
+            int8 += ms
+        else:
+            native += ms
+    return native, int8, quantizers, glue

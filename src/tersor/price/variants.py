@@ -2,7 +2,8 @@
 
 A layer's price depends on its neighbours' formats (a boundary costs a quantiser, a fusion saves
 one), so that mixtures are drawn in two ways: coin flips with several shares of int8, which show
-many boundaries, and contiguous blocks, which show few.
+many boundaries, and contiguous blocks, which show few. With widths, the extremes of both are
+crossed, and each mixture keeps a share of the widths full and draws the others' counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,43 +11,81 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tersor.core.records import Format, Precision, Site
+from tersor.core.errors import ConfigError
+from tersor.core.records import Level, Precision, Site
 
 SHARES = (0.25, 0.5, 0.75)
 # Attempts for each assignment that is wanted, as small models run out of distinct ones.
 ATTEMPTS = 20
 _HELD_OUT_STREAM, _FIT_STREAM = 0, 1
+# With widths, this share of the mixtures is all native, and as many are all int8: plans often are.
+PURE = 0.15
+
+_Joint = tuple[frozenset[str], tuple[int, ...]]  # int8 sites; kept counts in the widths' order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """One assignment to build; a held-out one tests the table and makes no part of it."""
 
-    assignment: Mapping[str, Format]
+    assignment: Mapping[str, Level]
     held_out: bool = False
 
 
-def quantizable(sites: Sequence[Site], levels: Mapping[str, Sequence[Format]]) -> tuple[str, ...]:
+def quantizable(sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]) -> tuple[str, ...]:
     """The sites that may become int8, in graph order; pinned ones may not."""
     return tuple(s.name for s in sites if s.pinned is None and "int8" in levels.get(s.name, ()))
 
 
-def native_assignment(sites: Sequence[Site], precision: Precision) -> dict[str, Format]:
+def native_assignment(sites: Sequence[Site], precision: Precision) -> dict[str, Level]:
     """Every site left alone."""
-    return {site.name: precision for site in sites}
+    return {site.name: native_level(site, precision) for site in sites}
+
+
+def native_level(site: Site, precision: Precision) -> Level:
+    """The level of a site that is left alone: a width's full count, 1 of a branch."""
+    if site.kind == "format":
+        return precision
+    return site.units if site.kind == "width" else 1
+
+
+def counted(
+    sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]
+) -> dict[str, tuple[int, ...]]:
+    """Widths and branches that have a choice -> their kept counts, the full one first.
+
+    Raises:
+        ConfigError: A level that is no count up to the full one, or the full one is missing.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for site in sites:
+        if site.kind == "format" or site.pinned is not None:
+            continue
+        full = native_level(site, "f32")
+        counts = [n for n in levels.get(site.name, (full,)) if isinstance(n, int)]
+        rest = len(levels.get(site.name, (full,))) - len(counts)
+        if rest or full not in counts or max(counts) != full or min(counts) < 0:
+            raise ConfigError(
+                f"{site.name}: found the levels {list(levels[site.name])}, wanted kept counts, "
+                f"among them the full one, {full}, as the largest"
+            )
+        if len(set(counts)) > 1:
+            found[site.name] = tuple(sorted(set(counts), reverse=True))
+    return found
 
 
 def full_assignment(
-    sites: Sequence[Site], levels: Mapping[str, Sequence[Format]], precision: Precision
-) -> dict[str, Format]:
+    sites: Sequence[Site], levels: Mapping[str, Sequence[Level]], precision: Precision
+) -> dict[str, Level]:
     """Every site that may be int8 is."""
     chosen = set(quantizable(sites, levels))
-    return {s.name: "int8" if s.name in chosen else precision for s in sites}
+    native = native_assignment(sites, precision)
+    return {s: "int8" if s in chosen else level for s, level in native.items()}
 
 
 def draw_variants(
     sites: Sequence[Site],
-    levels: Mapping[str, Sequence[Format]],
+    levels: Mapping[str, Sequence[Level]],
     precision: Precision,
     *,
     k: int,
@@ -54,6 +93,9 @@ def draw_variants(
     seed: int,
 ) -> tuple[Variant, ...]:
     """Distinct assignments: all native, all int8, random mixtures; then the held-out ones.
+
+    With widths: those two at full counts, then with all widths at their least and at their
+    middle, as far as ``k`` goes; mixtures are joint.
 
     Args:
         sites: All sites, in graph order; pinned ones stay native.
@@ -67,6 +109,8 @@ def draw_variants(
     Returns:
         Fewer than asked for where there are not as many: one if no site may be int8.
     """
+    if counted(sites, levels):
+        return _joint_variants(sites, levels, precision, k=k, held_out=held_out, seed=seed)
     names = quantizable(sites, levels)
     native = native_assignment(sites, precision)
     extremes = [frozenset[str](), frozenset(names)]
@@ -108,3 +152,87 @@ def _block(names: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
     first, last = sorted(rng.integers(0, len(names) + 1, size=2))
     inside = frozenset(names[first:last])
     return inside if rng.random() < 0.5 else frozenset(names) - inside
+
+
+def _joint_variants(
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Level]],
+    precision: Precision,
+    *,
+    k: int,
+    held_out: int,
+    seed: int,
+) -> tuple[Variant, ...]:
+    names, widths = quantizable(sites, levels), counted(sites, levels)
+    branches = {s.name for s in sites if s.kind == "branch"}
+    extremes = _joint_extremes(names, widths, branches)
+    taken = set(extremes)
+    tests = _draw_joint(
+        names, widths, held_out, np.random.default_rng([seed, _HELD_OUT_STREAM]), taken
+    )
+    extremes = extremes[:k]
+    fits = _draw_joint(
+        names, widths, k - len(extremes), np.random.default_rng([seed, _FIT_STREAM]), taken
+    )
+    native = native_assignment(sites, precision)
+    rows = [(joint, False) for joint in (*extremes, *fits)] + [(joint, True) for joint in tests]
+    return tuple(
+        Variant(
+            assignment={
+                **native,
+                **dict.fromkeys((s for s in names if s in int8), "int8"),
+                **dict(zip(widths, counts, strict=True)),
+            },
+            held_out=is_held_out,
+        )
+        for (int8, counts), is_held_out in rows
+    )
+
+
+def _joint_extremes(
+    names: Sequence[str], widths: Mapping[str, tuple[int, ...]], branches: set[str]
+) -> list[_Joint]:
+    """Full, least and middle counts, each all native and all int8; branches stay."""
+    places = [[0, -1, len(counts) // 2] for counts in widths.values()]
+    rows = [
+        tuple(
+            counts[0 if width in branches else place[i]]
+            for (width, counts), place in zip(widths.items(), places, strict=True)
+        )
+        for i in range(3)
+    ]
+    return list(
+        dict.fromkeys((chosen, row) for row in rows for chosen in (frozenset(), frozenset(names)))
+    )
+
+
+def _draw_joint(
+    names: Sequence[str],
+    widths: Mapping[str, tuple[int, ...]],
+    n: int,
+    rng: np.random.Generator,
+    taken: set[_Joint],
+) -> list[_Joint]:
+    found: list[_Joint] = []
+    for attempt in range(ATTEMPTS * n):
+        if len(found) == n:
+            break
+        joint = (_formats(names, attempt, rng), _counts(widths, rng))
+        if joint not in taken:
+            taken.add(joint)
+            found.append(joint)
+    return found
+
+
+def _formats(names: Sequence[str], attempt: int, rng: np.random.Generator) -> frozenset[str]:
+    pure = rng.random()
+    if pure < 2 * PURE:
+        return frozenset(names if pure < PURE else ())
+    return _flips(names, rng) if attempt % 3 else _block(names, rng)
+
+
+def _counts(widths: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> tuple[int, ...]:
+    share = rng.choice(SHARES)
+    return tuple(
+        counts[0] if rng.random() < share else int(rng.choice(counts)) for counts in widths.values()
+    )

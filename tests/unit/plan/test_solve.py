@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tersor.core.errors import ConfigError
 from tersor.plan.problem import CONSTRAINTS, Problem
-from tersor.plan.solve import FORMAT_PENALTY, OTHER_QUANTITIES, TOLERANCE, solve
+from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES
+from tersor.plan.solve import TOLERANCE, solve
 
 # Two other quantities at their weight, and a format penalty a site, beside the sum of all
 # coefficients, which is at most 15 times the least of the objective in these worlds.

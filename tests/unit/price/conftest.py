@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tersor.core.errors import BackendError
-from tersor.core.records import BuildChoice, Format, Site, Timing
+from tersor.core.records import BuildChoice, Format, Level, Site, Timing
+from tersor.price.facts import Facts, NodeFacts
+from tersor.price.observation import Observation
 from tersor.price.price import PriceTools
-from tersor.price.table import Observation
 
 CHOICE = BuildChoice(backend="fake", precision="bf16")
 
@@ -103,9 +104,9 @@ class Machine:
 class Build:
     """What the fake backend compiles."""
 
-    machine: Machine
+    machine: "Machine | Network"
     choice: BuildChoice
-    assignment: Mapping[str, Format]
+    assignment: Mapping[str, Level]
 
     def run(self, inputs: Mapping[str, object]) -> dict[str, np.ndarray]:
         raise AssertionError(f"nothing runs here, yet was asked for {inputs}")
@@ -121,15 +122,15 @@ class Build:
 class Bench:
     """Counts builds, and measures them by asking for their true times, in a drifting session."""
 
-    machines: dict[str, Machine]  # by the option int8_linear
+    machines: dict[str, "Machine | Network"]  # by the option int8_linear
     drift: Callable[[int], float] = lambda _run: 1.0
     refuse: tuple[str, ...] = ()
-    built: list[tuple[str, Mapping[str, Format]]] = field(default_factory=list)
+    built: list[tuple[str, Mapping[str, Level]]] = field(default_factory=list)
     runs: int = 0
     most_alive: int = 0
     alive: weakref.WeakSet[Build] = field(default_factory=weakref.WeakSet)
 
-    def build(self, choice: BuildChoice, assignment: Mapping[str, Format]) -> Build:
+    def build(self, choice: BuildChoice, assignment: Mapping[str, Level]) -> Build:
         way = str(choice.options.get("int8_linear", "linear"))
         if way in self.refuse and "int8" in assignment.values():
             raise BackendError(f"{way}: can't be lowered")
@@ -145,7 +146,7 @@ class Bench:
         factor = self.drift(self.runs)
         return {name: timing(float(str(call())) * factor) for name, call in calls.items()}
 
-    def tools(self, reference_ms: float = 5.0) -> PriceTools:
+    def tools(self, reference_ms: float = 5.0, facts: Facts | None = None) -> PriceTools:
         return PriceTools(
             build=self.build,
             run=lambda b: b.machine.total(b.assignment),  # type: ignore[attr-defined]
@@ -153,7 +154,146 @@ class Bench:
             reference=lambda: reference_ms,
             reference_ms=reference_ms,
             quantize_nodes=quantize_nodes,
+            facts=facts,
         )
+
+
+PLANE = 196  # positions of every activation of the network below
+COUNTS = (128, 112, 96, 80, 64, 48, 32, 16)
+
+
+@dataclass
+class Network:
+    """Residual blocks of two 3x3 convolutions on one stream, and a classifier, with widths.
+
+    A node's time is a law of its own sizes times the op's own factor. The residual add stands
+    alone where the second convolution is int8, else it is fused. Reorders grow with all elements.
+    """
+
+    blocks: int = 4
+    tile: int = 16
+    noise: float = 0.0
+    own: float = 0.3  # spread of the ops' factors
+    overhead: float = 1.07
+    seed: int = 0
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed + 1)
+        rng = np.random.default_rng(self.seed)
+        self.factor = {
+            node: float(np.exp(self.own * rng.standard_normal())) for node in self.facts({})
+        }
+        self.sites = self._sites()
+        self.levels: dict[str, tuple[Level, ...]] = {
+            s.name: COUNTS if s.kind == "width" else ("bf16", "int8", "int8_weight")
+            for s in self.sites
+        }
+
+    def _sites(self) -> tuple[Site, ...]:
+        widths = ["width:stem", *(f"width:b{i}" for i in range(self.blocks))]
+        convs = [(f"b{i}{c}", f"t{i}{c}") for i in range(self.blocks) for c in "ac"]
+        return (
+            *(
+                Site(
+                    name=name,
+                    kind="format",
+                    ops=(name,),
+                    op_kind="conv",
+                    tensor=tensor,
+                    shape=(128, 128, 3, 3),
+                    size_bytes=4 * (128 * 128 * 9 + 128),
+                )
+                for name, tensor in convs
+            ),
+            Site(
+                name="head",
+                kind="format",
+                ops=("fc",),
+                op_kind="linear",
+                tensor="pooled",
+                shape=(1000, 128),
+                size_bytes=4 * 1000 * 129,
+            ),
+            *(Site(name=w, kind="width", ops=(), units=128) for w in widths),
+        )
+
+    def facts(self, assignment: Mapping[str, Level]) -> dict[str, NodeFacts]:
+        self.calls += 1
+        stream = int(assignment.get("width:stem", 128))
+        found: dict[str, NodeFacts] = {}
+        for i in range(self.blocks):
+            inner = int(assignment.get(f"width:b{i}", 128))
+            found[f"b{i}a"] = conv_facts(stream, inner)
+            found[f"b{i}c"] = conv_facts(inner, stream)
+            found[f"add{i}"] = NodeFacts(
+                kind="elementwise", in_elements=2 * stream * PLANE, out_elements=stream * PLANE
+            )
+        found["pool"] = NodeFacts(kind="pool", in_elements=stream * PLANE, out_elements=stream)
+        found["fc"] = NodeFacts(
+            kind="linear",
+            macs=stream * 1000,
+            weight_elements=stream * 1000,
+            in_elements=stream,
+            out_elements=1000,
+            inputs=stream,
+            outputs=1000,
+        )
+        return found
+
+    def law(self, node: str, facts: NodeFacts, *, int8: bool) -> float:
+        if facts.macs:
+            tiles = -(-(facts.inputs // facts.window) // self.tile) * -(-facts.outputs // self.tile)
+            rows = facts.out_elements // facts.outputs
+            ms = 0.004 + 4e-6 * tiles * facts.window * rows + 2e-7 * facts.out_elements
+            return self.factor[node] * ms * (0.55 if int8 else 1.0)
+        return self.factor[node] * (0.003 + 6e-7 * facts.out_elements)
+
+    def exact(self, assignment: Mapping[str, Level]) -> dict[str, float]:
+        facts = self.facts(assignment)
+        is_int8 = {s.name for s in self.sites if assignment.get(s.name) == "int8"}
+        found: dict[str, float] = {"mask": 0.05}
+        elements = 0
+        for node, own in facts.items():
+            site = "head" if node == "fc" else node
+            if node.startswith("add") and f"b{node[3:]}c" not in is_int8:
+                continue
+            found[node] = self.law(node, own, int8=site in is_int8)
+            elements += own.out_elements if own.macs else 0
+        found["Reorder"] = 2e-7 * elements
+        tensors = {s.tensor for s in self.sites if s.name in is_int8}
+        return found | {f"{t}_quantize": 0.004 for t in sorted(str(t) for t in tensors)}
+
+    def nodes(self, assignment: Mapping[str, Level]) -> dict[str, float]:
+        return {name: ms * self._jitter() for name, ms in self.exact(assignment).items()}
+
+    def total(self, assignment: Mapping[str, Level]) -> float:
+        return sum(self.exact(assignment).values()) * self.overhead * self._jitter()
+
+    def _jitter(self) -> float:
+        return float(np.exp(self.noise * self.rng.standard_normal()))
+
+    def observe(self, assignment: Mapping[str, Level], *, held_out: bool = False) -> Observation:
+        return Observation(
+            assignment=assignment,
+            node_ms=self.nodes(assignment),
+            measured_ms=self.total(assignment),
+            held_out=held_out,
+        )
+
+
+def conv_facts(inp: int, out: int, window: int = 9) -> NodeFacts:
+    """A convolution that keeps the plane."""
+    return NodeFacts(
+        kind="conv",
+        macs=inp * out * window * PLANE,
+        weight_elements=inp * out * window,
+        in_elements=inp * PLANE,
+        out_elements=out * PLANE,
+        inputs=inp * window,
+        outputs=out,
+        window=window,
+    )
 
 
 @pytest.fixture(scope="session")

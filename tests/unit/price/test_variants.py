@@ -1,7 +1,8 @@
 import itertools
+from dataclasses import replace
 from types import ModuleType
 
-from tersor.price.variants import draw_variants, full_assignment, quantizable
+from tersor.price.variants import counted, draw_variants, full_assignment, quantizable
 
 
 def draw(lab: ModuleType, n: int = 12, **more: object) -> tuple:
@@ -65,3 +66,63 @@ def test_only_sites_that_offer_int8_and_are_not_pinned(lab: ModuleType) -> None:
         "s2": "f32",
         "s3": "int8",
     }
+
+
+def draw_joint(lab: ModuleType, **more: object) -> tuple:
+    net = lab.Network()
+    settings = {"k": 20, "held_out": 4, "seed": 0, **more}
+    return draw_variants(net.sites, net.levels, "bf16", **settings)
+
+
+def widths_of(variant) -> list[int]:  # noqa: ANN001
+    return [v for s, v in variant.assignment.items() if s.startswith("width")]
+
+
+def formats_of(variant) -> set[str]:  # noqa: ANN001
+    return {v for s, v in variant.assignment.items() if not s.startswith("width")}
+
+
+def test_extremes_of_widths_and_formats_are_crossed(lab: ModuleType) -> None:
+    first = draw_joint(lab)[:6]
+    assert [set(widths_of(v)) for v in first] == [{128}, {128}, {16}, {16}, {64}, {64}]
+    assert [formats_of(v) for v in first] == [{"bf16"}, {"int8"}] * 3
+
+
+def test_joint_mixtures_are_distinct_and_held_out_ones_fixed(lab: ModuleType) -> None:
+    variants = draw_joint(lab)
+    assert [v.held_out for v in variants] == [False] * 20 + [True] * 4
+    assert len({tuple(sorted(v.assignment.items(), key=str)) for v in variants}) == 24
+    assert draw_joint(lab, k=9)[9:] == variants[20:]
+    assert len(draw_joint(lab, k=2)) == 6
+    assert draw_joint(lab) == variants
+    assert draw_joint(lab, seed=1) != variants
+
+
+def test_joint_mixtures_show_many_counts_and_pure_formats(lab: ModuleType) -> None:
+    mixtures = draw_joint(lab, k=46)[6:46]
+    full = [widths_of(v).count(128) / 5 for v in mixtures]
+    assert min(full) <= 0.2
+    assert max(full) >= 0.8
+    assert {count for v in mixtures for count in widths_of(v)} == set(lab.COUNTS)
+    assert {"bf16"} in map(formats_of, mixtures)
+    assert {"int8"} in map(formats_of, mixtures)
+    assert sum(len(formats_of(v)) == 2 for v in mixtures) > 20
+
+
+def test_branches_stay_in_the_extremes_and_are_drawn_in_mixtures(lab: ModuleType) -> None:
+    net = lab.Network()
+    branch = replace(net.sites[0], name="branch", kind="branch", ops=())
+    levels = {**net.levels, "branch": (1, 0)}
+    variants = draw_variants((*net.sites, branch), levels, "bf16", k=30, held_out=0, seed=0)
+    assert {v.assignment["branch"] for v in variants[:6]} == {1}
+    assert {v.assignment["branch"] for v in variants[6:]} == {0, 1}
+
+
+def test_a_pinned_width_and_one_without_choice_stay_full(lab: ModuleType) -> None:
+    net = lab.Network()
+    sites = tuple(replace(s, pinned="keep") if s.name == "width:b0" else s for s in net.sites)
+    levels = {**net.levels, "width:b1": (128,)}
+    levels.pop("width:b2")
+    assert set(counted(sites, levels)) == {"width:stem", "width:b3"}
+    for variant in draw_variants(sites, levels, "bf16", k=12, held_out=2, seed=0):
+        assert [variant.assignment[f"width:b{i}"] for i in range(3)] == [128] * 3

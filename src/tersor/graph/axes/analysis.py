@@ -1,0 +1,118 @@
+"""One walk over a graph: every tensor's dimensions get labels, rule by rule."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import tersor.graph.axes.rules  # noqa: F401 - enters the rules
+from tersor.graph.axes.labels import Labels, Reason, free
+from tersor.graph.axes.rulebook import RULES, Call, Shape, op_name, schema_name, sizes_of
+from tersor.graph.edit import attribute
+
+
+@dataclass
+class Walk:
+    """Labels of every dimension of every tensor of a graph.
+
+    Attributes:
+        shapes: Node -> its dimensions (a list of them for several results).
+        stored: Name of a stored tensor -> its dimensions.
+        unknown: Ops that met a labelled dimension and have no rule -> how often.
+    """
+
+    module: fx.GraphModule
+    labels: Labels = field(default_factory=Labels)
+    shapes: dict[fx.Node, Any] = field(default_factory=dict)
+    stored: dict[str, Shape] = field(default_factory=dict)
+    unknown: Counter[str] = field(default_factory=Counter)
+
+    def run(self) -> "Walk":
+        """Visit every node once, in order."""
+        for node in self.module.graph.nodes:
+            found = self._visit(node)
+            if found is not None:
+                self.shapes[node] = found
+        return self
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return self._stored(node)
+        if node.op == "output":
+            self._freeze_outputs(node)
+            return None
+        if node.op == "placeholder":
+            return _blank(node)
+        if getattr(node.target, "__name__", "") == "getitem":
+            return self._item(node)
+        return self._call(node)
+
+    def _stored(self, node: fx.Node) -> Shape:
+        """Tensors that share a storage are one node since normalisation."""
+        name = str(node.target)
+        if name not in self.stored:
+            tensor = attribute(self.module, name)
+            has_labels = tensor.is_floating_point()
+            self.stored[name] = [
+                self.labels.fresh(n) if n > 1 and has_labels else free(n) for n in tensor.shape
+            ]
+        return self.stored[name]
+
+    def _freeze_outputs(self, node: fx.Node) -> None:
+        why = self.labels.reason(Reason("output", node.name, "an output of the model"))
+        for source in node.all_input_nodes:
+            for dim in self.shapes.get(source, ()):
+                if not isinstance(dim, list) and not dim.is_free:
+                    self.labels.freeze(dim.rows, why)
+
+    def _item(self, node: fx.Node) -> Any:
+        found = self.shapes.get(node.args[0])  # type: ignore[arg-type]
+        place = node.args[1]
+        if found and isinstance(found[0], list) and isinstance(place, int):
+            return found[place]
+        return _blank(node)
+
+    def _call(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor | list | tuple):
+            return None  # a number: sizes and what is computed from them
+        name = op_name(node)
+        function = RULES.get(name)
+        call = Call(node, self.labels, self.shapes, name)
+        if function is None:
+            return self._no_rule(call)
+        found = function(call)
+        _check(node, found)
+        return found
+
+    def _no_rule(self, call: Call) -> Any:
+        met = False
+        for source in call.node.all_input_nodes:
+            shape = call.of(source)
+            labelled = [d for d in shape or [] if not isinstance(d, list) and not d.is_free]
+            met = met or bool(labelled)
+            call.freeze(labelled, "there is no rule for this op")
+        if met:
+            self.unknown[schema_name(call.node)] += 1
+        return call.blank()
+
+
+def _blank(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return [free(n) for n in sizes_of(value)]
+    if isinstance(value, list | tuple):
+        return [[free(n) for n in sizes_of(t)] if isinstance(t, Tensor) else [] for t in value]
+    return None
+
+
+def _check(node: fx.Node, found: Any) -> None:
+    """A rule that loses a dimension is a fault of ours, not of the model."""
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        sizes = sizes_of(value)
+        assert [d.size for d in found] == sizes, (
+            f"{node.format_node()}: the rule gives {[d.size for d in found]}, the op {sizes}"
+        )

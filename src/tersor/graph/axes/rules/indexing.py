@@ -1,0 +1,96 @@
+"""Elements chosen by indices, shifted, mirrored."""
+
+from torch import fx
+
+from tersor.graph.axes.labels import Dim, free
+from tersor.graph.axes.rulebook import Call, Result, Shape, rule
+
+
+@rule("index")
+def index(call: Call) -> Result:
+    """Indexed dimensions stay whole; the others go along."""
+    x, indices = call.dims("self"), list(call["indices"])
+    places = [i for i, entry in enumerate(indices) if entry is not None]
+    call.freeze([x[i] for i in places], "elements that indices choose")
+    rank = len(call.out) - (len(x) - len(places))
+    contiguous = places == list(range(places[0], places[-1] + 1))
+    rest = [d for i, d in enumerate(x) if i not in places]
+    start = places[0] if contiguous else 0
+    chosen = [free(n) for n in call.out[start : start + rank]]
+    found: Shape = [*rest[:start], *chosen, *rest[start:]]
+    if [d.size for d in found] != call.out:  # masks of booleans
+        call.freeze(x, "elements that a mask chooses")
+        return call.blank()
+    return found
+
+
+@rule("index_select")
+def index_select(call: Call) -> Result:
+    """One dimension is indexed."""
+    x = call.dims("self")
+    at = call.dim(call["dim"], len(x))
+    call.freeze(x[at], "elements that indices choose")
+    x[at] = free(call.out[at])
+    return x
+
+
+@rule("gather", "take_along_dim")
+def gather(call: Call) -> Result:
+    """The indexed dimension stays whole; the index must be repeated along the others."""
+    x, where = call.dims("self"), call.maybe("index") or call.dims("indices")
+    at = call.dim(call["dim"], len(x))
+    call.freeze([x[at], where[at]], "elements that indices choose")
+    found: Shape = []
+    for i, (dim, other) in enumerate(zip(x, where, strict=True)):
+        if i == at or dim.size != other.size:
+            call.freeze([dim, other], "elements that indices choose")
+            found.append(free(call.out[i]))
+        else:
+            call.unify(dim, other)
+            found.append(dim)
+    return found
+
+
+@rule("masked_select", "nonzero", "unique", "take")
+def chosen(call: Call) -> Result:
+    """Any element may be chosen."""
+    for node in call.node.all_input_nodes:
+        call.freeze(call.of(node) or [], "elements that values choose")
+    return call.blank()
+
+
+@rule("roll")
+def roll(call: Call) -> Result:
+    """A shift along a dimension needs all of its elements."""
+    x = call.dims("self")
+    dims = call["dims"] or range(len(x))
+    call.freeze([x[d] for d in dims], "its elements are shifted")
+    return x
+
+
+@rule("flip", "fliplr", "flipud")
+def flip(call: Call) -> Result:
+    """Mirrored dimensions: their elements in reverse."""
+    x = call.dims("self")
+    dims = call["dims"] if call["dims"] is not None else [1 if call.name == "fliplr" else 0]
+    for d in dims:
+        x[d] = Dim(x[d].rows[::-1], x[d].zero)
+    return x
+
+
+@rule("tril", "triu")
+def triangle(call: Call) -> Result:
+    """Positions matter in the last two dimensions."""
+    x = call.dims("self")
+    call.freeze(x[-2:], "positions are compared over it")
+    return x
+
+
+@rule("bucketize", "searchsorted")
+def bucketize(call: Call) -> Result:
+    """Each value by itself; the borders stay."""
+    for name in ("boundaries", "sorted_sequence"):
+        value = call[name]
+        if isinstance(value, fx.Node):
+            call.freeze(call.of(value) or [], "borders that values are compared with")
+    return [free(n) for n in call.out]

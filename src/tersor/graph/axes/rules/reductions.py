@@ -1,0 +1,130 @@
+"""Sums, means, extremes, norms over dimensions."""
+
+from typing import Any
+
+from tersor.graph.axes.labels import Dim, free
+from tersor.graph.axes.rulebook import Call, Edit, Result, Shape, rewrite, rule
+
+
+def _reduced(value: Any, rank: int) -> list[int]:
+    """The dimensions that go, from the front."""
+    if value is None or value == []:
+        return list(range(rank))
+    dims = value if isinstance(value, list | tuple) else [value]
+    return [d % rank for d in dims] if rank else []
+
+
+def _rest(x: Shape, gone: list[int], keepdim: Any, *, zero: bool) -> Shape:
+    return [
+        free(1) if i in gone else Dim(d.rows, d.zero and zero)
+        for i, d in enumerate(x)
+        if keepdim or i not in gone
+    ]
+
+
+@rule("mean")
+def mean(call: Call) -> Result:
+    """A sum over n units divided by n: exact once it is rescaled."""
+    x = call.dims("self")
+    gone = _reduced(call["dim"], len(x))
+    call.sum_over([x[i] for i in gone])
+    return _rest(x, gone, call["keepdim"], zero=True)
+
+
+@rewrite("mean")
+def rescale_mean(edit: Edit) -> None:
+    """The mean of the whole width: zeros count."""
+    x = edit.dims("self")
+    ratio = 1.0
+    for i in _reduced(edit["dim"], len(x)):
+        ratio *= edit.count(x[i]) / x[i].size
+    edit.scale(ratio)
+
+
+@rule("sum", "linalg_vector_norm", "norm", "nansum", "count_nonzero", "frobenius_norm")
+def total(call: Call) -> Result:
+    """Zeros add nothing."""
+    x = call.dims("self")
+    gone = _reduced(call["dim"], len(x))
+    order = call["ord"] if "ord" in call.args else call["p"]
+    if order is not None and not (isinstance(order, int | float) and order > 0):
+        call.freeze([x[i] for i in gone], "a norm that zeros change")
+    call.sum_over([x[i] for i in gone])
+    return _rest(x, gone, call["keepdim"], zero=True)
+
+
+@rule("var", "std", "var_mean", "std_mean")
+def variance(call: Call) -> Result:
+    """A statistic over the width."""
+    x = call.dims("self")
+    gone = _reduced(call["dim"], len(x))
+    for i in gone:
+        call.inexact(x[i])
+    found = _rest(x, gone, call["keepdim"], zero=True)
+    return [list(found), list(found)] if call.name.endswith("_mean") else found
+
+
+@rule("amax", "amin", "prod", "logsumexp", "all", "any", "argmax", "argmin", "median", "mode",
+      "kthvalue", "cummax", "cummin")  # fmt: skip
+def extreme(call: Call) -> Result:
+    """What is removed may decide the result."""
+    x = call.dims("self")
+    gone = _reduced(call["dim"], len(x))
+    call.freeze([x[i] for i in gone], "an extreme over it")
+    found = _rest(x, gone, call["keepdim"], zero=call.name in ("amax", "amin", "prod"))
+    value = call.node.meta.get("val")
+    return [found, list(found)] if isinstance(value, list | tuple) else found
+
+
+@rule("max", "min")
+def extreme_along(call: Call) -> Result:
+    """Over a dimension with places, over all, or of two tensors."""
+    if call["other"] is not None:
+        from tersor.graph.axes.rules.elementwise import broadcast, every, tensors
+
+        return broadcast(call, tensors(call), every)
+    x = call.dims("self")
+    gone = _reduced(call["dim"], len(x))
+    call.freeze([x[i] for i in gone], "an extreme over it")
+    found = _rest(x, gone, call["keepdim"], zero=True)
+    return [found, list(found)] if call["dim"] is not None else found
+
+
+@rule("softmax", "log_softmax", "_softmax", "softmin")
+def softmax(call: Call) -> Result:
+    """All units of the dimension share one sum of exponentials, which is not zero at zero."""
+    x = call.dims("self")
+    at = call.dim(call["dim"], len(x))
+    call.freeze(x[at], "shares a softmax")
+    return [Dim(d.rows, zero=False) for d in x]
+
+
+@rule("cumsum", "cumprod", "logcumsumexp")
+def cumulative(call: Call) -> Result:
+    """Order matters along the dimension."""
+    x = call.dims("self")
+    call.freeze(x[call.dim(call["dim"], len(x))], "a running sum over it")
+    return x
+
+
+@rule("topk", "sort", "argsort", "msort")
+def ranking(call: Call) -> Result:
+    """Values compete along the dimension."""
+    x = call.dims("self")
+    at = call.dim(-1 if call["dim"] is None else call["dim"], len(x))
+    call.freeze(x[at], "values compete over it")
+    value = call.node.meta.get("val")
+    sizes = call.outs if isinstance(value, list | tuple) else [call.out]
+    shapes = [[*x[:at], free(s[at]), *x[at + 1 :]] for s in sizes]
+    return shapes if isinstance(value, list | tuple) else shapes[0]
+
+
+@rule("cosine_similarity")
+def cosine_similarity(call: Call) -> Result:
+    """Zeros add nothing to the three sums."""
+    a, b = call.dims("x1"), call.dims("x2")
+    at = call.dim(call["dim"], len(a))
+    for left, right in zip(a, b, strict=True):
+        call.unify(left, right)
+    call.sum_over([a[at], b[at]])
+    return [d for i, d in enumerate(a) if i != at]

@@ -1,0 +1,253 @@
+"""What the nodes cost whose sizes widths decide: an op's own level times the law of its kind.
+
+Ops of format sites cost by widths and format. So does glue that comes and goes with a format, as
+a residual add does that is fused in one and stands alone in the other; all other glue costs by
+widths alone. What grows with the elements of all these ops without being any node of theirs
+(reorders, conversions) is a slope.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tersor.core.records import Format, Level, Precision, Site, Term
+from tersor.price.facts import WidthFacts
+from tersor.price.laws import Laws, NodeTime, fit_laws
+from tersor.price.observation import Observation
+from tersor.price.terms import spread
+
+# A gate must tell at least this part of the variance of a node's presence.
+GATE_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCost:
+    """An op of a format site, or one node of glue, that some width moves.
+
+    Attributes:
+        site: The format site whose level decides too; None where none does.
+        formats: Its levels, the native one first.
+        shares: (node, native or int8) -> in what part of such builds it stood alone.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    is_glue: bool
+    site: str | None
+    formats: tuple[Format, ...]
+    shares: Mapping[tuple[str, Format], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slopes:
+    """Glue that ops cause, in milliseconds: an int8 op, and all elements at full counts."""
+
+    int8_op: float = 0.0
+    elements: float = 0.0
+    int8_elements: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidthCosts:
+    """All costs that widths decide, before they are written out as terms.
+
+    Attributes:
+        full_elements: What the covered ops of format sites write at full counts.
+    """
+
+    costs: tuple[NodeCost, ...]
+    facts: WidthFacts
+    laws: Laws
+    precision: Precision
+    full_elements: int
+
+    def nodes(self) -> set[str]:
+        """The nodes that these costs cover."""
+        return {node for cost in self.costs for node in cost.nodes}
+
+    def sites(self) -> set[str]:
+        """The format sites that these costs cover."""
+        return {cost.name for cost in self.costs if not cost.is_glue}
+
+    def elements(self, assignment: Mapping[str, Level]) -> tuple[float, float]:
+        """What all covered ops, and those in int8, write: shares of what all write at full."""
+        total = int8 = 0.0
+        for cost in self.costs:
+            if not cost.is_glue:
+                share = self._elements(cost, assignment)
+                total += share
+                int8 += share * (assignment.get(cost.name) == "int8")
+        return total, int8
+
+    def terms(self, slopes: Slopes) -> tuple[tuple[NodeCost, Term], ...]:
+        """Every cost written out, with the glue that it causes."""
+        return tuple(
+            (cost, term)
+            for cost in self.costs
+            for term in spread(
+                cost.name,
+                cost.nodes,
+                {} if cost.site is None else {cost.site: cost.formats},
+                self.facts,
+                lambda assignment, cost=cost: self._ms(cost, assignment, slopes),  # type: ignore[misc]
+            )
+        )
+
+    def _ms(self, cost: NodeCost, assignment: Mapping[str, Level], slopes: Slopes) -> float:
+        is_int8 = cost.site is not None and assignment.get(cost.site) == "int8"
+        level: Format = "int8" if is_int8 else self.precision
+        law_format = self.precision if cost.is_glue else level
+        total = 0.0
+        for node in cost.nodes:
+            ms = self.laws.ms(node, law_format, self.facts.at(node, assignment))
+            total += (ms or 0.0) * cost.shares.get((node, level), 0.0)
+        if cost.is_glue:
+            return total
+        elements = self._elements(cost, assignment)
+        total += slopes.elements * elements
+        return total + is_int8 * (slopes.int8_op + slopes.int8_elements * elements)
+
+    def _elements(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
+        own = sum(self.facts.at(node, assignment).out_elements for node in cost.nodes)
+        return own / self.full_elements
+
+
+def width_costs(
+    precision: Precision,
+    sites: Sequence[Site],
+    fitted: Sequence[Observation],
+    facts: WidthFacts,
+    quantizers: set[str],
+) -> WidthCosts:
+    """Fit the laws on all nodes with facts, and find what the moved ones cost by.
+
+    Args:
+        precision: Of the builds.
+        sites: All sites.
+        fitted: Builds that the fit may see.
+        facts: Of all widths.
+        quantizers: Names of the nodes that quantise tensors: priced by tensor.
+    """
+    formats = [s for s in sites if s.kind == "format"]
+    owners = {node: site for site in formats for node in site.ops}
+    laws = fit_laws(
+        NodeTime(
+            node=node,
+            format=_format(owners.get(node), o, precision),
+            build=i,
+            facts=facts.at(node, o.assignment),
+            ms=o.node_ms[node],
+        )
+        for i, o in enumerate(fitted)
+        for node in facts.nodes
+        if node in o.node_ms and node not in quantizers
+    )
+    shown = {node for o in fitted for node, ms in o.node_ms.items() if ms > 0}
+    costs = [_site_cost(s, fitted, facts, precision) for s in formats if facts.widths(s.ops)]
+    costs += [
+        _glue_cost(node, formats, fitted, facts, precision)
+        for node in facts.ratios
+        if node in shown and node not in owners and node not in quantizers
+    ]
+    written = sum(
+        facts.nodes[node].out_elements for c in costs if not c.is_glue for node in c.nodes
+    )
+    return WidthCosts(
+        costs=tuple(costs),
+        facts=facts,
+        laws=laws,
+        precision=precision,
+        full_elements=max(1, written),
+    )
+
+
+def _format(site: Site | None, observation: Observation, precision: Precision) -> Format:
+    is_int8 = site is not None and observation.assignment.get(site.name) == "int8"
+    return "int8" if is_int8 else precision
+
+
+def _site_cost(
+    site: Site, fitted: Sequence[Observation], facts: WidthFacts, precision: Precision
+) -> NodeCost:
+    shares, has_int8 = _shares(site.ops, site, fitted, facts, precision)
+    formats: tuple[Format, ...] = (precision, "int8_weight", *(("int8",) if has_int8 else ()))
+    return NodeCost(
+        name=site.name,
+        nodes=site.ops,
+        is_glue=False,
+        site=site.name if site.pinned is None else None,
+        formats=formats,
+        shares=shares,
+    )
+
+
+def _glue_cost(
+    node: str,
+    sites: Sequence[Site],
+    fitted: Sequence[Observation],
+    facts: WidthFacts,
+    precision: Precision,
+) -> NodeCost:
+    gate = _gate(node, sites, fitted, facts)
+    shares, _ = _shares((node,), gate, fitted, facts, precision)
+    return NodeCost(
+        name=node,
+        nodes=(node,),
+        is_glue=True,
+        site=None if gate is None else gate.name,
+        formats=(precision, "int8_weight", "int8"),
+        shares=shares,
+    )
+
+
+def _gate(
+    node: str, sites: Sequence[Site], fitted: Sequence[Observation], facts: WidthFacts
+) -> Site | None:
+    """The format site that decides whether a node stands alone: the best one, nearest of equals."""
+    alive = [o for o in fitted if facts.at(node, o.assignment).out_elements > 0]
+    shown = [o.node_ms.get(node, 0.0) > 0 for o in alive]
+    if all(shown):
+        return None
+    place = {name: i for i, name in enumerate(facts.nodes)}
+    best: tuple[float, int] = (GATE_SHARE, 0)
+    found: Site | None = None
+    for site in sites:
+        int8 = [o.assignment.get(site.name) == "int8" for o in alive]
+        if site.pinned is not None or all(int8) or not any(int8):
+            continue
+        distance = min(abs(place[node] - place.get(op, 0)) for op in site.ops)
+        told = 1 - _within(shown, int8) / _within(shown, [False] * len(shown))
+        if (told, -distance) > best or (found is None and told >= GATE_SHARE):
+            best, found = (told, -distance), site
+    return found
+
+
+def _within(shown: Sequence[bool], groups: Sequence[bool]) -> float:
+    """Sum of squared deviations from the mean of each of two groups."""
+    total = 0.0
+    for group in (False, True):
+        values = [float(s) for s, g in zip(shown, groups, strict=True) if g is group]
+        mean = sum(values) / len(values) if values else 0.0
+        total += sum((v - mean) ** 2 for v in values)
+    return total
+
+
+def _shares(
+    nodes: Sequence[str],
+    site: Site | None,
+    fitted: Sequence[Observation],
+    facts: WidthFacts,
+    precision: Precision,
+) -> tuple[dict[tuple[str, Format], float], bool]:
+    """(node, format of a site) -> share of builds that show it; whether any build had int8."""
+    shares: dict[tuple[str, Format], float] = {}
+    levels = [_format(site, o, precision) for o in fitted]
+    for node in nodes:
+        for level in dict.fromkeys(levels):
+            shown = [
+                o.node_ms.get(node, 0.0) > 0
+                for o, at in zip(fitted, levels, strict=True)
+                if at == level and facts.at(node, o.assignment).out_elements > 0
+            ]
+            if shown:
+                shares[node, level] = sum(shown) / len(shown)
+    return shares, "int8" in levels

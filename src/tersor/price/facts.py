@@ -1,0 +1,223 @@
+"""What a graph node computes, and how that follows the kept counts of the widths.
+
+Sizes are affine in a count and a node's numbers are products of sizes, so that each number is a
+polynomial of degree two in one width: the full, the middle and the least count give it at every
+other. Several widths multiply (rows and columns of a weight) or add (parts of a concatenation);
+one graph with all of them at their least tells which, number by number.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tersor.core.errors import ConfigError
+from tersor.core.records import Level, Precision, Site
+from tersor.price.variants import counted, native_assignment
+
+NodeKind = Literal[
+    "conv", "depthwise", "linear", "attention", "matmul", "norm", "activation", "elementwise",
+    "pool", "move", "embedding", "other",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """Sizes of one graph node at the built shapes.
+
+    Attributes:
+        in_elements: Of the activations that it reads.
+        inputs: Length of the sum behind one output: input channels of a group x window.
+        outputs: Rows of the weight, or of the second operand transposed.
+        window: Elements of a convolution's window; 1 elsewhere.
+    """
+
+    kind: NodeKind
+    macs: int = 0
+    weight_elements: int = 0
+    in_elements: int = 0
+    out_elements: int = 0
+    inputs: int = 0
+    outputs: int = 0
+    window: int = 1
+
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers that a width may change, in the order of ``SIZES``."""
+        return (
+            self.macs,
+            self.weight_elements,
+            self.in_elements,
+            self.out_elements,
+            self.inputs,
+            self.outputs,
+        )
+
+
+SIZES = ("macs", "weight_elements", "in_elements", "out_elements", "inputs", "outputs")
+_INPUTS, _OUTPUTS = SIZES.index("inputs"), SIZES.index("outputs")
+
+Facts = Callable[[Mapping[str, Level]], Mapping[str, NodeFacts]]
+Rule = Literal["product", "sum", "sides"]  # sides: what moves inputs times what moves outputs
+_PRODUCTS: tuple[Rule, ...] = tuple("product" for _ in SIZES)
+_SIDES: tuple[Rule, ...] = tuple("sides" for _ in SIZES[:_INPUTS])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidthFacts:
+    """Facts of every node at any kept counts.
+
+    Attributes:
+        nodes: Native facts, in graph order.
+        full: Width or branch -> its count when left alone.
+        levels: Width or branch -> the counts that it may keep.
+        ratios: Node -> width that moves it -> count -> each size over the native one.
+        rules: Node that several widths move -> how each size follows them.
+    """
+
+    nodes: Mapping[str, NodeFacts]
+    full: Mapping[str, int]
+    levels: Mapping[str, tuple[int, ...]]
+    ratios: Mapping[str, Mapping[str, Mapping[int, tuple[float, ...]]]]
+    rules: Mapping[str, tuple[Rule, ...]]
+
+    def widths(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """The widths that move any of some nodes, in the order of ``full``."""
+        moving = {w for node in nodes for w in self.ratios.get(node, {})}
+        return tuple(w for w in self.full if w in moving)
+
+    def at(self, node: str, assignment: Mapping[str, Level]) -> NodeFacts:
+        """Facts of a node; widths that are not listed are full.
+
+        Raises:
+            ConfigError: A count that is no level of its width.
+        """
+        native = self.nodes[node]
+        moving = [
+            self._ratio(node, width, assignment.get(width, self.full[width]))
+            for width in self.ratios.get(node, {})
+        ]
+        if not moving:
+            return native
+        rules = self.rules.get(node, _PRODUCTS)
+        sizes = zip(native.sizes(), combined(moving, rules), strict=True)
+        return NodeFacts(
+            kind=native.kind,
+            window=native.window,
+            **{name: round(size * r) for name, (size, r) in zip(SIZES, sizes, strict=True)},
+        )
+
+    def pivot(self, nodes: Sequence[str]) -> str:
+        """The width that multiplies what the others add up to: one that moves outputs alone."""
+        widths = self.widths(nodes)
+        for width in widths:
+            least = [r[width][min(r[width])] for n in nodes if width in (r := self.ratios[n])]
+            if all(r[_OUTPUTS] != 1 and r[_INPUTS] == 1 for r in least):
+                return width
+        return widths[0]
+
+    def _ratio(self, node: str, width: str, level: Level) -> tuple[float, ...]:
+        row = self.ratios[node][width]
+        if not isinstance(level, int) or level not in row:
+            raise ConfigError(
+                f"{node}: width {width} at {level!r} has no facts; there are "
+                f"{', '.join(map(str, row))}"
+            )
+        return row[level]
+
+
+def learn_facts(
+    facts: Facts, sites: Sequence[Site], levels: Mapping[str, Sequence[Level]], precision: Precision
+) -> WidthFacts:
+    """Ask for the facts of a few graphs: native, each width at two counts, all at their least.
+
+    Raises:
+        ConfigError: A width whose levels do not hold its full count.
+    """
+    widths = counted(sites, levels)
+    native_levels = native_assignment(sites, precision)
+    native = facts(native_levels)
+    ratios: dict[str, dict[str, dict[int, tuple[float, ...]]]] = {}
+    for width, counts in widths.items():
+        known = {counts[0]: native}
+        for count in sorted({counts[len(counts) // 2], counts[-1]} - {counts[0]}):
+            known[count] = facts({**native_levels, width: count})
+        for node, rows in _moved(native, known).items():
+            ratios.setdefault(node, {})[width] = {c: _interpolated(rows, c) for c in counts}
+    least = facts({**native_levels, **{w: counts[-1] for w, counts in widths.items()}})
+    several = {
+        node: [row[widths[w][-1]] for w, row in found.items()]
+        for node, found in ratios.items()
+        if len(found) > 1
+    }
+    return WidthFacts(
+        nodes=native,
+        full={w: counts[0] for w, counts in widths.items()},
+        levels=widths,
+        ratios=ratios,
+        rules={
+            node: _rules(moving, _relative(least.get(node), native[node]))
+            for node, moving in several.items()
+        },
+    )
+
+
+def combined(moving: Sequence[tuple[float, ...]], rules: Sequence[Rule]) -> tuple[float, ...]:
+    """One ratio a size from the ratios of several widths."""
+    inputs = _by_rule([r[_INPUTS] for r in moving], rules[_INPUTS])
+    outputs = _by_rule([r[_OUTPUTS] for r in moving], rules[_OUTPUTS])
+    return tuple(
+        inputs * outputs if rule == "sides" else _by_rule([r[i] for r in moving], rule)
+        for i, rule in enumerate(rules)
+    )
+
+
+def _by_rule(ratios: Sequence[float], rule: Rule) -> float:
+    if rule == "sum":
+        return max(0.0, 1.0 + sum(r - 1.0 for r in ratios))
+    product = 1.0
+    for ratio in ratios:
+        product *= ratio
+    return product
+
+
+def _rules(moving: Sequence[tuple[float, ...]], actual: tuple[float, ...]) -> tuple[Rule, ...]:
+    """The rule of each size that comes nearest to the graph with all widths at their least."""
+    kinds: tuple[Rule, ...] = ("product", "sum")
+    found: list[Rule] = [
+        min(kinds, key=lambda k: abs(_by_rule([r[i] for r in moving], k) - actual[i]))
+        for i in range(len(SIZES))
+    ]
+    sides = combined(moving, (*_SIDES, *found[_INPUTS:]))
+    for i in range(_INPUTS):
+        if abs(sides[i] - actual[i]) < abs(_by_rule([r[i] for r in moving], found[i]) - actual[i]):
+            found[i] = "sides"
+    return tuple(found)
+
+
+def _moved(
+    native: Mapping[str, NodeFacts], known: Mapping[int, Mapping[str, NodeFacts]]
+) -> dict[str, dict[int, tuple[float, ...]]]:
+    """Ratios at the known counts of the nodes that change; a node that is gone has only zeros."""
+    rows = {
+        node: {count: _relative(found.get(node), own) for count, found in known.items()}
+        for node, own in native.items()
+    }
+    return {node: row for node, row in rows.items() if len(set(row.values())) > 1}
+
+
+def _relative(facts: NodeFacts | None, native: NodeFacts) -> tuple[float, ...]:
+    if facts is None:
+        return (0.0,) * len(SIZES)
+    pairs = zip(facts.sizes(), native.sizes(), strict=True)
+    return tuple(size / of if of else 1.0 for size, of in pairs)
+
+
+def _interpolated(rows: Mapping[int, tuple[float, ...]], count: int) -> tuple[float, ...]:
+    """Lagrange's polynomial through the known counts: at most three, so of degree two."""
+    total = [0.0] * len(SIZES)
+    for at, row in rows.items():
+        weight = 1.0
+        for other in rows:
+            if other != at:
+                weight *= (count - other) / (at - other)
+        total = [t + weight * r for t, r in zip(total, row, strict=True)]
+    return tuple(total)

@@ -1,0 +1,190 @@
+"""How the time of a kind of op follows its sizes: regressed on the node times of whole builds.
+
+A law is a shape only. Ops of one kind and format differ by more than their sizes (layout,
+neighbours, caches), so each op keeps its own level: law and levels are fitted in turn, and a time
+at other sizes is the op's level times its law (FINDINGS 1).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from tersor.core.records import Format
+from tersor.price.facts import NodeFacts
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
+
+TILES = (8, 16, 32, 64)
+FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
+# Per row, on columns of unit mean square: settles columns that say the same, moves no others.
+RIDGE = 1e-4
+# Profiles are cut to whole microseconds: shorter nodes count by the absolute error.
+RESOLUTION_MS = 2e-3
+ROUNDS = 4  # of law and levels in turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeTime:
+    """One node of one whole build, as profiled."""
+
+    node: str
+    format: Format
+    build: int
+    facts: NodeFacts
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Law:
+    """Time of one kind of op in one format.
+
+    Attributes:
+        input_tile, output_tile: What channels are padded to.
+        weights: One >= 0 for each column of ``features``.
+    """
+
+    input_tile: int
+    output_tile: int
+    weights: tuple[float, ...]
+
+    def ms(self, facts: NodeFacts) -> float:
+        """Time at some sizes; nothing for a node that is gone."""
+        return float(self.times(_sizes([facts]))[0])
+
+    def times(self, sizes: Matrix) -> Matrix:
+        """Times of many nodes, a row each as ``features`` reads them."""
+        columns = features(sizes, self.input_tile, self.output_tile)
+        times: Matrix = columns @ np.array(self.weights)
+        return np.where(sizes[:, 3] > 0, times, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Laws:
+    """A law for each kind and format, and each op's level in each format."""
+
+    laws: dict[tuple[str, Format], Law]
+    levels: dict[tuple[str, Format], float]  # (node, format) -> time over law
+
+    def ms(self, node: str, level: Format, facts: NodeFacts) -> float | None:
+        """Time of a node at some sizes; None in a format in which no build showed it."""
+        own = self.levels.get((node, level))
+        return None if own is None else own * self.laws[facts.kind, level].ms(facts)
+
+
+def fit_laws(times: Iterable[NodeTime]) -> Laws:
+    """Fit all laws; what took no time (fused into a neighbour, or cut to zero) is left out."""
+    groups: dict[tuple[str, Format], list[NodeTime]] = {}
+    for row in times:
+        if row.ms > 0 and row.facts.out_elements > 0:
+            groups.setdefault((row.facts.kind, row.format), []).append(row)
+    laws: dict[tuple[str, Format], Law] = {}
+    levels: dict[tuple[str, Format], float] = {}
+    for (kind, level), rows in groups.items():
+        laws[kind, level], own = _fit_group(rows)
+        levels |= {(node, level): value for node, value in own.items()}
+    return Laws(laws=laws, levels=levels)
+
+
+def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
+    """What a node's time may be made of, a column each.
+
+    A call, MACs, MACs with both sides padded to whole tiles, MACs where a side is not whole,
+    weights read, activations read and written.
+
+    Args:
+        sizes: Rows of ``NodeFacts.sizes()`` and the window.
+        input_tile: Channels in a tile of what is read.
+        output_tile: Channels in a tile of what is written.
+    """
+    macs, weight, read, written, inputs, outputs, window = sizes.T
+    channels = inputs / np.maximum(window, 1)
+    ragged_inputs, input_share = _padding(channels, input_tile)
+    ragged_outputs, output_share = _padding(outputs, output_tile)
+    return np.stack(
+        [
+            np.ones(len(sizes)),
+            macs,
+            macs * input_share * output_share,
+            macs * ragged_inputs,
+            macs * ragged_outputs,
+            weight,
+            read,
+            written,
+        ],
+        axis=1,
+    )
+
+
+def _padding(n: Matrix, tile: int) -> tuple[Matrix, Matrix]:
+    """Whether a size is not whole tiles, and padded over true size."""
+    padded = np.ceil(n / tile) * tile
+    return (padded != n).astype(np.float64), padded / np.maximum(n, 1)
+
+
+def _sizes(facts: Sequence[NodeFacts]) -> Matrix:
+    return np.array([[*f.sizes(), f.window] for f in facts], dtype=np.float64)
+
+
+def _fit_group(rows: Sequence[NodeTime]) -> tuple[Law, dict[str, float]]:
+    sizes = _sizes([row.facts for row in rows])
+    ms = np.array([row.ms for row in rows])
+    builds = np.array([row.build for row in rows])
+    names, owner = np.unique([row.node for row in rows], return_inverse=True)
+    levels = np.ones(len(names))
+    tiles = _best_tiles(sizes, ms, builds)
+    law = _fit(sizes, ms, tiles)
+    for i in range(ROUNDS):
+        own = ms / np.maximum(law.times(sizes), 1e-12)
+        levels = np.array([np.median(own[owner == n]) for n in range(len(names))])
+        if i == 0:
+            tiles = _best_tiles(sizes, ms / levels[owner], builds)
+        if i < ROUNDS - 1:
+            law = _fit(sizes, ms / levels[owner], tiles)
+    return law, {str(name): float(v) for name, v in zip(names, levels, strict=True)}
+
+
+def _best_tiles(sizes: Matrix, ms: Matrix, builds: Integers) -> tuple[int, int]:
+    """The pair of tiles whose laws do best on builds that they did not see."""
+    choices = list(product(TILES, TILES))
+    if not np.any(sizes[:, 0]) or len(set(builds.tolist())) < 2:
+        return choices[0]
+    errors = [_unseen_error(sizes, ms, builds, tiles) for tiles in choices]
+    return choices[int(np.argmin(errors))]
+
+
+def _unseen_error(sizes: Matrix, ms: Matrix, builds: Integers, tiles: tuple[int, int]) -> float:
+    total = 0.0
+    for seen in _folds(builds):
+        law = _fit(sizes[seen], ms[seen], tiles)
+        off = (law.times(sizes[~seen]) - ms[~seen]) / (ms[~seen] + RESOLUTION_MS)
+        total += float(np.sum(np.square(off)))
+    return total
+
+
+def _folds(builds: Integers) -> Iterator[np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Masks of what is seen; each build is unseen once."""
+    places = np.unique(builds, return_inverse=True)[1]
+    n = min(FOLDS, int(places.max()) + 1)
+    for fold in range(n):
+        yield places % n != fold
+
+
+def _fit(sizes: Matrix, ms: Matrix, tiles: tuple[int, int]) -> Law:
+    """Ridge non-negative least squares on relative errors."""
+    weight = 1.0 / (ms + RESOLUTION_MS)
+    columns = features(sizes, *tiles) * weight[:, None]
+    norms = np.sqrt(np.mean(np.square(columns), axis=0))
+    scale = np.where(norms > 0, norms, 1.0)
+    n = columns.shape[1]
+    rows = np.vstack([columns / scale, np.sqrt(RIDGE * len(ms)) * np.eye(n)])
+    found, _ = nnls(rows, np.concatenate([ms * weight, np.zeros(n)]))
+    return Law(
+        input_tile=tiles[0],
+        output_tile=tiles[1],
+        weights=tuple(float(w) for w in np.where(norms > 0, found / scale, 0.0)),
+    )

@@ -1,0 +1,116 @@
+"""Costs over levels of several sites, written out as the terms of a plan; bytes are such costs.
+
+A term has at most three sites, two widths and a format: a product of more has too many binaries.
+Where more widths meet (a concatenation), one of them, the pivot, is in every term, and the others
+add up to first order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+
+from tersor.core.records import Level, Site, Term
+from tersor.price.facts import WidthFacts
+
+MAX_WIDTHS = 2  # in one term
+_FLOAT_BYTES = 4  # of a scale, and of the bias of a quantised op
+
+Cost = Callable[[Mapping[str, Level]], float]
+
+
+def spread(
+    name: str,
+    nodes: Sequence[str],
+    formats: Mapping[str, Sequence[Level]],
+    facts: WidthFacts,
+    cost: Cost,
+) -> tuple[Term, ...]:
+    """The terms whose sum is a cost at every combination of levels.
+
+    With more than two widths the sum is exact where at most the pivot and one other are below
+    full; full, it is always exact.
+
+    Args:
+        name: Of the op or weight.
+        nodes: Nodes behind the cost; at least one is moved by a width.
+        formats: The format site that the cost depends on, with its levels; may be empty.
+        facts: Which widths move the nodes.
+        cost: Takes an assignment; widths that it does not list are full.
+    """
+    widths = facts.widths(nodes)
+    levels = {**{w: facts.levels[w] for w in widths}, **formats}
+    if len(widths) <= MAX_WIDTHS:
+        return (_term(name, (*widths, *formats), levels, cost),)
+    pivot = facts.pivot(nodes)
+    others = [w for w in widths if w != pivot]
+    return tuple(
+        _term(f"{name}, {w}", (w, pivot, *formats), levels, _part(cost, w, len(others)))
+        for w in others
+    )
+
+
+def size_terms(
+    facts: WidthFacts, sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]
+) -> tuple[Term, ...]:
+    """Bytes of each weight and bias that a width moves, by kept counts and format.
+
+    They agree with the candidates of quantize at full counts: f32 and bf16 as given, int8 a byte
+    an element, a scale an output and, except for embeddings, a bias.
+
+    Args:
+        facts: Of all widths.
+        sites: All sites; a format site's first op holds its weight.
+        levels: Format site -> formats that it offers.
+
+    Returns:
+        None for sites whose bytes no width changes: their candidates say them.
+    """
+    found: list[Term] = []
+    for site in sites:
+        if site.kind != "format" or not facts.widths(site.ops[:1]):
+            continue
+        offered = levels.get(site.name, ()) if site.pinned is None else ()
+        formats = {site.name: tuple(dict.fromkeys(offered))} if offered else {}
+        found += spread(site.name, site.ops[:1], formats, facts, _bytes_of(site, facts))
+    return tuple(found)
+
+
+def _bytes_of(site: Site, facts: WidthFacts) -> Cost:
+    node = site.ops[0]
+    native = facts.nodes[node]
+    elements, rows = native.weight_elements, site.shape[0]
+    width = (
+        _FLOAT_BYTES if site.size_bytes >= _FLOAT_BYTES * elements else site.size_bytes // elements
+    )
+    bias = site.size_bytes - width * elements
+
+    def cost(assignment: Mapping[str, Level]) -> float:
+        now = facts.at(node, assignment)
+        if not now.out_elements:  # the branch around it is gone
+            return 0.0
+        is_embedding = site.op_kind == "embedding"
+        kept = rows if is_embedding else rows * now.outputs / native.outputs
+        if str(assignment.get(site.name, "")).startswith("int8"):
+            return round(now.weight_elements + _FLOAT_BYTES * kept * (1 if is_embedding else 2))
+        return round(now.weight_elements * width + bias * kept / rows)
+
+    return cost
+
+
+def _part(cost: Cost, width: str, n: int) -> Cost:
+    """A width's own change, and an equal share of what the cost is with it full."""
+
+    def part(assignment: Mapping[str, Level]) -> float:
+        full = cost({site: level for site, level in assignment.items() if site != width})
+        return cost(assignment) - (1 - 1 / n) * full
+
+    return part
+
+
+def _term(
+    name: str, sites: tuple[str, ...], levels: Mapping[str, Sequence[Level]], cost: Cost
+) -> Term:
+    rows = tuple(tuple(levels[site]) for site in sites)
+    values = tuple(
+        float(cost(dict(zip(sites, combination, strict=True)))) for combination in product(*rows)
+    )
+    return Term(name=name, sites=sites, levels=rows, values=values)

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from tersor.price.facts import NodeFacts
+from tersor.price.laws import NodeTime, fit_laws
+
+
+def linear(inp: int, out: int, rows: int = 100) -> NodeFacts:
+    return NodeFacts(
+        kind="linear",
+        macs=rows * inp * out,
+        weight_elements=inp * out,
+        in_elements=rows * inp,
+        out_elements=rows * out,
+        inputs=inp,
+        outputs=out,
+    )
+
+
+def staircase(inp: int, out: int, tiles: tuple[int, int]) -> float:
+    return 0.01 + 1e-3 * -(-inp // tiles[0]) * -(-out // tiles[1]) * tiles[0] * tiles[1] / 256
+
+
+def times(tiles: tuple[int, int], noise: float = 0.0, seed: int = 0) -> list[NodeTime]:
+    rng = np.random.default_rng(seed)
+    return [
+        NodeTime(
+            node=f"n{node}",
+            format="int8",
+            build=build,
+            facts=linear(inp, out),
+            ms=(1 + node) * staircase(inp, out, tiles) * float(np.exp(noise * rng.normal())),
+        )
+        for build in range(12)
+        for node in range(4)
+        for inp, out in [rng.integers(4, 40, size=2).tolist()]
+        for inp, out in [(8 * inp - 4 * (inp % 2), 8 * out - 4 * (out % 2))]
+    ]
+
+
+@pytest.mark.parametrize("tiles", [(64, 16), (32, 16), (16, 64), (8, 32)])
+def test_tiles_are_found_from_the_times(tiles: tuple[int, int]) -> None:
+    laws = fit_laws(times(tiles, noise=0.01))
+    law = laws.laws["linear", "int8"]
+    assert (law.input_tile, law.output_tile) == tiles
+    for node in range(4):
+        found = laws.ms(f"n{node}", "int8", linear(100, 140))
+        assert found == pytest.approx((1 + node) * staircase(100, 140, tiles), rel=0.03)
+
+
+def test_formats_and_ops_that_no_build_showed_have_no_time() -> None:
+    laws = fit_laws(times((16, 16)))
+    assert laws.ms("n0", "bf16", linear(64, 64)) is None
+    assert laws.ms("n9", "int8", linear(64, 64)) is None
+    assert laws.ms("n0", "int8", NodeFacts(kind="linear")) == 0.0
+
+
+def test_one_build_gives_its_own_times_back() -> None:
+    rows = times((16, 16))[:4]
+    laws = fit_laws(rows)
+    for row in rows:
+        assert laws.ms(row.node, "int8", row.facts) == pytest.approx(row.ms)
+
+
+def test_fused_nodes_do_not_pull_the_level_down() -> None:
+    rows = times((16, 16))
+    fused = [
+        NodeTime(node=r.node, format=r.format, build=r.build, facts=r.facts, ms=0.0) for r in rows
+    ]
+    assert fit_laws([*rows, *fused]).levels == fit_laws(rows).levels
+
+
+def test_nothing_to_fit_is_no_law() -> None:
+    assert fit_laws([]).laws == {}
