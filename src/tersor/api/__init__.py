@@ -192,17 +192,35 @@ def _backend(name: str) -> Any:
     return registry.resolve(registry.BACKENDS, name)()
 
 
-def inspect(model: Any, example: Any, *, keep: Sequence[str] = ()) -> "Inspection":
-    """List the sites of a model, what is pinned and why; ``example`` is one batch of inputs."""
+def inspect(
+    model: Any, example: Any, *, keep: Sequence[str] = (), time: bool = False
+) -> "Inspection":
+    """Show what may be chosen in a model: sites, widths, what is pinned and why, as a tree.
+
+    Args:
+        model: An ``nn.Module``; never changed.
+        example: One batch of inputs.
+        keep: Patterns of layers to leave alone.
+        time: Profile a pass through the graph, too, for each branch's share of the time.
+
+    Raises:
+        TersorError: As ``compress`` for a model that can't be captured.
+    """
     _require_torch("inspect")
     from tersor.analyse.inspection import Inspection
+    from tersor.analyse.profiling import profile_nodes
     from tersor.analyse.sites import find_sites, unsupported
+    from tersor.analyse.tree import grow, pinned_infos, sample_macs, width_infos
     from tersor.capture.module import capture
     from tersor.capture.samples import Samples, flatten_item
+    from tersor.graph.axes import analyse_axes, mac_share
 
     call, tensors = flatten_item(example, "example")
     graph = capture(model, Samples(call, tensors)).graph
     sites = find_sites(graph, tuple(keep))
+    axes = analyse_axes(graph)
+    macs = sample_macs(graph)
+    times_ms = profile_nodes(graph) if time else None
     return Inspection(
         signature=graph.signature,
         sites=sites,
@@ -210,6 +228,13 @@ def inspect(model: Any, example: Any, *, keep: Sequence[str] = ()) -> "Inspectio
         macs=sum(s.macs for s in sites),
         size_bytes=graph.parameter_bytes(),
         nodes=len(graph.module.graph.nodes),
+        widths=width_infos(graph, axes, macs, tuple(keep)),
+        pinned=pinned_infos(axes),
+        unknown=dict(axes.unknown),
+        mac_share=mac_share(graph, axes),
+        seconds=axes.seconds,
+        tree=grow(graph, axes, sites, macs, times_ms),
+        pass_ms=None if times_ms is None else sum(times_ms.values()),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tersor.core.errors import ParityError
 from tersor.core.records import BuildChoice, Signature
 from tersor.graph.contracts import Backend, Executable, Graph, Shapes
+from tersor.graph.shapes import Sizes, input_shapes
 
 # Normalised squared error of the build against the graph, in float32. Without quantisers only the
 # order of sums differs; with them a value at the border of two codes may fall to either side.
@@ -27,12 +28,9 @@ class Built:
     difference: float  # normalised squared error
 
 
-def shapes_of(signature: Signature, batch: int) -> Shapes:
-    """Concrete input shapes for one batch size."""
-    return {
-        spec.name: tuple(batch if size is None else size for size in spec.shape)
-        for spec in signature.inputs
-    }
+def shapes_of(signature: Signature, batch: int, sizes: Sizes | None = None) -> Shapes:
+    """Concrete input shapes for one batch size; open sizes are the example's unless given."""
+    return input_shapes(signature, batch, sizes)
 
 
 def build(graph: Graph, backend: Backend, choice: BuildChoice, flat: Sequence[Tensor]) -> Built:
@@ -42,7 +40,7 @@ def build(graph: Graph, backend: Backend, choice: BuildChoice, flat: Sequence[Te
         graph: Compressed or not.
         backend: Builds it.
         choice: Precision, threads, batch and options.
-        flat: Flat inputs of a few samples.
+        flat: Flat inputs of a few samples, at the sizes of the graph's example.
 
     Raises:
         BackendError: The backend can't build it.

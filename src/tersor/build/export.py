@@ -17,10 +17,15 @@ _MAX_BATCH = 1 << 16
 
 
 def exported_program(graph: Graph) -> torch.export.ExportedProgram:
-    """The graph exported again: fresh shapes and guards, batch dynamic."""
+    """The graph exported again: fresh shapes and guards, batch and open sizes dynamic."""
     batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
     shapes = [
-        {0: batch} if spec.shape and spec.shape[0] is None else None
+        {
+            dim: batch if size is None else torch.export.Dim.AUTO
+            for dim, size in enumerate(spec.shape)
+            if size is None or spec.symbol(dim)
+        }
+        or None
         for spec in graph.signature.inputs
     ]
     with warnings.catch_warnings(), torch.no_grad():

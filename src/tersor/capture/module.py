@@ -1,35 +1,54 @@
-"""An ``nn.Module`` becomes a Graph: exported without decompositions, batch dynamic, normalised.
+"""A model becomes a Graph: exported without decompositions, sizes dynamic, normalised.
 
-The caller's module is only read: its mode is restored, its tensors are cloned. The exported graph
-must reproduce the module on the example and at another batch size before anything else happens.
+The caller's module is only read: its mode, its buffers and its config are restored, its tensors
+are cloned. The exported graph must reproduce the module on the example, at another batch size and
+at other sizes of the data before anything else happens.
+
+A model in half precision is captured as its copy in float32, whose values are the same; the
+signature says what the caller passes and gets.
 """
 
 import contextlib
-import copy
+import dataclasses
 import inspect
 import logging
-import re
-import traceback
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tersor.capture.samples import TO_INPUTS, Call, Samples
+from tersor.capture.configuration import EXPORTABLE, WITHOUT_CACHE, configured
+from tersor.capture.exporting import (
+    Place,
+    export,
+    first_line,
+    input_values,
+)
+from tersor.capture.programs import Model, as_module
+from tersor.capture.samples import TO_INPUTS, Call, Samples, several_shapes, varying
+from tersor.capture.sizes import Names, described, limits
 from tersor.capture.structures import describe
-from tersor.core.errors import CaptureError, DataError, ParityError, WeightError
+from tersor.capture.weights import (
+    check_weights,
+    float_type,
+    in_float32,
+    on_cpu,
+    state_restored,
+)
+from tersor.core.errors import CaptureError, DataError, ParityError
 from tersor.core.records import Signature, Structure, TensorSpec
 from tersor.core.structure import unflatten
 from tersor.graph.contracts import Graph
 from tersor.graph.normalise import normalise
 
-_MAX_BATCH = 1 << 16
 # Float32 sums in another order: a few hundred roundings of 2**-24, relative to the output's scale.
 PARITY = 1e-4
-_LOCATION = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)')
+_SHAPES = 6  # shapes of the data at which the model is run and compared
+_RUNTIME = (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,38 +56,89 @@ class Captured:
     """The graph, and the original as a function of flat inputs."""
 
     graph: Graph
-    original: Callable[..., Any]  # the caller's module in evaluation mode, its own convention
+    original: Callable[..., Any]  # the caller's model in evaluation mode, its own convention
     call: Call
 
 
-def capture(model: nn.Module, samples: Samples) -> Captured:
-    """Export a module and prove that the graph computes the same.
+@dataclass(frozen=True, slots=True)
+class _Host:
+    """The model on the CPU: as given, and in float32 (the same one, where it is float32)."""
+
+    own: nn.Module
+    plain: nn.Module
+    dtype: torch.dtype  # of the own one
+    outputs: list[Tensor] | None  # its own on the example; None where torch can't run its type here
+
+    @property
+    def is_half(self) -> bool:
+        return self.dtype != torch.float32
+
+
+def capture(model: Model, samples: Samples, dynamic: Collection[Place] = ()) -> Captured:
+    """Export a model and prove that the graph computes the same.
 
     Args:
-        model: Any module; not changed.
-        samples: A few inputs; the first two make the example (one is repeated).
+        model: A module or an exported program; not changed.
+        samples: A few inputs; the first two of the largest shape make the example (one is
+            repeated). Dimensions that vary among them are exported as dynamic.
+        dynamic: More dimensions that shall be dynamic, as (flat input, dimension): those that
+            vary in other parts of the data (``samples.varying``).
 
     Raises:
         WeightError: A parameter that is not finite, complex or sparse.
-        DataError: The module can't take the inputs.
-        CaptureError: Not exportable; names the op, the source line and the way out.
+        DataError: The model can't take the inputs.
+        CaptureError: Not exportable; names the op or the dimension, the source line and the way
+            out.
         ParityError: The exported graph computes something else.
     """
-    _check_weights(model)
-    host = _on_cpu(model)
-    with evaluation_mode(host), _quiet():
-        samples = _cast(host, samples)
-        example = _example(samples, 2)
-        args, kwargs = _arguments(samples.call, example)
-        expected = _first_call(host, *_arguments(samples.call, _clones(example)), samples.call)
-        program = _export(host, args, kwargs)
-        module = normalise(program.module(check_guards=False))
-        leaves: list[Tensor] = []
-        result = describe(expected, leaves)
-        signature = _signature(host, samples.call, example, leaves, result, module)
-        graph = Graph(module, signature, example)
-        _check_parity(host, graph, samples)
+    module = as_module(model)
+    check_weights(module)
+    with state_restored(module), configured(module, EXPORTABLE), evaluation_mode(module), _quiet():
+        host = _hosted(module, samples)
+        with evaluation_mode(host.plain):
+            graph = _graph(host, samples, dynamic)
     return Captured(graph, _original(host), samples.call)
+
+
+def _graph(host: _Host, samples: Samples, dynamic: Collection[Place]) -> Graph:
+    call = samples.call
+    samples = _cast(samples, host.dtype)
+    _check_shapes(host, samples)
+    example = _example(_cast(samples, torch.float32).tensors, 2)
+    seen = _seen(samples, dynamic)
+    args, kwargs = _arguments(call, example)
+    program = export(host.plain, args, kwargs, seen)
+    module = normalise(program.module(check_guards=False))
+    leaves: list[Tensor] = []
+    result = describe(_run(host.plain, call, example), leaves)
+    holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    if len(holders) != len(example):
+        raise CaptureError(
+            f"the model takes {len(example)} tensors, its export {len(holders)}; pass each tensor "
+            "once, and leave out what forward() does not read"
+        )
+    signature = Signature(
+        inputs=_input_specs(program, holders, _example(samples.tensors, 2), seen),
+        outputs=_output_specs(program, module, leaves, result, seen),
+        args=call.args,
+        kwargs=call.kwargs,
+        result=result,
+        parameter_names=tuple(inspect.signature(host.own.forward).parameters),
+    )
+    graph = Graph(module, signature, example)
+    return _with_parity(host, graph, samples)
+
+
+def _hosted(module: nn.Module, samples: Samples) -> _Host:
+    own = on_cpu(module)
+    dtype = float_type(own)
+    leaves: list[Tensor] = []
+    try:
+        example = _example(_cast(samples, dtype).tensors, 2)
+        describe(_run(own, samples.call, example), leaves)
+    except _RUNTIME:  # said with its cause when the float32 copy fails, too
+        return _Host(own, in_float32(own), dtype, None)
+    return _Host(own, in_float32(own), dtype, leaves)
 
 
 @contextlib.contextmanager
@@ -104,79 +174,71 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_complex() or tensor.is_sparse:
-            raise WeightError(
-                f"{name}: complex and sparse weights are not supported; make it dense"
-            )
-        if tensor.is_meta:
-            raise WeightError(f"{name} has no values (meta device); load the weights first")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise WeightError(
-                f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; wanted finite "
-                "weights: load a sound checkpoint"
-            )
-
-
-def _on_cpu(model: nn.Module) -> nn.Module:
-    tensors = [*model.parameters(), *model.buffers()]
-    if all(t.device.type == "cpu" for t in tensors):
-        return model
-    return copy.deepcopy(model).to("cpu")
-
-
-def _cast(model: nn.Module, samples: Samples) -> Samples:
+def _cast(samples: Samples, dtype: torch.dtype) -> Samples:
     """Float inputs in the model's float type; never between float and integer."""
-    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if wanted not in (torch.float32, torch.float64):
-        raise WeightError(
-            f"the model's weights are {wanted}; wanted float32: call model.float() on a copy"
-        )
-    if wanted is torch.float64:
-        raise WeightError("the model's weights are float64; wanted float32: use model.float()")
-    cast = tuple(t.to(wanted) if t.is_floating_point() else t for t in samples.tensors)
-    return Samples(samples.call, cast)
+    return samples.cast([dtype] * len(samples.tensors))
 
 
-def _example(samples: Samples, size: int) -> tuple[Tensor, ...]:
+def _seen(samples: Samples, dynamic: Collection[Place]) -> dict[Place, tuple[int, ...]]:
+    """Each dimension that shall be dynamic, with its size in every group of samples."""
+    places = sorted(varying([samples]) | set(dynamic))
+    return {(c, d): tuple(int(g[c].shape[d]) for g in samples.groups) for c, d in places}
+
+
+def _example(flat: Sequence[Tensor], size: int) -> tuple[Tensor, ...]:
     """The first samples, repeated where there are fewer: export makes a batch of 1 static."""
-    index = torch.arange(size) % len(samples)
-    return tuple(t[index].clone() for t in samples.tensors)
+    index = torch.arange(size) % int(flat[0].shape[0])
+    return tuple(t[index].clone() for t in flat)
 
 
-def _clones(flat: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a model that writes to its inputs may have."""
-    return tuple(t.clone() for t in flat)
-
-
-def _arguments(call: Call, flat: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(call: Call, flat: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     both = Structure(kind="tuple", children=(call.args, call.kwargs))
     args, kwargs = unflatten(both, list(flat))
     return tuple(args), dict(kwargs)
 
 
-def _first_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
-    _check_arguments(model, args, kwargs)
-    try:
-        return model(*args, **kwargs)
-    except (TypeError, RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        kinds = [
-            f"{t.dtype}{tuple(t.shape)}".removeprefix("torch.") for t in _tensors(args, kwargs)
-        ]
-        hint = f"; if the items hold labels, use {TO_INPUTS}" if len(call.args.children) > 1 else ""
-        raise DataError(
-            f"data: the model failed on the first inputs {', '.join(kinds)}: "
-            f"{_first_line(error)}; wanted inputs that the model itself accepts (a float model "
-            f"needs float inputs){hint}"
-        ) from error
+def _run(model: nn.Module, call: Call, flat: Sequence[Tensor]) -> Any:
+    """One call; the model may write to its inputs."""
+    args, kwargs = _arguments(call, [t.clone() for t in flat])
+    return model(*args, **kwargs)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    leaves: list[Tensor] = []
-    describe((args, kwargs), leaves)
-    return leaves
+def _shapes(samples: Samples) -> list[tuple[Tensor, ...]]:
+    """Groups to try: the largest, the smallest, and some between."""
+    groups = samples.groups
+    index = torch.linspace(0, len(groups) - 1, min(len(groups), _SHAPES)).round().long().unique()
+    return [groups[int(i)] for i in index]
+
+
+def _check_shapes(host: _Host, samples: Samples) -> None:
+    """Run the model at several shapes: what it can't take is a matter of the data."""
+    call = samples.call
+    _check_arguments(host.plain, *_arguments(call, _example(samples.tensors, 2)))
+    for number, flat in enumerate(_shapes(_cast(samples, torch.float32))):
+        example = _example(flat, 2)
+        try:
+            _run(host.plain, call, example)
+        except _RUNTIME as error:
+            if number:
+                column = min(varying([samples]))[0]
+                raise DataError(
+                    f"data: {several_shapes([samples], column)}; the model failed on "
+                    f"{_kinds(example)}: {first_line(error)}"
+                ) from error
+            raise DataError(_failed(error, example, call)) from error
+
+
+def _failed(error: Exception, example: Sequence[Tensor], call: Call) -> str:
+    hint = f"; if the items hold labels, use {TO_INPUTS}" if len(call.args.children) > 1 else ""
+    return (
+        f"data: the model failed on the first inputs {_kinds(example)}: "
+        f"{first_line(error)}; wanted inputs that the model itself accepts (a float model "
+        f"needs float inputs){hint}"
+    )
+
+
+def _kinds(flat: Sequence[Tensor]) -> str:
+    return ", ".join(f"{t.dtype}{tuple(t.shape)}".removeprefix("torch.") for t in flat)
 
 
 def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,132 +253,47 @@ def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         ) from error
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.export.ExportedProgram:
-    failure: Exception | None = None
-    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
-    for dim in (batch, torch.export.Dim.AUTO):
-        shapes = _dynamic_shapes(model, args, kwargs, dim)
-        try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        except Exception as error:  # noqa: BLE001 - torch raises dozens of types; all are re-raised by name
-            failure = failure or error
-            continue
-        if _batch_is_dynamic(program):
-            return program
-        failure = failure or CaptureError("the batch size is fixed by the model's own code")
-    assert failure is not None
-    raise CaptureError(_explain(model, failure)) from failure
+def _input_specs(
+    program: torch.export.ExportedProgram,
+    holders: Sequence[str],
+    example: Sequence[Tensor],
+    seen: dict[Place, tuple[int, ...]],
+) -> tuple[TensorSpec, ...]:
+    values = input_values(program)
+    names = Names(values, seen)
+    specs = []
+    for name, tensor, value in zip(holders, example, values, strict=True):
+        spec = described(name, _dtype(tensor), tensor.shape, value, names)
+        # Dimension 0 is the sample, whatever the export made of an input that nothing reads.
+        shape = (None, *spec.shape[1:])
+        bounds = limits(program, value, spec)
+        specs.append(dataclasses.replace(spec, shape=shape, limits=bounds))
+    return tuple(specs)
 
 
-def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dim: Any
-) -> dict[str, Any]:
-    def mark(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {0: dim}
-        if isinstance(value, dict):
-            return {k: mark(v) for k, v in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(mark(v) for v in value)
-        return None
-
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    marked: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            marked.update({k: mark(v) for k, v in value.items()})
-        else:
-            marked[name] = mark(value)
-    return marked
-
-
-def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
-    """``Dim.AUTO`` silently makes the batch static: look."""
-    user = set(program.graph_signature.user_inputs)
-    values = [
-        n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in user
-    ]
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor)]
-    return any(_is_dynamic(size) for size in sizes)
-
-
-def _is_dynamic(size: Any) -> bool:
-    """A symbol that the code turned into a number keeps its type."""
-    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
-
-
-def _explain(model: nn.Module, error: Exception) -> str:
-    """Op, source line and way out, from torch's own words and the traceback."""
-    text = str(error)
-    op = next(iter(re.findall(r"aten\.[\w.]+|torch\.ops\.[\w.]+|[\w]+::[\w.]+", text)), "")
-    place = _source_line(error, text)
-    data_dependent = "data-dependent" in text or "DataDependent" in type(error).__name__
-    if data_dependent:
-        what = "control flow depends on the values of tensors"
-        way_out = "replace the branch by torch.where or torch.cond, or capture the part without it"
-    elif "dynamic" in text.lower() or "constraint" in text.lower() or "fixed by" in text:
-        what = "the batch size is fixed by the code"
-        way_out = "take sizes from x.shape[0] or use -1 in view() and reshape()"
-    else:
-        what = _first_line(error)
-        way_out = "replace the op by one that torch.export knows, or pass a part of the model"
-    named = f"; op {op}" if op else ""
-    return f"{type(model).__name__} can't be exported: {what}{named}{place}; {way_out}"
-
-
-def _source_line(error: Exception, text: str) -> str:
-    found = _LOCATION.findall(text)
-    if found:
-        file, line, function, code = found[-1]
-        return f"; at {file}:{line} in {function}: {code.strip()}"
-    frames = traceback.extract_tb(error.__traceback__)
-    others = ("/torch/", "/tersor/", "<")  # "<string>": code that a library made
-    own = [f for f in frames if not any(part in f.filename for part in others)]
-    if own:
-        frame = own[-1]
-        return f"; at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
-    return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-
-
-def _signature(
-    model: nn.Module,
-    call: Call,
-    example: tuple[Tensor, ...],
-    leaves: list[Tensor],
-    result: Structure,
+def _output_specs(
+    program: torch.export.ExportedProgram,
     module: torch.fx.GraphModule,
-) -> Signature:
-    holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-    inputs = tuple(
-        TensorSpec(name=name, dtype=_dtype(t), shape=(None, *t.shape[1:]))
-        for name, t in zip(holders, example, strict=True)
-    )
+    leaves: Sequence[Tensor],
+    result: Structure,
+    seen: dict[Place, tuple[int, ...]],
+) -> tuple[TensorSpec, ...]:
     values = _output_values(module)
     if len(values) != len(leaves):
         raise CaptureError(
             f"the model returns {len(leaves)} tensors, its export {len(values)}; return tensors "
             "that forward() computes from its inputs"
         )
-    names = _output_names(result)
-    outputs = tuple(
-        TensorSpec(name=name, dtype=_dtype(leaf), shape=_output_shape(leaf, value))
-        for name, leaf, value in zip(names, leaves, values, strict=True)
-    )
-    return Signature(
-        inputs=inputs,
-        outputs=outputs,
-        args=call.args,
-        kwargs=call.kwargs,
-        result=result,
-        parameter_names=tuple(inspect.signature(model.forward).parameters),
-    )
+    names = Names(input_values(program), seen)
+    specs = []
+    for name, leaf, value in zip(_output_names(result), leaves, values, strict=True):
+        if leaf.is_complex() or leaf.layout != torch.strided:
+            raise CaptureError(
+                f"output {name!r} is {_dtype(leaf)}, {leaf.layout}; wanted dense real numbers: "
+                "return torch.view_as_real(...) or to_dense()"
+            )
+        specs.append(described(name, _dtype(leaf), leaf.shape, value, names))
+    return tuple(specs)
 
 
 def _output_values(module: torch.fx.GraphModule) -> list[Any]:
@@ -324,15 +301,6 @@ def _output_values(module: torch.fx.GraphModule) -> list[Any]:
     values = output.args[0]
     assert isinstance(values, tuple)
     return [n.meta.get("val") if isinstance(n, torch.fx.Node) else None for n in values]
-
-
-def _output_shape(leaf: Tensor, value: Any) -> tuple[int | None, ...]:
-    if value is None:
-        return (None, *leaf.shape[1:])
-    return tuple(
-        None if _is_dynamic(size) else int(known)
-        for size, known in zip(value.shape, leaf.shape, strict=True)
-    )
 
 
 def _output_names(structure: Structure, prefix: str = "") -> list[str]:
@@ -349,20 +317,57 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_parity(model: nn.Module, graph: Graph, samples: Samples) -> None:
-    for size in (2, 3):
-        flat = _example(samples, size)
-        leaves: list[Tensor] = []
-        args, kwargs = _arguments(samples.call, _clones(flat))
-        describe(model(*args, **kwargs), leaves)
-        for found, wanted in zip(graph.run(flat), leaves, strict=True):
-            difference = relative_difference(found, wanted)
-            if not difference <= PARITY:
-                raise ParityError(
-                    f"{type(model).__name__}: its export differs by {difference:.2e} of the "
-                    f"output's scale at batch {size}, wanted at most {PARITY:g}; a model that is "
-                    "random or keeps state between calls can't be captured"
-                )
+def _with_parity(host: _Host, graph: Graph, samples: Samples) -> Graph:
+    """The graph with the outputs' own types, once it was compared with the model."""
+    plain = _cast(samples, torch.float32)
+    for flat in _shapes(plain):
+        for size in (2, 3):
+            _compare(host.plain, graph, _example(flat, size), samples.call, PARITY)
+    if not host.is_half:
+        return graph
+    if host.outputs is not None:
+        for found, wanted in zip(graph.run(graph.example), host.outputs, strict=True):
+            _judge(host.own, found, wanted, 2, half_parity(host.dtype))
+    return dataclasses.replace(graph, signature=_typed(graph.signature, host))
+
+
+def half_parity(dtype: torch.dtype) -> float:
+    """As many roundings as PARITY allows; those of random sign add up as their root."""
+    count = PARITY / torch.finfo(torch.float32).eps
+    return math.sqrt(count) * torch.finfo(dtype).eps
+
+
+def _typed(signature: Signature, host: _Host) -> Signature:
+    """The outputs in the types that the model itself gives, or would."""
+    half = str(host.dtype).removeprefix("torch.")
+    if host.outputs is None:
+        kinds = [half if spec.dtype == "float32" else spec.dtype for spec in signature.outputs]
+    else:
+        kinds = [_dtype(leaf) for leaf in host.outputs]
+    outputs = tuple(
+        dataclasses.replace(spec, dtype=kind)
+        for spec, kind in zip(signature.outputs, kinds, strict=True)
+    )
+    return dataclasses.replace(signature, outputs=outputs)
+
+
+def _compare(
+    model: nn.Module, graph: Graph, flat: tuple[Tensor, ...], call: Call, limit: float
+) -> None:
+    leaves: list[Tensor] = []
+    describe(_run(model, call, flat), leaves)
+    for found, wanted in zip(graph.run(flat), leaves, strict=True):
+        _judge(model, found, wanted, int(flat[0].shape[0]), limit)
+
+
+def _judge(model: nn.Module, found: Tensor, wanted: Tensor, size: int, limit: float) -> None:
+    difference = relative_difference(found, wanted)
+    if not difference <= limit:
+        raise ParityError(
+            f"{type(model).__name__}: its export differs by {difference:.2e} of the "
+            f"output's scale at batch {size}, wanted at most {limit:g}; a model that is "
+            "random or keeps state between calls can't be captured"
+        )
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
@@ -375,9 +380,26 @@ def relative_difference(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).abs().max()) / scale
 
 
-def _original(model: nn.Module) -> Callable[..., Any]:
+def _original(host: _Host) -> Callable[..., Any]:
+    """The model as given where torch runs its type here, else its copy in float32."""
+    model = host.plain if host.outputs is None else host.own
+    dtype = torch.float32 if host.outputs is None else host.dtype
+
     def predict(*args: Any, **kwargs: Any) -> Any:
-        with evaluation_mode(model), torch.no_grad():
+        if host.is_half:
+            args, kwargs = _floats((args, kwargs), dtype)
+        with evaluation_mode(model), configured(model, WITHOUT_CACHE), torch.no_grad():
             return model(*args, **kwargs)
 
     return predict
+
+
+def _floats(value: Any, dtype: torch.dtype) -> Any:
+    """The same nested arguments with float tensors in that type."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _floats(v, dtype) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_floats(v, dtype) for v in value)
+    return value

@@ -79,7 +79,9 @@ class Samples:
         """Float inputs in these types, one an input; integers stay what they are."""
         wanted = tuple(dtypes)
         groups = [
-            tuple(t.to(d) if t.is_floating_point() else t for t, d in zip(flat, wanted, strict=True))
+            tuple(
+                t.to(d) if t.is_floating_point() else t for t, d in zip(flat, wanted, strict=True)
+            )
             for flat in self.groups
         ]
         return replace(self, tensors=groups[0], others=tuple(groups[1:]))

@@ -1,13 +1,11 @@
 """Commands that take a model: compress, bench and inspect."""
 
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tersor.analyse.inspection import Inspection
 from tersor.cli.exits import ExitCode
 from tersor.cli.options import (
     Backend,
@@ -23,7 +21,6 @@ from tersor.cli.options import (
 )
 from tersor.cli.output import Output
 from tersor.core.errors import ConfigError
-from tersor.core.records import Site
 
 
 def compress(
@@ -126,37 +123,27 @@ def inspect(
     ] = None,
     *,
     keep: Keep = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Profile a pass: each branch's share of the time.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the sites of a model or of an artifact, and which are pinned and why."""
+    """Show what may be chosen in a model as a tree, and what is pinned and why."""
     from tersor import api
     from tersor.core.jsonable import to_json
 
     if data is None:
         if ":" in source and not Path(source).exists():
             raise ConfigError(f"{source}: a model needs DATA beside it; its first item is run")
+        from tersor.report.terminal import inspected_table
+
         record = api.read_report(Path(source))
-        found: Any = {"sites": to_json(record.sites), "machine": to_json(record.machine)}
-        _show(as_json, found, record.sites)
+        found = {"sites": to_json(record.sites), "machine": to_json(record.machine)}
+        Output(as_json).emit(found, inspected_table(record.sites))
         return
+    from tersor.cli.inspected import render_inspection
     from tersor.cli.sources import first_inputs, load_data, load_model
 
     network, example = load_model(source), first_inputs(load_data(data))
-    inspection = api.inspect(network, example, keep=tuple(keep or ()))
-    _show(as_json, to_json(inspection), inspection.sites, summary(inspection))
-
-
-def summary(found: Inspection) -> str:
-    """The whole model in a line, and a line for each node that no site covers."""
-    from tersor.core.units import format_bytes
-
-    size = format_bytes(float(found.size_bytes))
-    head = f"{found.nodes} nodes, {found.macs:,} MACs per sample at the sites, {size}"
-    left = [f"not a site: {name}: {why}" for name, why in found.unsupported.items()]
-    return "\n".join([head, *left])
-
-
-def _show(as_json: bool, value: Any, sites: Iterable[Site], *lines: str) -> None:
-    from tersor.report.terminal import inspected_table
-
-    Output(as_json).emit(value, inspected_table(tuple(sites)), *lines)
+    inspection = api.inspect(network, example, keep=tuple(keep or ()), time=time)
+    Output(as_json).emit(to_json(inspection), render_inspection(inspection))

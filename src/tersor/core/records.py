@@ -248,6 +248,8 @@ class Term:
                 f"{self.name}: found {len(self.values)} values, wanted {wanted}, one a combination "
                 f"of the levels of {', '.join(self.sites)}"
             )
+        if not all(map(math.isfinite, self.values)):
+            raise ConfigError(f"{self.name}: found a value that is not finite")
 
     def at(self, assignment: Mapping[str, Level]) -> float:
         """The cost under an assignment that names all the sites.

@@ -12,11 +12,13 @@ from tersor.core.records import (
     BackendInfo,
     BuildChoice,
     Candidate,
+    Level,
     Signature,
     Site,
     Support,
 )
 from tersor.ops.moments import Moments
+from tersor.ops.obs import Consumer
 
 Shapes = Mapping[str, tuple[int, ...]]  # input name -> concrete shape of one build
 Arrays = Mapping[str, NDArray[Any]]
@@ -108,6 +110,13 @@ class SiteStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WidthStatistics:
+    """What one pass knows about all linear maps that sum over a width."""
+
+    consumers: tuple[Consumer, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantizer:
     """How the readers of one tensor see it: (x * inverse_scale + shift) rounded on a grid.
 
@@ -129,22 +138,24 @@ class SiteChange:
 
     Attributes:
         site: The site.
-        level: Number format after the change.
+        level: Number format after the change; of a width how many units are kept.
         codes: Integer weight in the weight's own shape, or None for a float weight.
         scale: Step for each output channel [c_out] (each row of an embedding).
         weight: A new float weight, where ``codes`` is None.
         bias: The new bias [c_out], or None to keep it.
         quantizer: The quantiser of the tensor that the ops read, or None.
+        kept: Of a width: indices of the units that stay.
         report: What the method did: damping used, losses, settings; JSON values.
     """
 
     site: Site
-    level: str
+    level: Level
     codes: Tensor | None = None
     scale: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     quantizer: Quantizer | None = None
+    kept: Tensor | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
 
 

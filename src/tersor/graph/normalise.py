@@ -289,7 +289,7 @@ def _module_path(node: fx.Node, leaf: str) -> str:
 
 
 def _fresh_name(name: str, tensors: dict[str, Tensor]) -> str:
-    parts = [part if not part.startswith("_") else f"t{part}" for part in name.split(".")]
+    parts = [f"t_{part.lstrip('_')}" if _is_taken(part) else part for part in name.split(".")]
     for i in range(1, len(parts)):
         if ".".join(parts[:i]) in tensors:  # a tensor holds no tensors
             parts = [*parts[: i - 1], "_".join(parts[i - 1 :])]
@@ -300,6 +300,11 @@ def _fresh_name(name: str, tensors: dict[str, Tensor]) -> str:
     while candidate in tensors or candidate in prefixes:
         candidate, number = f"{name}_{number}", number + 1
     return candidate
+
+
+def _is_taken(part: str) -> bool:
+    """Names that a module has itself ("to", "half", "graph") hold no tensor."""
+    return part.startswith("_") or hasattr(fx.GraphModule, part)
 
 
 def _write_linear(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ steps equal in exact arithmetic and which carries none of their rounding.
 
 Axes: c units, k units left, g groups, m outputs and n inputs of a group, s columns of a unit in a
 group, f columns that belong to no unit, q = k s columns left, r rows that stand for the outputs,
-a columns of one unit that leaves.
+l units that have left, h columns that are left.
 """
 
 import math

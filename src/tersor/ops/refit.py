@@ -234,11 +234,6 @@ def _check_across(
     _check_sizes(weight_new, moments, {"x": (groups, inputs), "d": (groups, outputs)})
     original = "x" if moments.x_original is None else "x_original"
     _check_sizes(weight_original, moments, {original: (groups, weight_original.shape[2])})
-    if weight_original.shape[:2] != weight_new.shape[:2]:
-        raise ShapeError(
-            f"original weight {tuple(weight_original.shape)} and new weight {tuple(weight_new.shape)} "
-            "[group, out, in] differ in groups or outputs; pass the rows of the outputs that were kept"
-        )
 
 
 def _check_sizes(weight: Tensor, moments: Moments, wanted: dict[str, tuple[int, int]]) -> None:

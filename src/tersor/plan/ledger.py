@@ -7,13 +7,13 @@ are always read from here.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tersor.core.records import Candidate, Format, Plan, PriceTable
+from tersor.core.records import Candidate, Level, Plan, PriceTable
 from tersor.plan.problem import Constraint, Objective, Problem, Totals
 from tersor.plan.solve import TOLERANCE, optimise
 from tersor.plan.sweep import expected_loss
 from tersor.plan.task import Assignment, Draft, Evaluation, Task, Tools
 
-Key = tuple[tuple[str, Format], ...]
+Key = tuple[tuple[str, Level], ...]
 
 
 def draft_of(table: int, assignment: Assignment) -> Draft:
@@ -22,7 +22,7 @@ def draft_of(table: int, assignment: Assignment) -> Draft:
 
 
 def _key(assignment: Assignment) -> Key:
-    return tuple(sorted(assignment.items()))
+    return tuple((site, assignment[site]) for site in sorted(assignment))
 
 
 class Ledger:
@@ -37,6 +37,7 @@ class Ledger:
         self._tools = tools
         self._losses: dict[Key, float] = {_key(e.assignment): e.loss for e in known}
         self._n_known = len(self.evaluations)
+        self._problems: dict[tuple[int, bool], Problem] = {}
 
     @property
     def evaluations_left(self) -> int:
@@ -45,8 +46,12 @@ class Ledger:
 
     def problem(self, table: int) -> Problem:
         """The problem on one table as corrected so far."""
-        problem = self.task.problem(self.tables[table])
-        return problem.without("size") if self.unreachable == "size" else problem
+        key = (table, self.unreachable == "size")
+        kept = self._problems.get(key)
+        if kept is None or kept.table is not self.tables[table]:
+            kept = self.task.problem(self.tables[table])
+            kept = self._problems[key] = kept.without("size") if key[1] else kept
+        return kept
 
     def native_ms(self, table: int) -> float:
         """Predicted latency of the uncompressed build on a table."""
@@ -100,20 +105,18 @@ class Ledger:
 
     def baseline_loss(self) -> float:
         """The real quality loss of the best uncompressed build; evaluated at most once."""
-        assignment = self._baseline_assignment()
+        assignment = self.task.baseline_assignment()
         known = self._losses.get(_key(assignment))
         if known is not None:
             return known
         return self._evaluate(assignment, _key(assignment), self._baseline_error())
 
-    def _baseline_assignment(self) -> dict[str, Format]:
-        native: Format = self.task.baseline_choice.precision
-        return dict.fromkeys(sorted(self.task.candidates), native)
-
     def _baseline_error(self) -> float:
-        native = self.task.baseline_choice.precision
-        rows = self.task.candidates.values()
-        return sum((min((c.error for c in r if c.level == native), default=0.0) for r in rows), 0.0)
+        native, rows = self.task.baseline_assignment(), self.task.candidates
+        found = [
+            min((c.error for c in rows[s] if c.level == v), default=0.0) for s, v in native.items()
+        ]
+        return sum(found, 0.0)
 
     def _evaluate(self, assignment: Assignment, levels: Key, error: float) -> float:
         loss = float(self._tools.evaluate(assignment))
@@ -166,7 +169,7 @@ class Ledger:
 
     def baseline_plan(self, binding: str = "") -> Plan:
         """The best uncompressed build as a plan."""
-        task, assignment = self.task, self._baseline_assignment()
+        task, assignment = self.task, self.task.baseline_assignment()
         return Plan(
             assignment=assignment,
             choice=task.baseline_choice,
@@ -183,7 +186,5 @@ class Ledger:
 
     def is_baseline(self, draft: Draft) -> bool:
         """Whether a draft is the best uncompressed build itself."""
-        choice = self.tables[draft.table].choice
-        return choice == self.task.baseline_choice and all(
-            level == choice.precision for _, level in draft.levels
-        )
+        same = self.tables[draft.table].choice == self.task.baseline_choice
+        return same and draft.assignment == self.problem(draft.table).native

@@ -173,9 +173,7 @@ class _Layout:
             elif len(term.sites) == 1:
                 total[rows[term.sites[0]]] += term.values
             else:
-                i = next(
-                    i for i, b in enumerate(self.blocks) if set(term.sites) <= set(b.sites)
-                )
+                i = next(i for i, b in enumerate(self.blocks) if set(term.sites) <= set(b.sites))
                 total[ends[i] : ends[i + 1]] += self.blocks[i].spread(term)
         return total, fixed
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import Candidate, Level, PriceTable, Term
+from tersor.core.records import Candidate, Level, Precision, PriceTable, Term
 
 Objective = Literal["latency", "error", "size"]
 Constraint = Literal["latency", "size", "drop"]
@@ -32,37 +32,20 @@ class Totals(NamedTuple):
 
 
 def native_levels(
-    candidates: Mapping[str, Sequence[Candidate]], table: PriceTable
+    candidates: Mapping[str, Sequence[Candidate]],
+    precision: Precision,
+    native: Mapping[str, int],
 ) -> dict[str, Level]:
     """Site -> its level when left alone, by site name.
 
-    A format site has the precision of the table's choice; a width or a branch what the table
-    lists for it, else its largest level.
-
-    Raises:
-        ConfigError: A site that offers formats and counts, or not its native level.
+    A format site has the precision of the build; a width or a branch the count in ``native``,
+    else its largest.
     """
-    return {site: _native_level(site, candidates[site], table) for site in sorted(candidates)}
-
-
-def _native_level(site: str, row: Sequence[Candidate], table: PriceTable) -> Level:
-    found = sorted({c.level for c in row}, key=str)
-    counts = [level for level in found if isinstance(level, int)]
-    if counts and len(counts) < len(found):
-        raise ConfigError(
-            f"site {site}: found candidates {found}, wanted either formats or numbers of kept "
-            "units; a width and the format of an op are two sites"
-        )
-    default = max(counts) if counts else table.choice.precision
-    native = table.native.get(site, default)
-    if native in found:
-        return native
-    what = f"the precision of {table.choice.describe()}"
-    raise ConfigError(
-        f"site {site}: found candidates {found}, wanted one in {native}, "
-        f"{'its native count' if counts else what}; a site that has no choice is left out and its "
-        "bytes are counted in fixed_bytes"
-    )
+    found: dict[str, Level] = {}
+    for site in sorted(candidates):
+        counts = [c.level for c in candidates[site] if isinstance(c.level, int)]
+        found[site] = native.get(site, max(counts)) if counts else precision
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +57,8 @@ class Problem:
     bytes there, and its candidates' bytes do not count.
 
     Raises:
-        ConfigError: A site has no candidate at its native level, a quantiser has a negative
-            price, or a size term has no value for its sites left alone.
+        ConfigError: A site has no candidate at its native level or mixes formats and counts, a
+            quantiser has a negative price, or a term has no value for its sites left alone.
     """
 
     candidates: Mapping[str, Sequence[Candidate]]
@@ -95,7 +78,10 @@ class Problem:
         for tensor, ms in self.table.quantizers.items():
             if not ms >= 0:
                 raise ConfigError(f"quantizer of {tensor}: found a price of {ms} ms, wanted >= 0")
-        object.__setattr__(self, "_native", native_levels(self.candidates, self.table))
+        native = native_levels(self.candidates, self.table.choice.precision, self.table.native)
+        object.__setattr__(self, "_native", native)
+        for site, row in self.candidates.items():
+            self._check_levels(site, {c.level for c in row})
         object.__setattr__(self, "_sized", frozenset(s for t in self.size_terms for s in t.sites))
         for term in (*self.table.terms, *self.size_terms):
             for site, levels in zip(term.sites, term.levels, strict=True):
@@ -106,6 +92,22 @@ class Problem:
                         "site's full count in the table's native"
                     )
         object.__setattr__(self, "_levels", self._usable_levels())
+
+    def _check_levels(self, site: str, levels: set[Level]) -> None:
+        found, native = sorted(levels, key=str), self._native[site]
+        n_counts = sum(isinstance(level, int) for level in found)
+        if 0 < n_counts < len(found):
+            raise ConfigError(
+                f"site {site}: found candidates {found}, wanted either formats or numbers of kept "
+                "units; a width and the format of an op are two sites"
+            )
+        if native not in levels:
+            what = f"the precision of {self.table.choice.describe()}"
+            raise ConfigError(
+                f"site {site}: found candidates {found}, wanted one in {native}, "
+                f"{'its full count' if n_counts else what}; a site that has no choice is left out "
+                "and its bytes are counted in fixed_bytes"
+            )
 
     @property
     def native(self) -> Mapping[str, Level]:
@@ -142,7 +144,9 @@ class Problem:
                 c
                 for c in self.candidates[site]
                 if c.level == native
-                or (self._is_priced(site, c.level, priced) and c.level in sized.get(site, {c.level}))
+                or (
+                    self._is_priced(site, c.level, priced) and c.level in sized.get(site, {c.level})
+                )
             ]
             usable.sort(key=lambda c: (c.level != native, _order(c.level), c.error, c.size_bytes))
             row: dict[Level, Candidate] = {}

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from tersor.core.records import ParetoPoint, Plan, PriceTable
 from tersor.plan.ledger import Ledger, draft_of
-from tersor.plan.problem import Constraint
 from tersor.plan.proposals import Proposal, check_size, propose
 from tersor.plan.search import baseline_is_enough, meets
 from tersor.plan.solve import TOLERANCE
@@ -76,7 +75,7 @@ def curve(
     totals = {d: ledger.totals(d) for d in drafts}
     kept = set(non_dominated(list(totals.values())))
     by_totals = {t: d for d, t in reversed(totals.items()) if t in kept}
-    known = {(p.choice.describe(), tuple(sorted(p.assignment.items()))): p for p in measured}
+    known = {(p.choice.describe(), draft_of(0, p.assignment).levels): p for p in measured}
     points = []
     for total in sorted(by_totals):
         plan = ledger.plan(by_totals[total])
@@ -105,10 +104,11 @@ def _propose(ledger: Ledger) -> Proposal:
     check_size(ledger)
     budget = error_budget([(e.error, e.loss) for e in ledger.evaluations], limit)
     fastest = ledger.solve("latency", may_be_slower=True)
+    if ledger.totals(fastest[0]).error <= budget * (1 + TOLERANCE):
+        return Proposal((fastest[0],), ledger.unreachable)
     within = ledger.solve("latency", max_error=budget * (1 + TOLERANCE), may_be_slower=True)
     within = within or ledger.solve("error", may_be_slower=True)
-    binding: Constraint | None = None if within[0] == fastest[0] else "drop"
-    return Proposal(tuple(within), ledger.unreachable or binding)
+    return Proposal(tuple(within), ledger.unreachable or "drop")
 
 
 def _predicted_baseline(ledger: Ledger, reason: str) -> Choice:

@@ -7,11 +7,11 @@ cost for what they gain.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from tersor.core.records import Format
+from tersor.core.records import Level
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.problem import Problem, Totals
 from tersor.plan.proposals import SPEED_MARGIN
@@ -24,7 +24,7 @@ MAX_PAIRS = 1_000
 # A gain that no measurement could tell from noise is not worth an evaluation (FINDINGS 1).
 SMALLEST_GAIN = 0.005
 
-Move = tuple[str, Format]
+Move = tuple[str, Level]
 
 
 def improve(ledger: Ledger, incumbent: Draft) -> list[Draft]:
@@ -87,19 +87,18 @@ def neighbours(ledger: Ledger, incumbent: Draft) -> list[Draft]:
 
 
 def _after(
-    problem: Problem, assignment: dict[str, Format], here: Totals, moves: tuple[Move, ...]
+    problem: Problem, assignment: dict[str, Level], here: Totals, moves: tuple[Move, ...]
 ) -> tuple[Totals, tuple[str, ...]]:
     """Totals after some moves, and the sites whose error they lessen."""
     levels = problem.levels()
-    size, error, softened = here.size_bytes, here.error, []
+    error, softened = here.error, []
     for site, level in moves:
         old, new = levels[site][assignment[site]], levels[site][level]
-        size += new.size_bytes - old.size_bytes
         error += new.error - old.error
         if new.error < old.error:
             softened.append(site)
-    ms = problem.table.predict_ms(assignment | dict(moves), problem.tensors)
-    return Totals(ms, size, error), tuple(softened)
+    after = problem.totals(assignment | dict(moves))
+    return after._replace(error=error), tuple(softened)
 
 
 def _latency_cap(ledger: Ledger, incumbent: Draft, here: Totals) -> float:
@@ -119,11 +118,11 @@ def _is_better(ledger: Ledger, draft: Draft, incumbent: Draft) -> bool:
 
 
 def _moves(problem: Problem, incumbent: Draft, seed: int) -> Iterator[tuple[Move, ...]]:
+    assignment = incumbent.assignment
     singles: list[Move] = [
         (site, level)
         for site, row in problem.levels().items()
-        for level in row
-        if level != incumbent.assignment[site]
+        for level in _next_levels(row, assignment[site])
     ]
     yield from ((move,) for move in singles)
     n = len(singles)
@@ -135,3 +134,12 @@ def _moves(problem: Problem, incumbent: Draft, seed: int) -> Iterator[tuple[Move
     for i, j in pairs:
         if singles[i][0] != singles[j][0]:
             yield singles[i], singles[j]
+
+
+def _next_levels(levels: Iterable[Level], here: Level) -> list[Level]:
+    """Every other format; of a count the next one below and above."""
+    if not isinstance(here, int):
+        return [level for level in levels if level != here]
+    counts = sorted(level for level in levels if isinstance(level, int))
+    place = counts.index(here)
+    return [*counts[max(0, place - 1) : place], *counts[place + 1 : place + 2]]

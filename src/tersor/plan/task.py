@@ -1,7 +1,7 @@
 """What the search is asked, what it may call, and what it answers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import BaselineRow, BuildChoice, Candidate, Level, Plan, PriceTable, Term
@@ -93,9 +93,8 @@ class Task:
 
     def baseline_assignment(self) -> dict[str, Level]:
         """Every site as the best uncompressed build has it."""
-        table = self.tables[0]
-        uncompressed = replace(table, choice=self.baseline_choice, terms=())
-        return native_levels(self.candidates, uncompressed)
+        precision, counts = self.baseline_choice.precision, self.tables[0].native
+        return native_levels(self.candidates, precision, counts)
 
     def problem(self, table: PriceTable) -> Problem:
         """The allocation problem on one table, with the size budget and no other."""
@@ -134,7 +133,7 @@ class Draft:
     levels: tuple[tuple[str, Level], ...]  # by site name
 
     @property
-    def assignment(self) -> dict[str, Format]:
+    def assignment(self) -> dict[str, Level]:
         """Site -> level."""
         return dict(self.levels)
 

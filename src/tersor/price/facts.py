@@ -67,7 +67,7 @@ class WidthFacts:
 
     Attributes:
         nodes: Native facts, in graph order.
-        full: Width or branch -> its count when left alone.
+        full: Width or branch -> its count when left alone: 1 of a branch.
         levels: Width or branch -> the counts that it may keep.
         ratios: Node -> width that moves it -> count -> each size over the native one.
         rules: Node that several widths move -> how each size follows them.
@@ -107,7 +107,7 @@ class WidthFacts:
 
     def pivot(self, nodes: Sequence[str]) -> str:
         """The width that multiplies what the others add up to: one that moves outputs alone."""
-        widths = self.widths(nodes)
+        widths = [w for w in self.widths(nodes) if self.full[w] > 1]
         for width in widths:
             least = [r[width][min(r[width])] for n in nodes if width in (r := self.ratios[n])]
             if all(r[_OUTPUTS] != 1 and r[_INPUTS] == 1 for r in least):

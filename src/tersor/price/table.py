@@ -65,15 +65,7 @@ def fit_table(
     Raises:
         ConfigError: Nothing to fit on, or a latency that is not positive.
     """
-    fitted = [o for o in observations if not o.held_out]
-    if not fitted:
-        raise ConfigError(
-            f"{choice.describe()}: found no build to fit prices on, wanted at least one that is "
-            "not held out"
-        )
-    for o in observations:
-        if not o.measured_ms > 0:
-            raise ConfigError(f"{choice.describe()}: found a latency of {o.measured_ms} ms")
+    fitted = _fitted(choice, observations)
     tensors = {s.name: s.tensor for s in sites if s.tensor is not None}
     formats = [s for s in sites if s.kind == "format"]
     costs = _costs(choice, formats, fitted, tensors, quantize_nodes, facts)
@@ -139,6 +131,20 @@ def correct_table(
     n = table.corrections + 1
     ratio = measured_ms / table.predict_ms(assignment, tensors)
     return replace(table, scale=table.scale * ratio ** (1 / n), corrections=n)
+
+
+def _fitted(choice: BuildChoice, observations: Sequence[Observation]) -> list[Observation]:
+    """The builds that the fit may see, of a checked list."""
+    fitted = [o for o in observations if not o.held_out]
+    if not fitted:
+        raise ConfigError(
+            f"{choice.describe()}: found no build to fit prices on, wanted at least one that is "
+            "not held out"
+        )
+    for o in observations:
+        if not o.measured_ms > 0:
+            raise ConfigError(f"{choice.describe()}: found a latency of {o.measured_ms} ms")
+    return fitted
 
 
 def _is_int8(observation: Observation, site: str) -> bool:

@@ -1,8 +1,9 @@
 """Costs over levels of several sites, written out as the terms of a plan; bytes are such costs.
 
-A term has at most three sites, two widths and a format: a product of more has too many binaries.
-Where more widths meet (a concatenation), one of them, the pivot, is in every term, and the others
-add up to first order.
+A term has at most two widths and a format: a product of more has too many binaries. Where more
+widths meet (a concatenation), one of them, the pivot, is in every term, and the others add up to
+first order. A branch around an op has two levels only and switches all of it off, so that it is in
+every term as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +37,16 @@ def spread(
         facts: Which widths move the nodes.
         cost: Takes an assignment; widths that it does not list are full.
     """
-    widths = facts.widths(nodes)
-    levels = {**{w: facts.levels[w] for w in widths}, **formats}
+    moving = facts.widths(nodes)
+    branches = [w for w in moving if facts.full[w] == 1]
+    widths = [w for w in moving if w not in branches]
+    levels = {**{w: facts.levels[w] for w in moving}, **formats}
     if len(widths) <= MAX_WIDTHS:
-        return (_term(name, (*widths, *formats), levels, cost),)
+        return (_term(name, (*widths, *branches, *formats), levels, cost),)
     pivot = facts.pivot(nodes)
     others = [w for w in widths if w != pivot]
     return tuple(
-        _term(f"{name}, {w}", (w, pivot, *formats), levels, _part(cost, w, len(others)))
+        _term(f"{name}, {w}", (w, pivot, *branches, *formats), levels, _part(cost, w, len(others)))
         for w in others
     )
 

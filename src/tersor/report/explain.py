@@ -5,8 +5,8 @@ from typing import Any
 
 from tersor.core.errors import SiteNotFoundError
 from tersor.core.jsonable import to_json
-from tersor.core.records import Candidate, Site
-from tersor.report.facts import change_ms, reason
+from tersor.core.records import Candidate, Level, Site
+from tersor.report.facts import change_ms, reason, site_bytes, site_ms
 from tersor.report.record import Report
 
 
@@ -14,32 +14,34 @@ def explain(report: Report, site: str) -> dict[str, Any]:
     """What the plan does at a site and what else it could do there, as JSON values.
 
     Returns:
-        Keys: site, op_kind, shape, macs, pinned, level, method, error, error_se, size_bytes,
-        predicted_ms, reason, settings, alternatives and undo. Changes (``*_change``) are against
+        Keys: site, kind, op_kind, shape, units, members, macs, pinned, level, native, method,
+        error, error_se, size_bytes, predicted_ms, reason, settings, alternatives and undo. Bytes
+        and times of a width are those of all that it meets. Changes (``*_change``) are against
         the plan as it is, all other sites unchanged, and are predictions.
 
     Raises:
         SiteNotFoundError: No site of that name; the message names the nearest.
     """
     found = _find(report, site)
-    native = report.plan.choice.precision
-    level = report.plan.assignment.get(found.name, native)
+    native, level = report.native(found), report.level(found)
     chosen = report.candidate(found.name, level)
-    table = report.table()
-    price = None if table is None else table.ops.get(found.name, {}).get(level)
     options = [c for c in report.candidates if c.site == found.name and c.level != level]
     return {
         "site": found.name,
+        "kind": found.kind,
         "op_kind": found.op_kind,
         "shape": list(found.shape),
+        "units": found.units,
+        "members": list(found.members),
         "macs": found.macs,
         "pinned": found.pinned,
         "level": level,
+        "native": native,
         "method": None if chosen is None else chosen.method,
         "error": 0.0 if chosen is None else chosen.error,
         "error_se": 0.0 if chosen is None else chosen.error_se,
-        "size_bytes": _size(found, chosen),
-        "predicted_ms": None if price is None or table is None else price * table.scale,
+        "size_bytes": site_bytes(report, found, level),
+        "predicted_ms": site_ms(report, found, level),
         "reason": reason(report, found),
         "settings": to_json(report.plan.settings.get(found.name, {})),
         "alternatives": [_alternative(report, found, chosen, c) for c in options],
@@ -58,10 +60,6 @@ def _find(report: Report, name: str) -> Site:
     )
 
 
-def _size(site: Site, candidate: Candidate | None) -> int:
-    return site.size_bytes if candidate is None else candidate.size_bytes
-
-
 def _alternative(
     report: Report, site: Site, chosen: Candidate | None, other: Candidate
 ) -> dict[str, Any]:
@@ -71,20 +69,24 @@ def _alternative(
         "method": other.method,
         "error": other.error,
         "error_se": other.error_se,
-        "size_bytes": other.size_bytes,
+        "size_bytes": site_bytes(report, site, other.level),
         "latency_ms_change": change_ms(report, site.name, other.level),
         "error_change": other.error - error,
-        "size_bytes_change": other.size_bytes - _size(site, chosen),
+        "size_bytes_change": _change_bytes(report, site, other.level),
     }
 
 
 def _undo(report: Report, site: Site, chosen: Candidate | None) -> dict[str, Any]:
-    native = report.plan.choice.precision
+    native = report.native(site)
     before = report.candidate(site.name, native)
     error = 0.0 if before is None else before.error
     return {
         "level": native,
         "latency_ms_change": change_ms(report, site.name, native),
         "error_change": error - (0.0 if chosen is None else chosen.error),
-        "size_bytes_change": _size(site, before) - _size(site, chosen),
+        "size_bytes_change": _change_bytes(report, site, native),
     }
+
+
+def _change_bytes(report: Report, site: Site, level: Level) -> int:
+    return site_bytes(report, site, level) - site_bytes(report, site, report.level(site))

@@ -1,10 +1,19 @@
 """What follows from a report by arithmetic: its rows, its sites, the quality of its prices."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tersor.core.records import BuildChoice, Format, PriceTable, Site, Timing, Verdict
+from tersor.core.records import (
+    BuildChoice,
+    Level,
+    PriceTable,
+    Site,
+    SiteKind,
+    Term,
+    Timing,
+    Verdict,
+)
 from tersor.report.record import Report
 
 
@@ -26,12 +35,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteLine:
-    """One site in the plan: what became of it, what it costs and why."""
+    """One site in the plan: what became of it, what it costs and why.
+
+    Times and bytes of a width are those of all that it meets, the other sites as in the plan.
+    """
 
     site: str
+    kind: SiteKind
     shape: tuple[int, ...]
-    before: Format
-    after: Format
+    before: Level
+    after: Level
     size_before: int
     size_after: int
     predicted_ms_before: float | None
@@ -100,41 +113,88 @@ def site_lines(report: Report) -> tuple[SiteLine, ...]:
 
 
 def _site_line(report: Report, site: Site) -> SiteLine:
-    native = report.plan.choice.precision
-    after = report.plan.assignment.get(site.name, native)
+    before, after = report.native(site), report.level(site)
     candidate = report.candidate(site.name, after)
-    row = _op_prices(report.table(), site.name)
+    is_format = site.kind == "format"  # what its weight took as given
     return SiteLine(
         site=site.name,
+        kind=site.kind,
         shape=site.shape,
-        before=native,
+        before=before,
         after=after,
-        size_before=site.size_bytes,
-        size_after=site.size_bytes if candidate is None else candidate.size_bytes,
-        predicted_ms_before=row.get(native),
-        predicted_ms=row.get(after),
+        size_before=site.size_bytes if is_format else site_bytes(report, site, before),
+        size_after=site_bytes(report, site, after),
+        predicted_ms_before=site_ms(report, site, before),
+        predicted_ms=site_ms(report, site, after),
         error=0.0 if candidate is None else candidate.error,
         reason=reason(report, site),
     )
 
 
-def _op_prices(table: PriceTable | None, site: str) -> dict[str, float]:
+def describe(line: SiteLine) -> str:
+    """One site in one line of text: what it is, what became of it, why."""
+    name = line.site.removeprefix(f"{line.kind}:")
+    if line.kind == "branch":
+        change = "kept" if line.after else "removed"
+    elif line.before == line.after:
+        change = str(line.after)
+    else:
+        change = f"{line.before} -> {line.after}"
+    kind = "" if line.kind == "format" else f"{line.kind} "
+    return f"{kind}{name}: {change}, {line.reason}"
+
+
+def site_bytes(report: Report, site: Site, level: Level) -> int:
+    """Bytes at a level of one site, the other sites as in the plan.
+
+    Where weights depend on several sites, those of all weights that this one decides; a site
+    that no candidate and no size term knows at that level has the bytes that were given.
+    """
+    terms = _terms_of(report.size_terms, site.name)
+    if terms:
+        levels = report.assignment() | {site.name: level}
+        if all(_is_known(term, levels) for term in terms):
+            return round(sum(term.at(levels) for term in terms))
+    candidate = report.candidate(site.name, level)
+    return site.size_bytes if candidate is None else candidate.size_bytes
+
+
+def site_ms(report: Report, site: Site, level: Level) -> float | None:
+    """Predicted time of what a site decides at a level, the others as in the plan.
+
+    None without a table, or without a price for that level.
+    """
+    table = report.table()
     if table is None:
-        return {}
-    return {level: ms * table.scale for level, ms in table.ops.get(site, {}).items()}
+        return None
+    terms = _terms_of(table.terms, site.name)
+    levels = table.complete(report.assignment() | {site.name: level})
+    own = table.ops.get(site.name, {}).get(str(level))
+    if not all(_is_known(term, levels) for term in terms) or (own is None and not terms):
+        return None
+    return ((own or 0.0) + sum(term.at(levels) for term in terms)) * table.scale
+
+
+def _terms_of(terms: Sequence[Term], site: str) -> list[Term]:
+    return [term for term in terms if site in term.sites]
+
+
+def _is_known(term: Term, assignment: Mapping[str, Level]) -> bool:
+    pairs = zip(term.sites, term.levels, strict=True)
+    return all(assignment.get(site) in levels for site, levels in pairs)
 
 
 def reason(report: Report, site: Site) -> str:
     """Why a site is at its level, in one line."""
-    native = report.plan.choice.precision
-    level = report.plan.assignment.get(site.name, native)
+    native, level = report.native(site), report.level(site)
     if site.pinned is not None:
         return f"pinned: {site.pinned}"
+    what = "format" if site.kind == "format" else "level"
     if level == native:
         others = [c for c in report.candidates if c.site == site.name and c.level != native]
         if not others:
-            return "no other format was offered"
-        return f"none of {len(others)} other format(s) was chosen under the target"
+            return f"no other {what} was offered"
+        return f"none of {len(others)} other {what}(s) was chosen under the target"
     saved = change_ms(report, site.name, native)
     candidate = report.candidate(site.name, level)
     error = "" if candidate is None else f", +{candidate.error:.2g} error"
@@ -143,14 +203,20 @@ def reason(report: Report, site: Site) -> str:
     return f"{-saved:+.3g} ms{error}"
 
 
-def change_ms(report: Report, site: str, level: Format) -> float | None:
-    """Predicted change of the latency if this one site went to ``level``; None without a table."""
+def change_ms(report: Report, site: str, level: Level) -> float | None:
+    """Predicted change of the latency if this one site went to ``level``.
+
+    None without a table, or where the table has no price for the plan or for that level.
+    """
     table = report.table()
     if table is None:
         return None
     tensors = {s.name: s.tensor for s in report.sites if s.tensor is not None}
-    now = dict(report.plan.assignment)
-    return table.predict_ms({**now, site: level}, tensors) - table.predict_ms(now, tensors)
+    now = table.complete(report.assignment())
+    then = {**now, site: level}
+    if not all(_is_known(term, levels) for term in table.terms for levels in (now, then)):
+        return None
+    return table.predict_ms(then, tensors) - table.predict_ms(now, tensors)
 
 
 def price_quality(report: Report) -> tuple[PriceQuality, ...]:

@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tersor.core.machine import Machine
-from tersor.core.records import Candidate, ParetoPoint, Plan, Prices, PriceTable, Site, Verdict
+from tersor.core.records import (
+    Candidate,
+    Level,
+    ParetoPoint,
+    Plan,
+    Prices,
+    PriceTable,
+    Site,
+    Term,
+    Verdict,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +32,7 @@ class Report:
         candidates: Every level that was offered, with its measured error.
         pareto: Points on the curve, the result's own among them or not.
         notes: What the reader must know beside the numbers.
+        size_terms: Bytes that depend on the levels of several sites.
     """
 
     version: str
@@ -34,11 +45,26 @@ class Report:
     pareto: tuple[ParetoPoint, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    size_terms: tuple[Term, ...] = ()
 
     def table(self) -> PriceTable | None:
         """The price table of the plan's build choice; None where it was not priced."""
         return next((t for t in self.prices.tables if t.choice == self.plan.choice), None)
 
-    def candidate(self, site: str, level: str) -> Candidate | None:
+    def candidate(self, site: str, level: Level) -> Candidate | None:
         """The candidate of a site at a level; None where no method offered one."""
         return next((c for c in self.candidates if (c.site, c.level) == (site, level)), None)
+
+    def native(self, site: Site) -> Level:
+        """The level of a site that is left alone: the build's precision, or all that there is."""
+        if site.kind == "width":
+            return site.units
+        return 1 if site.kind == "branch" else self.plan.choice.precision
+
+    def level(self, site: Site) -> Level:
+        """What the plan does at a site."""
+        return self.plan.assignment.get(site.name, self.native(site))
+
+    def assignment(self) -> dict[str, Level]:
+        """The plan's level of every site, also of those that it leaves alone."""
+        return {**{s.name: self.native(s) for s in self.sites}, **self.plan.assignment}

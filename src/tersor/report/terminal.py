@@ -17,6 +17,7 @@ from tersor.report.facts import (
     Row,
     SiteLine,
     all_notes,
+    describe,
     price_quality,
     result_rows,
     site_lines,
@@ -30,10 +31,14 @@ _NONE = "-"
 
 def render_report(report: Report) -> RenderableType:
     """All of it, the verdict first."""
+    lines = site_lines(report)
+    formats = [line for line in lines if line.kind == "format"]
+    widths = [line for line in lines if line.kind != "format"]
     return Group(
         verdict_table(report.verdict),
         rows_table(result_rows(report)),
-        sites_table(site_lines(report)),
+        sites_table(formats),
+        *([widths_list(widths)] if widths else []),
         quality_table(price_quality(report)),
         pareto_table(report.pareto),
         notes_list(all_notes(report)),
@@ -120,20 +125,25 @@ def _quality(row: Row) -> str:
 
 
 def sites_table(lines: Sequence[SiteLine]) -> Table:
-    """The plan by site."""
+    """The plan by format site."""
     columns = ("site", "format", "size", "predicted ms", "error", "reason")
     table = _table(Text("plan"), columns, numeric={3, 4})
     for line in lines:
         _add(
             table,
             line.site,
-            _arrow(line.before, line.after),
+            _arrow(str(line.before), str(line.after)),
             _arrow(_megabytes(line.size_before), _megabytes(line.size_after)),
             _NONE if line.predicted_ms is None else f"{line.predicted_ms:.3f}",
             f"{line.error:.2g}",
             line.reason,
         )
     return table
+
+
+def widths_list(lines: Sequence[SiteLine]) -> Text:
+    """Widths and branches, one line each."""
+    return Text("\n".join(describe(line) for line in lines))
 
 
 def _arrow(before: str, after: str) -> str:
@@ -203,8 +213,8 @@ def inspected_table(sites: Sequence[Site]) -> Table:
         _add(
             table,
             site.name,
-            site.op_kind,
-            "x".join(str(n) for n in site.shape),
+            site.op_kind or site.unit_kind or site.kind,
+            f"{site.units} units" if site.units else "x".join(str(n) for n in site.shape),
             f"{site.macs:,}",
             _megabytes(site.size_bytes),
             site.pinned or "",
@@ -222,7 +232,7 @@ def explained(facts: Mapping[str, Any]) -> RenderableType:
     columns = ("alternative", "method", "latency change", "error change", "size change")
     table = _table(Text("instead, all else unchanged"), columns, numeric={2, 3, 4})
     for other in facts["alternatives"]:
-        _add(table, other["level"], other["method"], *_changes(other))
+        _add(table, str(other["level"]), other["method"], *_changes(other))
     undo = facts["undo"]
     if undo is None:
         return Group(head, table)

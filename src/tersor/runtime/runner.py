@@ -2,7 +2,8 @@
 
 A build has one batch size. The runner cuts the caller's batch into chunks of it, fills the last
 one by repeating its last row, and trims what comes back; rows must not influence each other,
-which is what a batch means.
+which is what a batch means. Other sizes (lengths, heights) must be those of the build, unless the
+executable takes any.
 """
 
 import threading
@@ -16,8 +17,9 @@ from tersor.artifact.manifest import Ranges
 from tersor.core.errors import BackendError, ConfigError, DataError, GuardError, ShapeError
 from tersor.core.records import Signature, TensorSpec
 from tersor.core.structure import bind, unflatten
+from tersor.graph.shapes import built_sizes, sizes_of
 from tersor.runtime.guards import Array, Guards, guard_arrays
-from tersor.runtime.tensors import Origin, batch_dim, carrier, from_array, origin_of, to_array
+from tersor.runtime.tensors import Origin, batch_dim, from_array, origin_of, to_array
 
 
 @runtime_checkable
@@ -25,7 +27,8 @@ class Executable(Protocol):
     """What is run: arrays by name in and out, at the built shapes.
 
     The part of ``graph.contracts.Executable`` that running needs, without torch. The arrays
-    that ``run`` returns are the caller's: the next call does not overwrite them.
+    that ``run`` returns are the caller's: the next call does not overwrite them. One that takes
+    any size that the signature leaves open has an attribute ``is_dynamic`` that is true.
     """
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -47,7 +50,8 @@ class Runner:
     Calls may come from several threads; they run one after the other.
 
     Raises:
-        DataError: Arguments that do not fit the signature, or batches that disagree.
+        DataError: Arguments that do not fit the signature, batches or other sizes that disagree,
+            or a size that the model was not built for.
         GuardError: A guard with policy ``reject`` found something.
         ShapeError: An output without a batch dimension differs between chunks.
         BackendError: The executable gave other outputs than the signature declares.
@@ -92,6 +96,7 @@ class Runner:
             specs = self.signature.inputs
             inputs = {s.name: to_array(x, s) for s, x in zip(specs, leaves, strict=True)}
             n = _batch_size(inputs, specs)
+            self._check_sizes(inputs)
             outputs = self._run_guarded(inputs, n)
             result = self._pack(outputs, origin)
             self._last_ns = self._clock() - start
@@ -114,10 +119,28 @@ class Runner:
                 "last_ms": self._last_ns / 1e6,
             }
 
+    @property
+    def _is_dynamic(self) -> bool:
+        return bool(getattr(self.executable, "is_dynamic", False))
+
+    def _check_sizes(self, inputs: Mapping[str, Array]) -> None:
+        """One symbol is one size, and the built one where the build has only that."""
+        found = sizes_of(self.signature, {name: a.shape for name, a in inputs.items()})
+        if self._is_dynamic:
+            return
+        for symbol, built in built_sizes(self.signature).items():
+            if found[symbol] != built:
+                spec = next(s for s in self.signature.inputs if symbol in s.dynamic)
+                raise DataError(
+                    f"input {spec.name!r}: found size {found[symbol]} in dimension "
+                    f"{spec.dynamic.index(symbol)} ({symbol}), but this build has {built}; pad or "
+                    f"crop to {built}, or build for that size"
+                )
+
     def _run_guarded(self, inputs: dict[str, Array], n: int | None) -> dict[str, Array]:
         try:
             inputs = self._guard(inputs, "input")
-            outputs = _empty(self.signature.outputs) if n == 0 else self._run(inputs, n)
+            outputs = self._none(inputs) if n == 0 else self._run(inputs, n)
             return self._guard(outputs, "output")
         except GuardError:
             self._counts["rejected"] += 1
@@ -148,6 +171,18 @@ class Runner:
             for spec in self.signature.outputs
         }
 
+    def _none(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs of an empty batch; their open sizes are known from a run on zeros."""
+        empty = _empty(self.signature.outputs)
+        if not any(spec.dynamic for spec in self.signature.outputs):
+            return empty
+        rows = {}
+        for spec in self.signature.inputs:
+            shape = list(inputs[spec.name].shape)
+            shape[batch_dim(spec) or 0] = self.built_batch
+            rows[spec.name] = np.zeros(shape, spec.carrier)
+        return self._call(rows, 0)
+
     def _call(self, inputs: Mapping[str, Array], kept: int) -> dict[str, Array]:
         """One call of the executable; the first ``kept`` rows of each output."""
         raw = self.executable.run(inputs)
@@ -161,6 +196,11 @@ class Runner:
                 )
             array = np.asarray(raw[spec.name])
             shape = tuple(self.built_batch if s is None else s for s in spec.shape)
+            if self._is_dynamic and len(array.shape) == len(shape):
+                shape = tuple(
+                    found if spec.symbol(dim) else size
+                    for dim, (found, size) in enumerate(zip(array.shape, shape, strict=True))
+                )
             if array.shape != shape:
                 raise BackendError(
                     f"output {spec.name!r}: the build gave shape {array.shape}, wanted {shape}; "
@@ -223,6 +263,6 @@ def _empty(specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
                 "pass at least one sample"
             )
     return {
-        spec.name: np.empty([size or 0 for size in spec.shape], dtype=carrier(spec.dtype))
+        spec.name: np.empty([size or 0 for size in spec.shape], dtype=spec.carrier)
         for spec in specs
     }

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from tersor.core.errors import DataError
 from tersor.core.records import TensorSpec
+from tersor.graph.shapes import check_limits
 
 Array = NDArray[Any]
-# NumPy has no bfloat16; its values are exact in float32, and that is how they travel.
-_CARRIERS = {"bfloat16": "float32"}
+# What a TensorSpec's carrier may be is known to NumPy; bfloat16 itself is not.
+_NUMPY_LACKS = ("bfloat16",)
 _KINDS = {"f": "float", "i": "integer", "u": "integer", "b": "bool"}
 
 
@@ -21,11 +22,6 @@ class Origin:
     """What the caller passed, which is what he gets back: a torch device, or None for NumPy."""
 
     device: Any = None
-
-
-def carrier(dtype: str) -> np.dtype[Any]:
-    """The NumPy type in which a tensor of that type travels."""
-    return np.dtype(_CARRIERS.get(dtype, dtype))
 
 
 def origin_of(leaves: list[Any]) -> Origin:
@@ -39,7 +35,9 @@ def origin_of(leaves: list[Any]) -> Origin:
 
 
 def to_array(leaf: Any, spec: TensorSpec) -> Array:
-    """One input as an array of the declared type and shape; only the batch is free.
+    """One input as an array of the type that builds take, of the declared shape.
+
+    The batch is free; a dimension with a symbol is, within its limits.
 
     Raises:
         DataError: Another rank or size, a change between float and integer, or integers that do
@@ -56,9 +54,11 @@ def to_array(leaf: Any, spec: TensorSpec) -> Array:
 
 def from_array(array: Array, spec: TensorSpec, origin: Origin) -> Any:
     """One output as the caller wants it; NumPy callers get bfloat16 as float32."""
-    array = array.astype(carrier(spec.dtype), copy=False)
     if origin.device is None:
-        return array
+        wanted = spec.carrier if spec.dtype in _NUMPY_LACKS else spec.dtype
+        with np.errstate(over="ignore"):  # becomes infinite, as in the original
+            return array.astype(wanted, copy=False)
+    array = array.astype(spec.carrier, copy=False)
     torch = sys.modules["torch"]
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = np.array(array)
@@ -73,18 +73,23 @@ def batch_dim(spec: TensorSpec) -> int | None:
 
 def _check_shape(array: Array, spec: TensorSpec) -> None:
     sizes_fit = len(array.shape) == len(spec.shape) and all(
-        wanted in (None, found) for found, wanted in zip(array.shape, spec.shape, strict=True)
+        wanted in (None, found) or spec.symbol(dim)
+        for dim, (found, wanted) in enumerate(zip(array.shape, spec.shape, strict=True))
     )
     if not sizes_fit:
-        wanted = ", ".join("batch" if size is None else str(size) for size in spec.shape)
+        wanted = ", ".join(
+            "batch" if size is None else spec.symbol(dim) or str(size)
+            for dim, size in enumerate(spec.shape)
+        )
         raise DataError(
             f"input {spec.name!r}: found shape {tuple(array.shape)}, wanted ({wanted}); "
             "resize or pad it as when the model was captured"
         )
+    check_limits(spec, array.shape)
 
 
 def _cast(array: Array, spec: TensorSpec) -> Array:
-    wanted = carrier(spec.dtype)
+    wanted = np.dtype(spec.carrier)
     if array.dtype == wanted:
         return array
     found_kind, wanted_kind = _KINDS.get(array.dtype.kind), _KINDS[wanted.kind]

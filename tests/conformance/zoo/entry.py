@@ -70,19 +70,23 @@ def scramble_(model: nn.Module) -> None:
 
 
 def settle_(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
-    """Give norms with statistics those of what they see, give or take a fifth.
+    """Give norms with statistics those of what they see, give or take, and a bias around 1.
 
-    With statistics of (0, 1) the signal of a deep random network dies out: the output is the same
-    for every input, and a wrong pruning of an early layer would not be seen.
+    Statistics of (0, 1) let the signal of a deep random network die out: the output is the same
+    for every input, and a wrong pruning of an early layer is not seen. Exact ones with a bias
+    around 0 make it chaotic: float32 rounding grows to 9e-3 of the output in resnet152. With a
+    bias around 1 and twice the variance rounding stays near 1e-6 and inputs still differ by 10 %.
     """
     source = generator(2)
 
     def settle(module: Any, args: tuple[Tensor, ...]) -> None:
         rows = args[0].transpose(0, 1).flatten(1)  # [c, b * space]
-        mean, var = rows.mean(1), rows.var(1)
+        mean, var = rows.mean(1), 2 * rows.var(1)
         var = var.clamp(min=0.1 * float(var.mean()) + 1e-6)
         module.running_mean.copy_(mean + 0.2 * var.sqrt() * _around_0(mean, source))
         module.running_var.copy_(var * (1 + 0.2 * _around_0(mean, source)))
+        if module.bias is not None:
+            module.bias.copy_(1 + 0.1 * torch.randn(mean.shape, generator=source))
 
     normed = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
     hooks = [module.register_forward_pre_hook(settle) for module in normed]

@@ -19,6 +19,9 @@ from tersor.ops.moments import (
     drift_variance,
     means,
     moments_of,
+    original_covariance,
+    output_covariance,
+    output_variance,
     second_moment,
     unfold,
 )
@@ -198,6 +201,53 @@ def test_drift_is_the_definition(has_original: bool, has_residual: bool) -> None
     assert bool(((drift_covariance(weight, moments) - wanted).abs() <= rounding).all())
     variance = v_moving.square().mean(0).sum(1)
     assert bool(((drift_variance(weight, moments) - variance).abs() <= rounding).all())
+
+
+@pytest.mark.parametrize("n_kept", [1, 3, 5])
+def test_sums_of_unlike_widths_are_the_definition(n_kept: int) -> None:
+    x, original, d = integers(0, 7, 2, n_kept), integers(1, 7, 2, 5), integers(2, 7, 2, 4)
+    got = moments_of(x, original, d)
+    assert got.cross is not None
+    assert torch.equal(got.cross, products(original, x))
+    assert got.xx_original is not None
+    assert torch.equal(got.xx_original, products(original, original))
+    assert got.residual_original is not None
+    assert torch.equal(got.residual_original, products(d, original))
+    first, second = (
+        moments_of(*(a[rows] for a in (x, original, d))) for rows in (slice(3), slice(3, 7))
+    )
+    assert_equal(add_moments(first, second), got)
+
+
+@pytest.mark.parametrize("has_original", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_wanted_output_is_that_of_the_rows(has_original: bool, has_residual: bool) -> None:
+    n_rows, n_inputs = 40, 5 if has_original else 3
+    weight, x = normal(0, 2, 4, n_inputs), normal(1, n_rows, 2, 3) + 2
+    original = 0.5 * normal(2, n_rows, 2, 5) + x[..., :1] if has_original else None
+    d = normal(3, n_rows, 2, 4) + 0.5 * x[..., :1] if has_residual else None
+    seen = x if original is None else original
+    out = torch.einsum("gmn,tgn->tgm", weight, seen) + (0 if d is None else d)
+    moments = moments_of(x, original, d)
+    moving = out - out.mean(0)
+    # Means of products below `largest`; n_rows roundings each, 5 inputs, 4 outputs, a few terms.
+    largest = float((1 + weight.abs().max()) ** 2 * (1 + seen.abs().max() + out.abs().max()) ** 2)
+    rounding = 10 * 5 * 4 * n_rows * EPS * largest
+    wanted = products(moving, x - x.mean(0)) / n_rows
+    assert bool(((output_covariance(weight, moments) - wanted).abs() <= rounding).all())
+    variance = moving.square().mean(0).sum(1)
+    assert bool(((output_variance(weight, moments) - variance).abs() <= rounding).all())
+    covariance = products(seen - seen.mean(0), seen - seen.mean(0)) / n_rows
+    assert bool(((original_covariance(moments) - covariance).abs() <= rounding).all())
+
+
+def test_drift_of_unlike_widths_is_refused() -> None:
+    moments, weight = moments_of(integers(0, 4, 1, 2), integers(1, 4, 1, 3)), torch.ones(1, 2, 2)
+    for function in (drift_covariance, drift_variance):
+        with pytest.raises(
+            ShapeError, match=r"3 original and 2 compressed inputs.*use refit_across"
+        ):
+            function(weight, moments)
 
 
 def test_no_rows_have_no_mean() -> None:

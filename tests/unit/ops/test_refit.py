@@ -11,7 +11,15 @@ from torch import Tensor
 
 from tersor.core.errors import NumericalError, ShapeError
 from tersor.ops.moments import Moments, moments_of
-from tersor.ops.refit import bias_shift, layer_loss, refit, relative_error
+from tersor.ops.refit import (
+    bias_shift,
+    bias_shift_across,
+    layer_loss,
+    refit,
+    refit_across,
+    relative_error,
+    relative_error_across,
+)
 
 EPS = torch.finfo(torch.float64).eps
 SEEDS = st.integers(0, 2**32 - 1)
@@ -267,3 +275,114 @@ def test_no_rows_are_refused() -> None:
         refit(torch.ones(1, 1, 2), empty)
     with pytest.raises(ShapeError, match=r"moments of 0 rows"):
         bias_shift(torch.ones(1, 1, 2), torch.ones(1, 1, 2), empty)
+
+
+def pruned(seed: int, n_rows: int, kept: list[int], *, has_residual: bool = True) -> Rows:
+    """As ``drifted``, but of the compressed input only some columns are left."""
+    x, original, d = drifted(seed, n_rows, has_residual=has_residual)
+    return x[..., kept], original, d
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("kept", [[1], [0, 2, 3], [0, 1, 2, 3]])
+def test_refit_across_is_ridge_regression(
+    damping: float, has_residual: bool, kept: list[int]
+) -> None:
+    n_rows, weight = 50, normal(7, GROUPS, OUTPUTS, INPUTS)
+    rows = pruned(0, n_rows, kept, has_residual=has_residual)
+    prior = weight[..., kept]
+    moments = moments_of(*rows)
+    got, shift, used = refit_across(weight, moments, prior, damping)
+    assert used == damping
+    y, x = target_of(weight, rows), rows[0]
+    for g in range(GROUPS):
+        moving, wanted = x[:, g] - x[:, g].mean(0), y[:, g] - y[:, g].mean(0)
+        ridge = (damping * moving.square().sum() / len(kept)).sqrt()
+        stacked = torch.cat([moving, ridge * torch.eye(len(kept), dtype=torch.float64)])
+        solution = torch.linalg.lstsq(stacked, torch.cat([wanted, ridge * prior[g].T])).solution.T
+        # Normal equations lose the squared condition of the rows, n_rows roundings a sum.
+        condition = float(torch.linalg.cond(stacked)) ** 2
+        rounding = n_rows * EPS * condition * scale_of(weight, rows)
+        assert bool(((got[g] - solution).abs() <= rounding).all())
+        wanted_shift = y[:, g].mean(0) - solution @ x[:, g].mean(0)
+        assert bool(((shift[g] - wanted_shift).abs() <= rounding * 10).all())
+    assert torch.equal(shift, bias_shift_across(weight, got, moments))
+
+
+@pytest.mark.parametrize("has_original", [False, True])
+def test_across_with_all_inputs_is_refit(has_original: bool) -> None:
+    weight, rows = normal(7, GROUPS, OUTPUTS, INPUTS), drifted(0, 40, has_original=has_original)
+    moments = moments_of(*rows)
+    across, shift, used = refit_across(weight, moments, weight, 1e-2)
+    plain, plain_shift, plain_used = refit(weight, moments, 1e-2)
+    # A damping of 1e-2 keeps the condition below 1e3.
+    rounding = 1e3 * 40 * EPS * scale_of(weight, rows)
+    assert used == plain_used
+    assert bool(((across - plain).abs() <= rounding).all())
+    assert bool(((shift - plain_shift).abs() <= rounding).all())
+    assert relative_error_across(weight, plain, moments) == pytest.approx(
+        relative_error(weight, plain, moments), rel=1e-9
+    )
+
+
+def test_infinite_damping_across_gives_the_prior() -> None:
+    weight, rows = normal(7, GROUPS, OUTPUTS, INPUTS), pruned(3, 30, [0, 2])
+    prior = normal(8, GROUPS, OUTPUTS, 2)
+    new, _, _ = refit_across(weight, moments_of(*rows), prior, 1e12)
+    assert 0 < float((new - prior).abs().max()) <= 4 * scale_of(weight, rows) / 1e12
+
+
+def test_constant_input_across_keeps_its_prior() -> None:
+    weight, (x, original, d) = normal(7, GROUPS, OUTPUTS, INPUTS), pruned(0, 50, [0, 1, 3])
+    x = x.clone()
+    x[..., 1] = 1000 / 3
+    prior = normal(8, GROUPS, OUTPUTS, 3)
+    new, _, _ = refit_across(weight, moments_of(x, original, d), prior)
+    assert torch.equal(new[..., 1], prior[..., 1])
+
+
+@given(SEEDS, st.booleans(), st.integers(1, INPUTS))
+@settings(max_examples=25)
+def test_relative_error_across_is_that_of_the_rows(
+    seed: int, has_residual: bool, n_kept: int
+) -> None:
+    n_rows, weight = 30, normal(seed + 7, GROUPS, OUTPUTS, INPUTS)
+    rows = pruned(seed, n_rows, list(range(n_kept)), has_residual=has_residual)
+    new, moments = normal(seed + 8, GROUPS, OUTPUTS, n_kept), moments_of(*rows)
+    variance = error_of(weight, torch.zeros_like(new), (rows[0], rows[1], None))
+    wanted = error_of(weight, new, rows) / variance
+    size = scale_of(weight, rows) * (1 + float(new.abs().max())) ** 2
+    rounding = 10 * n_rows * EPS * size / variance * (1 + wanted)
+    got = relative_error_across(weight, new, moments)
+    assert got == pytest.approx(wanted, rel=0, abs=rounding)
+    # The regression is the best of all.
+    best, _, _ = refit_across(weight, moments, new, 0.0)
+    assert relative_error_across(weight, best, moments) <= got + rounding
+
+
+def test_relative_error_across_where_the_original_is_constant() -> None:
+    x, original, _ = pruned(0, 30, [0, 1], has_residual=False)
+    moments, zeros = moments_of(x, original), torch.zeros(GROUPS, OUTPUTS, INPUTS)
+    assert relative_error_across(zeros, zeros[..., :2], moments) == 0.0
+    assert relative_error_across(zeros, zeros[..., :2] + 1, moments) == math.inf
+
+
+def test_sizes_that_differ_across_are_refused() -> None:
+    moments = moments_of(*pruned(0, 5, [0, 1]))
+    weight, new = torch.zeros(GROUPS, OUTPUTS, INPUTS), torch.zeros(GROUPS, OUTPUTS, 2)
+    cases = [
+        (weight, weight, r"\(2, 3, 4\).*moments `x` \(2, 2\) differ, wanted \(2, 4\)"),
+        (weight[..., :3], new, r"moments `x_original` \(2, 4\) differ, wanted \(2, 3\)"),
+        (weight[:, :2], new[:, :2], r"moments `d` \(2, 3\) differ, wanted \(2, 2\)"),
+    ]
+    for original, kept, message in cases:
+        for call in (
+            lambda w, v: refit_across(w, moments, v),
+            lambda w, v: bias_shift_across(w, v, moments),
+            lambda w, v: relative_error_across(w, v, moments),
+        ):
+            with pytest.raises(ShapeError, match=message):
+                call(original, kept)
+    with pytest.raises(ShapeError, match=r"moments `x_original` \(2, 4\) differ"):
+        refit(new, moments)

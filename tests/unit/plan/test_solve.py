@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.core.errors import ConfigError
-from tersor.plan.problem import CONSTRAINTS, Problem
 from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES
+from tersor.plan.problem import CONSTRAINTS, Problem
 from tersor.plan.solve import TOLERANCE, solve
 
 # Two other quantities at their weight, and a format penalty a site, beside the sum of all

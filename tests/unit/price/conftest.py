@@ -168,6 +168,7 @@ class Network:
 
     A node's time is a law of its own sizes times the op's own factor. The residual add stands
     alone where the second convolution is int8, else it is fused. Reorders grow with all elements.
+    A block is gone at level 0 of its branch, if there is one.
     """
 
     blocks: int = 4
@@ -223,6 +224,8 @@ class Network:
         stream = int(assignment.get("width:stem", 128))
         found: dict[str, NodeFacts] = {}
         for i in range(self.blocks):
+            if not assignment.get(f"branch:b{i}", 1):
+                continue
             inner = int(assignment.get(f"width:b{i}", 128))
             found[f"b{i}a"] = conv_facts(stream, inner)
             found[f"b{i}c"] = conv_facts(inner, stream)
@@ -261,7 +264,7 @@ class Network:
             found[node] = self.law(node, own, int8=site in is_int8)
             elements += own.out_elements if own.macs else 0
         found["Reorder"] = 2e-7 * elements
-        tensors = {s.tensor for s in self.sites if s.name in is_int8}
+        tensors = {s.tensor for s in self.sites if s.name in is_int8 and s.ops[0] in facts}
         return found | {f"{t}_quantize": 0.004 for t in sorted(str(t) for t in tensors)}
 
     def nodes(self, assignment: Mapping[str, Level]) -> dict[str, float]:

@@ -55,6 +55,7 @@ def test_the_tile_of_a_staircase_is_found(tile: int, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_without_a_staircase_the_default_holds(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    noisy = lambda n: (0.01 + 0.002 * n) * float(np.exp(0.02 * rng.normal()))  # noqa: E731
+    noisy = lambda n: (0.01 + 0.002 * n) * float(np.exp(0.2 * rng.normal()))  # noqa: E731
+    assert discover_tile(noisy, default=1) == 1
     assert discover_tile(noisy, default=DEFAULT_TILES["int8"]) == 16
     assert discover_tile(lambda n: 0.01 + 0.002 * n, default=DEFAULT_TILES["f32"]) == 8

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import Level, PriceTable
+from tersor.core.records import Level, PriceTable, Site
 from tersor.price.facts import learn_facts
 from tersor.price.price import PriceConfig, price_all, price_choice
 from tersor.price.table import fit_error, fit_table
@@ -129,6 +129,39 @@ def test_a_pinned_format_leaves_widths_alone_in_its_term(lab: ModuleType) -> Non
     table = fitted(lab, net)
     assert by_name(table)["b0a"].sites == ("width:stem", "width:b0")
     assert fit_error(table).p90 < 0.01
+
+
+def test_a_branch_that_is_removed_costs_nothing(lab: ModuleType) -> None:
+    net = lab.Network()
+    branch = Site(name="branch:b1", kind="branch", ops=())
+    net.sites, net.levels = (*net.sites, branch), {**net.levels, "branch:b1": (1, 0)}
+    table = fitted(lab, net, k=24)
+    assert table.native["branch:b1"] == 1
+    conv = by_name(table)["b1a"]
+    assert conv.sites == ("width:stem", "width:b1", "branch:b1", "b1a")
+    pruned = {**dict.fromkeys(conv.sites, 64), "b1a": "int8"}
+    assert conv.at({**pruned, "branch:b1": 0}) == 0.0
+    assert conv.at({**pruned, "branch:b1": 1}) > 0.05
+    without = table.predict_ms({"branch:b1": 0}, tensors(net))
+    assert without == pytest.approx(net.total({"branch:b1": 0}), rel=0.01)
+
+
+def test_glue_that_profiles_too_high_is_balanced(lab: ModuleType) -> None:
+    net = lab.Network()
+    net.factor |= {f"add{i}": 25.0 for i in range(net.blocks)}
+    variants = draw_variants(net.sites, net.levels, "bf16", k=20, held_out=20, seed=0)
+    facts = learn_facts(net.facts, net.sites, net.levels, "bf16")
+    seen = []
+    for v in variants:
+        o = net.observe(v.assignment, held_out=v.held_out)
+        # The profiler adds a half to every add.
+        nodes = {n: ms * (1.5 if n.startswith("add") else 1.0) for n, ms in o.node_ms.items()}
+        seen.append(replace(o, node_ms=nodes))
+    table = fit_table(lab.CHOICE, net.sites, seen, lab.quantize_nodes, facts)
+    ratios = [sum(o.node_ms.values()) / o.measured_ms for o in seen]
+    spread = (max(ratios) - min(ratios)) / sorted(ratios)[len(ratios) // 2]
+    assert spread > 0.2  # what one scale alone could not mend
+    assert fit_error(table).p90 < spread / 8
 
 
 def test_held_out_builds_change_no_term(lab: ModuleType) -> None:

@@ -12,10 +12,12 @@ from rich.console import Console, RenderableType
 
 from tersor.core.errors import SiteNotFoundError
 from tersor.core.jsonable import from_json, to_json
+from tersor.core.records import Candidate, Site, Term
 from tersor.report.explain import explain
 from tersor.report.facts import (
     all_notes,
     change_ms,
+    describe,
     price_quality,
     quantile,
     result_rows,
@@ -208,3 +210,102 @@ def test_baselines_table_tells_eager_from_builds(report: Report) -> None:
     choice = report.plan.choice
     named = dataclasses.replace(report.prices.baselines[1], name=choice.describe())
     assert shown(baselines_table([named])).count(choice.describe()) == 1
+
+
+def with_widths(report: Report) -> Report:
+    """The sample with an inner width that decides two weights, a branch, and a pinned width.
+
+    Of ``encoder.0`` the time and the bytes are terms of the width and the format.
+    """
+    width = Site(
+        name="width:ffn", kind="width", ops=("linear",), units=1536, unit_kind="neurons",
+        members=("up.weight", "down.weight"),
+    )  # fmt: skip
+    branch = Site(name="branch:block.1", kind="branch", ops=("add",))
+    stream = Site(name="width:stream", kind="width", ops=(), units=384, pinned="an output")
+    by_both = (("width:ffn", "encoder.0"), ((1536, 1024), ("f32", "int8")))
+    table = report.prices.tables[0]
+    latency = (
+        Term(name="up", sites=by_both[0], levels=by_both[1], values=(2.0, 1.0, 1.6, 0.79)),
+        Term(name="block.1", sites=("branch:block.1",), levels=((1, 0),), values=(0.5, 0.0)),
+    )
+    table = dataclasses.replace(
+        table,
+        ops={k: v for k, v in table.ops.items() if k != "encoder.0"},
+        terms=latency,
+        native={"width:ffn": 1536, "branch:block.1": 1},
+    )
+    size = Term(name="up", sites=by_both[0], levels=by_both[1], values=(4e6, 1e6, 3e6, 6e5))
+    more = [("width:ffn", 1536, 0.0), ("width:ffn", 1024, 0.0003), ("width:ffn", 512, 0.01)]
+    more += [("branch:block.1", 1, 0.0), ("branch:block.1", 0, 0.2)]
+    candidates = tuple(
+        Candidate(site=s, level=v, method="prune", size_bytes=0, error=e) for s, v, e in more
+    )
+    assignment = {**report.plan.assignment, "width:ffn": 1024}
+    return dataclasses.replace(
+        report,
+        sites=(*report.sites, width, branch, stream),
+        candidates=(*report.candidates, *candidates),
+        prices=dataclasses.replace(report.prices, tables=(table,)),
+        plan=dataclasses.replace(report.plan, assignment=assignment),
+        size_terms=(size,),
+    )
+
+
+def test_a_width_is_one_line_of_text(report: Report) -> None:
+    lines = {line.site: line for line in site_lines(with_widths(report))}
+    # 1 ms against 0.79 ms at int8, scale 2.
+    assert describe(lines["width:ffn"]) == "width ffn: 1536 -> 1024, -0.42 ms, +0.0003 error"
+    kept = "branch block.1: kept, none of 1 other level(s) was chosen under the target"
+    assert describe(lines["branch:block.1"]) == kept
+    assert describe(lines["width:stream"]) == "width stream: 384, pinned: an output"
+    assert describe(lines["encoder.0"]).startswith("encoder.0: f32 -> int8, -1.42 ms")
+    text = shown(render_report(with_widths(report)))
+    assert "width ffn: 1536 -> 1024, -0.42 ms, +0.0003 error" in text
+    assert kept in text
+    assert "width:ffn" not in text
+
+
+def test_a_removed_branch_says_so(report: Report) -> None:
+    joint = with_widths(report)
+    assignment = {**joint.plan.assignment, "branch:block.1": 0}
+    plan = dataclasses.replace(joint.plan, assignment=assignment)
+    line = site_lines(dataclasses.replace(joint, plan=plan))[4]
+    assert describe(line) == "branch block.1: removed, -1 ms, +0.2 error"
+
+
+def test_sizes_and_times_of_sites_that_share_terms(report: Report) -> None:
+    lines = {line.site: line for line in site_lines(with_widths(report))}
+    first, width = lines["encoder.0"], lines["width:ffn"]
+    assert (first.size_before, first.size_after) == (4_000_000, 600_000)
+    assert (width.size_before, width.size_after) == (1_000_000, 600_000)
+    assert (width.predicted_ms_before, width.predicted_ms) == (2.0, 1.58)
+    assert (first.predicted_ms_before, first.predicted_ms) == (3.2, 1.58)
+    assert lines["width:stream"].predicted_ms is None
+
+
+def test_explain_of_a_width(report: Report) -> None:
+    facts = explain(with_widths(report), "width:ffn")
+    assert (facts["kind"], facts["level"], facts["native"], facts["units"]) == (
+        "width", 1024, 1536, 1536,
+    )  # fmt: skip
+    assert facts["members"] == ["up.weight", "down.weight"]
+    whole, half = facts["alternatives"]
+    assert (whole["level"], half["level"]) == (1536, 512)
+    assert whole["latency_ms_change"] == pytest.approx(0.42, rel=1e-9)
+    assert whole["size_bytes_change"] == facts["undo"]["size_bytes_change"] == 400_000
+    assert half["latency_ms_change"] is None  # no price at 512
+    assert facts["undo"]["level"] == 1536
+    assert json.loads(json.dumps(facts)) == facts
+    assert "undo this (back to 1536): +0.420 ms, -0.0003 error" in shown(explained(facts))
+
+
+def test_a_report_with_widths_reads_back(report: Report) -> None:
+    joint = with_widths(report)
+    assert from_json(Report, json.loads(json.dumps(report_json(joint)))["record"]) == joint
+
+
+def test_inspection_shows_units_of_a_width(report: Report) -> None:
+    text = shown(inspected_table(with_widths(report).sites))
+    assert "neurons" in text
+    assert "1536 units" in text

@@ -1,0 +1,113 @@
+"""Widths as sites, and what one statistics pass knows about the ops that read them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tersor.core.records import Site
+from tersor.graph.axes import Axes, Width
+from tersor.graph.axes.macs import node_macs
+from tersor.graph.contracts import WidthStatistics
+from tersor.graph.edit import attribute
+from tersor.graph.operators import WeightedOp, grouped_weight, weighted_ops
+from tersor.observe.statistics import Observed
+from tersor.ops.kept import damped
+from tersor.ops.moments import centred
+from tersor.ops.obs import Consumer
+
+PREFIX = "width:"
+
+
+def width_sites(axes: Axes, *, approximate: bool = False) -> tuple[Site, ...]:
+    """One site for each width, in the order of the graph.
+
+    Args:
+        axes: The graph's widths.
+        approximate: Also widths that a statistic runs over (layer norm): removing units changes it.
+    """
+    return tuple(
+        _site(axes, width)
+        for width in axes.widths
+        if (approximate or width.exactness == "exact") and _readers(axes, width)
+    )
+
+
+def width_of(axes: Axes, site: Site) -> Width:
+    """The width behind a site."""
+    return axes[site.name.removeprefix(PREFIX)]
+
+
+def _site(axes: Axes, width: Width) -> Site:
+    readers = _readers(axes, width)
+    tensors = axes.graph.module
+    size = sum(
+        _bytes(attribute(tensors, c.tensor)) * c.per_unit // attribute(tensors, c.tensor).shape[c.dim]
+        for c in width.couplings
+    )
+    return Site(
+        name=f"{PREFIX}{width.name}",
+        kind="width",
+        ops=tuple(op.node.name for op in readers),
+        units=width.units,
+        unit_kind=width.kind,
+        exactness=width.exactness,
+        members=tuple(dict.fromkeys(c.tensor for c in width.couplings)),
+        macs=sum(node_macs(axes.graph, op.node) for op in readers),
+        size_bytes=size * width.units,
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _readers(axes: Axes, width: Width) -> list[WeightedOp]:
+    """Linear maps that sum over the width."""
+    reads = {c.tensor for c in width.couplings if c.role == "consumer"}
+    return [op for op in weighted_ops(axes.graph.module) if str(op.weight.target) in reads]
+
+
+def width_statistics(
+    axes: Axes, site: Site, observed: Mapping[str, Observed], *, damping: float = 1e-4
+) -> WidthStatistics:
+    """The second moments of all readers, in units of the variance of their outputs.
+
+    Args:
+        axes: The graph's widths.
+        site: A width.
+        observed: By op name, of the original model.
+        damping: Relative to the mean diagonal of each second moment.
+    """
+    width = width_of(axes, site)
+    consumers = []
+    for op in _readers(axes, width):
+        groups = 1 if op.window is None else op.window.groups
+        weight = attribute(axes.graph.module, str(op.weight.target))
+        W = grouped_weight(weight, groups)
+        H, _ = damped(centred(observed[op.node.name].moments)[0], damping)
+        variance = float(((W @ H) * W).sum())
+        consumers.append(
+            Consumer(
+                weight=W,
+                second_moment=H,
+                columns=_columns(axes, width, op, groups, W.shape[2]),
+                scale=max(variance, 1e-30),
+            )
+        )
+    return WidthStatistics(consumers=tuple(consumers))
+
+
+def _columns(axes: Axes, width: Width, op: WeightedOp, groups: int, inputs: int) -> Tensor:
+    """Columns of each unit in every group [g, c, s]; -1 where a group has fewer."""
+    dim = axes.walk.shapes[op.data][op.channel_dim]
+    units = torch.from_numpy(axes.units_of(width, dim)).reshape(groups, -1)
+    per = inputs // units.shape[1]
+    spread = units.repeat_interleave(per, dim=1)
+    lists = [[(row == u).nonzero()[:, 0] for u in range(width.units)] for row in spread]
+    longest = max(len(found) for row in lists for found in row)
+    table = torch.full((groups, width.units, longest), -1, dtype=torch.int64)
+    for g, row in enumerate(lists):
+        for u, found in enumerate(row):
+            table[g, u, : len(found)] = found
+    return table

@@ -1,0 +1,69 @@
+"""Widths: which units go, in one nested order that is exact for all that read the width.
+
+The cheapest unit goes first, measured by what its removal costs once all other units have made up
+for it (group OBS over the readers' second moments); removing it changes what the others cost. One
+run gives every kept count. Weights are fitted again by the transform.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tersor.core.errors import ConfigError
+from tersor.core.records import Candidate, Site
+from tersor.graph.contracts import SiteChange, WidthStatistics
+from tersor.ops.obs import removal_order
+
+Counts = Callable[[Site], Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prune:
+    """Kept counts of one width.
+
+    Args:
+        counts: Site -> the kept counts that are worth a price; the full count is always offered.
+    """
+
+    counts: Counts
+
+    def propose(self, site: Site, statistics: WidthStatistics) -> Sequence[Candidate]:
+        """One candidate a count; ``detail`` holds the kept units and the readers' relative loss.
+
+        Raises:
+            ConfigError: A count beyond 1 to the width's units.
+        """
+        found = removal_order(statistics.consumers)
+        candidates = [_whole(site)]
+        for count in sorted({*self.counts(site)} - {site.units}, reverse=True):
+            if not 1 <= count < site.units:
+                raise ConfigError(f"{site.name}: found a count of {count}, wanted 1..{site.units}")
+            gone = site.units - count
+            kept = sorted(found.order[gone:].tolist())
+            candidates.append(
+                Candidate(
+                    site=site.name,
+                    level=count,
+                    method="prune",
+                    size_bytes=site.size_bytes * count // site.units,
+                    detail={"kept": kept, "loss": float(found.loss[gone - 1])},
+                )
+            )
+        return candidates
+
+    def apply(self, site: Site, candidate: Candidate, statistics: WidthStatistics) -> SiteChange:
+        """The units that stay."""
+        del statistics  # the order was fixed when it was proposed
+        assert isinstance(candidate.level, int)
+        kept = candidate.detail.get("kept", range(site.units))
+        return SiteChange(
+            site=site,
+            level=candidate.level,
+            kept=torch.tensor(list(kept), dtype=torch.int64),
+            report={"loss": candidate.detail.get("loss", 0.0)},
+        )
+
+
+def _whole(site: Site) -> Candidate:
+    return Candidate(site=site.name, level=site.units, method="prune", size_bytes=site.size_bytes)

@@ -1,0 +1,444 @@
+"""Widths, branches and formats in one plan, against enumeration."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tersor.plan.products
+import tersor.plan.solve
+from tersor.core.errors import ConfigError
+from tersor.core.jsonable import dumps, from_json
+from tersor.core.records import Candidate, Level, PriceTable, Term
+from tersor.plan.ledger import Ledger, draft_of
+from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES, Model
+from tersor.plan.problem import CONSTRAINTS, Problem, Totals
+from tersor.plan.resolve import curve, resolve
+from tersor.plan.search import choose
+from tersor.plan.solve import JOINT_GAP, TOLERANCE, Solution, optimise, solve
+from tersor.plan.swaps import neighbours
+from tersor.plan.sweep import pareto
+from tersor.plan.task import Choice, Limits
+
+# Sums of a dozen doubles near 1.
+ROUNDING = 1e-12
+
+
+def enumerate_all(problem: Problem) -> list[tuple[dict[str, Level], Totals]]:
+    """Every assignment with its totals: the definition."""
+    levels = problem.levels()
+    every = (dict(zip(levels, c, strict=True)) for c in itertools.product(*levels.values()))
+    return [(assignment, problem.totals(assignment)) for assignment in every]
+
+
+def holds(problem: Problem, totals: Totals, slack: float = 0.0) -> bool:
+    budgets = problem.budgets().items()
+    return all(totals.of(CONSTRAINTS[n][0]) <= b * (1 + slack) for n, b in budgets)
+
+
+def exactly(problem: Problem) -> Solution:
+    """Solved to the gap of problems without products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tersor.plan.solve, "JOINT_GAP", 1e-7)
+        return solve(problem)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(["latency", "error", "size"]),
+    st.lists(st.sampled_from(["latency", "size", "drop"]), unique=True, max_size=3),
+)
+def test_program_equals_enumeration(
+    lab: ModuleType, seed: int, objective: str, kinds: list[str]
+) -> None:
+    problem = lab.random_joint(seed, objective=objective)
+    every = enumerate_all(problem)
+    rng = np.random.default_rng(seed + 1)
+    for kind in kinds:
+        of, field = CONSTRAINTS[kind]
+        values = sorted(t.of(of) for _, t in every)
+        budget = values[0] + rng.uniform(-0.05, 1) * (values[-1] - values[0])
+        problem = replace(problem, **{field: budget})
+    best = min((t.of(objective) for _, t in every if holds(problem, t)), default=None)
+    solution, quick = exactly(problem), solve(problem)
+    assert solution.is_feasible == quick.is_feasible == (best is not None)
+    if best is None:
+        return
+    # What ties may give away, as a share of at most what the worst plan costs: the other two
+    # quantities at their weight and a format penalty for each of four sites.
+    worst = max(t.of(objective) for _, t in every)
+    slop = (2 * OTHER_QUANTITIES[objective] + 4 * FORMAT_PENALTY + TOLERANCE) * worst
+    assert solution.totals.of(objective) <= best + slop
+    assert quick.totals.of(objective) <= best * (1 + JOINT_GAP) + slop
+    for found in (solution, quick):
+        assert found.totals == problem.totals(found.assignment)
+        assert holds(problem, found.totals, TOLERANCE)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000))
+def test_the_program_is_linear_in_what_totals_say(lab: ModuleType, seed: int) -> None:
+    problem = lab.random_joint(seed)
+    model = Model.of(problem)
+    matrix, low, high = model.structure()
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        assignment = {s: list(row)[rng.integers(len(row))] for s, row in problem.levels().items()}
+        x = point(problem, model, assignment)
+        totals = problem.totals(assignment)
+        for objective, values in model.coefficients.items():
+            value = float(values @ x) + model.constants[objective]
+            assert value == pytest.approx(totals.of(objective), rel=ROUNDING)
+        assert bool(((low <= matrix @ x) & (matrix @ x <= high)).all())
+
+
+def point(problem: Problem, model: Model, assignment: dict[str, Level]) -> np.ndarray:
+    """The variables of an assignment, by what they mean."""
+    x = [float(assignment[site] == level) for site, level in model.columns]
+    x += [max(x[j] for j in readers) for readers in model.readers]
+    for block in model.blocks:
+        rows = [list(problem.levels()[site]) for site in block.sites]
+        chosen = tuple(assignment[site] for site in block.sites)
+        x += [float(combination == chosen) for combination in itertools.product(*rows)]
+    return np.array(x)
+
+
+def test_terms_over_the_same_sites_share_variables(lab: ModuleType) -> None:
+    model = Model.of(lab.random_joint(0))
+    # c with v and b; d with b, v and w; a with v and w: op.a and a.weight. norm, pinned, c.weight
+    # and d.weight lie within those or on one site.
+    assert [block.sites for block in model.blocks] == [
+        ("branch:b", "d", "width:v", "width:w"),
+        ("a", "width:v", "width:w"),
+        ("branch:b", "c", "width:v"),
+    ]
+    assert [block.size for block in model.blocks] == [36, 27, 18]
+    assert model.is_choice.sum() == sum(len(r) for r in lab.random_joint(0).levels().values())
+
+
+def test_a_quantiser_is_paid_once_where_prices_are_terms(lab: ModuleType) -> None:
+    row = (("f32", "int8"),)
+    terms = tuple(Term(name=s, sites=(s,), levels=row, values=(1.0, 0.7)) for s in ("a", "c"))
+    problem = lab.random_joint(0)
+    table = replace(problem.table, terms=terms, ops={}, quantizers={"t0": 0.5}, glue_ms=0.0)
+    pair = {s: [c for c in problem.candidates[s] if c.level in row[0]] for s in ("a", "c")}
+    both = replace(problem, table=replace(table, scale=1.0), candidates=pair, size_terms=())
+    # Together the two save 0.6 and pay 0.5; each alone saves 0.3 and pays 0.5.
+    assert solve(both).assignment == {"a": "int8", "c": "int8"}
+    assert solve(both).totals.ms == pytest.approx(1.9)
+    alone = replace(both, candidates={"a": pair["a"]})
+    assert solve(alone).assignment == {"a": "f32"}
+
+
+def test_a_level_that_one_term_lacks_is_left_out(lab: ModuleType) -> None:
+    problem = lab.random_joint(0)
+    more = {
+        **problem.candidates,
+        "width:v": [
+            *problem.candidates["width:v"],
+            Candidate(site="width:v", level=16, method="m", size_bytes=0, error=0.0),
+        ],
+    }
+    assert list(replace(problem, candidates=more).levels()["width:v"]) == [96, 64, 32]
+    norm = Term(name="n", sites=("width:v",), levels=((96, 32),), values=(1.0, 0.5))
+    in_time = replace(problem, table=replace(problem.table, terms=(*problem.table.terms, norm)))
+    assert list(in_time.levels()["width:v"]) == [96, 32]
+    in_size = replace(problem, size_terms=(*problem.size_terms, norm))
+    assert list(in_size.levels()["width:v"]) == [96, 32]
+    assert solve(in_size).assignment["width:v"] in (96, 32)
+    no_price = replace(problem, table=replace(problem.table, terms=()), size_terms=())
+    assert [list(row) for s, row in no_price.levels().items() if s != "e"] == [
+        ["f32"], [1], ["f32"], ["f32"], [96], [64],
+    ]  # fmt: skip
+
+
+def test_a_site_without_candidates_is_left_alone(lab: ModuleType) -> None:
+    problem = lab.random_joint(3)
+    fixed = {s: row for s, row in problem.candidates.items() if s not in ("width:w", "a")}
+    held = replace(problem, candidates=fixed)
+    solution = exactly(held)
+    best = min(
+        t.ms
+        for assignment, t in enumerate_all(problem)
+        if (assignment["width:w"], assignment["a"]) == (64, "f32")
+    )
+    assert solution.totals.ms == pytest.approx(best, rel=1e-3)
+    assert "width:w" not in solution.assignment
+    whole = {**solution.assignment, "width:w": 64, "a": "f32"}
+    assert problem.totals(whole).ms == pytest.approx(solution.totals.ms, rel=ROUNDING)
+
+
+def test_bytes_of_a_site_in_a_size_term_count_once(lab: ModuleType) -> None:
+    problem = lab.random_joint(1)
+    by_hand = 1000 + 10**5 + 4 * 10**5  # the branch and e by themselves
+    by_hand += sum(term.values[0] for term in problem.size_terms)
+    assert problem.totals({}).size_bytes == by_hand
+    assert problem.totals({"width:v": 64}).size_bytes < by_hand
+
+
+def test_too_many_combinations_are_refused(lab: ModuleType) -> None:
+    problem = lab.random_joint(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tersor.plan.products, "MAX_COMBINATIONS", 20)
+        with pytest.raises(
+            ConfigError,
+            match=r"op\.a: found 27 combinations of levels \(width:w: 3 x a: 3 x width:v: 3\), "
+            r"wanted at most 20; offer fewer levels",
+        ):
+            solve(problem)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sites": ()}, r"t: found the sites \[\] with 1 lists"),
+        ({"sites": ("w", "w"), "levels": ((1,), (1,))}, r"at least one site, each once"),
+        ({"levels": ((64, 64),)}, r"t: a level is listed twice"),
+        ({"values": (1.0,)}, r"t: found 1 values, wanted 2, one a combination of the levels of w"),
+        ({"values": (1.0, math.nan)}, r"t: found a value that is not finite"),
+    ],
+)
+def test_a_term_that_does_not_fit_itself_is_refused(
+    fields: dict[str, object], message: str
+) -> None:
+    right: dict[str, object] = {
+        "name": "t", "sites": ("w",), "levels": ((64, 32),), "values": (1.0, 0.5),
+    }  # fmt: skip
+    assert Term(**right).at({"w": 32}) == 0.5
+    with pytest.raises(ConfigError, match=message):
+        Term(**{**right, **fields})
+
+
+def test_terms_without_a_native_price_are_refused(lab: ModuleType) -> None:
+    problem = lab.random_joint(0)
+    term = Term(name="t", sites=("width:v",), levels=((64, 32),), values=(1.0, 0.5))
+    with pytest.raises(ConfigError, match=r"t: site width:v left alone is at 96, which has no pr"):
+        replace(problem.table, terms=(term,))
+    with pytest.raises(ConfigError, match=r"t: site width:v left alone is at 96, wanted one of"):
+        replace(problem, size_terms=(term,))
+    with pytest.raises(ConfigError, match=r"at 'f32', which .* list the full count of a width"):
+        replace(problem.table, native={})
+
+
+def test_a_site_offers_formats_or_counts(lab: ModuleType) -> None:
+    problem = lab.random_joint(0)
+    mixed = (*problem.candidates["a"], replace(problem.candidates["a"][0], level=3))
+    with pytest.raises(ConfigError, match=r"site a: found candidates \[3, 'f32'.* either formats"):
+        replace(problem, candidates={**problem.candidates, "a": mixed})
+    few = {**problem.candidates, "width:w": problem.candidates["width:w"][1:]}
+    with pytest.raises(ConfigError, match=r"site width:w: .* wanted one in 64, its full count"):
+        replace(problem, candidates=few)
+
+
+def test_widths_that_no_table_lists_are_whole_at_their_largest(lab: ModuleType) -> None:
+    problem = lab.random_joint(0)
+    bare = replace(problem, table=replace(problem.table, terms=(), native={}), size_terms=())
+    assert bare.native == {
+        "a": "f32", "branch:b": 1, "c": "f32", "d": "f32", "e": "f32", "width:v": 96, "width:w": 64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_finds_the_fastest_plan_that_holds(lab: ModuleType, seed: int) -> None:
+    world = lab.make_world(seed, joint=True)
+    every = enumerate_all(world.problem)
+    limit = 0.2 * max(world.loss(a) for a, _ in every)
+    choice = choose(world.task(Limits(max_loss=limit), max_evaluations=40), world.tools())
+    best = min(t.ms for a, t in every if world.loss(a) <= limit)
+    assert world.loss(choice.plan.assignment) <= limit
+    # Budgets are searched to 3 %; measured times within a hundredth count as equal.
+    assert choice.plan.measured_ms <= best * 1.05
+    assert choice.target_met_on_search
+    kinds = {type(level) for level in choice.plan.assignment.values()}
+    assert kinds == {str, int}
+    keys = [tuple(sorted(a.items())) for a in world.seen]
+    assert len(keys) == len(set(keys)) == len(choice.evaluations) <= 40
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_speed_and_size_with_widths(lab: ModuleType, seed: int) -> None:
+    world = lab.make_world(seed, joint=True)
+    native = world.problem.totals({})
+    limits = Limits(max_ms=0.6 * native.ms, max_bytes=0.7 * native.size_bytes)
+    choice = choose(world.task(limits), world.tools())
+    assert choice.target_met_on_search
+    milder = [
+        t.error
+        for _, t in enumerate_all(world.problem)
+        if t.ms <= 0.95 * limits.max_ms and t.size_bytes <= limits.max_bytes
+    ]
+    assert choice.plan.predicted_error <= min(milder) * (1 + JOINT_GAP) + 1e-9
+    assert choice == from_json(Choice, json.loads(dumps(choice)))
+
+
+def test_the_baseline_keeps_every_unit(lab: ModuleType) -> None:
+    world = lab.make_world(0, joint=True)
+    choice = choose(world.task(Limits(max_ms=world.baseline_ms * 1.1)), world.tools())
+    assert choice.is_baseline
+    assert choice.plan.assignment == world.problem.native_assignment()
+    assert choice.plan.assignment["width:w"] == 64
+    ledger = Ledger(world.task(Limits(max_ms=1.0)), world.tools())
+    native = draft_of(0, world.problem.native_assignment())
+    assert ledger.is_baseline(native)
+    fewer = draft_of(0, {**native.assignment, "width:w": 48})
+    assert not ledger.is_baseline(fewer)
+
+
+def test_a_width_moves_one_level_at_a_time(lab: ModuleType) -> None:
+    world = lab.make_world(0, joint=True)
+    limits = Limits(max_ms=10 * world.baseline_ms)
+    here = {**world.problem.native_assignment(), "width:v": 64}
+    around = neighbours(Ledger(world.task(limits), world.tools()), draft_of(0, here))
+    single = [
+        changed
+        for draft in around
+        if len(changed := dict(draft.assignment.items() - here.items())) == 1
+    ]
+    by_site: dict[str, set[Level]] = {}
+    for ((site, level),) in (changed.items() for changed in single):
+        by_site.setdefault(site, set()).add(level)
+    assert by_site["width:v"] == {96, 32}
+    assert by_site["width:w"] == {48}  # from 64, never to 32
+    assert by_site["branch:b"] == {0}
+    assert by_site["a"] == {"int8", "int8_weight"}
+
+
+def test_words_name_ops_widths_and_weights(lab: ModuleType) -> None:
+    world = lab.make_world(0, joint=True)
+    slow = replace(
+        world.problem.table,
+        terms=(
+            *world.problem.table.terms,
+            Term(name="op.slow", sites=("width:pinned",), levels=((128,),), values=(50.0,)),
+        ),
+    )
+    world.problem = replace(world.problem, table=slow)
+    world.truth = slow
+    world.baseline_ms = slow.predict_ms({}, world.problem.tensors)
+    task = world.task(Limits(max_ms=0.1), pinned={"width:pinned": "an output"})
+    plan = choose(task, world.tools()).plan
+    share = 50 * slow.scale / plan.predicted_ms
+    assert plan.binding == (
+        f"latency: {share:.0%} of the predicted time is in op.slow, which stays as given "
+        "(pinned: an output)"
+    )
+    free = choose(world.task(Limits(max_loss=1e9)), world.tools()).plan
+    n = sum(v != world.problem.native[s] for s, v in free.assignment.items())
+    assert free.binding == (
+        f"nothing: {n} of 7 sites left their native level, and no other change is faster"
+    )
+    large = Term(name="big", sites=("width:pinned",), levels=((128,),), values=(3e6,))
+    world.problem = replace(world.problem, size_terms=(*world.problem.size_terms, large))
+    small = choose(world.task(Limits(max_bytes=10.0)), world.tools()).plan
+    share = 3e6 / small.predicted_bytes
+    assert f"; {share:.0%} of them in big; 0.00 MB are in no site" in small.binding
+
+
+def test_resolve_and_curve_with_widths(lab: ModuleType) -> None:
+    world = lab.make_world(2, joint=True)
+    limit = 0.2 * max(world.loss(a) for a, _ in enumerate_all(world.problem))
+    task = world.task(Limits(max_loss=limit))
+    first = choose(task, world.tools())
+    again = resolve(world.task(Limits(max_loss=limit / 2)), first.evaluations)
+    assert world.loss(again.plan.assignment) <= limit / 2 * 1.05
+    assert again.plan.predicted_ms >= first.plan.predicted_ms * (1 - JOINT_GAP)
+    everything = resolve(world.task(Limits(max_loss=1e9)), first.evaluations)
+    assert everything.binding == ""
+    points = curve(task, first.evaluations, 4, first.finalists)
+    built = [p.assignment for p in first.finalists]
+    assert [p.measured for p in points] == [p.plan.assignment in built for p in points]
+    assert [p.plan.predicted_ms for p in points if not p.measured] == sorted(
+        p.plan.predicted_ms for p in points if not p.measured
+    )
+    totals = [s.totals for s in pareto(world.problem, 4)]
+    assert not any(a != b and all(x <= y for x, y in zip(a, b, strict=True))
+                   for a in totals for b in totals)  # fmt: skip
+
+
+def test_tables_of_two_precisions_share_widths(lab: ModuleType) -> None:
+    world = lab.make_world(1, joint=True)
+    table = world.problem.table
+    half = replace(
+        table,
+        choice=replace(table.choice, precision="bf16"),
+        ops={"e": {"bf16": 0.2, "int8": 0.2}},
+        terms=tuple(as_bf16(term) for term in table.terms),
+    )
+    offered = {
+        site: (*row, replace(row[0], level="bf16", error=1e-5)) if row[0].level == "f32" else row
+        for site, row in world.problem.candidates.items()
+    }
+    world.problem = replace(
+        world.problem,
+        candidates=offered,
+        size_terms=tuple(map(with_bf16, world.problem.size_terms)),
+    )
+    task = world.task(Limits(max_loss=10.0), tables=(table, half), candidates=offered)
+    ledger = Ledger(task, world.tools())
+    drafts = ledger.solve("latency", may_be_slower=True)
+    assert {d.table for d in drafts} == {0, 1}
+    assert ledger.problem(1).native["a"] == "bf16"
+    assert ledger.problem(1).native["width:w"] == 64
+    assert task.baseline_assignment() == ledger.problem(0).native
+
+
+def as_bf16(term: Term) -> Term:
+    levels = tuple(tuple("bf16" if v == "f32" else v for v in row) for row in term.levels)
+    return replace(term, levels=levels, values=tuple(v * 0.8 for v in term.values))
+
+
+def with_bf16(term: Term) -> Term:
+    """The same term with bf16 at half of the bytes of f32."""
+    levels = tuple((*row, "bf16") if "f32" in row else row for row in term.levels)
+    values = []
+    for combination in itertools.product(*levels):
+        there = {
+            s: "f32" if v == "bf16" else v for s, v in zip(term.sites, combination, strict=True)
+        }
+        values.append(term.at(there) / (2 if "bf16" in combination else 1))
+    return replace(term, levels=levels, values=tuple(values))
+
+
+def test_prices_of_a_large_joint_plan_are_solved_to_the_gap(lab: ModuleType) -> None:
+    """A network of eight blocks: 12 widths of 6 levels, 16 ops of 2 formats."""
+    rng = np.random.default_rng(0)
+    native = {f"width:r{i}": 64 for i in range(4)} | {f"width:i{i}": 64 for i in range(8)}
+    counts = tuple(range(64, 0, -11))
+    candidates = {
+        s: [Candidate(site=s, level=k, method="m", size_bytes=0, error=h * (1 - k / 64) ** 2)
+            for k in counts]
+        for s, h in zip(native, rng.lognormal(0, 1, len(native)), strict=True)
+    }  # fmt: skip
+    terms = []
+    for i in range(8):
+        for op, pair in ((f"up{i}", (f"width:r{i // 2}", f"width:i{i}")),
+                         (f"down{i}", (f"width:i{i}", f"width:r{i // 2}"))):  # fmt: skip
+            error = float(rng.lognormal(-2, 1))
+            candidates[op] = [
+                Candidate(site=op, level=f, method="m", size_bytes=0, error=e)
+                for f, e in (("f32", 0.0), ("int8", error))
+            ]
+            levels = (counts, counts, ("f32", "int8"))
+            values = tuple(a * b / 4096 * (0.5 if f == "int8" else 1) + 0.01
+                           for a, b, f in itertools.product(*levels))  # fmt: skip
+            terms.append(Term(name=op, sites=(*pair, op), levels=levels, values=values))
+    table = PriceTable(
+        choice=lab.random_joint(0).table.choice, ops={}, quantizers={}, glue_ms=0.1,
+        terms=tuple(terms), native=native,
+    )  # fmt: skip
+    problem = Problem(candidates=candidates, table=table, tensors={}, objective="error")
+    solution = optimise(replace(problem, max_ms=problem.totals({}).ms / 2))
+    assert solution.status == "optimal"
+    assert solution.gap <= JOINT_GAP
+    assert solution.totals.ms <= problem.totals({}).ms / 2 * (1 + TOLERANCE)
+    # Any format-only or width-only plan at that speed is worse.
+    widths = {s: row for s, row in candidates.items() if s in native}
+    only = optimise(replace(problem, candidates=widths, max_ms=problem.totals({}).ms / 2))
+    assert solution.totals.error < only.totals.error
