@@ -167,6 +167,15 @@ def grow(
         times_ms: Of a pass, by node; None: no shares.
     """
     root = _Draft()
+    covered = {op: tuple(site.name.split(".")) for site in sites for op in site.ops}
+    for node in graph.module.graph.nodes:  # first of all: branches stand in the graph's order
+        if node.op == "call_function":
+            place = covered.get(node.name) or _place(graph, node, node.name in macs)
+            here = root.at(place)
+            here.macs += macs.get(node.name, 0)
+            here.time_ms += (times_ms or {}).get(node.name, 0.0)
+            if place and place[-1] == _op_leaf(node):
+                here.kind = "op"
     homes = _add_sites(root, sites)
     for name, tensor in parameters_by_name(graph.module).items():
         root.at(_home(name, homes)).size_bytes += tensor.numel() * tensor.element_size()
@@ -175,15 +184,6 @@ def grow(
             here = root.at(_home(coupling.tensor, homes))
             side = here.makes if coupling.role == "producer" else here.reads
             side[width.name] = None
-    covered = {op: site.name for site in sites for op in site.ops}
-    for node in graph.module.graph.nodes:
-        if node.op == "call_function":
-            place = _place(graph, node, covered, node.name in macs)
-            here = root.at(place)
-            here.macs += macs.get(node.name, 0)
-            here.time_ms += (times_ms or {}).get(node.name, 0.0)
-            if place and place[-1] == _op_leaf(node):
-                here.kind = "op"
     _name_modules(root, graph.module.graph.nodes)
     total = None if times_ms is None else sum(times_ms.values())
     return _branch(root, (), total)
@@ -204,9 +204,8 @@ def _home(tensor: str, homes: Mapping[str, Path]) -> Path:
     return homes.get(tensor) or tuple(tensor.split("."))[:-1]
 
 
-def _place(graph: Graph, node: fx.Node, covered: Mapping[str, str], has_macs: bool) -> Path:
-    if node.name in covered:
-        return tuple(covered[node.name].split("."))
+def _place(graph: Graph, node: fx.Node, has_macs: bool) -> Path:
+    """Where a node that no site covers belongs: at the weight it multiplies with, else by itself."""
     stack = _stack(node)
     path: Path = tuple(stack[-1][0].split(".")) if stack and stack[-1][0] else ()
     if not has_macs:

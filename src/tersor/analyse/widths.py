@@ -42,7 +42,9 @@ def _site(axes: Axes, width: Width) -> Site:
     readers = _readers(axes, width)
     tensors = axes.graph.module
     size = sum(
-        _bytes(attribute(tensors, c.tensor)) * c.per_unit // attribute(tensors, c.tensor).shape[c.dim]
+        _bytes(attribute(tensors, c.tensor))
+        * c.per_unit
+        // attribute(tensors, c.tensor).shape[c.dim]
         for c in width.couplings
     )
     return Site(

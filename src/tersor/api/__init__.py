@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tersor.core import registry
 from tersor.core.errors import ConfigError, MissingDependencyError
 from tersor.core.jsonable import from_json
-from tersor.core.records import BaselineRow, Check, Plan
+from tersor.core.records import BaselineRow, Check, Level, Plan
 from tersor.core.target import Target
 
 if TYPE_CHECKING:
@@ -166,13 +166,13 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     return result
 
 
-def _check_plan(plan: Plan, levels: Mapping[str, Sequence[str]]) -> None:
+def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:
     for site, level in plan.assignment.items():
         if site not in levels:
             raise ConfigError(f"plan: layer {site!r} is not in the model, or is kept")
         if level not in levels[site]:
             raise ConfigError(
-                f"plan: layer {site!r} has no level {level!r}, only {', '.join(levels[site])}"
+                f"plan: layer {site!r} has no level {level!r}, only {', '.join(map(str, levels[site]))}"
             )
 
 

@@ -25,7 +25,7 @@ from tersor.core.jsonable import digest
 from tersor.core.records import (
     BuildChoice,
     Candidate,
-    Format,
+    Level,
     Plan,
     Prices,
     PriceTable,
@@ -152,7 +152,7 @@ def choose_plan(
 
     def correct(
         table: PriceTable,
-        assignment: Mapping[str, Format],
+        assignment: Mapping[str, Level],
         tensors: Mapping[str, str],
         measured_ms: float,
     ) -> PriceTable:
@@ -450,7 +450,7 @@ def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) ->
     """The plan that leaves everything as it is, on the best uncompressed build."""
     base = prices.baseline
     assert base.choice is not None
-    native: Format = base.choice.precision
+    native: Level = base.choice.precision
     return replace(
         plan,
         assignment=dict.fromkeys((s.name for s in session.sites if s.pinned is None), native),

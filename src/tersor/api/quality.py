@@ -14,7 +14,7 @@ from tersor.api.session import Session, metric_of
 from tersor.api.stages import Offers, stitched
 from tersor.core.data import Metric
 from tersor.core.errors import MetricError
-from tersor.core.records import Format
+from tersor.core.records import Level
 from tersor.core.target import Target
 from tersor.graph.contracts import Graph
 from tersor.graph.geometry import output_error, sample_agreement
@@ -122,10 +122,10 @@ class Quality:
             return next(iter(values.values()))
         return max(values[name] / budgets[name] for name in budgets)
 
-    def of_assignment(self, offered: Offers) -> Callable[[Mapping[str, Format]], float]:
+    def of_assignment(self, offered: Offers) -> Callable[[Mapping[str, Level]], float]:
         """Losses of assignments, by stitching the cached changes together."""
 
-        def evaluate(assignment: Mapping[str, Format]) -> float:
+        def evaluate(assignment: Mapping[str, Level]) -> float:
             self.session.progress.advance()
             return self.loss(stitched(self.session, offered, assignment))
 

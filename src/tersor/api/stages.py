@@ -16,7 +16,7 @@ from tersor.core.records import (
     BaselineRow,
     BuildChoice,
     Candidate,
-    Format,
+    Level,
     Prices,
     PriceTable,
 )
@@ -50,11 +50,11 @@ class Offers:
     """Candidates with their measured errors, and their changes by (site, level)."""
 
     candidates: tuple[Candidate, ...]
-    changes: Mapping[tuple[str, Format], SiteChange]
+    changes: Mapping[tuple[str, Level], SiteChange]
 
-    def levels(self) -> dict[str, tuple[Format, ...]]:
+    def levels(self) -> dict[str, tuple[Level, ...]]:
         """Site -> its levels."""
-        found: dict[str, list[Format]] = {}
+        found: dict[str, list[Level]] = {}
         for candidate in self.candidates:
             found.setdefault(candidate.site, []).append(candidate.level)
         return {site: tuple(levels) for site, levels in found.items()}
@@ -66,7 +66,7 @@ class Offers:
             found.setdefault(candidate.site, []).append(candidate)
         return {site: tuple(rows) for site, rows in found.items()}
 
-    def chosen(self, assignment: Mapping[str, Format]) -> list[SiteChange]:
+    def chosen(self, assignment: Mapping[str, Level]) -> list[SiteChange]:
         """The changes of an assignment that edit the graph."""
         return [
             self.changes[site, level] for site, level in assignment.items() if level not in NATIVE
@@ -156,7 +156,7 @@ def _offers(record: _OfferRecord, changes: list[SiteChange]) -> Offers:
     return Offers(candidates=record.candidates, changes=by_level)
 
 
-def stitched(session: Session, offered: Offers, assignment: Mapping[str, Format]) -> Graph:
+def stitched(session: Session, offered: Offers, assignment: Mapping[str, Level]) -> Graph:
     """The original graph with the cached changes of an assignment."""
     return apply(session.graph, offered.chosen(assignment))
 
@@ -272,7 +272,7 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
 
 
 def _priced_build(
-    session: Session, offered: Offers, choice: BuildChoice, assignment: Mapping[str, Format]
+    session: Session, offered: Offers, choice: BuildChoice, assignment: Mapping[str, Level]
 ) -> Any:
     session.progress.advance()
     graph = stitched(session, offered, assignment)

@@ -43,6 +43,7 @@ from tersor.core.errors import CaptureError, DataError, ParityError
 from tersor.core.records import Signature, Structure, TensorSpec
 from tersor.core.structure import unflatten
 from tersor.graph.contracts import Graph
+from tersor.graph.edit import parameters_by_name
 from tersor.graph.normalise import normalise
 
 # Float32 sums in another order: a few hundred roundings of 2**-24, relative to the output's scale.
@@ -109,6 +110,7 @@ def _graph(host: _Host, samples: Samples, dynamic: Collection[Place]) -> Graph:
     args, kwargs = _arguments(call, example)
     program = export(host.plain, args, kwargs, seen)
     module = normalise(program.module(check_guards=False))
+    _check_constants(module)
     leaves: list[Tensor] = []
     result = describe(_run(host.plain, call, example), leaves)
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
@@ -129,9 +131,21 @@ def _graph(host: _Host, samples: Samples, dynamic: Collection[Place]) -> Graph:
     return _with_parity(host, graph, samples)
 
 
+def _check_constants(module: torch.fx.GraphModule) -> None:
+    """Tensors that are no parameter and no buffer are seen only here."""
+    for name, tensor in parameters_by_name(module).items():
+        if tensor.is_complex() or tensor.layout != torch.strided:
+            raise CaptureError(
+                f"tensor {name} is {_dtype(tensor)}, {tensor.layout}, and has no place in a file; "
+                "store it dense and real, and use torch.view_as_complex in forward()"
+            )
+
+
 def _hosted(module: nn.Module, samples: Samples) -> _Host:
     own = on_cpu(module)
     dtype = float_type(own)
+    if dtype == torch.float32:
+        return _Host(own, own, dtype, None)
     leaves: list[Tensor] = []
     try:
         example = _example(_cast(samples, dtype).tensors, 2)

@@ -1,11 +1,12 @@
 """An inspection for people: the tree, the widths and the pinned dimensions, alike ones folded.
 
 Thirty equal layers are one branch, one line for each of their widths, and one for what pins them:
-numbers in names become ``*``. ``--json`` has everything one by one.
+numbers in names become ``*``. Branches name widths by their line in the table of widths, as names
+of widths are long. ``--json`` has everything one by one.
 """
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TypeVar
@@ -24,27 +25,40 @@ ItemT = TypeVar("ItemT")
 
 def render_inspection(found: Inspection) -> RenderableType:
     """All of it, the tree first and the totals last."""
+    groups = alike(found.widths, _width_key)
+    numbers = {w.name: number for number, group in enumerate(groups, 1) for w in group}
     parts: list[RenderableType] = []
     if found.tree is not None:
-        parts.append(tree_table(found.tree))
-    parts += [widths_table(found.widths), pinned_table(found.pinned), Text(summary(found))]
+        parts.append(tree_table(found.tree, numbers))
+    parts += [widths_table(groups), pinned_table(found.pinned), Text(summary(found))]
     return Group(*parts)
 
 
-def tree_table(tree: Branch) -> Table:
-    """Modules as branches, sites and ops as leaves; equal neighbours once."""
+def tree_table(tree: Branch, numbers: Mapping[str, int]) -> Table:
+    """Modules as branches, sites and ops as leaves; ``numbers`` says which line a width is."""
+    rows = tree_rows(tree)
     timed = tree.time_percent is not None
+    pinned = any(row.branch.pinned for row in rows)
     columns = ["model", "kind", "weight", "MACs per sample", "size"]
-    columns += [*(["time"] if timed else []), "widths"]
-    table = _table("tree", columns, {"MACs per sample", "size", "time"})
-    for row in tree_rows(tree):
+    columns += [*(["time"] if timed else []), "reads", "makes"]
+    columns += ["format pinned"] if pinned else []
+    table = _table(
+        "tree; reads and makes: widths by number", columns, {"MACs per sample", "size", "time"}
+    )
+    for row in rows:
         branch = row.branch
         cells = [row.label, branch.kind, "x".join(map(str, branch.shape))]
         cells += [f"{branch.macs:,}", format_bytes(float(branch.size_bytes))]
-        if timed:
-            cells.append(f"{branch.time_percent:.1f} %")
-        table.add_row(*(Text(cell) for cell in [*cells, _widths(branch)]))
+        cells += [f"{branch.time_percent:.1f} %"] if timed else []
+        cells += [_numbers(branch.reads, numbers), _numbers(branch.makes, numbers)]
+        cells += [branch.pinned or ""] if pinned else []
+        table.add_row(*(Text(cell) for cell in cells))
+    table.columns[0].no_wrap = True
     return table
+
+
+def _numbers(names: Iterable[str], numbers: Mapping[str, int]) -> str:
+    return few(str(n) for n in sorted({numbers[name] for name in names}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +75,14 @@ def tree_rows(tree: Branch) -> list[TreeRow]:
 
 
 def _rows_below(branch: Branch, indent: str) -> list[TreeRow]:
-    groups = [list(alike) for _, alike in groupby(branch.children, _shape)]
+    groups = [list(group) for _, group in groupby(branch.children, _shape)]
     rows = []
-    for number, alike in enumerate(groups):
+    for number, group in enumerate(groups):
         last = number == len(groups) - 1
-        one = alike[0] if len(alike) == 1 else _mean(alike)
+        one = group[0] if len(group) == 1 else _mean(group)
         name = one.name
-        if len(alike) > 1:
-            name = f"{alike[0].name} ... {alike[-1].name} ({len(alike)} alike, each:)"
+        if len(group) > 1:
+            name = f"{group[0].name} ... {group[-1].name} (each of {len(group)})"
         rows.append(TreeRow(f"{indent}{'`- ' if last else '|- '}{name}", one))
         rows += _rows_below(one, indent + ("   " if last else "|  "))
     return rows
@@ -82,43 +96,36 @@ def _shape(branch: Branch) -> Hashable:
     return (own, branch.kind, branch.shape, branch.size_bytes, branch.macs, branch.pinned, below)
 
 
-def _mean(alike: Sequence[Branch]) -> Branch:
+def _mean(group: Sequence[Branch]) -> Branch:
     """The first of equal branches, with the mean of their times all the way down."""
-    first = alike[0]
-    times = [b.time_percent for b in alike if b.time_percent is not None]
+    times = [b.time_percent for b in group if b.time_percent is not None]
+    below = zip(*(b.children for b in group), strict=True)
     return replace(
-        first,
+        group[0],
         time_percent=sum(times) / len(times) if times else None,
-        makes=tuple(pattern(name) for name in first.makes),
-        reads=tuple(pattern(name) for name in first.reads),
-        children=tuple(_mean(children) for children in zip(*(b.children for b in alike), strict=True)),
+        children=tuple(_mean(children) for children in below),
     )
 
 
-def _widths(branch: Branch) -> str:
-    parts = [f"makes {', '.join(branch.makes)}"] if branch.makes else []
-    parts += [f"reads {', '.join(branch.reads)}"] if branch.reads else []
-    parts += [f"format pinned: {branch.pinned}"] if branch.pinned else []
-    return "; ".join(parts)
-
-
-def widths_table(widths: Iterable[WidthInfo]) -> Table:
+def widths_table(groups: Iterable[Sequence[WidthInfo]]) -> Table:
     """What may be made narrower; equal widths of equal layers are one line."""
-    columns = ["width", "count", "kind", "exactness", "units", "size", "MACs per sample", "coupled"]
-    table = _table("widths", columns, {"count", "units", "size", "MACs per sample"})
-    for alike in _alike(widths, _width_key):
-        width = alike[0]
-        several = len(alike) > 1
-        names = [f"{c.tensor}[{c.dim}]" for c in width.coupled]
+    columns = ["", "width", "count", "kind", "exactness", "units", "size", "MACs per sample"]
+    numeric = {"", "count", "units", "size", "MACs per sample"}
+    table = _table("widths", [*columns, "coupled"], numeric)
+    for number, group in enumerate(groups, 1):
+        width = group[0]
+        several = len(group) > 1
+        coupled = places((c.tensor, c.dim) for c in width.coupled)
         cells = [
+            str(number),
             pattern(width.name) if several else width.name,
-            str(len(alike)),
+            str(len(group)),
             width.kind,
             width.exactness if width.pinned is None else f"{width.exactness}, {width.pinned}",
             str(width.units),
             format_bytes(float(width.size_bytes)),
             f"{width.macs:,}",
-            few(map(pattern, names) if several else names),
+            few(map(pattern, coupled) if several else coupled),
         ]
         table.add_row(*(Text(cell) for cell in cells))
     return table
@@ -133,11 +140,10 @@ def pinned_table(pinned: Iterable[PinnedInfo]) -> Table:
     """What holds dimensions whole, the rarest reason first: kernels come last."""
     columns = ["pinned by", "reason", "dimensions", "sizes", "where"]
     table = _table("pinned dimensions", columns, {"dimensions"})
-    groups = _alike(pinned, lambda p: (p.op, p.reason))
-    for alike in sorted(groups, key=len):
-        names = [f"{pattern(p.tensor)}[{p.dim}]" for p in alike]
-        sizes = sorted({p.size for p in alike})
-        cells = [alike[0].op, alike[0].reason, str(len(alike)), few(map(str, sizes)), few(names)]
+    for group in sorted(alike(pinned, lambda p: (p.op, p.reason)), key=len):
+        names = places((pattern(p.tensor), p.dim) for p in group)
+        sizes = sorted({p.size for p in group})
+        cells = [group[0].op, group[0].reason, str(len(group)), few(map(str, sizes)), few(names)]
         table.add_row(*(Text(cell) for cell in cells))
     return table
 
@@ -145,21 +151,31 @@ def pinned_table(pinned: Iterable[PinnedInfo]) -> Table:
 def summary(found: Inspection) -> str:
     """Totals in a line, then what no site covers and what no rule knows."""
     size = format_bytes(float(found.size_bytes))
+    share = 100 * found.mac_share
     lines = [
         f"{found.nodes} nodes, {found.macs:,} MACs per sample at the sites, {size}",
-        f"{len(found.widths)} widths; exact ones reach {100 * found.mac_share:.1f} % of all MACs; "
+        f"{len(found.widths)} widths; exact ones reach {share:.1f} % of all MACs",
         f"{len(found.pinned)} dimensions pinned; analysed in {found.seconds:.2f} s",
     ]
     if found.pass_ms is not None:
         lines.append(f"one pass of one sample, op by op in torch: {found.pass_ms:.2f} ms")
     lines += [f"no rule for {op}: met {n} times, pins" for op, n in sorted(found.unknown.items())]
-    lines += [f"not a site: {name}: {why}" for name, why in found.unsupported.items()]
+    for group in alike(found.unsupported.items(), lambda item: item[1]):
+        lines.append(f"not a site: {few(name for name, _ in group)}: {group[0][1]}")
     return "\n".join(lines)
 
 
 def pattern(name: str) -> str:
     """A name with ``*`` for numbers of layers."""
     return _NUMBER.sub("*", name)
+
+
+def places(found: Iterable[tuple[str, int]]) -> list[str]:
+    """Tensors with all their dimensions: a.weight[0, 2]."""
+    dims: dict[str, dict[int, None]] = {}
+    for tensor, dim in found:
+        dims.setdefault(tensor, {})[dim] = None
+    return [f"{name}[{', '.join(map(str, numbers))}]" for name, numbers in dims.items()]
 
 
 def few(names: Iterable[str]) -> str:
@@ -170,9 +186,8 @@ def few(names: Iterable[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _alike(
-    items: Iterable[ItemT], key: Callable[[ItemT], Hashable]
-) -> list[list[ItemT]]:  # in the order of each group's first
+def alike(items: Iterable[ItemT], key: Callable[[ItemT], Hashable]) -> list[list[ItemT]]:
+    """Items of equal key together, in the order of each group's first."""
     groups: dict[Hashable, list[ItemT]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

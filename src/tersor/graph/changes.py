@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersor.core.records import Site
+from tersor.core.records import Level, Site
 from tersor.graph.contracts import Quantizer, SiteChange
 
 Arrays = dict[str, NDArray[Any]]
-_TENSORS = ("codes", "scale", "weight", "bias")
+_TENSORS = ("codes", "scale", "weight", "bias", "kept")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class ChangeRecord:
     """A change without its tensors."""
 
     site: str
-    level: str
+    level: Level
     quantizer: QuantizerRecord | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -93,6 +93,7 @@ def unpack(
             scale=tensor(i, "scale"),
             weight=tensor(i, "weight"),
             bias=tensor(i, "bias"),
+            kept=tensor(i, "kept"),
             quantizer=_quantizer(record.quantizer, tensor(i, "inverse_scale")),
             report=record.report,
         )

@@ -1,7 +1,8 @@
 """An exported graph module becomes the one form that every stage reads.
 
 Flat inputs, a flat tuple of tensor outputs, evaluation mode, and: wrappers of grad and autocast
-inlined, identities (dropout, detach, assertions) gone, in-place ops written as functional ones,
+inlined, identities (dropout, detach, assertions) gone, in-place ops (of slices, too) written as
+functional ones, inputs never written to,
 SDPA's scale explicit, products with a stored matrix written as ``linear``, batch norm folded into
 the convolution or linear before it, subgraphs of parameters only computed once, tensors that share
 a storage kept once.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.graph.edit import attribute, rebuild
-from tersor.graph.mutation import remove_mutation, written_to
+from tersor.graph.mutation import keep_inputs, remove_mutation, written_to
 
 aten = torch.ops.aten
 
@@ -53,6 +54,7 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     _drop_constant_inputs(graph)
     _drop_identities(graph, _IDENTITIES)
     remove_mutation(graph)
+    keep_inputs(graph)
     _drop_identities(graph, _COPIES, written_to(graph))
     _explicit_scale(graph)
     _share_storages(graph, tensors)
@@ -237,7 +239,7 @@ def _fold_constants(graph: fx.Graph, tensors: dict[str, Tensor]) -> None:
         kwargs = fx.map_arg(node.kwargs, lambda n: tensors[str(n.target)])
         with torch.no_grad():
             value = node.target(*args, **kwargs)  # type: ignore[operator]
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or value.is_complex():  # no file stores complex numbers
             continue
         size = value.numel() * value.element_size()
         made_of = sum(t.numel() * t.element_size() for t in sources)

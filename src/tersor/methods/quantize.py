@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import Candidate, Site
+from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import Quantizer, SiteChange, SiteStatistics
 from tersor.graph.quantizer import rounded, scaled
 from tersor.ops.feedback import descend, round_with_feedback
@@ -148,7 +148,7 @@ class Quantize:
         statistics: SiteStatistics,
         halves: tuple[Moments, ...],
         quantizer: Quantizer | None,
-        level: str,
+        level: Level,
     ) -> SiteChange:
         limit = INT8_LIMIT if quantizer is None else self.weight_limit
         weight = statistics.weight

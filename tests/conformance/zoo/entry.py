@@ -19,7 +19,7 @@ class ZooModel:
         name: Unique in the zoo: source and the source's own name.
         family: Models of one family are variants in width and depth.
         source: "families", "torchvision", "timm" or "transformers".
-        kind: "cnn", "transformer" or "mixed": which goal for the share of MACs it is held to.
+        kind: "cnn" or "transformer": which goal for the share of MACs it is held to.
         build: Gives the network in evaluation mode; the same weights every time.
         inputs: One batch of BATCH samples: positional (a tuple) or by name (a dict).
     """
@@ -81,8 +81,8 @@ def settle_(model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> None:
 
     def settle(module: Any, args: tuple[Tensor, ...]) -> None:
         rows = args[0].transpose(0, 1).flatten(1)  # [c, b * space]
-        mean, var = rows.mean(1), 2 * rows.var(1)
-        var = var.clamp(min=0.1 * float(var.mean()) + 1e-6)
+        mean, var = rows.mean(1), rows.var(1)
+        var = var + float(var.mean()) + 1e-6  # pooled maps: two values a channel, often alike
         module.running_mean.copy_(mean + 0.2 * var.sqrt() * _around_0(mean, source))
         module.running_var.copy_(var * (1 + 0.2 * _around_0(mean, source)))
         if module.bias is not None:

@@ -211,7 +211,7 @@ def test_random_constants_are_not_folded() -> None:
 class WritesThroughView(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.zeros(4)
-        mask[1] += 1  # were the zeros stored, every call would add another 1
+        mask.view(2, 2)[0, 1] += 1  # were the zeros stored, every call would add another 1
         return x * mask
 
 
@@ -262,8 +262,68 @@ class ViewThenWrite(nn.Module):
         return view.sum(-1)  # sees the write
 
 
-def test_a_write_that_an_earlier_view_shows_stays() -> None:
-    assert "aten.relu_.default" in targets(checked(ViewThenWrite(), random(4, 4)))
+class ReshapeThenWrite(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 3
+        view = y.view(-1)
+        y.relu_()
+        return y + view.sum()
+
+
+def test_an_earlier_slice_shows_the_write() -> None:
+    assert not in_place(checked(ViewThenWrite(), random(4, 4)))
+
+
+def test_a_write_that_another_view_shows_stays() -> None:
+    assert in_place(graph_of(ReshapeThenWrite(), random(4, 4))) == ["aten.relu_.default"]
+
+
+def test_the_inputs_are_never_written_to() -> None:
+    class Reshaped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            view = x.view(x.shape[0], 2, 2)
+            x.relu_()
+            return view * 2
+
+    graph = graph_of(Reshaped(), random(4, 4))
+    assert in_place(graph)
+    x = random(3, 4)
+    assert torch.equal(graph.run([x])[0], random(3, 4).relu().view(3, 2, 2) * 2)
+    assert torch.equal(x, random(3, 4))
+
+
+class Slices(nn.Module):
+    """Writes to parts in every order of view and use that models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        before = y.sum(1, keepdim=True)
+        first, tail = y[:, 0], y[:, 2:]
+        y[:, 0] += 1
+        y[:, 1:3] = 0
+        y[:, 2:][:, 1] *= 5
+        first.add_(2)
+        y[:, 4] = first
+        tail[:, -1:].copy_(tail[:, :1] + first.unsqueeze(1))
+        other = y * 2
+        y[:, ::2].sub_(x[:, 1::2])
+        return torch.cat([y, other, first.unsqueeze(1), tail, before], 1)
+
+
+def in_place(graph: Graph) -> list[str]:
+    return [t for t in targets(graph) if t.split(".")[1].endswith("_")]
+
+
+def test_writes_to_slices_become_new_values() -> None:
+    graph = checked(trained(Slices()), random(4, 6))
+    assert not in_place(graph)
+    x = random(3, 6, seed=4)
+    again = [t.clone() for t in graph.run([x])]
+    assert all(torch.equal(one, other) for one, other in zip(graph.run([x]), again, strict=True))
 
 
 class Attention(nn.Module):

@@ -53,6 +53,8 @@ class OpenVINOBackend:
         info = self.describe()
         if not info.available:
             return Support(ok=False, reason=f"{info.reason}; {info.remedy}")
+        if isinstance(candidate.level, int):  # a width: any count is a shape like another
+            return Support(ok=True)
         if info.format(candidate.level) is None:
             known = ", ".join(f.name for f in info.formats)
             return Support(

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import tersor.graph.axes.rules  # noqa: F401 - enters the rules
+import tersor.graph.axes.rules.attention
+import tersor.graph.axes.rules.elementwise
+import tersor.graph.axes.rules.indexing
+import tersor.graph.axes.rules.joining
+import tersor.graph.axes.rules.norms
+import tersor.graph.axes.rules.products
+import tersor.graph.axes.rules.reductions
+import tersor.graph.axes.rules.shapes
+import tersor.graph.axes.rules.windows  # noqa: F401 - enters its rules
 from tersor.graph.axes.labels import Labels, Reason, free
 from tersor.graph.axes.rulebook import RULES, Call, Shape, op_name, schema_name, sizes_of
 from tersor.graph.edit import attribute
@@ -91,7 +99,7 @@ class Walk:
         met = False
         for source in call.node.all_input_nodes:
             shape = call.of(source)
-            labelled = [d for d in shape or [] if not isinstance(d, list) and not d.is_free]
+            labelled = [d for d in shape or [] if not d.is_free]
             met = met or bool(labelled)
             call.freeze(labelled, "there is no rule for this op")
         if met:

@@ -41,7 +41,7 @@ class Dim:
     @property
     def is_free(self) -> bool:
         """Whether no element has a label."""
-        return self.rows.shape[1] == 0
+        return bool(self.rows.shape[1] == 0)
 
 
 def free(size: int) -> Dim:
@@ -160,12 +160,13 @@ class Labels:
     def _distinct_leaves(self, rows: Rows) -> Rows:
         roots = np.unique(self.find(np.unique(rows)))
         roots = roots[roots != NONE]
-        plain = roots[~self.expanded[roots]]
+        plain: Rows = roots[~self.expanded[roots]]
         products = roots[self.expanded[roots]]
         if not len(products):
             return plain
         found = {leaf for label in products.tolist() for leaf in self.leaves(label)}
-        return np.unique(np.concatenate([plain, np.fromiter(found, dtype=np.int64)]))
+        leaves: Rows = np.unique(np.array([*plain.tolist(), *found], dtype=np.int64))
+        return leaves
 
     def unify(self, a: Dim, b: Dim, why: int) -> None:
         """Elements at the same place go together."""

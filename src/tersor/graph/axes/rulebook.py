@@ -133,7 +133,9 @@ class Call:
     def of(self, node: fx.Node) -> Shape | None:
         """The dimensions of any input node; None for what is no tensor."""
         found = self.shapes.get(node)
-        return found if isinstance(found, list) else None
+        if not isinstance(found, list) or (found and isinstance(found[0], list)):
+            return None  # no tensor, or several
+        return found
 
     def size(self, value: Any) -> int:
         """A size among the arguments as a number."""
@@ -293,5 +295,4 @@ def kept_rows(dim: Dim, labels: Labels, removed: Flags) -> Flags:
         if any(removed[leaf] for leaf in labels.leaves(label)):
             gone |= roots == label
     gone &= roots != NONE
-    kept: Flags = ~gone.any(1)
-    return kept
+    return np.logical_not(gone.any(axis=1))
