@@ -34,7 +34,7 @@ class Reduced:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Product variables: one for each combination of the sites' usable levels, last site fastest."""
+    """Variables: one for each combination of the sites' usable levels, the last site fastest."""
 
     sites: tuple[str, ...]
     shape: tuple[int, ...]

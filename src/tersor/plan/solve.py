@@ -1,6 +1,7 @@
 """The plan as a mixed-integer linear program, solved by HiGHS.
 
-The variables and rows are ``model``'s. A budget that can't be met is named, with the least value that can be reached.
+The variables and rows are ``model``'s. A budget that can't be met is named, with the least value
+that can be reached.
 """
 
 from collections.abc import Mapping

@@ -31,14 +31,10 @@ _NONE = "-"
 
 def render_report(report: Report) -> RenderableType:
     """All of it, the verdict first."""
-    lines = site_lines(report)
-    formats = [line for line in lines if line.kind == "format"]
-    widths = [line for line in lines if line.kind != "format"]
     return Group(
         verdict_table(report.verdict),
         rows_table(result_rows(report)),
-        sites_table(formats),
-        *([widths_list(widths)] if widths else []),
+        sites_view(site_lines(report)),
         quality_table(price_quality(report)),
         pareto_table(report.pareto),
         notes_list(all_notes(report)),
@@ -122,6 +118,13 @@ def _quality(row: Row) -> str:
     if row.test_samples is not None:
         parts.append(f"{row.test_samples} test samples")
     return ", ".join(parts) or _NONE
+
+
+def sites_view(lines: Sequence[SiteLine]) -> RenderableType:
+    """The plan: a table of the format sites, then the widths and branches in words."""
+    widths = [line for line in lines if line.kind != "format"]
+    table = sites_table([line for line in lines if line.kind == "format"])
+    return Group(table, widths_list(widths)) if widths else table
 
 
 def sites_table(lines: Sequence[SiteLine]) -> Table:

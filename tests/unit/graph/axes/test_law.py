@@ -8,7 +8,7 @@ from tersor.capture.samples import Samples, flatten_item
 from tersor.core.errors import ParityError, ShapeError
 from tersor.graph.axes import Axes, analyse_axes, keep_units, mac_share
 from tersor.graph.axes.gate import TOLERANCE, check, check_random, random_share, require
-from tersor.graph.axes.rulebook import RULES
+from tersor.graph.axes.rulebook import RULES, Call, Shape
 from tersor.graph.contracts import Graph
 from tests.unit.graph.axes.nets import NETS
 
@@ -102,7 +102,7 @@ def test_the_gate_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPatch):
     """Labels that go along in the wrong order still fit in shape: only the values differ."""
     right = RULES["relu"]
 
-    def reversed_rows(call):
+    def reversed_rows(call: Call) -> Shape:
         found = list(right(call))
         dim = found[1]
         found[1] = type(dim)(dim.rows[::-1], dim.zero)

@@ -1,0 +1,193 @@
+"""Detectors: what is a graph is captured, what depends on the data stays in Python.
+
+A detector resizes and pads a list of images, computes features and raw predictions, and then
+picks boxes, whose number depends on the values. The middle part is nearly all of the time: it
+becomes ``core``. Around it the caller's own code runs on, with the backbone and the head replaced
+by what the (compressed) core gave.
+
+Found by attributes: ``transform`` and ``backbone``, and a ``head`` that reads the features alone,
+or ``rpn.head`` and ``roi_heads``, which read pooled features and stay as they are.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.capture.structures import describe
+from tersor.core.errors import DataError
+from tersor.core.records import Structure
+from tersor.core.structure import count_leaves, unflatten
+
+
+@dataclass(frozen=True, slots=True)
+class Detector:
+    """A detector in two parts.
+
+    Attributes:
+        model: The caller's, not changed.
+        core: Images [n, c, h, w] -> features and raw predictions as one flat tuple of tensors.
+    """
+
+    model: nn.Module
+    core: "Core"
+
+    def inputs(self, images: Any) -> Tensor:
+        """What the core gets for a list of images: resized, padded and stacked by the model.
+
+        Raises:
+            DataError: No list of images [channels, height, width].
+        """
+        is_list = isinstance(images, list | tuple) and all(
+            isinstance(image, Tensor) and image.dim() == 3 for image in images
+        )
+        if not is_list:
+            raise DataError(
+                f"data: found {type(images).__name__}, wanted what a detector takes: a list of "
+                "images [channels, height, width]"
+            )
+        transform = _shell(self.model.transform)  # type: ignore[arg-type]
+        with torch.no_grad():
+            batch, _ = transform(list(images), None)
+        tensors = batch.tensors
+        assert isinstance(tensors, Tensor)
+        return tensors
+
+    def attach(self, predict: Callable[[Tensor], Any]) -> "Attached":
+        """A function like the original around another core.
+
+        Args:
+            predict: Called like ``core``; gives its tensors in the same order.
+        """
+        return Attached(self.model, self.core, predict)
+
+
+def split_detector(model: Any) -> Detector | None:
+    """The two parts of a detector; None where the model is not made like one."""
+    if not isinstance(model, nn.Module):
+        return None
+    transform, backbone = getattr(model, "transform", None), getattr(model, "backbone", None)
+    head, reads_features = getattr(model, "head", None), False
+    if head is None:
+        head = getattr(getattr(model, "rpn", None), "head", None)
+        reads_features = True
+        if not isinstance(getattr(model, "roi_heads", None), nn.Module):
+            return None
+    parts = (transform, backbone, head)
+    if not all(isinstance(part, nn.Module) for part in parts):
+        return None
+    return Detector(model, Core(backbone, head, reads_features=reads_features))  # type: ignore[arg-type]
+
+
+class Core(nn.Module):
+    """Backbone and head: a pure function of the stacked images.
+
+    Args:
+        backbone: Images -> features, as a tensor or by name.
+        head: List of features -> nested raw predictions.
+        reads_features: What follows reads the values of the features. Else it reads their sizes
+            only, and gets zeros of one channel: widths of features that nobody reads stay free.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, reads_features: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.reads_features = reads_features
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Features (or zeros of their size), then the leaves of the head's output."""
+        features, raw = self.parts(images)
+        leaves: list[Tensor] = []
+        describe(features, leaves)
+        describe(raw, leaves)
+        return tuple(leaves)
+
+    def parts(self, images: Tensor) -> tuple[Any, Any]:
+        """Nested features and nested raw predictions."""
+        features = self.backbone(images)
+        by_level = list(features.values()) if isinstance(features, Mapping) else [features]
+        raw = self.head(by_level)
+        return (features if self.reads_features else _sizes_only(features)), raw
+
+
+def _sizes_only(features: Any) -> Any:
+    if isinstance(features, Mapping):
+        return type(features)((k, _sizes_only(v)) for k, v in features.items())
+    return features.new_zeros((features.shape[0], 1, *features.shape[2:]))
+
+
+class Attached:
+    """Callable like the original detector; calls from several threads run one after the other.
+
+    Raises:
+        DataError: The core gave another number of tensors than the original's.
+    """
+
+    def __init__(self, model: nn.Module, core: Core, predict: Callable[[Tensor], Any]) -> None:
+        self._core = core
+        self._predict = predict
+        self._nesting: Structure | None = None
+        self._lock = threading.Lock()
+        self._backbone, self._head = _Given(self._run), _Given(lambda _: self._raw)
+        self._raw: Any = None
+        given = {id(core.backbone): self._backbone, id(core.head): self._head}
+        self._shell = _shell(model, given)
+
+    def __call__(self, images: Any) -> Any:
+        """Detections for a list of images."""
+        with self._lock, torch.no_grad():
+            return self._shell(images)
+
+    def _run(self, images: Tensor) -> Any:
+        leaves: list[Tensor] = []
+        describe(self._predict(images), leaves)
+        nesting = self._nested(images)
+        if len(leaves) != count_leaves(nesting):
+            raise DataError(
+                f"the detector's core gave {len(leaves)} tensors, wanted {count_leaves(nesting)}; "
+                "attach a core that was compressed from this detector"
+            )
+        features, self._raw = unflatten(nesting, leaves)
+        return features
+
+    def _nested(self, images: Tensor) -> Structure:
+        """How the core's tensors nest, from one run of the original on the first image."""
+        if self._nesting is None:
+            core = _shell(self._core)
+            assert isinstance(core, Core)
+            self._nesting = describe(core.parts(images[:1]), [])
+        return self._nesting
+
+
+class _Given(nn.Module):
+    """A module in the place of another."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._function = function
+        self.eval()
+
+    def forward(self, value: Any) -> Any:
+        return self._function(value)
+
+
+def _shell(module: nn.Module, given: dict[int, nn.Module] | None = None) -> nn.Module:
+    """The same module tree in evaluation mode, tensors shared, with some modules replaced."""
+    known = dict(given or {})
+
+    def copied(one: nn.Module) -> nn.Module:
+        if id(one) not in known:
+            twin = copy.copy(one)
+            known[id(one)] = twin
+            twin.__dict__["_modules"] = {
+                name: None if child is None else copied(child)
+                for name, child in one._modules.items()  # noqa: SLF001
+            }
+            twin.training = False
+        return known[id(one)]
+
+    return copied(module)

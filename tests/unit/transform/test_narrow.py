@@ -1,0 +1,153 @@
+"""A cut graph is fitted again: exact where that is possible, better than cutting elsewhere."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tersor.analyse.widths import width_of, width_sites, width_statistics
+from tersor.capture.module import capture
+from tersor.capture.samples import Samples, flatten_item
+from tersor.core.errors import ConfigError
+from tersor.graph.axes import Axes, analyse_axes, keep_units
+from tersor.graph.contracts import Graph
+from tersor.graph.edit import parameters_by_name
+from tersor.graph.geometry import output_error
+from tersor.methods.prune import Prune
+from tersor.observe.statistics import Observed, observe
+from tersor.propose.widths import measure_widths
+from tersor.transform.narrow import NarrowConfig, narrow
+from tests.data.zoo import load_resnet20
+
+
+class Twins(nn.Module):
+    """Every channel twice: half of them can go without any loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 3, 3, bias=False)
+        for tensor in (self.first.weight, self.first.bias):
+            tensor.data[4:] = 2 * tensor.data[:4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+def captured(model: nn.Module, images: Tensor) -> tuple[Graph, Axes]:
+    call, tensors = flatten_item(images[:2], "example")
+    graph = capture(model.eval(), Samples(call, tensors)).graph
+    return graph, analyse_axes(graph)
+
+
+def observed(graph: Graph, batches: list[tuple[Tensor, ...]]) -> dict[str, Observed]:
+    return observe(graph, batches, len(batches), seed=0)
+
+
+@pytest.fixture
+def noise() -> Tensor:
+    return torch.randn(64, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def test_what_others_can_do_is_taken_over_exactly(noise: Tensor):
+    graph, axes = captured(Twins(), noise)
+    batches = [(noise[:32],), (noise[32:],)]
+    (site,) = width_sites(axes)
+    statistics = width_statistics(axes, site, observed(graph, batches), damping=1e-8)
+    whole, half = Prune(counts=lambda s: (s.units // 2,)).propose(site, statistics)
+    assert (whole.level, half.level) == (8, 4)
+    assert half.detail["loss"] < 1e-5
+    kept = half.detail["kept"]
+    assert {k % 4 for k in kept} == {0, 1, 2, 3}  # one of each pair of twins
+    small = narrow(
+        graph, axes, {width_of(axes, site).name: kept}, batches, NarrowConfig(damping=1e-9)
+    )
+    wanted = graph.run([noise])[0]
+    cut_only = keep_units(graph, axes, {"first": kept}).run([noise])[0]
+    found = small.graph.run([noise])[0]
+    assert (found - wanted).abs().max() < 1e-3 * wanted.abs().max()
+    assert (cut_only - wanted).abs().max() > 0.1 * wanted.abs().max()
+
+
+def test_the_original_is_not_changed(noise: Tensor):
+    graph, axes = captured(Twins(), noise)
+    before = {n: t.clone() for n, t in parameters_by_name(graph.module).items()}
+    narrow(graph, axes, {"first": [0, 1, 2]}, [(noise,)])
+    after = parameters_by_name(graph.module)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_kept_counts_must_lie_within_the_width(noise: Tensor):
+    graph, axes = captured(Twins(), noise)
+    (site,) = width_sites(axes)
+    statistics = width_statistics(axes, site, observed(graph, [(noise,)]))
+    with pytest.raises(ConfigError, match=r"found a count of 0, wanted 1\.\.8"):
+        Prune(counts=lambda _: (0,)).propose(site, statistics)
+
+
+def test_errors_of_widths_grow_as_units_go(images: dict[str, Tensor]):
+    """Real network, real pictures: each width alone, its readers refitted."""
+    graph, axes = captured(load_resnet20(), images["train"])
+    batches = [(images["train"][:64],)]
+    seen = observed(graph, batches)
+    site = next(s for s in width_sites(axes) if s.name == "width:layers.3.conv1")
+    statistics = {site.name: width_statistics(axes, site, seen)}
+    method = Prune(counts=lambda s: (s.units // 4, s.units // 2))
+    offered = method.propose(site, statistics[site.name])
+    found = measure_widths(
+        axes,
+        [(c, method.apply(site, c, statistics[site.name])) for c in offered],
+        statistics,
+        {name: o.moments for name, o in seen.items()},
+        batches,
+        kind="logits",
+    )
+    errors = [c.error for c in found]
+    assert errors[0] == 0.0
+    assert 0 < errors[1] < errors[2]
+    assert found[1].error_se > 0
+    assert set(found[2].detail["kept"]) < set(found[1].detail["kept"])  # nested
+    sizes = [c.size_bytes for c in found]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_half_of_a_real_network_keeps_its_predictions(images: dict[str, Tensor]):
+    graph, axes = captured(load_resnet20(), images["train"])
+    pictures = images["train"][:500]
+    batches = [(pictures[i : i + 100],) for i in range(0, 500, 100)]
+    seen = observed(graph, batches)
+    keep = {}
+    for site in width_sites(axes):
+        if len(site.ops) == 1:
+            method = Prune(counts=lambda s: (s.units // 2,))
+            _, half = method.propose(site, width_statistics(axes, site, seen))
+            keep[width_of(axes, site).name] = half.detail["kept"]
+    test = images["test"][:300]
+    wanted = graph.run([test])[0].argmax(1)
+    found = narrow(graph, axes, keep, batches).graph.run([test])[0].argmax(1)
+    cut_only = keep_units(graph, axes, keep).run([test])[0].argmax(1)
+    assert (found == wanted).float().mean() > 0.9
+    assert (cut_only == wanted).float().mean() < 0.6
+
+
+def test_a_relu_behind_the_op_counts(noise: Tensor):
+    """Fitting behind the ReLU is no worse there than fitting before it."""
+    torch_model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 1)
+    )
+    graph, axes = captured(torch_model, noise)
+    keep = {"0": [0, 3, 5]}
+    wanted = graph.run([noise])
+    errors = [
+        float(
+            output_error(
+                narrow(graph, axes, keep, [(noise,)], NarrowConfig(iterations=n)).graph.run(
+                    [noise]
+                ),
+                wanted,
+                "values",
+            ).mean()
+        )
+        for n in (0, 6)
+    ]
+    assert errors[1] <= errors[0] * 1.02
