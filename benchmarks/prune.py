@@ -119,7 +119,9 @@ class Pruner:
         self.batches = [(calibration[i : i + BATCH],) for i in range(0, len(calibration), BATCH)]
         observed = observe(self.graph, self.batches, len(self.batches), seed=SEED)
         self.sites = width_sites(self.axes)
-        method = Prune(counts=lambda s: {*range(step, s.units, step), *((50,) if s.units == 500 else ())})
+        method = Prune(
+            counts=lambda s: {*range(step, s.units, step), *((50,) if s.units == 500 else ())}
+        )
         statistics = {s.name: width_statistics(self.axes, s, observed) for s in self.sites}
         offered = [(s, c) for s in self.sites for c in method.propose(s, statistics[s.name])]
         changes = [(c, method.apply(s, c, statistics[s.name])) for s, c in offered]
@@ -193,7 +195,9 @@ def torch_pruning_rows(
         while macs > base * ratio and pruner.current_step < 100:
             if name == "Taylor":
                 net.zero_grad()
-                nn.functional.cross_entropy(net(images[:256]), net(images[:256]).argmax(1)).backward()
+                nn.functional.cross_entropy(
+                    net(images[:256]), net(images[:256]).argmax(1)
+                ).backward()
             pruner.step()
             macs, _ = tp.utils.count_ops_and_params(net, example[:1])
         net.eval()

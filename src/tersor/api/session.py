@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersor._version import __version__
 from tersor.analyse.sites import find_sites
 from tersor.build.reference import GraphExecutable
 from tersor.capture.module import Captured, capture
 from tersor.capture.outputs import output_kind
-from tersor.capture.samples import Samples, collect
+from tersor.capture.programs import Model, open_model
+from tersor.capture.samples import Samples, as_carried, collect, varying
 from tersor.core import registry
 from tersor.core.data import Metric, Split, as_data
-from tersor.core.errors import BackendError, CaptureError, ConfigError
+from tersor.core.errors import BackendError, ConfigError
 from tersor.core.jsonable import digest
 from tersor.core.machine import describe_machine
 from tersor.core.progress import Printed, Progress, Silent
@@ -127,9 +128,10 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     progress.stage("data")
     parts = collect(wanted, settings.seed)
     progress.stage("capture")
-    captured = capture(_module(model), parts["calibration"])
+    opened = open_model(model)
+    captured = capture(opened, parts["calibration"], varying(parts.values()))
     graph = captured.graph
-    parts = {name: _cast(part, graph) for name, part in parts.items()}
+    parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
     sites = find_sites(graph, tuple(settings.keep))
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
     kind = output_kind(wanted.output, outputs)
@@ -163,7 +165,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         store=store,
         progress=progress,
         settings=settings,
-        original_bytes=_model_bytes(model),
+        original_bytes=_model_bytes(opened),
         model_hash=model_hash,
         key=key,
     )
@@ -175,26 +177,6 @@ def _progress(progress: Any) -> Progress:
     if not progress:
         return Silent()
     return progress  # type: ignore[no-any-return]
-
-
-def _module(model: Any) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if isinstance(model, str | Path):
-        raise CaptureError(
-            f"{model}: reading models from files is not built yet; load it and pass the nn.Module"
-        )
-    raise CaptureError(f"model: found {type(model).__name__}, wanted a torch.nn.Module")
-
-
-def _cast(samples: Samples, graph: Graph) -> Samples:
-    """The graph's own float types; integers stay what they are."""
-    specs = graph.signature.inputs
-    cast = tuple(
-        t.to(getattr(torch, spec.dtype)) if t.is_floating_point() else t
-        for spec, t in zip(specs, samples.tensors, strict=True)
-    )
-    return replace(samples, tensors=cast)
 
 
 def pick_backend(name: str, device: str) -> tuple[Backend, BackendInfo]:
@@ -262,7 +244,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _model_bytes(model: nn.Module) -> int:
+def _model_bytes(model: Model) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     unique = {t.untyped_storage().data_ptr(): t for t in tensors}
     return sum(t.numel() * t.element_size() for t in unique.values())

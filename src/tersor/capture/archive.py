@@ -5,6 +5,7 @@ evaluates its size expressions as Python, runs its guards, and looks up any func
 name. So a copy is made that holds only what the model needs, each part checked, and that is read.
 """
 
+import ast
 import io
 import json
 import re
@@ -21,12 +22,21 @@ _AGAIN = (
     "export it again with torch.export.save, or load it yourself with torch.export.load if you "
     "trust it, and pass the ExportedProgram"
 )
-# Sums and products of symbols, and the functions that torch's own size arithmetic has.
-_EXPRESSION = re.compile(r"[\w\s+\-*/(),<>=]*", re.ASCII)
-_WORD = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_SYMBOL = re.compile(r"[a-z]{1,2}\d+", re.ASCII)
-_FUNCTIONS = frozenset(
-    ["FloorDiv", "CleanDiv", "CeilDiv", "PythonMod", "Mod", "ModularIndexing", "Max", "Min", "Pow", "PowByNatural", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Where", "Piecewise", "IntTrueDiv", "FloatTrueDiv", "ToFloat", "FloorToInt", "CeilToInt", "TruncToInt", "RoundToInt", "True", "False", "int_oo", "oo"]
+# Sizes as torch writes them: constructors of its own and sympy's arithmetic around symbols.
+_SYMBOL = re.compile(r"[a-z]{1,3}\d+", re.ASCII)
+_CONSTRUCTORS = frozenset(
+    {
+        "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs",
+        "Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "Eq", "Ne", "Lt",
+        "StrictGreaterThan", "Le", "Gt", "Ge", "And", "Or", "Not", "FloorDiv", "CleanDiv",
+        "CeilDiv", "PythonMod", "ModularIndexing", "PowByNatural", "Where", "IntTrueDiv",
+        "FloatTrueDiv", "ToFloat", "FloorToInt", "CeilToInt", "TruncToInt", "RoundToInt",
+        "BooleanTrue", "BooleanFalse", "true", "false", "int_oo", "oo", "floor", "ceiling",
+    }
+)  # fmt: skip
+_PLAIN = (
+    ast.Expression, ast.Name, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare,
+    ast.operator, ast.unaryop, ast.cmpop, ast.expr_context,
 )  # fmt: skip
 _OPERATOR = re.compile(r"(torch\.ops\.\w+\.\w+\.\w+|_operator\.\w+|math\.\w+|torch\.sym_\w+)")
 _FORBIDDEN_OPS = re.compile(r"torch\.ops\.(aten\.from_file|profiler|debug|inductor)\b")
@@ -129,10 +139,22 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_arithmetic(text: str) -> bool:
-    words = _WORD.findall(text)
-    return _EXPRESSION.fullmatch(text) is not None and all(
-        word in _FUNCTIONS or _SYMBOL.fullmatch(word) for word in words
-    )
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return all(_is_plain(node) for node in ast.walk(tree))
+
+
+def _is_plain(node: ast.AST) -> bool:
+    """Numbers, the names of symbols, and calls of known constructors by their bare names."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in _CONSTRUCTORS
+    if isinstance(node, ast.Name):
+        return node.id in _CONSTRUCTORS or _SYMBOL.fullmatch(node.id) is not None
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _SYMBOL.fullmatch(node.value) is not None
+    return isinstance(node, _PLAIN)
 
 
 def _is_operator(text: str) -> bool:

@@ -11,6 +11,7 @@ or ``rpn.head`` and ``roi_heads``, which read pooled features and stay as they a
 
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class Core(nn.Module):
 
 def _sizes_only(features: Any) -> Any:
     if isinstance(features, Mapping):
-        return type(features)((k, _sizes_only(v)) for k, v in features.items())
+        return OrderedDict((k, _sizes_only(v)) for k, v in features.items())
     return features.new_zeros((features.shape[0], 1, *features.shape[2:]))
 
 
@@ -134,7 +135,10 @@ class Attached:
         self._lock = threading.Lock()
         self._backbone, self._head = _Given(self._run), _Given(lambda _: self._raw)
         self._raw: Any = None
-        given = {id(core.backbone): self._backbone, id(core.head): self._head}
+        given: dict[int, nn.Module] = {
+            id(core.backbone): self._backbone,
+            id(core.head): self._head,
+        }
         self._shell = _shell(model, given)
 
     def __call__(self, images: Any) -> Any:

@@ -116,12 +116,12 @@ def explain(
     from tersor.core.jsonable import to_json
     from tersor.report.explain import explain as explain_site
     from tersor.report.facts import site_lines
-    from tersor.report.terminal import explained, sites_table
+    from tersor.report.terminal import explained, sites_view
 
     record = api.read_report(artifact)
     if site is None:
         lines = site_lines(record)
-        Output(as_json).emit(to_json(lines), sites_table(lines))
+        Output(as_json).emit(to_json(lines), sites_view(lines))
         return
     facts = explain_site(record, site)
     Output(as_json).emit(facts, explained(facts))

@@ -97,12 +97,14 @@ def _shape(branch: Branch) -> Hashable:
 
 
 def _mean(group: Sequence[Branch]) -> Branch:
-    """The first of equal branches, with the mean of their times all the way down."""
+    """The first of equal branches, with the mean of their times and the widths of all."""
     times = [b.time_percent for b in group if b.time_percent is not None]
     below = zip(*(b.children for b in group), strict=True)
     return replace(
         group[0],
         time_percent=sum(times) / len(times) if times else None,
+        makes=tuple(dict.fromkeys(name for b in group for name in b.makes)),
+        reads=tuple(dict.fromkeys(name for b in group for name in b.reads)),
         children=tuple(_mean(children) for children in below),
     )
 

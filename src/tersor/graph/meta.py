@@ -43,9 +43,7 @@ def refresh(module: fx.GraphModule) -> None:
                 env[node.name] = _fake(module, node, modes[0], fakes)
             elif node.op == "call_function":
                 assert callable(node.target)
-                value = node.target(
-                    *fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load)
-                )
+                value = node.target(*fx.map_arg(node.args, load), **fx.map_arg(node.kwargs, load))
                 env[node.name] = node.meta["val"] = value
 
 

@@ -92,9 +92,6 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
         )
         deviation = float(errors.std()) if len(errors) > 1 else 0.0
         found.append(
-            replace(
-                candidate, error=float(errors.mean()), error_se=deviation / len(errors) ** 0.5
-            )
+            replace(candidate, error=float(errors.mean()), error_se=deviation / len(errors) ** 0.5)
         )
     return found
-

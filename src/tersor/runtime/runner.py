@@ -72,7 +72,9 @@ class Runner:
         for spec in (*signature.inputs, *signature.outputs):
             if spec.shape.count(None) > 1:
                 raise ConfigError(
-                    f"tensor {spec.name!r}: shape {spec.shape} has more than one batch dimension"
+                    f"tensor {spec.name!r}: shape {spec.shape} has more than one batch dimension, "
+                    "so its rows are no samples of their own; return only outputs of one row a "
+                    "sample from forward()"
                 )
         self.executable = executable
         self.signature = signature

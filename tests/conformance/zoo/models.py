@@ -30,10 +30,10 @@ def select(patterns: Sequence[str]) -> list[ZooModel]:
     found: dict[str, ZooModel] = {}
     everything = zoo()
     for pattern in patterns or ["*"]:
-        hits = {
-            n: e for n, e in everything.items() if fnmatch(n, pattern) or e.source == pattern
-        }
+        hits = {n: e for n, e in everything.items() if fnmatch(n, pattern) or e.source == pattern}
         if not hits:
-            raise KeyError(f"no model is called {pattern!r}; names look like 'torchvision/vit_b_16'")
+            raise KeyError(
+                f"no model is called {pattern!r}; names look like 'torchvision/vit_b_16'"
+            )
         found |= hits
     return list(found.values())

@@ -51,7 +51,14 @@ SEGMENTERS = ("fcn", "deeplabv3", "lraspp")
 TRANSFORMERS = ("vit", "swin", "maxvit", "mvit")
 SIZE = 64  # the smallest that every plain CNN takes
 # Where 64 is too small: window attention at two resolutions, fixed position tables, fixed pools.
-SIZES = {"swin": 112, "maxvit": 224, "inception": 139, "ssd300": 300, "ssdlite320": 96, "vit_h_14": 56}
+SIZES = {
+    "swin": 112,
+    "maxvit": 224,
+    "inception": 139,
+    "ssd300": 300,
+    "ssdlite320": 96,
+    "vit_h_14": 56,
+}
 CLIPS = {"s3d": (16, 224), "mvit": (16, 224), "swin3d": (4, 64)}
 CLIP = (4, 32)
 FLOW_SIZE = 128  # RAFT's correlation pyramid needs 16 x 16 at an eighth of the resolution

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from tersor import api
-from tersor.analyse.inspection import Inspection
+from tersor.analyse.inspection import Branch, Inspection
 from tersor.cli import main as entry
 from tersor.cli.exits import ExitCode
 from tersor.cli.main import app
@@ -473,8 +473,8 @@ def test_bench_lists_the_uncompressed_builds(fake: Any, record: Report, source: 
 def test_inspect_of_a_model_runs_the_first_item(fake: Any, record: Report, source: str) -> None:
     seen: list[Any] = []
 
-    def inspect_model(_: Any, example: Any, *, keep: Any) -> Any:
-        seen.extend((example, keep))
+    def inspect_model(_: Any, example: Any, *, keep: Any, time: bool) -> Any:
+        seen.extend((example, keep, time))
         empty = Structure(kind="tuple")
         signature = Signature(inputs=(), outputs=(), args=empty, kwargs=empty, result=empty)
         return Inspection(
@@ -484,12 +484,13 @@ def test_inspect_of_a_model_runs_the_first_item(fake: Any, record: Report, sourc
             macs=1234,
             size_bytes=2_000_000,
             nodes=7,
+            tree=Branch(name="head", path="head", kind="linear", pinned="matched by keep"),
         )
 
     fake("inspect", inspect_model)
-    result = call("inspect", f"{source}:Net", f"{source}:wrapped", "--keep", "head*")
+    result = call("inspect", f"{source}:Net", f"{source}:wrapped", "--keep", "head*", "--time")
     assert tuple(seen[0].shape) == (1, 3)
-    assert seen[1] == ("head*",)
+    assert seen[1:] == [("head*",), True]
     assert "matched by keep" in result.stdout
     assert "7 nodes, 1,234 MACs per sample at the sites, 2.00 MB" in result.stdout
     assert "not a site: lstm: no rule" in result.stdout

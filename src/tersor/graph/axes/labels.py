@@ -236,7 +236,8 @@ class Labels:
         else:
             self.freeze(np.array(left_free + right_free, dtype=np.int64), why)
 
-    def _paired(self, left: list[int], right: list[int]) -> tuple[list[int], list[int]]:
+    @staticmethod
+    def _paired(left: list[int], right: list[int]) -> tuple[list[int], list[int]]:
         """What both products have in common is paired with itself."""
         common = [x for x in left if x in right]
         rest = [[x for x in side if x not in common] for side in (left, right)]
@@ -276,7 +277,7 @@ class Labels:
         for column in rows.T:
             place = self._factor_of(column, factors)
             if place is None:
-                place = self._couple(column, factors)
+                place = self._couple(column, factors, why)
             j, values = place
             columns[j].append(values)
         return [
@@ -337,7 +338,7 @@ class Labels:
                 return j, lines[:, 0].copy()
         return None
 
-    def _couple(self, column: Rows, factors: Sequence[int]) -> tuple[int, Rows]:
+    def _couple(self, column: Rows, factors: Sequence[int], why: int) -> tuple[int, Rows]:
         """No product: what shares a place along the largest factor goes together."""
         j = int(np.argmax(factors))
         lines = np.moveaxis(column.reshape(factors), j, 0).reshape(factors[j], -1)
@@ -345,7 +346,7 @@ class Labels:
         for i, line in enumerate(lines.tolist()):
             labels = [x for x in dict.fromkeys(line) if x != NONE]
             for other in labels[1:]:
-                self._unite_two(labels[0], other, 0)
+                self._unite_two(labels[0], other, why)
             values[i] = labels[0] if labels else NONE
         return j, values
 

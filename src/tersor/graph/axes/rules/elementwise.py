@@ -174,7 +174,7 @@ def _holds_zero(low: Any, high: Any) -> bool:
 
 @rule("threshold")
 def threshold(call: Call) -> Result:
-    """x above the threshold, else a number."""
+    """X above the threshold, else a number."""
     keeps = call["value"] == 0 or call["threshold"] < 0
     return broadcast(call, [call.dims("self")], every if keeps else never)
 
@@ -189,8 +189,7 @@ def compare(call: Call) -> Result:
 def where(call: Call) -> Result:
     """Zero where both branches are; the condition only goes along."""
     branches = [_operand_of(call, "self"), _operand_of(call, "other")]
-    found = broadcast(call, [call.maybe("condition"), *branches], lambda c: every(c[1:]))
-    return found
+    return broadcast(call, [call.maybe("condition"), *branches], lambda c: every(c[1:]))
 
 
 def _operand_of(call: Call, name: str) -> Shape | None:
@@ -201,17 +200,16 @@ def _operand_of(call: Call, name: str) -> Shape | None:
 def masked_fill(call: Call) -> Result:
     """Zero where x is and the filling is 0."""
     keeps = call["value"] == 0
-    found = broadcast(
+    return broadcast(
         call,
         [call.dims("self"), call.dims("mask")],
         lambda c: keeps and c[0] is not None and c[0].zero,
     )
-    return found
 
 
 @rule("addcmul")
 def addcmul(call: Call) -> Result:
-    """a + b * c."""
+    """Sum a + b * c."""
     operands = [call.dims(n) for n in ("self", "tensor1", "tensor2")]
     return broadcast(call, operands, lambda c: every(c[:1]) and some(c[1:]))
 

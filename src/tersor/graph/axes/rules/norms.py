@@ -2,8 +2,8 @@
 
 import sys
 
-from tersor.graph.axes.rulebook import Call, Edit, Result, Shape, rewrite, rule
 from tersor.graph.axes.labels import Dim
+from tersor.graph.axes.rulebook import Call, Edit, Result, Shape, rewrite, rule
 
 
 def _affine(call: Call, dim: Dim, names: tuple[str, ...]) -> Dim:

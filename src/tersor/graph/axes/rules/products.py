@@ -16,7 +16,7 @@ def contract(call: Call, a: Dim, b: Dim) -> None:
 
 @rule("linear")
 def linear(call: Call) -> Result:
-    """y = x W^T + b."""
+    """Map y = x W^T + b."""
     x, w, bias = call.dims("input"), call.dims("weight"), call.maybe("bias")
     contract(call, w[-1], x[-1])
     call.tag(w[-1], "neurons")
@@ -66,7 +66,7 @@ def _batch(call: Call, batches: list[Shape], rank: int) -> Shape:
 
 @rule("addmm", "baddbmm", "addbmm")
 def addmm(call: Call) -> Result:
-    """c + a b."""
+    """Sum c + a b."""
     names = ("mat1", "mat2") if call.name == "addmm" else ("batch1", "batch2")
     a, b, c = call.dims(names[0]), call.dims(names[1]), call.dims("self")
     contract(call, a[-1], b[-2])

@@ -1,6 +1,7 @@
 """Views: dimensions move, split into factors, merge, repeat."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch import fx
@@ -13,7 +14,7 @@ def view(call: Call, shape: Shape, sizes: Sequence[int]) -> Shape:
     """A view over the common refinement of both shapes."""
     before, after = _borders([d.size for d in shape]), _borders(sizes)
     cuts = sorted(set(before) | set(after))
-    if 0 in cuts or any(high % low for low, high in zip(cuts, cuts[1:], strict=False)):
+    if 0 in cuts or any(high % low for low, high in pairwise(cuts)):
         call.freeze(shape, "a view that does not split into factors")
         return [free(n) for n in sizes]
     factors: Shape = []
@@ -41,7 +42,7 @@ def _borders(sizes: Sequence[int]) -> list[int]:
 
 def _steps(cuts: Sequence[int], low: int, high: int) -> list[int]:
     inside = [c for c in cuts if low <= c <= high]
-    return [b // a for a, b in zip(inside, inside[1:], strict=False)]
+    return [b // a for a, b in pairwise(inside)]
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
@@ -202,11 +203,7 @@ def repeat_interleave(call: Call) -> Result:
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty")
 def constant(call: Call) -> Result:
     """One value everywhere: its count follows what it meets."""
-    if call.name.startswith("new_"):
-        fill = call["fill_value"]
-    else:
-        fill = call["fill_value"]
-    is_zero = call.name.endswith("zeros") or fill == 0
+    is_zero = call.name.endswith("zeros") or call["fill_value"] == 0
     sizes = call.node.meta["val"].shape
     return [
         call.labels.fresh(s, zero=is_zero) if isinstance(s, int) and s > 1 else free(n)
