@@ -132,22 +132,27 @@ def _fixed_error(
     name = type(model).__name__
     column, dim = fixed[0]
     if not dim:
-        if isinstance(model, fx.GraphModule):
-            return CaptureError(
-                f"{name} was exported for one batch size; export the original module again with "
-                "dynamic_shapes={input: {0: torch.export.Dim('batch')}} for every input and an "
-                "example of at least 2 samples, or pass the nn.Module itself"
-            )
-        return CaptureError(
-            f"{name} can't be exported: the batch size is fixed by the code; take sizes from "
-            "x.shape[0] or use -1 in view() and reshape()"
-        )
+        return CaptureError(_one_batch(model, ""))
     size = int(input_values(program)[column].shape[dim])
     return CaptureError(
         f"{name} can't be exported for several sizes: dimension {dim} of input {column} "
         f"({input_nodes(program)[column].name}) varies in the data, but the model's own "
         f"code fixes it to {size}; pad all inputs to one size with tersor.Data(..., "
         "to_inputs=...), or take that size from x.shape in forward()"
+    )
+
+
+def _one_batch(model: nn.Module, place: str) -> str:
+    name = type(model).__name__
+    if isinstance(model, fx.GraphModule):
+        return (
+            f"{name}: the program was exported for one batch size; export the original module "
+            "again with dynamic_shapes={input: {0: torch.export.Dim('batch')}} for every input and "
+            "an example of at least 2 samples, or pass the nn.Module itself"
+        )
+    return (
+        f"{name} can't be exported: the batch size is fixed by the code{place}; take sizes from "
+        "x.shape[0] or use -1 in view() and reshape()"
     )
 
 
@@ -192,9 +197,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
     if data_dependent:
         what = "control flow depends on the values of tensors"
         way_out = "replace the branch by torch.where, or capture the part without it"
-    elif "dynamic" in text.lower() or "constraint" in text.lower() or "fixed by" in text:
-        what = "the batch size is fixed by the code"
-        way_out = "take sizes from x.shape[0] or use -1 in view() and reshape()"
+    elif "dynamic" in text.lower() or "constraint" in text.lower():
+        return _one_batch(model, f"{f'; op {op}' if op else ''}{place}")
     else:
         what = first_line(error)
         way_out = "replace the op by one that torch.export knows, or pass a part of the model"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -38,10 +38,8 @@ def tree_table(tree: Branch, numbers: Mapping[str, int]) -> Table:
     """Modules as branches, sites and ops as leaves; ``numbers`` says which line a width is."""
     rows = tree_rows(tree)
     timed = tree.time_percent is not None
-    pinned = any(row.branch.pinned for row in rows)
     columns = ["model", "kind", "weight", "MACs per sample", "size"]
     columns += [*(["time"] if timed else []), "reads", "makes"]
-    columns += ["format pinned"] if pinned else []
     table = _table(
         "tree; reads and makes: widths by number", columns, {"MACs per sample", "size", "time"}
     )
@@ -51,7 +49,6 @@ def tree_table(tree: Branch, numbers: Mapping[str, int]) -> Table:
         cells += [f"{branch.macs:,}", format_bytes(float(branch.size_bytes))]
         cells += [f"{branch.time_percent:.1f} %"] if timed else []
         cells += [_numbers(branch.reads, numbers), _numbers(branch.makes, numbers)]
-        cells += [branch.pinned or ""] if pinned else []
         table.add_row(*(Text(cell) for cell in cells))
     table.columns[0].no_wrap = True
     return table
@@ -151,7 +148,7 @@ def pinned_table(pinned: Iterable[PinnedInfo]) -> Table:
 
 
 def summary(found: Inspection) -> str:
-    """Totals in a line, then what no site covers and what no rule knows."""
+    """Totals, then ops that no rule knows, formats that stay, and what no site covers."""
     size = format_bytes(float(found.size_bytes))
     share = 100 * found.mac_share
     lines = [
@@ -162,6 +159,9 @@ def summary(found: Inspection) -> str:
     if found.pass_ms is not None:
         lines.append(f"one pass of one sample, op by op in torch: {found.pass_ms:.2f} ms")
     lines += [f"no rule for {op}: met {n} times, pins" for op, n in sorted(found.unknown.items())]
+    kept = [(site.name, site.pinned) for site in found.sites if site.pinned]
+    for group in alike(kept, lambda item: item[1]):
+        lines.append(f"format pinned: {few(name for name, _ in group)}: {group[0][1]}")
     for group in alike(found.unsupported.items(), lambda item: item[1]):
         lines.append(f"not a site: {few(name for name, _ in group)}: {group[0][1]}")
     return "\n".join(lines)
@@ -199,5 +199,6 @@ def alike(items: Iterable[ItemT], key: Callable[[ItemT], Hashable]) -> list[list
 def _table(title: str, columns: Sequence[str], numeric: set[str]) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     for name in columns:
-        table.add_column(name, justify="right" if name in numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if name in numeric else "left"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in numeric)
     return table

@@ -9,8 +9,8 @@ from tersor.core.errors import TersorError
 from tersor.graph.axes import Axes, analyse_axes, mac_share
 from tersor.graph.axes.gate import GateReport, check_random
 from tersor.graph.contracts import Graph
+from tests.conformance.zoo.capturing import captured
 from tests.conformance.zoo.entry import ZooModel
-from tests.conformance.zoo.run import captured
 
 SHARE = 0.3  # of the units of every exact width at once
 # Share of the MACs at ops that an exact width runs into or out of.

@@ -1,11 +1,11 @@
-"""Captures models of the zoo and counts their ops.
+"""Captures models of the zoo and counts their ops; with ``--judge``, cuts them and compares.
 
-``python -m tests.conformance.zoo.run [--ops FILE] [--captured FILE] [names, patterns, sources]``
+``python -m tests.conformance.zoo.run [--judge] [--ops FILE] [names, patterns, sources]``; rows for
+the table come from ``python -m benchmarks.coverage``.
 """
 
 import argparse
 import gc
-import operator
 import time
 import warnings
 from collections import Counter
@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tersor.capture.module import Captured, capture
-from tersor.capture.samples import Samples, flatten_item
-from tersor.graph.contracts import Graph
+from tests.conformance.zoo.capturing import captured, ops_of
 from tests.conformance.zoo.entry import ZooModel
+from tests.conformance.zoo.judge import judge, summary
 from tests.conformance.zoo.models import select
 
 
@@ -29,20 +28,6 @@ class Capturing:
     seconds: float
     nodes: int
     ops: frozenset[str]
-
-
-def captured(entry: ZooModel) -> Captured:
-    """Build and capture one model."""
-    call, tensors = flatten_item(entry.inputs(), entry.name)
-    return capture(entry.build(), Samples(call, tensors))
-
-
-def ops_of(graph: Graph) -> frozenset[str]:
-    """Names of all functions that a graph calls."""
-    found = {n.target for n in graph.module.graph.nodes if n.op == "call_function"}
-    return frozenset(
-        f"operator.{f.__name__}" if f in vars(operator).values() else str(f) for f in found
-    )
 
 
 def attempt(entry: ZooModel) -> Capturing:
@@ -74,26 +59,42 @@ def histogram(results: Iterable[Capturing]) -> list[str]:
     return [f"{n:5}  {op:56} {example[op]}" for op, n in counts.most_common()]
 
 
+def judged(entries: Iterable[ZooModel]) -> None:
+    """Print a line for each model: is cutting zeroing there, and what is held."""
+    for entry in entries:
+        row = judge(entry, each=True)
+        print(summary(row), flush=True)
+        if row.held_by:
+            print(f"{'':46} held by {row.held_by}", flush=True)
+        gc.collect()
+
+
+def counted(entries: Iterable[ZooModel], path: Path | None) -> None:
+    """Print a line for each model, then the histogram of ops (to a file where one is given)."""
+    results: list[Capturing] = []
+    for entry in entries:
+        results.append(attempt(entry))
+        print(line(results[-1]), flush=True)
+        gc.collect()
+        if path:
+            path.write_text("\n".join(histogram(results)) + "\n", encoding="utf-8")
+    if not path:
+        print("\n".join(histogram(results)))
+
+
 def main() -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="names, patterns or sources; default: all")
+    parser.add_argument("--judge", action="store_true", help="cut 30 %% of every exact width")
     parser.add_argument("--ops", type=Path, help="file for the histogram; rewritten all the time")
-    parser.add_argument("--captured", type=Path, help="file to add one line a model to")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    results: list[Capturing] = []
-    for entry in select(options.names):
-        results.append(attempt(entry))
-        print(line(results[-1]), flush=True)
-        gc.collect()
-        if options.captured:
-            with options.captured.open("a", encoding="utf-8") as file:
-                file.write(line(results[-1]) + "\n")
-        if options.ops:
-            options.ops.write_text("\n".join(histogram(results)) + "\n", encoding="utf-8")
-    if not options.ops:
-        print("\n".join(histogram(results)))
+    entries = select(options.names)
+    if options.judge:
+        judged(entries)
+    else:
+        counted(entries, options.ops)
 
 
 if __name__ == "__main__":

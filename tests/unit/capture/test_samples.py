@@ -11,9 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from tersor.capture.samples import TO_INPUTS, Samples, collect, flatten_item
+from tersor.capture.samples import (
+    TO_INPUTS,
+    Samples,
+    as_carried,
+    collect,
+    flatten_item,
+    varying,
+)
 from tersor.core.data import RESERVOIR, SPLITS, Data
 from tersor.core.errors import DataError
+from tersor.core.records import Signature, Structure, TensorSpec
 
 
 def numbered(count: int) -> Tensor:
@@ -142,6 +150,26 @@ REFUSED: dict[str, tuple[Data, str]] = {
         Data([torch.zeros(4, 3), torch.zeros(4, 5)]),
         r"data: input 0 comes in 2 shapes a sample, such as \[\(3,\), \(5,\)\]; wanted one: pad",
     ),
+    "ragged parts": (
+        Data(calibration=[torch.zeros(4, 3)], search=[torch.zeros(4, 5)], test=[torch.zeros(4, 3)]),
+        r"calibration: input 0 comes in 2 shapes a sample, such as \[\(3,\), \(5,\)\]",
+    ),
+    "parts of other types": (
+        Data(
+            calibration=[torch.zeros(4, 3)],
+            search=[torch.zeros(4, 3)],
+            test=[torch.zeros(4, 3, 1)],
+        ),
+        "test: input 0 is torch.float32 with 3 dimensions, in the calibration part .* with 2",
+    ),
+    "ranks": (
+        Data([torch.zeros(4, 3), torch.zeros(4, 3, 1)]),
+        r"data: input 0 comes with \[2, 3\] dimensions; wanted one number",
+    ),
+    "zero-size": (
+        Data([torch.zeros(4, 0)]),
+        r"data, item 0, \[0\]: found shape \(4, 0\), which holds no value; wanted every size",
+    ),
     "types": (
         Data([torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int64)]),
         "input 0 comes in types .*float32.*int64",
@@ -184,3 +212,81 @@ def test_the_way_out_is_in_the_message() -> None:
     with pytest.raises(DataError) as caught:
         collect(Data([object()]), 0)
     assert TO_INPUTS in str(caught.value)
+
+
+# --- samples of several shapes
+
+
+def lengths(*sizes: int, count: int = 6) -> list[dict[str, Tensor]]:
+    """Batches of one length each; every row holds its own number, beside a label of one shape."""
+    items, number = [], 0
+    for size in sizes:
+        rows = torch.arange(number, number + count)
+        items.append({"x": rows[:, None].expand(count, size).float(), "label": rows[:, None]})
+        number += count
+    return items
+
+
+def ids(part: Samples) -> list[int]:
+    return [int(v) for flat in part.groups for v in flat[1][:, 0]]
+
+
+def test_samples_are_grouped_by_shape() -> None:
+    data = Data(calibration=lengths(3, 7, 3, 5), search=lengths(7), test=lengths(2, 3))
+    parts = collect(data, 0, ragged=True)
+    part = parts["calibration"]
+    assert [f[0].shape for f in part.groups] == [(6, 7), (6, 5), (12, 3)]
+    assert len(part) == 24
+    assert part.tensors[0].shape == (6, 7)  # the largest shape
+    assert sorted(ids(part)) == list(range(24))
+    assert all(bool((f[0] == f[1]).all()) for f in part.groups)  # rows stay together
+    assert varying(parts.values()) == {(0, 1)}
+    assert varying([parts["search"]]) == frozenset()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 40))
+def test_ragged_batches_are_rectangular_and_complete(
+    sizes: list[int], count: int, batch: int
+) -> None:
+    data = Data(calibration=lengths(*sizes, count=count), search=lengths(2), test=lengths(2))
+    part = collect(data, 0, ragged=True)["calibration"]
+    found = list(part.batches(batch))
+    assert all(1 <= len(flat[0]) <= batch for flat in found)
+    assert sorted(int(v) for flat in found for v in flat[1][:, 0]) == sorted(ids(part))
+    some = part.limited(batch)
+    assert len(some) == min(batch, len(part))
+    assert len(set(ids(some))) == len(some)
+
+
+def test_a_split_of_ragged_samples_is_complete() -> None:
+    parts = collect(Data(lengths(3, 5, 4)), 1, ragged=True)
+    assert sorted(i for p in parts.values() for i in ids(p)) == list(range(18))
+    assert {n: len(p) for n, p in parts.items()} == {"calibration": 10, "search": 4, "test": 4}
+
+
+def test_taking_ragged_samples() -> None:
+    data = Data(calibration=lengths(3, 7), search=lengths(2), test=lengths(2))
+    part = collect(data, 0, ragged=True)["calibration"]
+    assert ids(part) == [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
+    assert ids(part.take(torch.tensor([0, 11]))) == [6, 5]
+    assert ids(part.take(slice(8, None))) == [2, 3, 4, 5]
+    assert part.take(slice(8, None)).others == ()
+    assert {len(f[0]) for f in part.limited(4).groups} == {2}  # shapes keep their shares
+
+
+def test_samples_are_cast_for_the_graph() -> None:
+    call, tensors = flatten_item({"x": torch.ones(4, 2).bfloat16(), "n": torch.ones(4).int()}, "")
+    other = tuple(t[:2, :1] if t.dim() > 1 else t[:2] for t in tensors)
+    samples = Samples(call, tensors, (other,))
+    specs = (
+        TensorSpec(name="x", dtype="bfloat16", shape=(None, 2)),
+        TensorSpec(name="n", dtype="int32", shape=(None,)),
+    )
+    leaf = Structure(kind="tensor")
+    found = as_carried(
+        samples,
+        Signature(inputs=specs, outputs=(), args=call.args, kwargs=call.kwargs, result=leaf),
+    )
+    assert [t.dtype for f in found.groups for t in f] == [torch.float32, torch.int32] * 2
+    assert len(found.others) == 1

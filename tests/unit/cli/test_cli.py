@@ -484,7 +484,7 @@ def test_inspect_of_a_model_runs_the_first_item(fake: Any, record: Report, sourc
             macs=1234,
             size_bytes=2_000_000,
             nodes=7,
-            tree=Branch(name="head", path="head", kind="linear", pinned="matched by keep"),
+            tree=Branch(name="head", path="head", kind="linear"),
         )
 
     fake("inspect", inspect_model)
