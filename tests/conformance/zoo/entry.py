@@ -42,7 +42,7 @@ def built(
             torch.manual_seed(SEED)
             model = make().eval()
         for parameter in model.parameters():
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad_(False)
         scramble_(model)
         settle_(model, inputs())
         return model

@@ -35,7 +35,7 @@ class FusedAttention(nn.Module):
 
     def __init__(self, width: int = WIDTH, size: int = 5) -> None:
         super().__init__()
-        self.size = size  # of a head: heads times size is not the width
+        self.num_heads, self.size = HEADS, size  # heads times size is not the width
         self.qkv = nn.Linear(width, 3 * HEADS * size)
         self.out = nn.Linear(HEADS * size, width)
 
@@ -91,8 +91,13 @@ def vit_fused() -> nn.Module:
 
 def vit_multihead() -> nn.Module:
     """torch's own encoder layers, around ``nn.MultiheadAttention``."""
-    options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-    return ViT(*(nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, **options) for _ in range(2)))
+
+    def layer() -> nn.Module:
+        return nn.TransformerEncoderLayer(
+            WIDTH, HEADS, HIDDEN, dropout=0.0, batch_first=True, norm_first=True
+        )
+
+    return ViT(layer(), layer())
 
 
 class WindowAttention(nn.Module):
@@ -101,9 +106,11 @@ class WindowAttention(nn.Module):
     Source: Liu et al. 2021, Swin.
     """
 
+    index: Tensor
+
     def __init__(self, shift: int) -> None:
         super().__init__()
-        self.shift, self.side, self.size = shift, 4, 6
+        self.num_heads, self.shift, self.side, self.size = HEADS, shift, 4, 6
         self.qkv = nn.Linear(WIDTH, 3 * HEADS * self.size)
         self.out = nn.Linear(HEADS * self.size, WIDTH)
         self.table = nn.Parameter(torch.randn(49, HEADS))
@@ -149,6 +156,7 @@ class MaskedAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_heads = HEADS
         self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.value, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
@@ -196,8 +204,11 @@ class Bert(nn.Module):
 class CausalAttention(nn.Module):
     """One product, split in three; a triangle masks the future."""
 
+    past: Tensor
+
     def __init__(self) -> None:
         super().__init__()
+        self.num_heads = HEADS
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.out = nn.Linear(WIDTH, WIDTH)
         self.register_buffer("past", torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril())

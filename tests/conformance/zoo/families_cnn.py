@@ -119,7 +119,7 @@ class Shuffle(nn.Module):
             conv_bn(half, half, 1),
             nn.ReLU(),
         )
-        self.short = nn.Identity()
+        self.short: nn.Module = nn.Identity()
         if not self.split:
             self.short = nn.Sequential(conv_bn(inp, inp, 3, stride, inp), conv_bn(inp, half, 1))
 
@@ -161,8 +161,8 @@ class Inverted(nn.Module):
         """[b, inp, h, w] -> [b, out, h / stride, w / stride]."""
         y = functional.hardswish(self.depthwise(functional.hardswish(self.expand(x))))
         gate = functional.relu(self.squeeze(functional.adaptive_avg_pool2d(y, 1)))
-        y = self.project(y * functional.hardsigmoid(self.excite(gate)))
-        return x + y if self.keeps else y
+        z: Tensor = self.project(y * functional.hardsigmoid(self.excite(gate)))
+        return x + z if self.keeps else z
 
 
 def mobile() -> nn.Module:
@@ -191,8 +191,8 @@ class Modern(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[b, width, h, w] -> the same."""
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        y = self.scale * self.down(functional.gelu(self.up(y)))
-        return x + y.permute(0, 3, 1, 2)
+        z: Tensor = self.scale * self.down(functional.gelu(self.up(y)))
+        return x + z.permute(0, 3, 1, 2)
 
 
 def modern() -> nn.Module:

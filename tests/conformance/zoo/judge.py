@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tersor.core.errors import TersorError
 from tersor.graph.axes import Axes, analyse_axes, mac_share
@@ -66,7 +67,7 @@ def judge(entry: ZooModel, *, each: bool = False) -> Judged:
         entry: The model.
         each: Also zero every width alone, to name those that move nothing.
     """
-    about = {
+    about: dict[str, Any] = {
         "name": entry.name,
         "family": entry.family,
         "source": entry.source,
@@ -90,7 +91,7 @@ def _first(error: Exception) -> str:
 
 
 def _row(
-    about: dict[str, str], graph: Graph, axes: Axes, report: GateReport, seconds: float
+    about: dict[str, Any], graph: Graph, axes: Axes, report: GateReport, seconds: float
 ) -> Judged:
     exactness = Counter(w.exactness for w in axes.widths)
     if report.passed:

@@ -117,6 +117,26 @@ def test_bytes_and_kinds(net: Inspection) -> None:
     assert tree["last"].shape == (5, 6, 1)
 
 
+class Bare(nn.Module):
+    """A weight that no layer of its own holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.shift = nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(x, self.matrix, self.shift).relu())
+
+
+def test_a_bare_weight_is_a_leaf_under_its_own_name() -> None:
+    found = tersor.inspect(trained(Bare()), random(2, 4))
+    tree = by_path(found)
+    assert (tree["matrix"].size_bytes, tree["matrix"].macs) == (4 * 24, 24)
+    assert tree["matrix"].makes == tree["head"].reads == ("matrix",)
+    assert tree[""].size_bytes == 4 * (24 + 6 + 12 + 2)
+
+
 def test_branches_stand_in_the_order_of_the_graph(net: Inspection) -> None:
     assert net.tree is not None
     assert [c.name for c in net.tree.children] == ["blocks", "twice", "up", "last"]
