@@ -163,8 +163,9 @@ def test_control_flow_that_depends_on_data(refuse: Any) -> None:
     )  # fmt: skip
 
 
-def test_a_model_in_half_precision(refuse: Any, tiny: nn.Module) -> None:
-    refuse(WeightError, "torch.float16", "wanted float32", "model.float()", model=tiny.half())
+def test_a_model_in_double_precision(refuse: Any, tiny: nn.Module) -> None:
+    wanted = "wanted float32, float16 or bfloat16"
+    refuse(WeightError, "float64", wanted, "model.float()", model=tiny.double())
 
 
 @pytest.mark.parametrize("model", ["model.onnx", lambda x: x])

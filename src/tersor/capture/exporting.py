@@ -14,6 +14,7 @@ from tersor.core.errors import CaptureError
 
 _MAX_BATCH = 1 << 16
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)')
+_OF_SIZES = re.compile(r"constraint|dynamic.shapes?|as dynamic|specialized|Dim\(", re.IGNORECASE)
 # What a graph may consist of: everything else has no meaning outside of the caller's process.
 _NAMESPACES = ("aten", "prims", "torchvision", "quantized_decomposed")
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # inlined later
@@ -197,7 +198,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     if data_dependent:
         what = "control flow depends on the values of tensors"
         way_out = "replace the branch by torch.where, or capture the part without it"
-    elif "dynamic" in text.lower() or "constraint" in text.lower():
+    elif _OF_SIZES.search(text):
         return _one_batch(model, f"{f'; op {op}' if op else ''}{place}")
     else:
         what = first_line(error)

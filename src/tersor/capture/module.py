@@ -45,6 +45,7 @@ from tersor.core.structure import unflatten
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import parameters_by_name
 from tersor.graph.normalise import normalise
+from tersor.graph.shapes import check_limits
 
 # Float32 sums in another order: a few hundred roundings of 2**-24, relative to the output's scale.
 PARITY = 1e-4
@@ -106,13 +107,13 @@ def _graph(host: _Host, samples: Samples, dynamic: Collection[Place]) -> Graph:
     samples = _cast(samples, host.dtype)
     _check_shapes(host, samples)
     example = _example(_cast(samples, torch.float32).tensors, 2)
+    leaves: list[Tensor] = []
+    result = describe(_run(host.plain, call, example), leaves)
     seen = _seen(samples, dynamic)
     args, kwargs = _arguments(call, example)
     program = export(host.plain, args, kwargs, seen)
     module = normalise(program.module(check_guards=False))
     _check_constants(module)
-    leaves: list[Tensor] = []
-    result = describe(_run(host.plain, call, example), leaves)
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     if len(holders) != len(example):
         raise CaptureError(
@@ -127,6 +128,7 @@ def _graph(host: _Host, samples: Samples, dynamic: Collection[Place]) -> Graph:
         result=result,
         parameter_names=tuple(inspect.signature(host.own.forward).parameters),
     )
+    _check_limits(host, signature, samples)
     graph = Graph(module, signature, example)
     return _with_parity(host, graph, samples)
 
@@ -283,6 +285,20 @@ def _input_specs(
         bounds = limits(program, value, spec)
         specs.append(dataclasses.replace(spec, shape=shape, limits=bounds))
     return tuple(specs)
+
+
+def _check_limits(host: _Host, signature: Signature, samples: Samples) -> None:
+    """Refuse data of which the exported branches of the code cover only some sizes."""
+    for flat in samples.groups:
+        for spec, tensor in zip(signature.inputs, flat, strict=True):
+            try:
+                check_limits(spec, tuple(tensor.shape))
+            except DataError as error:
+                raise CaptureError(
+                    f"{type(host.own).__name__} computes otherwise at other sizes, and one graph "
+                    f"holds one way: {error}; or pad all inputs to one size with "
+                    "tersor.Data(..., to_inputs=...)"
+                ) from error
 
 
 def _output_specs(

@@ -35,9 +35,16 @@ def describe(value: Any, leaves: list[Tensor], where: str = "output") -> Structu
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _named("object", fields, leaves, where, type(value).__name__)
-    raise CaptureError(
+    raise CaptureError(_no_plain_form(value, where))
+
+
+def _no_plain_form(value: Any, where: str) -> str:
+    way_out = "return those from forward()"
+    if hasattr(value, "get_seq_length"):
+        way_out = "it is a cache: leave use_cache out of the inputs, or pass use_cache=False"
+    return (
         f"{where}: found {type(value).__name__}, wanted tensors in tuples, lists, dicts or "
-        "dataclasses; return those from forward()"
+        f"dataclasses; {way_out}"
     )
 
 
