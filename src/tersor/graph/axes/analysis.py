@@ -4,7 +4,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 import tersor.graph.axes.rules.attention
@@ -17,7 +16,15 @@ import tersor.graph.axes.rules.reductions
 import tersor.graph.axes.rules.shapes
 import tersor.graph.axes.rules.windows  # noqa: F401 - enters its rules
 from tersor.graph.axes.labels import Labels, Reason, free
-from tersor.graph.axes.rulebook import RULES, Call, Shape, op_name, schema_name, sizes_of
+from tersor.graph.axes.rulebook import (
+    RULES,
+    Call,
+    Shape,
+    is_counted,
+    op_name,
+    schema_name,
+    sizes_of,
+)
 from tersor.graph.edit import attribute
 
 
@@ -89,22 +96,27 @@ class Walk:
         name = op_name(node)
         function = RULES.get(name)
         call = Call(node, self.labels, self.shapes, name)
+        if _is_counted(node):
+            call.freeze_all("elements that values choose")
+            return call.blank()
         if function is None:
             return self._no_rule(call)
-        found = function(call)
-        _check(node, found)
-        return found
+        found: Any = function(call)
+        if isinstance(value, Tensor):
+            return _settled(call, value, found)
+        return [_settled(call, t, dims) for t, dims in zip(value, found, strict=True)]
 
     def _no_rule(self, call: Call) -> Any:
-        met = False
-        for source in call.node.all_input_nodes:
-            shape = call.of(source)
-            labelled = [d for d in shape or [] if not d.is_free]
-            met = met or bool(labelled)
-            call.freeze(labelled, "there is no rule for this op")
-        if met:
+        if call.freeze_all("there is no rule for this op"):
             self.unknown[schema_name(call.node)] += 1
         return call.blank()
+
+
+def _is_counted(node: fx.Node) -> bool:
+    """Whether values decide how many elements an op reads or gives."""
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    flat = [v for value in values for v in (value if isinstance(value, list | tuple) else [value])]
+    return any(is_counted(v) for v in flat)
 
 
 def _blank(node: fx.Node) -> Any:
@@ -116,11 +128,15 @@ def _blank(node: fx.Node) -> Any:
     return None
 
 
-def _check(node: fx.Node, found: Any) -> None:
-    """A rule that loses a dimension is a fault of ours, not of the model."""
-    value = node.meta["val"]
-    if isinstance(value, torch.Tensor):
-        sizes = sizes_of(value)
-        assert [d.size for d in found] == sizes, (
-            f"{node.format_node()}: the rule gives {[d.size for d in found]}, the op {sizes}"
-        )
+def _settled(call: Call, value: Any, found: Any) -> Shape:
+    """A rule's result for one tensor; single elements stay, for ops repeat them as they need.
+
+    A rule that loses a dimension is a fault of ours, not of the model.
+    """
+    sizes = sizes_of(value) if isinstance(value, Tensor) else []
+    assert [d.size for d in found] == sizes, (
+        f"{call.node.format_node()}: the rule gives {[d.size for d in found]}, the op {sizes}"
+    )
+    single = [d for d in found if d.size == 1]
+    call.freeze(single, "a single element, which may be repeated")
+    return [free(1) if d.size == 1 else d for d in found]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 
 from tersor.graph.axes.labels import NONE, Dim, Flags, Labels, Reason, free
 
@@ -52,14 +53,16 @@ def rewrite(*names: str) -> Callable[[Rewrite], Rewrite]:
 
 
 def op_name(node: fx.Node) -> str:
-    """The op's name without namespace, overload and the underscore of in-place forms."""
+    """The op's name without overload and the underscore of in-place forms.
+
+    Ops of others keep their namespace: a name alone does not say what they compute.
+    """
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
-        name = target._schema.name.split("::")[1]  # noqa: SLF001
-    else:
-        name = getattr(target, "__name__", str(target))
-    stripped = name.rstrip("_")
-    return stripped or name
+    if not isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
+        return getattr(target, "__name__", str(target))
+    space, name = target._schema.name.split("::")  # noqa: SLF001
+    plain = name if name.startswith("__") else name.removesuffix("_")
+    return plain if space == "aten" else f"{space}.{plain}"
 
 
 def schema_name(node: fx.Node) -> str:
@@ -86,10 +89,20 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+def is_counted(value: Any) -> bool:
+    """Whether only the data tell a size of a tensor: how many elements a mask chooses."""
+    if not isinstance(value, Tensor):
+        return False
+    sizes: Sequence[Any] = value.shape
+    return any(has_free_unbacked_symbols(s) for s in sizes if not isinstance(s, int))
+
+
 def size_of(value: Any) -> int:
-    """A size as a number; of a symbol the example's."""
+    """A size as a number; of a symbol the example's; 0 for what only the data tell."""
     if isinstance(value, int):
         return value
+    if has_free_unbacked_symbols(value):
+        return 0
     node = value.node
     hint = node.maybe_as_int()
     if hint is None:
@@ -184,6 +197,13 @@ class Call:
         for dim in [dims] if isinstance(dims, Dim) else dims:
             if not dim.is_free:
                 self.labels.freeze(dim.rows, self.why(text))
+
+    def freeze_all(self, text: str) -> bool:
+        """Nothing of any input may be removed; whether there was anything."""
+        shapes = [self.of(node) or [] for node in self.node.all_input_nodes]
+        labelled = [d for shape in shapes for d in shape if not d.is_free]
+        self.freeze(labelled, text)
+        return bool(labelled)
 
     def inexact(self, dim: Dim) -> None:
         """A statistic over this dimension changes with it."""

@@ -154,6 +154,7 @@ class _Index:
     leaf: Rows
     place: Rows
     frozen: Flags
+    axis: Rows
 
     @classmethod
     def of(cls, walk: Walk) -> "_Index":
@@ -174,10 +175,14 @@ class _Index:
             np.concatenate(leaves) if leaves else empty,
             np.concatenate(numbers) if numbers else empty,
             walk.labels.frozen,
+            walk.labels.axis,
         )
 
     def groups(self) -> list[Rows]:
-        """Leaves that run through the same dimensions equally often, not frozen, in order."""
+        """Leaves that run through the same dimensions equally often, not frozen, in order.
+
+        Rows and columns of a square view do, too: leaves of different axes are no group.
+        """
         rng = np.random.default_rng(_HASH_SEED)
         key = rng.integers(1, 2**62, size=max(1, len(self.places)), dtype=np.int64)
         leaves, back = np.unique(self.leaf, return_inverse=True)
@@ -185,8 +190,10 @@ class _Index:
         np.add.at(sums, back, key[self.place])  # wraps: a hash of the multiset of places
         alive = ~self.frozen[leaves]
         leaves, sums = leaves[alive], sums[alive]
-        order = np.argsort(sums, kind="stable")
-        borders = np.flatnonzero(np.diff(sums[order])) + 1
+        axes = self.axis[leaves]
+        order = np.lexsort((leaves, axes, sums))
+        differ = (np.diff(sums[order]) != 0) | (np.diff(axes[order]) != 0)
+        borders = np.flatnonzero(differ) + 1
         found = [np.sort(part) for part in np.split(leaves[order], borders) if len(part)]
         return sorted(found, key=lambda part: int(part[0]))
 

@@ -1,5 +1,8 @@
 """Cutting units out computes what zeroing them does, on small networks of every kind."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -14,13 +17,19 @@ from tests.unit.graph.axes.nets import NETS
 
 
 def captured(name: str) -> tuple[Graph, Axes]:
+    """A graph of its own each time; exported once."""
+    graph = copy.deepcopy(exported(name))
+    return graph, analyse_axes(graph)
+
+
+@functools.cache
+def exported(name: str) -> Graph:
     make, example = NETS[name]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(3)
         model, inputs = make().eval(), example()
     call, tensors = flatten_item(inputs, "example")
-    graph = capture(model, Samples(call, tensors)).graph
-    return graph, analyse_axes(graph)
+    return capture(model, Samples(call, tensors)).graph
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tersor.graph.axes.labels import Dim
+from tersor.graph.axes.labels import Dim, free
 from tersor.graph.axes.rulebook import Call, Result, Shape, rule
 from tersor.graph.axes.rules.products import contract
 
@@ -17,26 +17,41 @@ def attention(call: Call) -> Result:
     contract(call, q[-1], k[-1])
     for dim in (q[-1], v[-1]):
         call.tag(dim, "head_dim")
+    call.freeze([k[-2], v[-2]], "shares a softmax")
+    if call["is_causal"]:
+        call.freeze(q[-2], "positions are compared over it")
+    samples = [_sample(call, q, k, v, i) for i in range(-len(q), -3)]
+    heads = [_heads(call, q[-3], k[-3], v[-3])] if len(q) > 2 else []
     mask = call.maybe("attn_mask")
-    out = [*q[:-1], v[-1]]
-    if len(q) > 2:
-        heads = q[-3]
-        for other in (k[-3], v[-3]):
-            call.unify(heads, _shared(call, heads, other))
-        call.tag(heads, "heads")
-        out[-3] = Dim(heads.rows if not heads.is_free else v[-3].rows, v[-3].zero)
-    for i in range(len(q) - 3):
-        call.unify(q[i], k[i])
-        call.unify(q[i], v[i])
     if mask is not None:
-        _mask(call, mask, [*q[:-1], k[-2]])
-    return [*[Dim(d.rows, d.zero) for d in out]]
+        _mask(call, mask, [*samples, *heads, q[-2], k[-2]])
+    return [*samples, *heads, Dim(q[-2].rows, zero=False), v[-1]]
+
+
+def _sample(call: Call, q: Shape, k: Shape, v: Shape, i: int) -> Dim:
+    """Samples go along; without values the result is zero."""
+    if len({q[i].size, k[i].size, v[i].size}) > 1:
+        call.freeze([q[i], k[i], v[i]], "a broadcast inside attention")
+        return free(call.out[i])
+    call.unify(q[i], k[i])
+    call.unify(q[i], v[i])
+    return Dim(q[i].rows, v[i].zero)
+
+
+def _heads(call: Call, q: Dim, k: Dim, v: Dim) -> Dim:
+    """Heads go with the keys and values that they read; one key for all stays."""
+    if max(k.size, v.size) > q.size:
+        call.freeze([q, k, v], "a broadcast inside attention")
+        return free(call.out[-3])
+    for other in (k, v):
+        if other.size > 1:
+            call.unify(q, _shared(call, q, other))
+    call.tag(q, "heads")
+    return Dim(q.rows, v.zero and v.size > 1)
 
 
 def _shared(call: Call, heads: Dim, other: Dim) -> Dim:
     """Grouped queries: several heads read one key."""
-    if other.size == heads.size or other.is_free:
-        return other if other.size == heads.size else Dim(np.zeros((heads.size, 0), dtype=np.int64))
     if heads.size % other.size:
         call.freeze([heads, other], "heads do not divide")
         return heads

@@ -15,23 +15,22 @@ Zero = Callable[[Sequence[Dim | None]], bool]  # operands of one dimension; None
 _KEEPS_ZERO = (
     "relu", "relu6", "gelu", "silu", "mish", "hardswish", "tanh", "leaky_relu", "elu", "selu",
     "celu", "neg", "abs", "square", "sin", "sqrt", "erf", "tan", "asin", "atan", "sinh", "asinh",
-    "expm1", "log1p", "trunc", "floor", "ceil", "round", "sign", "sgn", "softsign", "softshrink",
-    "hardshrink", "tanhshrink", "rrelu", "clone", "contiguous", "to", "_to_copy", "dropout",
-    "feature_dropout", "alpha_dropout", "detach", "alias", "lift_fresh_copy", "lift_fresh",
-    "requires_grad", "nan_to_num", "positive", "real", "_conj", "dequantize", "resolve_conj",
-    "is_nonzero", "data", "float", "half", "double",
+    "expm1", "log1p", "trunc", "floor", "ceil", "round", "sign", "sgn", "softshrink", "hardshrink",
+    "rrelu", "clone", "contiguous", "to", "_to_copy", "dropout", "feature_dropout",
+    "alpha_dropout", "detach", "alias", "lift_fresh_copy", "lift_fresh", "nan_to_num", "positive",
+    "real", "resolve_conj",
 )  # fmt: skip
-# Finite at 0, but not 0 there.
+# Finite at 0, but not 0 there, or not always.
 _LOSES_ZERO = (
-    "exp", "sigmoid", "hardsigmoid", "cos", "cosh", "softplus", "log_sigmoid", "logit", "erfc",
-    "logical_not", "bitwise_not", "isnan", "isinf", "isfinite", "exp2", "acos", "rsub",
+    "exp", "sigmoid", "hardsigmoid", "cos", "cosh", "softplus", "log_sigmoid", "erfc", "exp2",
+    "logical_not", "bitwise_not", "isnan", "isinf", "isfinite", "acos",
 )  # fmt: skip
 _POLES = ("log", "log2", "log10", "rsqrt", "reciprocal")  # infinite at 0
-_SUMS = ("add", "sub", "maximum", "minimum", "fmax", "fmin", "logaddexp", "hypot")
+_SUMS = ("add", "sub", "rsub", "maximum", "minimum", "fmax", "fmin", "hypot")
 _PRODUCTS = ("mul", "logical_and", "bitwise_and", "__and__", "multiply")
 _COMPARISONS = (
     "eq", "ne", "lt", "le", "gt", "ge", "logical_or", "bitwise_or", "logical_xor", "bitwise_xor",
-    "__or__", "greater", "less", "not_equal", "isclose", "xlogy",
+    "__or__", "greater", "less", "not_equal", "isclose", "logaddexp",
 )  # fmt: skip
 
 
@@ -101,6 +100,12 @@ def pole(call: Call) -> Result:
     return broadcast(call, [first], never)
 
 
+@rule("logit")
+def logit(call: Call) -> Result:
+    """Infinite at 0, unless x is clamped away from it."""
+    return loses_zero(call) if call["eps"] is not None else pole(call)
+
+
 def _first(call: Call) -> Shape:
     name = next(iter(call.args))
     return call.dims(name)
@@ -137,10 +142,28 @@ def div(call: Call) -> Result:
 
 @rule("pow")
 def power(call: Call) -> Result:
-    """A positive power keeps zero."""
+    """A positive power keeps zero, a negative one is infinite there."""
     exponent = call["exponent"]
     keeps = isinstance(exponent, int | float) and exponent > 0
+    base = call.maybe("self")
+    if base is not None and not keeps and exponent != 0:
+        call.freeze(_poles(base, call.maybe("exponent")), "is infinite at zero")
     return broadcast(call, tensors(call), every if keeps else never)
+
+
+def _poles(x: Shape, other: Shape | None) -> Shape:
+    """Dimensions where x is zero and the other operand is not: 0 ** 0 and 0 log 0 are finite."""
+    finite = {-i for i, d in enumerate((other or [])[::-1], 1) if d.zero and not d.is_free}
+    return [d for i, d in enumerate(x) if d.zero and i - len(x) not in finite]
+
+
+@rule("xlogy")
+def xlogy(call: Call) -> Result:
+    """Zero at x = 0, and infinite at y = 0 where x is not zero."""
+    x, y = call.maybe("self"), call.maybe("other")
+    if y is not None:
+        call.freeze(_poles(y, x), "is infinite at zero")
+    return broadcast(call, [x, y], never)
 
 
 @rule("clamp", "hardtanh", "clip")
@@ -188,12 +211,8 @@ def compare(call: Call) -> Result:
 @rule("where")
 def where(call: Call) -> Result:
     """Zero where both branches are; the condition only goes along."""
-    branches = [_operand_of(call, "self"), _operand_of(call, "other")]
-    return broadcast(call, [call.maybe("condition"), *branches], lambda c: every(c[1:]))
-
-
-def _operand_of(call: Call, name: str) -> Shape | None:
-    return call.maybe(name) if isinstance(call[name], fx.Node) else None
+    operands = [call.maybe(name) for name in ("condition", "self", "other")]
+    return broadcast(call, operands, lambda c: every(c[1:]))
 
 
 @rule("masked_fill")
@@ -221,13 +240,19 @@ def lerp(call: Call) -> Result:
     return broadcast(call, operands, lambda c: every(c[:2]))
 
 
-@rule("prelu", "_prelu_kernel")
+@rule("prelu")
 def prelu(call: Call) -> Result:
     """One slope a channel, or one for all."""
     x, slope = call.dims("self"), call.dims("weight")
     if len(slope) == 1 and slope[0].size > 1:
         call.unify(x[1] if len(x) > 1 else x[0], slope[0])
     return x
+
+
+@rule("_prelu_kernel")
+def prelu_kernel(call: Call) -> Result:
+    """Slopes in a shape that broadcasts."""
+    return broadcast(call, [call.dims("self"), call.dims("weight")], lambda c: every(c[:1]))
 
 
 @rule("glu")

@@ -1,7 +1,5 @@
 """Elements chosen by indices, shifted, mirrored."""
 
-from torch import fx
-
 from tersor.graph.axes.labels import Dim, free
 from tersor.graph.axes.rulebook import Call, Result, Shape, rule
 
@@ -12,6 +10,8 @@ def index(call: Call) -> Result:
     x, indices = call.dims("self"), list(call["indices"])
     places = [i for i, entry in enumerate(indices) if entry is not None]
     call.freeze([x[i] for i in places], "elements that indices choose")
+    for i in places:
+        call.freeze(call.of(indices[i]) or [], "indices that choose elements")
     rank = len(call.out) - (len(x) - len(places))
     contiguous = places == list(range(places[0], places[-1] + 1))
     rest = [d for i, d in enumerate(x) if i not in places]
@@ -29,7 +29,7 @@ def index_select(call: Call) -> Result:
     """One dimension is indexed."""
     x = call.dims("self")
     at = call.dim(call["dim"], len(x))
-    call.freeze(x[at], "elements that indices choose")
+    call.freeze([x[at], *call.dims("index")], "elements that indices choose")
     x[at] = free(call.out[at])
     return x
 
@@ -38,6 +38,9 @@ def index_select(call: Call) -> Result:
 def gather(call: Call) -> Result:
     """The indexed dimension stays whole; the index must be repeated along the others."""
     x, where = call.dims("self"), call.maybe("index") or call.dims("indices")
+    if call["dim"] is None:  # of all elements in a row
+        call.freeze([*x, *where], "elements that indices choose")
+        return call.blank()
     at = call.dim(call["dim"], len(x))
     call.freeze([x[at], where[at]], "elements that indices choose")
     found: Shape = []
@@ -51,11 +54,10 @@ def gather(call: Call) -> Result:
     return found
 
 
-@rule("masked_select", "nonzero", "unique", "take")
+@rule("take")
 def chosen(call: Call) -> Result:
     """Any element may be chosen."""
-    for node in call.node.all_input_nodes:
-        call.freeze(call.of(node) or [], "elements that values choose")
+    call.freeze_all("elements that values choose")
     return call.blank()
 
 
@@ -86,11 +88,19 @@ def triangle(call: Call) -> Result:
     return x
 
 
-@rule("bucketize", "searchsorted")
+@rule("bucketize")
 def bucketize(call: Call) -> Result:
     """Each value by itself; the borders stay."""
-    for name in ("boundaries", "sorted_sequence"):
-        value = call[name]
-        if isinstance(value, fx.Node):
-            call.freeze(call.of(value) or [], "borders that values are compared with")
-    return [free(n) for n in call.out]
+    call.freeze(call.dims("boundaries"), "borders that values are compared with")
+    return [Dim(d.rows, zero=False) for d in call.maybe("self") or []]
+
+
+@rule("searchsorted")
+def searchsorted(call: Call) -> Result:
+    """Each value by itself, in its own row where there are several rows of borders."""
+    borders, values = call.dims("sorted_sequence"), call.maybe("self") or []
+    call.freeze(borders[-1], "borders that values are compared with")
+    if len(borders) > 1:
+        for a, b in zip(borders[:-1], values[:-1], strict=True):
+            call.unify(a, b)
+    return [Dim(d.rows, zero=False) for d in values]

@@ -58,6 +58,9 @@ def split(call: Call) -> Result:
     at = call.dim(call["dim"], len(x))
     found: list[Shape] = []
     start = 0
+    if sum(sizes[at] for sizes in call.outs) != x[at].size:
+        call.freeze(x[at], "parts that overlap or leave gaps")
+        return [[*x[:at], free(sizes[at]), *x[at + 1 :]] for sizes in call.outs]
     for sizes in call.outs:
         part = Dim(x[at].rows[start : start + sizes[at]], x[at].zero)
         found.append([*x[:at], part, *x[at + 1 :]])
@@ -118,7 +121,7 @@ def _bounds(call: Call, size: int) -> tuple[int, int, int] | None:
         start, length = call["start"], call["length"]
         if isinstance(start, fx.Node) or isinstance(length, fx.Node):
             return None
-        return slice(start, start + length).indices(size)
+        return start % size, start % size + length, 1
     values = (call["start"], call["end"], call["step"])
     if any(isinstance(v, fx.Node) for v in values):
         return None
@@ -153,6 +156,5 @@ def shrink_narrow(edit: Edit) -> None:
 def written(call: Call) -> Result:
     """Places are written to; widths that all operands share go along."""
     x = call.dims("self")
-    for node in call.node.all_input_nodes:
-        call.freeze(call.of(node) or [], "places of it are written to")
+    call.freeze_all("places of it are written to")
     return [free(n) for n in call.out] if len(x) != len(call.out) else [free(d.size) for d in x]

@@ -6,14 +6,18 @@ from tersor.graph.axes.labels import Dim
 from tersor.graph.axes.rulebook import Call, Edit, Result, Shape, rewrite, rule
 
 
-def _affine(call: Call, dim: Dim, names: tuple[str, ...]) -> Dim:
-    """Scale, shift and statistics go with the dimension."""
-    zero = True
-    for name in names:
+def _affine(call: Call, dim: Dim, *, centred: bool) -> Dim:
+    """Scale, shift and statistics go with the dimension.
+
+    ``centred`` says whether zeros are zero once they are normalised, before scale and shift.
+    """
+    zero = centred and dim.zero
+    for name in ("running_mean", "running_var", "weight", "bias"):
         other = call.maybe(name)
-        if other is not None:
-            call.unify(dim, other[-1])
-            zero = zero and other[-1].zero
+        if other is None:
+            continue
+        call.unify(dim, other[-1])
+        zero = other[-1].zero if name == "weight" else zero and other[-1].zero
     return Dim(dim.rows, zero)
 
 
@@ -21,21 +25,24 @@ def _affine(call: Call, dim: Dim, names: tuple[str, ...]) -> Dim:
 def batch_norm(call: Call) -> Result:
     """Each channel by its own statistics, stored or of the batch."""
     x = call.dims("input")
-    x[1] = _affine(call, x[1], ("weight", "bias", "running_mean", "running_var"))
     if call["training"]:
-        for i, dim in enumerate(x):
-            if i != 1:
-                call.inexact(dim)
-    return x
+        for dim in [*x[:1], *x[2:]]:
+            call.inexact(dim)
+    return _channels(call, x, centred=True)
+
+
+def _channels(call: Call, x: Shape, *, centred: bool) -> Shape:
+    """Samples and space are not zero behind a shift."""
+    rest = [Dim(d.rows, zero=False) for d in x]
+    return [rest[0], _affine(call, x[1], centred=centred), *rest[2:]]
 
 
 @rule("instance_norm")
 def instance_norm(call: Call) -> Result:
     """Each channel of each sample by its own statistics."""
     x = call.dims("input")
-    x[1] = _affine(call, x[1], ("weight", "bias", "running_mean", "running_var"))
     call.freeze(x[2:], "statistics over it")
-    return x
+    return _channels(call, x, centred=True)
 
 
 @rule("layer_norm")
@@ -54,7 +61,8 @@ def layer_norm(call: Call) -> Result:
         call.tag(x[i], "stream")
         call.inexact(x[i])
         x[i] = Dim(x[i].rows, call.maybe("weight") is not None)
-    return x
+    bias = call.maybe("bias")
+    return [*[Dim(d.rows, d.zero and bias is None) for d in x[:-rank]], *x[-rank:]]
 
 
 @rewrite("layer_norm")
@@ -104,15 +112,15 @@ def group_norm(call: Call) -> Result:
     """Groups of channels stay; the same channel of every group goes."""
     x = call.dims("input")
     groups = int(call["num_groups"])
-    x[1] = _affine(call, x[1], ("weight", "bias"))
     each = x[1].size // groups
-    if each == 1:  # as many groups as channels: nothing is shared
-        return x
-    rows = x[1].rows
-    for k in range(1, groups):
-        call.unify(Dim(rows[:each]), Dim(rows[k * each : (k + 1) * each]))
-    call.inexact(x[1])
-    return x
+    for dim in x[2:]:
+        call.inexact(dim)
+    if each > 1:  # with as many groups as channels nothing is shared
+        rows = x[1].rows
+        for k in range(1, groups):
+            call.unify(Dim(rows[:each]), Dim(rows[k * each : (k + 1) * each]))
+        call.inexact(x[1])
+    return _channels(call, x, centred=each == 1)
 
 
 @rewrite("group_norm")
@@ -121,11 +129,3 @@ def shrink_group_norm(edit: Edit) -> None:
     x = edit.dims("input")
     if int(edit["num_groups"]) == x[1].size:
         edit.set(num_groups=edit.count(x[1]))
-
-
-@rule("local_response_norm")
-def local_response_norm(call: Call) -> Result:
-    """Neighbouring channels meet."""
-    x: Shape = call.dims("input")
-    call.freeze(x, "neighbouring units meet")
-    return x

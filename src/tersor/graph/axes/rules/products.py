@@ -20,7 +20,7 @@ def linear(call: Call) -> Result:
     x, w, bias = call.dims("input"), call.dims("weight"), call.maybe("bias")
     contract(call, w[-1], x[-1])
     call.tag(w[-1], "neurons")
-    rest = [Dim(d.rows, d.zero and bias is None) for d in x[:-1]]
+    rest = _samples(x[:-1], bias)
     if len(w) == 1:
         return rest
     call.tag(w[0], "neurons")
@@ -66,24 +66,27 @@ def _batch(call: Call, batches: list[Shape], rank: int) -> Shape:
 
 @rule("addmm", "baddbmm", "addbmm")
 def addmm(call: Call) -> Result:
-    """Sum c + a b."""
+    """Sum c + a b; addbmm sums over the batches, too."""
     names = ("mat1", "mat2") if call.name == "addmm" else ("batch1", "batch2")
     a, b, c = call.dims(names[0]), call.dims(names[1]), call.dims("self")
     contract(call, a[-1], b[-2])
-    product = [*a[:-1], b[-1]]
+    product = [a[-2], b[-1]]
+    if call.name == "addbmm":
+        contract(call, a[0], b[0])
+    elif call.name == "baddbmm":
+        product = [*_batch(call, [a[:1], b[:1]], 1), *product]
     return broadcast(call, [product, c], lambda col: all(d is not None and d.zero for d in col))
 
 
 @rule("einsum")
 def einsum(call: Call) -> Result:
     """Letters that meet are one dimension; letters that vanish are summed over."""
-    equation = str(call["equation"]).replace(" ", "")
-    left, _, right = equation.partition("->")
+    left, arrow, right = str(call["equation"]).replace(" ", "").partition("->")
     shapes = [call.of(n) or [] for n in call["tensors"]]
     terms = left.split(",")
-    if "..." in equation or any(len(t) != len(s) for t, s in zip(terms, shapes, strict=True)):
+    if "..." in left or not arrow or any(len(set(t)) != len(t) for t in terms):
         for shape in shapes:
-            call.freeze(shape, "einsum with an ellipsis")
+            call.freeze(shape, "einsum with an ellipsis, a diagonal or no result written out")
         return call.blank()
     dims: dict[str, list[Dim]] = {}
     for term, shape in zip(terms, shapes, strict=True):
@@ -113,7 +116,12 @@ def convolution(call: Call) -> Result:
         call.tag(dim, "channels")
     out = _grouped(call, x[at], w, groups)
     space = [free(n) for n in call.out[at + 1 :]]
-    return [*x[:at], _out(call, out, bias), *space]
+    return [*_samples(x[:at], bias), _out(call, out, bias), *space]
+
+
+def _samples(dims: Shape, bias: Shape | None) -> Shape:
+    """Dimensions that a map leaves alone: a bias is added at removed elements, too."""
+    return [Dim(d.rows, d.zero and bias is None) for d in dims]
 
 
 def _freeze_windows(call: Call, space: Shape, kernel: Shape) -> None:
@@ -158,7 +166,8 @@ def transposed_convolution(call: Call) -> Result:
         call.tag(dim, "channels")
     contract(call, w[0], x[at])
     out = _transposed_out(call, w, groups)
-    return [*x[:at], _out(call, out, bias), *[free(n) for n in call.out[at + 1 :]]]
+    space = [free(n) for n in call.out[at + 1 :]]
+    return [*_samples(x[:at], bias), _out(call, out, bias), *space]
 
 
 def _transposed_out(call: Call, w: Shape, groups: int) -> Dim:
@@ -186,7 +195,7 @@ def shrink_transposed_groups(edit: Edit) -> None:
 def embedding(call: Call) -> Result:
     """Rows are entries of a vocabulary; columns are a width."""
     w, index = call.dims("weight"), call.dims("indices")
-    call.freeze(w[0], "entries of a table that indices choose")
+    call.freeze([w[0], *index], "entries of a table that indices choose")
     call.tag(w[1], "stream")
     return [*[free(d.size) for d in index], w[1]]
 
@@ -202,4 +211,6 @@ def bilinear(call: Call) -> Result:
     )
     contract(call, w[1], a[-1])
     contract(call, w[2], b[-1])
-    return [*a[:-1], _out(call, w[0], bias)]
+    for left, right in zip(a[:-1], b[:-1], strict=True):
+        call.unify(left, right)
+    return [*_samples(a[:-1], bias), _out(call, w[0], bias)]

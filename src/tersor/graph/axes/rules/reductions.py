@@ -65,15 +65,21 @@ def variance(call: Call) -> Result:
 
 
 @rule("amax", "amin", "prod", "logsumexp", "all", "any", "argmax", "argmin", "median", "mode",
-      "kthvalue", "cummax", "cummin")  # fmt: skip
+      "kthvalue")  # fmt: skip
 def extreme(call: Call) -> Result:
     """What is removed may decide the result."""
     x = call.dims("self")
     gone = _reduced(call["dim"], len(x))
     call.freeze([x[i] for i in gone], "an extreme over it")
-    found = _rest(x, gone, call["keepdim"], zero=call.name in ("amax", "amin", "prod"))
-    value = call.node.meta.get("val")
-    return [found, list(found)] if isinstance(value, list | tuple) else found
+    zero = call.name in ("amax", "amin", "prod", "median", "mode", "kthvalue")
+    return _with_places(call, _rest(x, gone, call["keepdim"], zero=zero))
+
+
+def _with_places(call: Call, values: Shape) -> Result:
+    """Values, and where they were found, if the op says so: places are not zero."""
+    if not isinstance(call.node.meta["val"], list | tuple):
+        return values
+    return [values, [Dim(d.rows, zero=False) for d in values]]
 
 
 @rule("max", "min")
@@ -86,11 +92,10 @@ def extreme_along(call: Call) -> Result:
     x = call.dims("self")
     gone = _reduced(call["dim"], len(x))
     call.freeze([x[i] for i in gone], "an extreme over it")
-    found = _rest(x, gone, call["keepdim"], zero=True)
-    return [found, list(found)] if call["dim"] is not None else found
+    return _with_places(call, _rest(x, gone, call["keepdim"], zero=True))
 
 
-@rule("softmax", "log_softmax", "_softmax", "softmin")
+@rule("softmax", "log_softmax", "_softmax")
 def softmax(call: Call) -> Result:
     """All units of the dimension share one sum of exponentials, which is not zero at zero."""
     x = call.dims("self")
@@ -99,32 +104,39 @@ def softmax(call: Call) -> Result:
     return [Dim(d.rows, zero=False) for d in x]
 
 
-@rule("cumsum", "cumprod", "logcumsumexp")
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
 def cumulative(call: Call) -> Result:
     """Order matters along the dimension."""
     x = call.dims("self")
     call.freeze(x[call.dim(call["dim"], len(x))], "a running sum over it")
-    return x
+    zero = call.name != "logcumsumexp"
+    return _with_places(call, [Dim(d.rows, d.zero and zero) for d in x])
 
 
 @rule("topk", "sort", "argsort", "msort")
 def ranking(call: Call) -> Result:
     """Values compete along the dimension."""
     x = call.dims("self")
-    at = call.dim(-1 if call["dim"] is None else call["dim"], len(x))
+    at = 0 if call.name == "msort" else call.dim(call["dim"], len(x))
     call.freeze(x[at], "values compete over it")
-    value = call.node.meta.get("val")
-    sizes = call.outs if isinstance(value, list | tuple) else [call.out]
-    shapes = [[*x[:at], free(s[at]), *x[at + 1 :]] for s in sizes]
-    return shapes if isinstance(value, list | tuple) else shapes[0]
+    value = call.node.meta["val"]
+    size = (call.outs[0] if isinstance(value, list | tuple) else call.out)[at]
+    zero = call.name != "argsort"
+    rest = [Dim(d.rows, d.zero and zero) for d in x]
+    return _with_places(call, [*rest[:at], free(size), *rest[at + 1 :]])
 
 
 @rule("cosine_similarity")
 def cosine_similarity(call: Call) -> Result:
     """Zeros add nothing to the three sums."""
     a, b = call.dims("x1"), call.dims("x2")
+    if [d.size for d in a] != [d.size for d in b]:
+        call.freeze([*a, *b], "a broadcast inside cosine similarity")
+        return call.blank()
     at = call.dim(call["dim"], len(a))
     for left, right in zip(a, b, strict=True):
         call.unify(left, right)
     call.sum_over([a[at], b[at]])
-    return [d for i, d in enumerate(a) if i != at]
+    return [
+        Dim(p.rows, p.zero or q.zero) for i, (p, q) in enumerate(zip(a, b, strict=True)) if i != at
+    ]

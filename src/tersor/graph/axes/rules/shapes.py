@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 from torch import fx
 
 from tersor.graph.axes.labels import Dim, free
@@ -50,13 +51,18 @@ def reshape(call: Call) -> Result:
     """Any change of shape that keeps the order of the elements."""
     x = call.dims("self")
     if call["dtype"] is not None:
-        return x if [d.size for d in x] == call.out else _frozen(call, x)
-    return view(call, x, call.out)
+        if [d.size for d in x] != call.out:
+            call.freeze(x, "elements that are read as others")
+            return call.blank()
+        return [Dim(d.rows, d.zero) for d in x]
+    return _as_other(call, view(call, x, call.out))
 
 
-def _frozen(call: Call, x: Shape) -> Result:
-    call.freeze(x, "no rule for this form")
-    return call.blank()
+def _as_other(call: Call, found: Shape) -> Shape:
+    """The shape of another tensor, if it was given by one: both shrink alike."""
+    for dim, other in zip(found, call.maybe("other") or found, strict=True):
+        call.unify(dim, other)
+    return found
 
 
 @rewrite("view", "reshape", "_unsafe_view")
@@ -146,10 +152,19 @@ def squeeze(call: Call) -> Result:
     return [d for i, d in enumerate(x) if not (i in gone and d.size == 1)]
 
 
+@rewrite("squeeze")
+def keep_single(edit: Edit) -> None:
+    """A width of which one unit is left is still a dimension."""
+    x, dims = edit.dims("self"), edit["dim"]
+    asked = range(len(x)) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
+    gone = sorted(d % len(x) for d in asked if x[d].size == 1)
+    edit.replace(torch.ops.aten.squeeze.dims, edit["self"], gone)
+
+
 @rule("expand", "expand_as", "broadcast_to")
 def expand(call: Call) -> Result:
     """A repeated value goes with whatever it meets; it is not zero there."""
-    return _spread(call, call.dims("self"))
+    return _as_other(call, _spread(call, call.dims("self")))
 
 
 def _spread(call: Call, x: Shape) -> Shape:
@@ -200,6 +215,12 @@ def repeat_interleave(call: Call) -> Result:
     return x
 
 
+@rewrite("repeat_interleave")
+def shrink_repeats(edit: Edit) -> None:
+    """The size that a caller may have promised."""
+    edit.set(output_size=None)
+
+
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty", "new_empty")
 def constant(call: Call) -> Result:
     """One value everywhere: its count follows what it meets."""
@@ -222,9 +243,8 @@ def shrink_constant(edit: Edit) -> None:
 
 
 @rule("arange", "linspace", "scalar_tensor", "rand", "randn", "randint", "eye", "meshgrid",
-      "one_hot", "tril_indices", "triu_indices", "tensor", "bincount", "hann_window")  # fmt: skip
+      "one_hot", "tril_indices", "triu_indices", "hann_window")  # fmt: skip
 def position(call: Call) -> Result:
     """Values that tell positions apart."""
-    for node in call.node.all_input_nodes:
-        call.freeze(call.of(node) or [], "positions are counted over it")
+    call.freeze_all("positions are counted over it")
     return call.blank()

@@ -11,20 +11,20 @@ from tersor.graph.axes.rulebook import Call, Result, Shape, rule
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
       "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
-      "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool2d_with_indices", "lp_pool2d",
-      "max_pool3d_with_indices", "max_pool1d_with_indices", "fractional_max_pool2d",
+      "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool1d_with_indices",
+      "max_pool2d_with_indices", "max_pool3d_with_indices",
       "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
       "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d",
       "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")  # fmt: skip
 def pool(call: Call) -> Result:
     """Samples and channels go along; space is walked over."""
     x = call.dims(next(iter(call.args)))
-    value = call.node.meta["val"]
-    sizes = call.outs if isinstance(value, list | tuple) else [call.out]
+    has_places = isinstance(call.node.meta["val"], list | tuple)
+    sizes = call.outs[0] if has_places else call.out
     space = _space_rank(call.name)
     call.freeze(x[-space:], "a window slides over it")
-    found = [[*x[:-space], *[free(n) for n in s[-space:]]] for s in sizes]
-    return found if isinstance(value, list | tuple) else found[0]
+    found = [*x[:-space], *[free(n) for n in sizes[-space:]]]
+    return [found, [Dim(d.rows, zero=False) for d in found]] if has_places else found
 
 
 def _space_rank(name: str) -> int:
@@ -54,26 +54,26 @@ def pad(call: Call) -> Result:
     x = call.dims(next(iter(call.args)))
     amounts: Sequence[Any] = call["pad"] if call["pad"] is not None else call["padding"]
     is_constant = call.name == "constant_pad_nd" or call["mode"] == "constant"
-    fill = call["value"] or 0
+    padded = set()
     for j in range(len(amounts) // 2):
         i = len(x) - 1 - j
-        before, after = amounts[2 * j], amounts[2 * j + 1]
-        if before == 0 and after == 0:
-            continue
-        x[i] = _padded(call, x[i], before, after, call.out[i], is_constant=is_constant, fill=fill)
-    return x
+        border = amounts[2 * j : 2 * j + 2]
+        if list(border) != [0, 0]:
+            x[i] = _padded(call, x[i], border, call.out[i], is_constant=is_constant)
+            padded.add(i)
+    if not padded or not is_constant or not call["value"]:
+        return x
+    return [Dim(d.rows, d.zero and padded == {i}) for i, d in enumerate(x)]
 
 
-def _padded(  # noqa: PLR0913 - one border's settings
-    call: Call, dim: Dim, before: Any, after: Any, size: int, *, is_constant: bool, fill: Any
-) -> Dim:
-    numbers = isinstance(before, int) and isinstance(after, int) and before >= 0 and after >= 0
-    if dim.is_free or not (numbers and is_constant):
+def _padded(call: Call, dim: Dim, border: Sequence[Any], size: int, *, is_constant: bool) -> Dim:
+    """What is added has no label: it stays, whatever its value."""
+    grows = all(isinstance(n, int) and n >= 0 for n in border)
+    if dim.is_free or not (grows and is_constant):
         call.freeze(dim, "padded with its own elements, or cut")
         return free(size)
-    borders = [np.full((n, dim.rows.shape[1]), NONE, dtype=np.int64) for n in (before, after)]
-    del fill  # what is added has no label: it stays whatever its value
-    return Dim(np.concatenate([borders[0], dim.rows, borders[1]]), dim.zero)
+    before, after = (np.full((n, dim.rows.shape[1]), NONE, dtype=np.int64) for n in border)
+    return Dim(np.concatenate([before, dim.rows, after]), dim.zero)
 
 
 @rule("pixel_shuffle")
@@ -110,8 +110,8 @@ def im2col(call: Call) -> Result:
     """Patches: channels times places of the kernel."""
     x = call.dims("self")
     kernel = int(np.prod(call["kernel_size"]))
-    call.freeze(x[2:], "a window slides over it")
-    return [x[0], call.labels.merge([x[1], free(kernel)]), free(call.out[2])]
+    call.freeze(x[-2:], "a window slides over it")
+    return [*x[:-3], call.labels.merge([x[-3], free(kernel)]), free(call.out[-1])]
 
 
 @rule("col2im")
@@ -119,10 +119,10 @@ def col2im(call: Call) -> Result:
     """Patches added up again."""
     x = call.dims("self")
     kernel = int(np.prod(call["kernel_size"]))
-    parts = call.labels.split(x[1], [x[1].size // kernel, kernel], call.why("patches"))
+    parts = call.labels.split(x[-2], [x[-2].size // kernel, kernel], call.why("patches"))
     call.freeze(parts[1], "places of a kernel")
-    call.freeze(x[2], "a window slides over it")
-    return [x[0], parts[0], *[free(n) for n in call.out[2:]]]
+    call.freeze(x[-1], "a window slides over it")
+    return [*x[:-2], parts[0], *[free(n) for n in call.out[-2:]]]
 
 
 @rule("unfold")
