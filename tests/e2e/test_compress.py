@@ -406,6 +406,7 @@ def test_explain_says_price_error_alternatives_and_undo(finished: Finished) -> N
         assert set(facts) == {
             "site", "op_kind", "shape", "macs", "pinned", "level", "method", "error", "error_se",
             "size_bytes", "predicted_ms", "reason", "settings", "alternatives", "undo",
+            "kind", "units", "members", "native",
         }  # fmt: skip
         assert (facts["site"], facts["level"]) == (site, level)
         assert facts["reason"]
