@@ -54,7 +54,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
     """Compress a model for this machine under a target.
 
     Args:
-        model: An ``nn.Module``; never changed.
+        model: An ``nn.Module``, an ``ExportedProgram`` or the path of a ``.pt2``; never changed.
         data: Iterable of inputs (a tensor, a tuple of positional or a dict of keyword arguments a
             batch), or ``tersor.Data``. Split 60/20/20 into calibration, search and test parts.
         target: ``tersor.Target``, or a text such as "2x, 0.5 pt".
@@ -198,7 +198,7 @@ def inspect(
     """Show what may be chosen in a model: sites, widths, what is pinned and why, as a tree.
 
     Args:
-        model: An ``nn.Module``; never changed.
+        model: An ``nn.Module``, an ``ExportedProgram`` or the path of a ``.pt2``; never changed.
         example: One batch of inputs.
         keep: Patterns of layers to leave alone.
         time: Profile a pass through the graph, too, for each branch's share of the time.
@@ -212,11 +212,12 @@ def inspect(
     from tersor.analyse.sites import find_sites, unsupported
     from tersor.analyse.tree import grow, pinned_infos, sample_macs, width_infos
     from tersor.capture.module import capture
+    from tersor.capture.programs import open_model
     from tersor.capture.samples import Samples, flatten_item
     from tersor.graph.axes import analyse_axes, mac_share
 
     call, tensors = flatten_item(example, "example")
-    graph = capture(model, Samples(call, tensors)).graph
+    graph = capture(open_model(model), Samples(call, tensors)).graph
     sites = find_sites(graph, tuple(keep))
     axes = analyse_axes(graph)
     macs = sample_macs(graph)

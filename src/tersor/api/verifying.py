@@ -10,7 +10,9 @@ from torch import Tensor
 from tersor.api.files import open_graph
 from tersor.artifact.file import ArtifactFile
 from tersor.capture.module import evaluation_mode
+from tersor.capture.programs import as_module, open_model
 from tersor.capture.structures import describe
+from tersor.capture.weights import float_type
 from tersor.core.errors import DataError
 from tersor.core.records import Check, OutputKind, Structure
 from tersor.core.structure import unflatten
@@ -30,7 +32,7 @@ def drawn_inputs(artifact: ArtifactFile, seed: int = 0) -> tuple[Tensor, ...]:
     drawn = []
     for spec in artifact.manifest.signature.inputs:
         shape = [_SAMPLES if size is None else size for size in spec.shape]
-        dtype = getattr(torch, spec.dtype)
+        dtype = getattr(torch, spec.carrier)
         known = ranges.get(spec.name)
         if dtype.is_floating_point:
             low, high = (known.low, known.high) if known else (0.0, 1.0)
@@ -54,9 +56,12 @@ def compare_build(
     if model is not None:
         kind = _kind(artifact)
         leaves: list[Tensor] = []
-        args, kwargs = _arguments(graph, flat)
-        with evaluation_mode(model), torch.no_grad():
-            describe(model(*args, **kwargs), leaves)
+        original = as_module(open_model(model))
+        dtype = float_type(original)
+        own = tuple(t.to(dtype) if t.is_floating_point() else t for t in flat)
+        args, kwargs = _arguments(graph, own)
+        with evaluation_mode(original), torch.no_grad():
+            describe(original(*args, **kwargs), leaves)
         agreement = float(sample_agreement(found, leaves, kind).mean())
         verdict = artifact.manifest.verdict
         promised = 0.0 if verdict is None else verdict.agreement
@@ -90,7 +95,7 @@ def _given(graph: Graph, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     if missing:
         raise DataError(f"inputs: {missing} are missing; the model takes {names}")
     return tuple(
-        torch.from_numpy(np.ascontiguousarray(inputs[spec.name])).to(getattr(torch, spec.dtype))
+        torch.from_numpy(np.ascontiguousarray(inputs[spec.name])).to(getattr(torch, spec.carrier))
         for spec in graph.signature.inputs
     )
 

@@ -22,20 +22,23 @@ _POSITIONAL = "arr_"  # the names that numpy.savez gives to arrays without one
 
 
 def load_model(spec: str) -> Any:
-    """The model that ``spec`` names; a factory is called.
+    """The model that ``spec`` names: the path of a .pt2, or a Python name; a factory is called.
 
     Raises:
-        ConfigError: Nothing of that name, a factory that fails, or no nn.Module.
+        ConfigError: Nothing of that name, a factory that fails, or no model.
         MissingDependencyError: PyTorch is not installed.
     """
     torch = _torch("a model")
+    if spec.endswith(".pt2"):
+        return spec  # whoever captures it reads it
+    kinds = (torch.nn.Module, torch.export.ExportedProgram)
     value = load_object(spec)
-    if not isinstance(value, torch.nn.Module) and callable(value):
+    if not isinstance(value, kinds) and callable(value):
         value = _call(value, spec)
-    if not isinstance(value, torch.nn.Module):
+    if not isinstance(value, kinds):
         raise ConfigError(
-            f"{spec}: found {type(value).__name__}, wanted a torch.nn.Module or a function "
-            "without parameters that returns one"
+            f"{spec}: found {type(value).__name__}, wanted a torch.nn.Module, an ExportedProgram, "
+            "a function without parameters that returns one, or the path of a .pt2"
         )
     return value
 

@@ -106,7 +106,7 @@ def _example(signature: Signature) -> tuple[Tensor, ...]:
     example = []
     for spec in signature.inputs:
         shape = [2 if size is None else size for size in spec.shape]
-        dtype = getattr(torch, spec.dtype)
+        dtype = getattr(torch, spec.carrier)
         if not isinstance(dtype, torch.dtype) or not 0 <= math.prod(shape) <= _MAX_EXAMPLE:
             raise ArtifactError(
                 f"graph.json, input {spec.name!r}: {spec.dtype} {tuple(spec.shape)} is no input; "
