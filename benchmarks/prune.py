@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
-from tersor.analyse.widths import PREFIX, width_of, width_sites, width_statistics
+from tersor.analyse.widths import width_of, width_sites, width_statistics
 from tersor.capture.module import capture
 from tersor.capture.samples import Samples, flatten_item
-from tersor.core.records import Candidate, Site
+from tersor.core.records import WIDTH_PREFIX, Candidate, Site
 from tersor.graph.axes import Axes, analyse_axes
 from tersor.graph.axes.gate import require
 from tersor.graph.axes.macs import node_macs
@@ -148,7 +148,7 @@ class Pruner:
         """Width -> kept units of an assignment."""
         details = {(c.site, c.level): c.detail for c in self.candidates}
         return {
-            site.removeprefix(PREFIX): list(details[site, level]["kept"])  # type: ignore[index]
+            site.removeprefix(WIDTH_PREFIX): list(details[site, level]["kept"])  # type: ignore[index]
             for site, level in assignment.items()
             if "kept" in details[site, level]  # type: ignore[index]
         }

@@ -51,7 +51,7 @@ def unsupported(graph: Graph) -> dict[str, str]:
         if node.target in TRANSPOSED:
             reasons[node.name] = "transposed convolutions have no integer form yet"
         elif _reads_large_parameter(graph, node):
-            reasons[node.name] = f"{node.target} has no rule"
+            reasons[node.name] = f"{node.target} reads a stored tensor and has no integer form"
     return reasons
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tersor.core.records import Site
+from tersor.core.records import WIDTH_PREFIX, Site
 from tersor.graph.axes import Axes, Width
 from tersor.graph.axes.macs import node_macs
 from tersor.graph.contracts import WidthStatistics
@@ -15,8 +15,6 @@ from tersor.observe.statistics import Observed
 from tersor.ops.kept import damped
 from tersor.ops.moments import centred
 from tersor.ops.obs import Consumer
-
-PREFIX = "width:"
 
 
 def width_sites(axes: Axes, *, approximate: bool = False) -> tuple[Site, ...]:
@@ -35,7 +33,7 @@ def width_sites(axes: Axes, *, approximate: bool = False) -> tuple[Site, ...]:
 
 def width_of(axes: Axes, site: Site) -> Width:
     """The width behind a site."""
-    return axes[site.name.removeprefix(PREFIX)]
+    return axes[site.width]
 
 
 def _site(axes: Axes, width: Width) -> Site:
@@ -48,7 +46,7 @@ def _site(axes: Axes, width: Width) -> Site:
         for c in width.couplings
     )
     return Site(
-        name=f"{PREFIX}{width.name}",
+        name=f"{WIDTH_PREFIX}{width.name}",
         kind="width",
         ops=tuple(op.node.name for op in readers),
         units=width.units,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tersor.core.errors import BackendError, ConfigError
 from tersor.core.jsonable import digest
 from tersor.core.machine import describe_machine
 from tersor.core.progress import Printed, Progress, Silent
-from tersor.core.records import BackendInfo, BuildChoice, OutputKind, Site
+from tersor.core.records import BackendInfo, OutputKind, Site
 from tersor.core.store import Store
 from tersor.graph.contracts import Backend, Executable, Graph, Method
 from tersor.graph.serial import structure_text
@@ -255,8 +255,3 @@ def metric_of(value: Any) -> Metric | None:
     if value is None or isinstance(value, Metric):
         return value
     return Metric(value)
-
-
-def choice_for(session: Session, base: BuildChoice, options: Mapping[str, Any]) -> BuildChoice:
-    """The baseline's choice with another option set."""
-    return replace(base, options=dict(options), batch=session.settings.batch)

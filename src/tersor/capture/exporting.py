@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tersor.capture.structures import describe
 from tersor.core.errors import CaptureError
 
 _MAX_BATCH = 1 << 16
@@ -224,10 +223,3 @@ def _source_line(error: Exception, text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first words of an error that are no blank line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-
-
-def tensors_of(*values: Any) -> list[Tensor]:
-    """All tensors in nested arguments, in order."""
-    leaves: list[Tensor] = []
-    describe(values, leaves)
-    return leaves

@@ -18,6 +18,7 @@ Format = Literal["f32", "bf16", "int8", "int8_weight"]
 Level = Format | int
 Precision = Literal["f32", "bf16"]
 SiteKind = Literal["format", "width", "branch"]
+WIDTH_PREFIX = "width:"  # of the names of width sites: layers and widths share one name space
 WidthKind = Literal[
     "channels", "neurons", "heads", "head_dim", "groups", "stream", "experts", "features"
 ]
@@ -159,7 +160,7 @@ class Site:
     residual branch, level 1 kept, level 0 removed.
     """
 
-    name: str  # format: module path of the first op; width: "width:" and its first producer
+    name: str  # format: module path of the first op; width: WIDTH_PREFIX and its first producer
     kind: SiteKind
     ops: tuple[str, ...]  # graph nodes, in graph order; of a width those that read it
     op_kind: Literal["linear", "conv", "embedding", ""] = ""
@@ -174,6 +175,11 @@ class Site:
     macs: int = 0  # per sample
     size_bytes: int = 0  # of weight and bias as given
     pinned: str | None = None  # why it stays as it is
+
+    @property
+    def width(self) -> str:
+        """The name of the width behind a width site."""
+        return self.name.removeprefix(WIDTH_PREFIX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

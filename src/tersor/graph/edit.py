@@ -38,9 +38,7 @@ def rebuild(
     if remove_dead:
         graph.eliminate_dead_code()
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    module = fx.GraphModule({name: tensors[name].detach() for name in sorted(used)}, graph)
-    module.recompile()
-    return module.eval()
+    return fx.GraphModule({name: tensors[name].detach() for name in sorted(used)}, graph).eval()
 
 
 def copy_graph(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, Tensor]]:

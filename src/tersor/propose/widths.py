@@ -15,8 +15,6 @@ from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.ops.kept import kept_columns, refit_columns
 from tersor.ops.moments import Moments, means
 
-PREFIX = "width:"
-
 
 def replaced(
     axes: Axes,
@@ -45,8 +43,7 @@ def replaced(
         tensors[str(op.weight.target)] = weight.reshape(old.shape).to(old.dtype)
         _move_bias(tensors, op, consumer.weight - weight, means(moments[name])[0])
     graph = replace(axes.graph, module=rebuild(fresh, tensors))
-    width = change.site.name.removeprefix(PREFIX)
-    return keep_units(graph, axes, {width: change.kept.tolist()})
+    return keep_units(graph, axes, {change.site.width: change.kept.tolist()})
 
 
 def _move_bias(tensors: dict[str, Tensor], op: WeightedOp, delta: Tensor, mean: Tensor) -> None:

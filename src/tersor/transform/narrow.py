@@ -45,12 +45,14 @@ class NarrowConfig:
         damping: Ridge towards the cut weight, relative to the mean diagonal of the covariance.
         iterations: Majorise-minimise steps where a ReLU follows; 0: plain least squares.
         rows: Rows of one fit at most; more change little from 16 an input on.
+        values: Values of those rows at most: all passes of a fit read the same rows in memory.
         seed: Of the choice of rows.
     """
 
     damping: float = 1e-4
     iterations: int = 4
     rows: int = 65536
+    values: int = 1 << 27
     seed: int = 0
 
 
@@ -191,8 +193,9 @@ class _Run:
         weight = self.tensors[str(fit.cut_op.weight.target)]
         groups = 1 if fit.cut_op.window is None else fit.cut_op.window.groups
         fit.picks = [self._pick(batch, fit) for batch in self.batches]
+        rows = list(self._rows(fit))
         found = fit_rectified(
-            lambda: self._rows(fit),
+            lambda: rows,
             prior=grouped_weight(weight, groups),
             damping=self.config.damping,
             iterations=self.config.iterations if fit.has_relu else 0,
@@ -228,7 +231,10 @@ class _Run:
 
     def _pick(self, batch: _Batch, fit: _Fit) -> Tensor | None:
         count = row_count(batch.new[fit.op.data.name], fit.cut_op, batch.mask)
-        limit = -(-self.config.rows // len(self.batches))
+        inputs = self.tensors[str(fit.cut_op.weight.target)][0].numel()
+        groups = 1 if fit.cut_op.window is None else fit.cut_op.window.groups
+        most = min(self.config.rows, self.config.values // (inputs * groups))
+        limit = -(-most // len(self.batches))
         if count <= limit:
             return None
         generator = torch.Generator().manual_seed(self.config.seed)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import ParityError
-from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.slicing import cut, mask
-from tersor.graph.axes.widths import Axes, Width
+from tersor.graph.axes.widths import Axes
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
 
@@ -161,11 +160,3 @@ def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
             gap = float((a.double() - b.double()).abs().max()) / scale
             worst = max(worst, gap if np.isfinite(gap) else float("inf"))
     return worst
-
-
-def widths_of(axes: Axes, names: Sequence[str]) -> list[Width]:
-    """Widths by name."""
-    return [axes[name] for name in names]
-
-
-__all__ = ["Flags", "GateReport", "check", "check_random", "other_batch", "random_share", "require"]

@@ -10,7 +10,7 @@ from torch import fx
 from tersor.core.records import Exactness, WidthKind
 from tersor.graph.axes.analysis import Walk
 from tersor.graph.axes.labels import NONE, Dim, Flags, Labels, Reason, Rows
-from tersor.graph.axes.rulebook import TAGS, Shape, arguments, kept_rows, op_name
+from tersor.graph.axes.rulebook import TAGS, arguments, kept_rows, op_name
 from tersor.graph.contracts import Graph
 
 _HASH_SEED = 20261124
@@ -275,9 +275,3 @@ def _pinned(walk: Walk, index: _Index) -> tuple[Pinned, ...]:
             )
         )
     return tuple(found)
-
-
-def shapes_of(axes: Axes, node: fx.Node) -> Shape | None:
-    """The labelled dimensions of a node's tensor."""
-    found = axes.walk.shapes.get(node)
-    return found if isinstance(found, list) and (not found or isinstance(found[0], Dim)) else None
