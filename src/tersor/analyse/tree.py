@@ -8,9 +8,9 @@ import numpy as np
 from torch import fx
 
 from tersor.analyse.inspection import Branch, Coupled, PinnedInfo, WidthInfo
-from tersor.analyse.sites import matches
+from tersor.analyse.widths import kept_by
 from tersor.core.records import Site
-from tersor.graph.axes import Axes, Coupling, Width
+from tersor.graph.axes import Axes, Coupling
 from tersor.graph.axes.labels import Dim
 from tersor.graph.axes.macs import node_macs
 from tersor.graph.axes.rulebook import op_name
@@ -49,7 +49,7 @@ def width_infos(
             size_bytes=sum(sizes[name] for name in {c.tensor for c in width.couplings}),
             macs=reached[index],
             coupled=tuple(_coupled(c) for c in width.couplings),
-            pinned=_kept(width, keep),
+            pinned=kept_by(width, keep),
         )
         for index, width in enumerate(axes.widths)
     )
@@ -72,14 +72,6 @@ def _coupled(coupling: Coupling) -> Coupled:
         role=coupling.role,
         per_unit=coupling.per_unit,
     )
-
-
-def _kept(width: Width, keep: Sequence[str]) -> str | None:
-    for coupling in width.couplings:
-        pattern = next((p for p in keep if matches(coupling.tensor, p)), None)
-        if pattern is not None:
-            return f"kept: runs through {coupling.tensor}, which matches {pattern!r}"
-    return None
 
 
 def _macs_by_width(graph: Graph, axes: Axes, macs: Mapping[str, int]) -> list[int]:

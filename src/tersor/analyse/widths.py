@@ -1,10 +1,11 @@
 """Widths as sites, and what one statistics pass knows about the ops that read them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from tersor.analyse.sites import matches
 from tersor.core.records import WIDTH_PREFIX, Site
 from tersor.graph.axes import Axes, Width
 from tersor.graph.axes.macs import node_macs
@@ -17,18 +18,30 @@ from tersor.ops.moments import centred
 from tersor.ops.obs import Consumer
 
 
-def width_sites(axes: Axes, *, approximate: bool = False) -> tuple[Site, ...]:
+def width_sites(
+    axes: Axes, *, keep: Sequence[str] = (), approximate: bool = False
+) -> tuple[Site, ...]:
     """One site for each width, in the order of the graph.
 
     Args:
         axes: The graph's widths.
+        keep: Patterns of layers to leave alone: a width that runs through one is pinned.
         approximate: Also widths that a statistic runs over (layer norm): removing units changes it.
     """
     return tuple(
-        _site(axes, width)
+        _site(axes, width, kept_by(width, keep))
         for width in axes.widths
         if (approximate or width.exactness == "exact") and _readers(axes, width)
     )
+
+
+def kept_by(width: Width, keep: Sequence[str]) -> str | None:
+    """Why a width stays whole: a pattern of layers to leave alone that it runs through."""
+    for coupling in width.couplings:
+        pattern = next((p for p in keep if matches(coupling.tensor, p)), None)
+        if pattern is not None:
+            return f"kept: runs through {coupling.tensor}, which matches {pattern!r}"
+    return None
 
 
 def width_of(axes: Axes, site: Site) -> Width:
@@ -36,7 +49,7 @@ def width_of(axes: Axes, site: Site) -> Width:
     return axes[site.width]
 
 
-def _site(axes: Axes, width: Width) -> Site:
+def _site(axes: Axes, width: Width, pinned: str | None) -> Site:
     readers = _readers(axes, width)
     tensors = axes.graph.module
     size = sum(
@@ -55,7 +68,15 @@ def _site(axes: Axes, width: Width) -> Site:
         members=tuple(dict.fromkeys(c.tensor for c in width.couplings)),
         macs=sum(node_macs(axes.graph, op.node) for op in readers),
         size_bytes=size * width.units,
+        pinned=pinned,
     )
+
+
+def unit_size(axes: Axes, site: Site) -> int:
+    """Elements that a unit takes of what makes it: 1 of a channel, a head's dimension of a head."""
+    width = width_of(axes, site)
+    made = [c.per_unit for c in width.couplings if c.role == "producer"]
+    return min(made or [c.per_unit for c in width.couplings])
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -211,13 +211,15 @@ def inspect(
     from tersor.analyse.profiling import profile_nodes
     from tersor.analyse.sites import find_sites, unsupported
     from tersor.analyse.tree import grow, pinned_infos, sample_macs, width_infos
+    from tersor.capture.detector import split_input
     from tersor.capture.module import capture
     from tersor.capture.programs import open_model
     from tersor.capture.samples import Samples, flatten_item
     from tersor.graph.axes import analyse_axes, mac_share
 
-    call, tensors = flatten_item(example, "example")
-    graph = capture(open_model(model), Samples(call, tensors)).graph
+    opened, item = split_input(open_model(model), example)
+    call, tensors = flatten_item(item, "example")
+    graph = capture(opened, Samples(call, tensors)).graph
     sites = find_sites(graph, tuple(keep))
     axes = analyse_axes(graph)
     macs = sample_macs(graph)

@@ -1,6 +1,6 @@
 """Artifacts: putting a result into one file, and taking it out again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tersor.report.record import Report
 
 _REPORT = "report"
+_RANGE_SAMPLES = 16  # whose outputs show the range
 _SIZE_ATTEMPTS, _TRIES_PER_TEXT = 40, 4
 
 
@@ -71,25 +72,32 @@ def _raw(tensor: Tensor) -> RawTensor:
 def _ranges(session: Session, graph: Graph) -> Ranges:
     """What calibration saw of each float input and output; ids below the embedding's rows."""
     part = session.parts["calibration"]
+    columns = zip(*part.groups, strict=True)
     inputs = {
         spec.name: found
-        for spec, tensor in zip(graph.signature.inputs, part.tensors, strict=True)
-        if (found := _input_range(session, spec, tensor)) is not None
+        for spec, tensors in zip(graph.signature.inputs, columns, strict=True)
+        if (found := _input_range(session, spec, tensors)) is not None
     }
-    flat = [t[:16] for t in part.tensors]
+    results = [session.graph.run(flat) for flat in part.limited(_RANGE_SAMPLES).batches(16)]
     outputs = {
-        spec.name: Range(low=float(t.min()), high=float(t.max()))
-        for spec, t in zip(graph.signature.outputs, session.graph.run(flat), strict=True)
-        if t.is_floating_point() and t.numel()
+        spec.name: _range(tensors)
+        for spec, tensors in zip(graph.signature.outputs, zip(*results, strict=True), strict=True)
+        if tensors[0].is_floating_point() and all(t.numel() for t in tensors)
     }
     return Ranges(inputs=inputs, outputs=outputs)
 
 
-def _input_range(session: Session, spec: TensorSpec, tensor: Tensor) -> Range | None:
-    if not tensor.numel():
+def _range(tensors: Sequence[Tensor]) -> Range:
+    return Range(
+        low=min(float(t.min()) for t in tensors), high=max(float(t.max()) for t in tensors)
+    )
+
+
+def _input_range(session: Session, spec: TensorSpec, tensors: Sequence[Tensor]) -> Range | None:
+    if not all(t.numel() for t in tensors):
         return None
-    if tensor.is_floating_point():
-        return Range(low=float(tensor.min()), high=float(tensor.max()))
+    if tensors[0].is_floating_point():
+        return _range(tensors)
     rows = [
         s.shape[0]
         for s in session.sites

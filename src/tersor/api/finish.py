@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from tersor.analyse.calibration import embedding_statistics, tensor_readers
+from tersor.analyse.sites import find_sites
 from tersor.api.files import artifact_size
+from tersor.api.latency import measure_calls
 from tersor.api.quality import Quality, original_score, score
 from tersor.api.session import Session, metric_of
+from tersor.api.shrink import Changes, formats_on, narrowed
 from tersor.api.stages import (
     Offers,
     build_for,
@@ -29,6 +32,7 @@ from tersor.core.records import (
     Plan,
     Prices,
     PriceTable,
+    TensorSpec,
     Timing,
     Verdict,
 )
@@ -38,12 +42,13 @@ from tersor.graph.apply import apply
 from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.edit import attribute
+from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tersor.plan.search import choose
 from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
 from tersor.propose.propose import NATIVE
 from tersor.runtime.runner import Runner
-from tersor.timing.protocol import Protocol, Ratio, measure, ratio
+from tersor.timing.protocol import Protocol, Ratio, ratio
 from tersor.transform.sequential import transform
 from tersor.verify.memory import peak_bytes
 from tersor.verify.verify import Measured, agreement, verdict
@@ -78,6 +83,13 @@ class FinalRecord:
     changes: ChangeRecords
     is_sequential: bool
     loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NarrowRecord:
+    """A graph whose widths were cut and fitted; its tensors are the arrays."""
+
+    graph: Mapping[str, Any]
 
 
 @dataclass
@@ -122,10 +134,11 @@ def task_for(
     quality: Quality,
 ) -> Task:
     """What the plan stage reads."""
-    covered = sum(s.size_bytes for s in session.sites if s.pinned is None)
     whole = artifact_size(session, session.graph, prices.baseline.choice)
+    candidates = offered.by_site()
+    covered = _native_bytes(session, candidates, prices)
     return Task(
-        candidates=offered.by_site(),
+        candidates=candidates,
         tables=tuple(tables),
         tensors=session.tensors,
         fixed_bytes=max(0, whole - covered),
@@ -135,7 +148,26 @@ def task_for(
         seed=session.settings.seed,
         target=quality.target.budgets(),
         model=session.model_hash,
+        size_terms=prices.size_terms,
     )
+
+
+def _native_bytes(
+    session: Session, candidates: Mapping[str, Sequence[Candidate]], prices: Prices
+) -> int:
+    """Bytes of what the plan decides, when all of it is left alone."""
+    native: dict[str, Level] = {s.name: s.units for s in session.sites if s.kind == "width"}
+    precision = prices.tables[0].choice.precision if prices.tables else "f32"
+    native |= {s.name: precision for s in session.formats}
+    sized = {name for term in prices.size_terms for name in term.sites}
+    own = sum(
+        c.size_bytes
+        for site, rows in candidates.items()
+        if site not in sized
+        for c in rows
+        if c.level == native[site]
+    )
+    return own + round(sum(term.at(native) for term in prices.size_terms))
 
 
 def choose_plan(
@@ -217,7 +249,7 @@ def _measurer(
                 session.progress.note(f"a plan was dropped: {error}")
                 continue
             calls[str(i)] = session.caller(built.executable, plan.choice.batch)
-        timings = measure(calls, _FINALISTS)
+        timings = measure_calls(session, calls, _FINALISTS)
         drift = timings["reference"].median_ms / prices.baseline.timing.median_ms
         found = [timings[str(i)].median_ms / drift if str(i) in timings else float("inf")
                  for i in range(len(plans))]  # fmt: skip
@@ -258,7 +290,7 @@ def chosen_candidates(offered: Offers, plan: Plan) -> dict[str, Candidate]:
     by_level = {(c.site, c.level): c for c in offered.candidates}
     found = {}
     for site, level in plan.assignment.items():
-        if level in NATIVE:
+        if level in NATIVE or isinstance(level, int):
             continue
         candidate = by_level[site, level]
         settings = plan.settings.get(site)
@@ -270,46 +302,62 @@ def make_final(
     session: Session, offered: Offers, plan: Plan, quality: Quality, key: str
 ) -> tuple[Graph, tuple[SiteChange, ...], str]:
     """The sequential transform; where the stitched changes lose less, those."""
+    changed = offered.chosen(plan.assignment)
     chosen = chosen_candidates(offered, plan)
+    base = _narrowed(session, changed, key) if changed.widths else session.graph
     if not chosen:
-        return session.graph, (), ""
+        note = f"widths fitted, loss on the search part {quality.loss(base):.4g}"
+        return base, changed.widths, note if changed.widths else ""
     kept = session.store.get(FinalRecord, "transform", key)
     if kept is not None:
         arrays = session.store.arrays("transform", key)
         changes = tuple(unpack(kept.changes, arrays, session.site_by_name))
     else:
-        kept, changes = _transform(session, offered, plan, quality, chosen)
+        kept, changes = _transform(session, changed, base, quality, chosen)
         records, arrays = pack(changes)
         session.store.put("transform", key, replace(kept, changes=records), arrays)
-    graph = apply(session.graph, changes)
+    graph = apply(base, changes)
     way = "front to back" if kept.is_sequential else "stitched"
-    return graph, changes, f"weights {way}, loss on the search part {kept.loss:.4g}"
+    note = f"weights {way}, loss on the search part {kept.loss:.4g}"
+    return graph, (*changed.widths, *changes), note
+
+
+def _narrowed(session: Session, changed: Changes, key: str) -> Graph:
+    """The graph of the plan's widths, found again in the store."""
+    kept = session.store.get(NarrowRecord, "narrow", key)
+    if kept is not None:
+        arrays = session.store.arrays("narrow", key)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return replace(graph_from_json(kept.graph, tensors), example=session.graph.example)
+    graph = narrowed(session, changed)
+    arrays = {name: t.contiguous().numpy() for name, t in graph_tensors(graph).items()}
+    session.store.put("narrow", key, NarrowRecord(graph=graph_to_json(graph)), arrays)
+    return graph
 
 
 def _transform(
     session: Session,
-    offered: Offers,
-    plan: Plan,
+    changed: Changes,
+    base: Graph,
     quality: Quality,
     chosen: Mapping[str, Candidate],
 ) -> tuple[FinalRecord, tuple[SiteChange, ...]]:
+    """Formats on the graph of the plan's widths: front to back, and from what is at hand."""
     session.progress.stage("transform", len(chosen))
+    sites = find_sites(base)
     done = transform(
-        session.graph,
-        session.sites,
+        base,
+        sites,
         chosen,
         session.methods,
         calibration_batches(session),
-        readers=tensor_readers(session.graph, session.sites),
-        embedding=lambda site: embedding_statistics(attribute(session.graph.module, site.weight)),
+        readers=tensor_readers(base, sites),
+        embedding=lambda site: embedding_statistics(attribute(base.module, site.weight)),
         seed=session.settings.seed,
         advance=session.progress.advance,
     )
-    rival = stitched(session, offered, plan.assignment)
-    ways = [
-        (done.graph, tuple(done.changes), True),
-        (rival, tuple(offered.chosen(plan.assignment)), False),
-    ]
+    at_hand = tuple(formats_on(session, changed, base))
+    ways = [(done.graph, tuple(done.changes), True), (apply(base, at_hand), at_hand, False)]
     limit = quality.limit()
     losses = [quality.loss(graph) for graph, _, _ in ways]
     errors = [quality.error(graph) for graph, _, _ in ways]
@@ -359,7 +407,8 @@ def race(session: Session, prices: Prices, final: Final) -> Race:
     assert base is not None
     baseline = build_for(session, session.graph, base)
     peak = peak_bytes(session.caller(final.built.executable, final.built.choice.batch))
-    timings = measure(
+    timings = measure_calls(
+        session,
         {
             "result": session.caller(final.built.executable, final.built.choice.batch),
             "baseline": session.caller(baseline.executable, base.batch),
@@ -417,7 +466,7 @@ def _measured(
         agreement=agreement(found, test.wanted, session.kind),
         kind=session.kind,
         metric_original=None if metric is None else original_score(session, name),
-        metric_result=None if metric is None else score(metric, runner, name),
+        metric_result=None if metric is None else score(metric, session.as_given(runner), name),
         points=0.01 if metric is None else metric.points,
         metric_is_held_out=own is not None,
         test_uses=test.uses,
@@ -435,15 +484,15 @@ def _flat_outputs(session: Session, runner: Runner, flat: tuple[Tensor, ...]) ->
         inputs = {s.name: t[rows].numpy() for s, t in zip(specs.inputs, flat, strict=True)}
         parts.append(runner.executable.run(inputs))
     return tuple(
-        torch.cat([torch.from_numpy(p[s.name]).reshape(_sized(s.shape, size)) for p in parts])[
-            :count
-        ]
+        torch.cat([_sized(torch.from_numpy(p[s.name]), s, size) for p in parts])[:count]
         for s in specs.outputs
     )
 
 
-def _sized(shape: tuple[int | None, ...], batch: int) -> list[int]:
-    return [batch if size is None else size for size in shape]
+def _sized(tensor: Tensor, spec: TensorSpec, batch: int) -> Tensor:
+    if spec.dynamic:
+        return tensor
+    return tensor.reshape([batch if size is None else size for size in spec.shape])
 
 
 def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) -> Plan:
@@ -453,7 +502,11 @@ def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) ->
     native: Level = base.choice.precision
     return replace(
         plan,
-        assignment=dict.fromkeys((s.name for s in session.sites if s.pinned is None), native),
+        assignment={
+            s.name: native if s.kind == "format" else s.units
+            for s in session.sites
+            if s.pinned is None
+        },
         choice=base.choice,
         settings={},
         predicted_ms=base.timing.median_ms,

@@ -17,8 +17,9 @@ from tersor.core.errors import MetricError
 from tersor.core.records import Level
 from tersor.core.target import Target
 from tersor.graph.contracts import Graph
-from tersor.graph.geometry import output_error, sample_agreement
+from tersor.graph.geometry import output_error
 from tersor.propose.propose import chunks
+from tersor.verify.verify import agreement, by_shape
 
 _LEAST_BUDGET = 1e-6  # a budget of zero allows rounding only
 
@@ -50,7 +51,8 @@ def original_score(session: Session, name: str) -> float:
     if name not in session.scores:
         metric = metric_of(getattr(session.settings, name))
         assert metric is not None
-        found = score(metric, _with_arrays(session.captured.original), name)
+        original = session.as_given(session.captured.original)
+        found = score(metric, _with_arrays(original), name)
         if metric.points == 0.01 and not -1e-9 <= found <= 1 + 1e-9:
             raise MetricError(
                 f"{name} returned {found:g}; wanted a fraction from 0 to 1, or "
@@ -133,29 +135,27 @@ class Quality:
 
     def _value(self, graph: Graph, budget: str) -> float:
         if budget == "drop_points" and self.metric is not None:
-            found = score(self.metric, self.session.reference(graph), "metric")
+            predict = self.session.as_given(self.session.reference(graph))
+            found = score(self.metric, predict, "metric")
             return (self.original_score() - found) / self.metric.points
-        agreement = self._agreement(graph)
-        lost = float(1.0 - agreement.mean())
-        if self.session.kind != "logits" and len(agreement) > 1:
-            lost += float(agreement.std()) / math.sqrt(len(agreement))  # one standard error
+        agreements = agreement(*self._outputs(graph), self.session.kind)
+        lost = float(1.0 - agreements.mean())
+        if self.session.kind != "logits" and len(agreements) > 1:
+            lost += float(agreements.std()) / math.sqrt(len(agreements))  # one standard error
         return 100.0 * lost if budget == "drop_points" else lost
 
     def error(self, graph: Graph) -> float:
         """Change of the outputs in their own geometry: finer than a share of equal answers."""
-        found, wanted = self._outputs(graph)
-        return float(output_error(found, wanted, self.session.kind).mean())
+        pairs = by_shape(*self._outputs(graph))
+        errors = [output_error(*pair, self.session.kind) for pair in pairs]
+        return float(torch.cat(errors).mean())
 
-    def _agreement(self, graph: Graph) -> Tensor:
-        return sample_agreement(*self._outputs(graph), self.session.kind)
-
-    def _outputs(self, graph: Graph) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs of a graph and of the original on the search part."""
-        parts = chunks(self.session.graph, self.session.flat("search"))
+    def _outputs(
+        self, graph: Graph
+    ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+        """Outputs of a graph and of the original on the search part, by batch."""
+        part = self.session.parts["search"]
+        batches = chunks(self.session.graph, part.tensors, part.others)
         if not self._wanted:
-            self._wanted = [self.session.graph.run(part) for part in parts]
-        found = [graph.run(part) for part in parts]
-        columns = [
-            [torch.cat(list(c)) for c in zip(*side, strict=True)] for side in (found, self._wanted)
-        ]
-        return columns[0], columns[1]
+            self._wanted = [self.session.graph.run(flat) for flat in batches]
+        return [graph.run(flat) for flat in batches], self._wanted

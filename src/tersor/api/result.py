@@ -30,6 +30,7 @@ from tersor.api.finish import (
 from tersor.api.quality import Quality
 from tersor.api.session import Session
 from tersor.api.stages import Offers
+from tersor.capture.detector import Attached
 from tersor.core.errors import BackendError, ConfigError, ParityError
 from tersor.core.jsonable import digest, dumps
 from tersor.core.machine import describe_machine
@@ -163,15 +164,19 @@ class Result:
         return judge(run.session, self.target, final, run.test, times, decision)
 
     @property
-    def model(self) -> Runner:
-        """Callable like the original; runs the built executable."""
+    def model(self) -> Runner | Attached:
+        """Callable like the original; runs the built executable.
+
+        A ``Runner``, or a detector (``Attached``) whose core is one.
+        """
         return self._runner
 
     @cached_property
-    def _runner(self) -> Runner:
+    def _runner(self) -> Runner | Attached:
         runner = runner_for(self._run.session, self._final.built)
         runner.module = self.module  # type: ignore[attr-defined]
-        return runner
+        detector = self._run.session.detector
+        return runner if detector is None else detector.attach(runner)
 
     @property
     def module(self) -> nn.Module:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,31 @@ from torch import Tensor
 
 from tersor._version import __version__
 from tersor.analyse.sites import find_sites
+from tersor.analyse.widths import unit_size, width_sites
 from tersor.build.reference import GraphExecutable
+from tersor.capture.detector import Detector, Intake, split_detector
 from tersor.capture.module import Captured, capture
 from tersor.capture.outputs import output_kind
 from tersor.capture.programs import Model, open_model
 from tersor.capture.samples import Samples, as_carried, collect, varying
 from tersor.core import registry
-from tersor.core.data import Metric, Split, as_data
+from tersor.core.data import Data, Metric, Split, as_data
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.jsonable import digest
 from tersor.core.machine import describe_machine
 from tersor.core.progress import Printed, Progress, Silent
 from tersor.core.records import BackendInfo, OutputKind, Site
 from tersor.core.store import Store
+from tersor.graph.axes import Axes, analyse_axes
 from tersor.graph.contracts import Backend, Executable, Graph, Method
 from tersor.graph.serial import structure_text
+from tersor.price.grid import DEFAULT_TILES, kept_counts
 from tersor.runtime.runner import Runner
 
 _REFERENCE_BATCH = 16  # of graphs that torch runs
+_LEAST_SHARE = 0.002  # of the multiply-accumulates that widths reach: a smaller one saves nothing
+_MOST_WIDTHS = 96  # beyond, errors and prices take longer than they are worth
+_MIX = 8  # calls that stand for all sizes of the data, each for as many samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,11 @@ class Session:
     original_bytes: int
     model_hash: str
     key: str  # of everything that the stages before the target read
+    axes: Axes | None = None  # where a method may cut widths
     scores: dict[str, float] = field(default_factory=dict)  # of the original, by metric
+    fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
+    detector: Detector | None = None  # whose core the captured model is
+    drawn: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # examples by batch
 
     @property
     def graph(self) -> Graph:
@@ -91,28 +102,51 @@ class Session:
         return {site.name: site for site in self.sites}
 
     @property
+    def formats(self) -> tuple[Site, ...]:
+        """The sites of layers."""
+        return tuple(site for site in self.sites if site.kind == "format")
+
+    @property
+    def widths(self) -> tuple[Site, ...]:
+        """The sites of widths."""
+        return tuple(site for site in self.sites if site.kind == "width")
+
+    @property
     def tensors(self) -> dict[str, str]:
         """Site -> the tensor that it reads."""
         return {s.name: s.tensor for s in self.sites if s.tensor is not None}
 
     def flat(self, part: Split, limit: int | None = None) -> tuple[Tensor, ...]:
-        """Flat inputs of a part."""
+        """Flat inputs of a part, of its largest shape."""
         return tuple(t[:limit] for t in self.parts[part].tensors)
 
-    def example(self, batch: int) -> dict[str, Any]:
-        """Named arrays for one call at a batch size, from real samples."""
-        samples = self.parts["calibration"]
-        index = torch.arange(batch) % len(samples)
-        specs = self.graph.signature.inputs
-        return {
-            spec.name: t[index].contiguous().numpy()
-            for spec, t in zip(specs, samples.tensors, strict=True)
-        }
+    def examples(self, batch: int) -> list[dict[str, Any]]:
+        """Named arrays for one call at a batch size, from real samples.
+
+        One, or several where sizes vary: at the middles of as many equal shares of the samples by
+        size, the largest first.
+        """
+        if batch not in self.drawn:
+            samples = self.parts["calibration"]
+            names = [spec.name for spec in self.graph.signature.inputs]
+            self.drawn[batch] = [
+                {name: t.contiguous().numpy() for name, t in zip(names, flat, strict=True)}
+                for flat in samples.drawn(_MIX if samples.others else 1, batch)
+            ]
+        return self.drawn[batch]
 
     def caller(self, executable: Executable, batch: int) -> Callable[[], object]:
-        """One call of a build on real samples."""
-        inputs = self.example(batch)
-        return lambda: executable.run(inputs)
+        """A call of a build on each of the examples."""
+        examples = self.examples(batch)
+
+        def run() -> object:
+            return [executable.run(inputs) for inputs in examples]
+
+        return run
+
+    def as_given(self, predict: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of what was captured as one of the model as given."""
+        return predict if self.detector is None else self.detector.attach(predict)
 
     def reference(self, graph: Graph) -> Runner:
         """A graph with the model's own calling convention, run by torch."""
@@ -126,18 +160,23 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     backend, info = pick_backend(settings.backend, settings.device)
     wanted = as_data(data)
     progress.stage("data")
-    parts = collect(wanted, settings.seed)
+    opened, detector, parts = _read(open_model(model), wanted, settings.seed)
     progress.stage("capture")
-    opened = open_model(model)
     captured = capture(opened, parts["calibration"], varying(parts.values()))
     graph = captured.graph
     parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
     sites = find_sites(graph, tuple(settings.keep))
+    methods = pick_methods(settings.methods, info)
+    axes = analyse_axes(graph) if any("width" in kinds_of(m) for m in methods.values()) else None
+    if axes is not None:
+        sites += offered_widths(axes, settings.keep)
+        methods = {n: with_counts(m, axes, info) for n, m in methods.items()}
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
     kind = output_kind(wanted.output, outputs)
     model_hash = graph_hash(graph)
     progress.note(
-        f"{len(sites)} layers, {sum(len(p) for p in parts.values())} samples "
+        f"{sum(s.kind == 'format' for s in sites)} layers, "
+        f"{sum(s.kind == 'width' for s in sites)} widths, {sum(len(p) for p in parts.values())} samples "
         f"({', '.join(f'{len(p)} {n}' for n, p in parts.items())})"
     )
     key = digest(
@@ -151,7 +190,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         settings.batch,
         settings.seed,
         list(settings.keep),
-        "all" if settings.methods == "all" else list(settings.methods),
+        sorted(methods),
         describe_machine().fingerprint(),
     )
     return Session(
@@ -159,7 +198,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         parts=parts,
         kind=kind,
         sites=sites,
-        methods=pick_methods(settings.methods, info),
+        methods=methods,
         backend=backend,
         info=info,
         store=store,
@@ -168,7 +207,21 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         original_bytes=_model_bytes(opened),
         model_hash=model_hash,
         key=key,
+        detector=detector,
+        axes=axes,
     )
+
+
+def _read(
+    model: Model, data: Data, seed: int
+) -> tuple[Model, Detector | None, dict[Split, Samples]]:
+    """What is captured, the detector whose core it is, and the samples that it takes."""
+    detector = split_detector(model)
+    if detector is None:
+        return model, None, collect(data, seed, ragged=True)
+    intake = Intake(detector, data.to_inputs)
+    parts = collect(replace(data, to_inputs=intake), seed, ragged=True)
+    return (detector.core, detector, parts) if intake.taken else (model, None, parts)
 
 
 def _progress(progress: Any) -> Progress:
@@ -217,6 +270,32 @@ def pick_methods(wanted: str | Sequence[str], info: BackendInfo) -> dict[str, Me
     return found
 
 
+def kinds_of(method: Method) -> tuple[str, ...]:
+    """The kinds of sites that a method works on; formats of layers unless it says otherwise."""
+    return tuple(getattr(method, "kinds", ("format",)))
+
+
+def offered_widths(axes: Axes, keep: Sequence[str]) -> tuple[Site, ...]:
+    """The exact widths that are worth a price: those that matter most, in graph order."""
+    found = width_sites(axes, keep=keep)
+    total = max(1, sum(site.macs for site in found))
+    worth = [s for s in found if s.macs >= _LEAST_SHARE * total]
+    largest = sorted(worth, key=lambda s: -s.macs)[:_MOST_WIDTHS]
+    return tuple(site for site in found if site in largest)
+
+
+def with_counts(method: Method, axes: Axes, info: BackendInfo) -> Method:
+    """A method of widths with the kept counts that fill whole tiles of the device."""
+    if "counts" not in getattr(method, "__dataclass_fields__", {}):
+        return method
+    tile = DEFAULT_TILES["bf16" if "bf16" in info.precisions else "f32"]
+
+    def counts(site: Site) -> tuple[int, ...]:
+        return kept_counts(site.units, unit_size(axes, site), tile)
+
+    return replace(method, counts=counts)  # type: ignore[type-var]
+
+
 def _names(wanted: str | Sequence[str]) -> list[str]:
     return [wanted] if isinstance(wanted, str) else list(wanted)
 
@@ -233,8 +312,9 @@ def graph_hash(graph: Graph) -> str:
 def _data_hash(parts: Mapping[Split, Samples]) -> str:
     state = hashlib.sha256()
     for name in sorted(parts):
-        state.update(json.dumps([name, len(parts[name])]).encode())
-        for tensor in parts[name].tensors:
+        shapes = [[list(t.shape) for t in flat] for flat in parts[name].groups]
+        state.update(json.dumps([name, len(parts[name]), shapes]).encode())
+        for tensor in (t for flat in parts[name].groups for t in flat):
             state.update(_bytes(tensor))
     return state.hexdigest()
 

@@ -7,7 +7,17 @@ from typing import Any
 import torch
 
 from tersor.analyse.calibration import self_check, site_statistics
+from tersor.api.latency import measure_calls
 from tersor.api.session import Session
+from tersor.api.shrink import (
+    Changes,
+    evaluated,
+    facts_of,
+    fit_samples,
+    sketched,
+    width_errors,
+    width_sites_statistics,
+)
 from tersor.build.build import Built, build, shapes_of
 from tersor.core.errors import BackendError, ParityError
 from tersor.core.jsonable import digest
@@ -19,10 +29,11 @@ from tersor.core.records import (
     Level,
     Prices,
     PriceTable,
+    Term,
 )
-from tersor.graph.apply import apply, quantize_node_name
+from tersor.graph.apply import quantize_node_name
 from tersor.graph.changes import ChangeRecords, pack, unpack
-from tersor.graph.contracts import Graph, SiteChange
+from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
 from tersor.observe import keeping
 from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
@@ -36,10 +47,11 @@ from tersor.propose.propose import (
     measure_errors,
     offers,
 )
-from tersor.timing.protocol import Protocol, measure
+from tersor.timing.protocol import Protocol
 
 _CALIBRATION_SAMPLES = 256  # more change no statistics that matter here (ALGORITHMS 8.2)
 _ERROR_SAMPLES = 64
+_CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its graph
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
 _PRICING = Protocol(rounds=3, runs=9, max_seconds=15.0)
@@ -66,11 +78,15 @@ class Offers:
             found.setdefault(candidate.site, []).append(candidate)
         return {site: tuple(rows) for site, rows in found.items()}
 
-    def chosen(self, assignment: Mapping[str, Level]) -> list[SiteChange]:
+    def chosen(self, assignment: Mapping[str, Level]) -> Changes:
         """The changes of an assignment that edit the graph."""
-        return [
+        found = [
             self.changes[site, level] for site, level in assignment.items() if level not in NATIVE
         ]
+        return Changes(
+            formats=tuple(c for c in found if c.site.kind == "format"),
+            widths=tuple(c for c in found if c.site.kind == "width" and c.level != c.site.units),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +98,7 @@ class _OfferRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tables:
     tables: tuple[PriceTable, ...]
+    size_terms: tuple[Term, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -94,7 +111,8 @@ class _BaselineRecord:
 
 def calibration_batches(session: Session) -> list[tuple[torch.Tensor, ...]]:
     """Flat inputs of the calibration part, in batches that fit in memory."""
-    part = session.parts["calibration"].take(slice(0, _CALIBRATION_SAMPLES))
+    count = _CALIBRATION_SAMPLES if session.axes is None else fit_samples(session)
+    part = session.parts["calibration"].limited(max(count, _CALIBRATION_SAMPLES))
     return list(part.batches(chunk_size(session.graph)))
 
 
@@ -124,16 +142,18 @@ def propose(session: Session) -> Offers:
     if kept is not None:
         arrays = session.store.arrays("propose", session.key)
         return _offers(kept, unpack(kept.changes, arrays, session.site_by_name))
-    statistics = site_statistics(session.graph, session.sites, calibrate(session))
+    observed = calibrate(session)
+    widths = width_sites_statistics(session, observed)
+    statistics = site_statistics(session.graph, session.formats, observed)
     session.progress.stage("propose", len(session.sites))
     proposals = offers(
         session.sites,
-        statistics,
+        {**statistics, **widths},
         session.methods,
         lambda candidate: session.backend.supports(candidate).ok,
         session.progress.advance,
     )
-    candidates = _errors(session, proposals)
+    candidates = _errors(session, proposals, widths, observed)
     changes = [offer.change for offer in proposals]
     records, arrays = pack(changes)
     record = _OfferRecord(candidates=tuple(candidates), changes=records)
@@ -142,11 +162,47 @@ def propose(session: Session) -> Offers:
     return _offers(record, changes)
 
 
-def _errors(session: Session, proposals: list[Offer]) -> list[Candidate]:
-    flat = session.flat("search", _ERROR_SAMPLES)
+def _errors(
+    session: Session,
+    proposals: list[Offer],
+    statistics: Mapping[str, WidthStatistics],
+    observed: Mapping[str, Observed],
+) -> list[Candidate]:
+    """The candidates with their errors, in the order of the proposals."""
+    widths = [o for o in proposals if o.change.site.kind == "width"]
+    found = dict(zip(map(id, widths), _width_errors(session, widths, statistics, observed),
+                     strict=True))  # fmt: skip
+    formats = [o for o in proposals if id(o) not in found]
+    found |= dict(zip(map(id, formats), _format_errors(session, formats), strict=True))
+    return [found[id(offer)] for offer in proposals]
+
+
+def _width_errors(
+    session: Session,
+    proposals: list[Offer],
+    statistics: Mapping[str, WidthStatistics],
+    observed: Mapping[str, Observed],
+) -> list[Candidate]:
+    if not proposals:
+        return []
+    pairs = [(offer.candidate, offer.change) for offer in proposals]
+    found = width_errors(session, pairs, statistics, observed)
+    # The change holds the units: as numbers in every record they would only take room.
+    return [
+        replace(c, detail={name: value for name, value in c.detail.items() if name != "kept"})
+        for c in found
+    ]
+
+
+def _format_errors(session: Session, proposals: list[Offer]) -> list[Candidate]:
+    part = session.parts["search"].limited(_ERROR_SAMPLES)
     edits = sum(offer.candidate.level not in NATIVE for offer in proposals)
-    session.progress.stage("errors", edits * chunk_count(session.graph, flat))
-    return measure_errors(session.graph, proposals, flat, session.kind, session.progress.advance)
+    count = chunk_count(session.graph, part.tensors, part.others)
+    session.progress.stage("errors", edits * count)
+    advance = session.progress.advance
+    return measure_errors(
+        session.graph, proposals, part.tensors, session.kind, advance, part.others
+    )
 
 
 def _offers(record: _OfferRecord, changes: list[SiteChange]) -> Offers:
@@ -157,13 +213,21 @@ def _offers(record: _OfferRecord, changes: list[SiteChange]) -> Offers:
 
 
 def stitched(session: Session, offered: Offers, assignment: Mapping[str, Level]) -> Graph:
-    """The original graph with the cached changes of an assignment."""
-    return apply(session.graph, offered.chosen(assignment))
+    """The graph of an assignment, from cached changes and lightly fitted widths."""
+    return evaluated(session, offered.chosen(assignment))
 
 
 def build_for(session: Session, graph: Graph, choice: BuildChoice) -> Built:
     """A checked build."""
-    return build(graph, session.backend, choice, session.flat("calibration", 4))
+    part = session.parts["calibration"]
+    others = part.others[:: max(1, len(part.others) // _CHECKED_SIZES)]
+    return build(
+        graph,
+        session.backend,
+        choice,
+        session.flat("calibration", 4),
+        [tuple(t[:1] for t in flat) for flat in others],
+    )
 
 
 def baselines(session: Session) -> tuple[tuple[BaselineRow, ...], int]:
@@ -196,20 +260,21 @@ def _baseline_tools(session: Session) -> BaselineTools:
     size = session.graph.parameter_bytes()
     return BaselineTools(
         build=make,
-        quick=lambda calls: measure(calls, _QUICK),
-        careful=lambda calls: measure(calls, _CAREFUL),
+        quick=lambda calls: measure_calls(session, calls, _QUICK),
+        careful=lambda calls: measure_calls(session, calls, _CAREFUL),
         size_bytes=lambda choice: session.original_bytes if choice is None else size,
         eager=eager_call(session),
     )
 
 
 def eager_call(session: Session) -> Callable[[], object]:
-    """One call of the model as given, at the session's batch."""
-    flat = list(session.example(session.settings.batch).values())
-    tensors = [torch.from_numpy(a) for a in flat]
+    """A call of the model as given on each of the session's examples."""
     original = session.captured.original
-    args, kwargs = arguments(session, tensors)
-    return lambda: original(*args, **kwargs)
+    calls = [
+        arguments(session, [torch.from_numpy(a) for a in example.values()])
+        for example in session.examples(session.settings.batch)
+    ]
+    return lambda: [original(*args, **kwargs) for args, kwargs in calls]
 
 
 def arguments(session: Session, flat: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -227,7 +292,7 @@ def price(session: Session, offered: Offers) -> Prices:
     """Baselines, and a price table for each way to build that stays in the race."""
     rows, best = baselines(session)
     levels = offered.levels()
-    key = digest(session.key, "price", sorted((s, list(v)) for s, v in levels.items()))
+    key = digest(session.key, "price", sorted((s, list(map(str, v))) for s, v in levels.items()))
     kept = session.store.get(_Tables, "price", key)
     if kept is None:
         kept = _price(session, offered, rows[best])
@@ -235,7 +300,13 @@ def price(session: Session, offered: Offers) -> Prices:
     for note in kept.notes:
         session.progress.note(note)
     machine = describe_machine().fingerprint()
-    return Prices(machine=machine, baselines=rows, best=best, tables=kept.tables)
+    return Prices(
+        machine=machine,
+        baselines=rows,
+        best=best,
+        tables=kept.tables,
+        size_terms=kept.size_terms,
+    )
 
 
 def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
@@ -243,15 +314,17 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
     assert base is not None
     config = PriceConfig(seed=session.settings.seed)
     ways = max(1, len(session.info.choices))  # at most: those whose probe is slow are not priced
-    session.progress.stage("price", ways * (config.k + config.held_out + 1))
+    builds = config.fitted(session.sites, offered.levels()) + config.held_out + 1
+    session.progress.stage("price", ways * builds)
     reference = build_for(session, session.graph, base)
     tools = PriceTools(
         build=lambda choice, assignment: _priced_build(session, offered, choice, assignment),
         run=lambda executable: session.caller(executable, base.batch)(),
-        measure=lambda calls: measure(calls, _PRICING),
+        measure=lambda calls: measure_calls(session, calls, _PRICING),
         reference=session.caller(reference.executable, base.batch),
         reference_ms=baseline.timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
+        facts=lambda assignment: facts_of(session, offered.chosen(assignment), base.batch),
     )
     choices = [replace(base, options=dict(o)) for o in session.info.choices] or [base]
     priced = price_all(choices, session.sites, offered.levels(), tools, config)
@@ -268,12 +341,15 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
                 f"{table.choice.describe()}: on {off.n} builds that no fit saw the prices are off "
                 f"by {off.median:.1%} (median), {off.p90:.1%} (90th percentile)"
             )
-    return _Tables(tables=priced.tables, notes=tuple(notes))
+    return _Tables(tables=priced.tables, size_terms=priced.size_terms, notes=tuple(notes))
 
 
 def _priced_build(
     session: Session, offered: Offers, choice: BuildChoice, assignment: Mapping[str, Level]
 ) -> Any:
     session.progress.advance()
-    graph = stitched(session, offered, assignment)
-    return session.backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
+    graph = sketched(session, offered.chosen(assignment))
+    built = session.backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
+    if session.parts["calibration"].others:  # its profile is of the sizes that it ran at
+        session.caller(built, choice.batch)()
+    return built

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tersor.api.files import open_graph
 from tersor.artifact.file import ArtifactFile
+from tersor.capture.detector import CORE_PARAMETERS, split_detector
 from tersor.capture.module import evaluation_mode
-from tersor.capture.programs import as_module, open_model
+from tersor.capture.programs import Model, as_module, open_model
 from tersor.capture.structures import describe
 from tersor.capture.weights import float_type
 from tersor.core.errors import DataError
@@ -56,7 +57,7 @@ def compare_build(
     if model is not None:
         kind = _kind(artifact)
         leaves: list[Tensor] = []
-        original = as_module(open_model(model))
+        original = as_module(_captured(model, graph))
         dtype = float_type(original)
         own = tuple(t.to(dtype) if t.is_floating_point() else t for t in flat)
         args, kwargs = _arguments(graph, own)
@@ -76,6 +77,15 @@ def compare_build(
             )
         )
     return checks
+
+
+def _captured(model: Any, graph: Graph) -> Model:
+    """The part of a model that was captured: of a detector its core."""
+    opened = open_model(model)
+    detector = split_detector(opened)
+    if detector is None or graph.signature.parameter_names != CORE_PARAMETERS:
+        return opened
+    return detector.core
 
 
 def _holds(found: float, promised: float) -> Any:

@@ -1,7 +1,7 @@
 """Lowers a graph through a backend, and proves that the build computes what the graph computes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from tersor.core.errors import ParityError
 from tersor.core.records import BuildChoice, Signature
 from tersor.graph.contracts import Backend, Executable, Graph, Shapes
-from tersor.graph.shapes import Sizes, input_shapes
+from tersor.graph.shapes import Sizes, input_shapes, open_sizes
 
 # Normalised squared error of the build against the graph, in float32. Without quantisers only the
 # order of sums differs; with them a value at the border of two codes may fall to either side.
@@ -29,11 +29,17 @@ class Built:
 
 
 def shapes_of(signature: Signature, batch: int, sizes: Sizes | None = None) -> Shapes:
-    """Concrete input shapes for one batch size; open sizes are the example's unless given."""
-    return input_shapes(signature, batch, sizes)
+    """Input shapes for one batch size; what the signature leaves open stays so unless given."""
+    return input_shapes(signature, batch, open_sizes(signature) | dict(sizes or {}))
 
 
-def build(graph: Graph, backend: Backend, choice: BuildChoice, flat: Sequence[Tensor]) -> Built:
+def build(
+    graph: Graph,
+    backend: Backend,
+    choice: BuildChoice,
+    flat: Sequence[Tensor],
+    others: Iterable[Sequence[Tensor]] = (),
+) -> Built:
     """Build a graph and compare the build with the graph on a few samples.
 
     Args:
@@ -41,13 +47,15 @@ def build(graph: Graph, backend: Backend, choice: BuildChoice, flat: Sequence[Te
         backend: Builds it.
         choice: Precision, threads, batch and options.
         flat: Flat inputs of a few samples, at the sizes of the graph's example.
+        others: The same at other sizes, where the signature leaves some open.
 
     Raises:
         BackendError: The backend can't build it.
         ParityError: The build computes something else than the graph.
     """
     executable = backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
-    difference = parity(graph, executable, choice.batch, flat)
+    groups = (flat, *others)
+    difference = max(parity(graph, executable, choice.batch, group) for group in groups)
     rounds = choice.precision != "f32" or _is_quantized(graph)
     limit = _ROUNDED if rounds else _EXACT
     if not difference <= limit:

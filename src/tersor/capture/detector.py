@@ -25,6 +25,9 @@ from tersor.core.records import Structure
 from tersor.core.structure import count_leaves, unflatten
 
 
+CORE_PARAMETERS = ("images",)  # of Core.forward: what a core's signature shows
+
+
 @dataclass(frozen=True, slots=True)
 class Detector:
     """A detector in two parts.
@@ -43,10 +46,7 @@ class Detector:
         Raises:
             DataError: No list of images [channels, height, width].
         """
-        is_list = isinstance(images, list | tuple) and all(
-            isinstance(image, Tensor) and image.dim() == 3 for image in images
-        )
-        if not is_list:
+        if not _are_images(images):
             raise DataError(
                 f"data: found {type(images).__name__}, wanted what a detector takes: a list of "
                 "images [channels, height, width]"
@@ -65,6 +65,47 @@ class Detector:
             predict: Called like ``core``; gives its tensors in the same order.
         """
         return Attached(self.model, self.core, predict)
+
+
+class Intake:
+    """Items of the caller's data as inputs of a detector's core.
+
+    A model may have the parts of a detector and be none, so what is no list of images is passed
+    on as it is, and counted.
+
+    Args:
+        detector: In two parts.
+        to_inputs: The caller's own function of an item.
+    """
+
+    def __init__(self, detector: Detector, to_inputs: Callable[[Any], Any] | None) -> None:
+        self._detector = detector
+        self._to_inputs = to_inputs
+        self.taken = 0
+
+    def __call__(self, item: Any) -> Any:
+        """What the core takes."""
+        images = item if self._to_inputs is None else self._to_inputs(item)
+        if not _are_images(images):
+            return images
+        self.taken += 1
+        return self._detector.inputs(images)
+
+
+def split_input(model: Any, item: Any) -> tuple[Any, Any]:
+    """A detector's core with its input for a list of images; other models and items as they are."""
+    detector = split_detector(model)
+    if detector is None or not _are_images(item):
+        return model, item
+    return detector.core, detector.inputs(item)
+
+
+def _are_images(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(image, Tensor) and image.dim() == 3 for image in value)
+    )
 
 
 def split_detector(model: Any) -> Detector | None:
@@ -92,6 +133,7 @@ class Core(nn.Module):
         head: List of features -> nested raw predictions.
         reads_features: What follows reads the values of the features. Else it reads their sizes
             only, and gets zeros of one channel: widths of features that nobody reads stay free.
+            They are integers, because only float outputs count when outputs are compared.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, *, reads_features: bool) -> None:
@@ -112,25 +154,33 @@ class Core(nn.Module):
         features = self.backbone(images)
         by_level = list(features.values()) if isinstance(features, Mapping) else [features]
         raw = self.head(by_level)
-        return (features if self.reads_features else _sizes_only(features)), raw
+        return (features if self.reads_features else _each(features, _size_only)), raw
 
 
-def _sizes_only(features: Any) -> Any:
+def _each(features: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A function of the features, which are a tensor, or tensors by name."""
     if isinstance(features, Mapping):
-        return OrderedDict((k, _sizes_only(v)) for k, v in features.items())
-    return features.new_zeros((features.shape[0], 1, *features.shape[2:]))
+        return OrderedDict((k, _each(v, function)) for k, v in features.items())
+    return function(features)
+
+
+def _size_only(features: Tensor) -> Tensor:
+    shape = (features.shape[0], 1, *features.shape[2:])
+    return features.new_zeros(shape, dtype=torch.int32)
 
 
 class Attached:
     """Callable like the original detector; calls from several threads run one after the other.
+
+    ``core`` is what runs in the place of the original's core.
 
     Raises:
         DataError: The core gave another number of tensors than the original's.
     """
 
     def __init__(self, model: nn.Module, core: Core, predict: Callable[[Tensor], Any]) -> None:
-        self._core = core
-        self._predict = predict
+        self._original = core
+        self.core = predict
         self._nesting: Structure | None = None
         self._lock = threading.Lock()
         self._backbone, self._head = _Given(self._run), _Given(lambda _: self._raw)
@@ -148,7 +198,7 @@ class Attached:
 
     def _run(self, images: Tensor) -> Any:
         leaves: list[Tensor] = []
-        describe(self._predict(images), leaves)
+        describe(self.core(images), leaves)
         nesting = self._nested(images)
         if len(leaves) != count_leaves(nesting):
             raise DataError(
@@ -156,12 +206,14 @@ class Attached:
                 "attach a core that was compressed from this detector"
             )
         features, self._raw = unflatten(nesting, leaves)
-        return features
+        if self._original.reads_features:
+            return features
+        return _each(features, lambda size: size.to(images.dtype))
 
     def _nested(self, images: Tensor) -> Structure:
         """How the core's tensors nest, from one run of the original on the first image."""
         if self._nesting is None:
-            core = _shell(self._core)
+            core = _shell(self._original)
             assert isinstance(core, Core)
             self._nesting = describe(core.parts(images[:1]), [])
         return self._nesting

@@ -69,6 +69,22 @@ class Samples:
             return self.take(slice(0, count))
         return self.take(torch.linspace(0, len(self) - 1, count).round().long().unique())
 
+    def drawn(self, count: int, batch: int) -> list[tuple[Tensor, ...]]:
+        """Flat inputs of ``count`` calls, at the middles of equal shares of all the samples.
+
+        A call holds that sample and those behind it of the same shape, again from the first where
+        they run out.
+        """
+        middles = ((torch.arange(count) + 0.5) / count * len(self)).long()
+        calls, start = [], 0
+        for flat in self.groups:
+            rows = int(flat[0].shape[0])
+            for first in middles[(middles >= start) & (middles < start + rows)] - start:
+                index = (first + torch.arange(batch)) % rows
+                calls.append(tuple(t[index] for t in flat))
+            start += rows
+        return calls
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Flat inputs of at most ``size`` samples of one shape at a time, in order."""
         for flat in self.groups:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tersor.core.errors import ConfigError
 
 Format = Literal["f32", "bf16", "int8", "int8_weight"]
-# What a site may be set to: a number format, or how many units a width or a branch keeps.
+# What a site may be set to: a number format, a width's kept units, or what is left of a branch.
 Level = Format | int
 Precision = Literal["f32", "bf16"]
 SiteKind = Literal["format", "width", "branch"]
@@ -157,7 +157,7 @@ class Site:
 
     Kind ``format``: the number format of the ops that use one weight. Kind ``width``: how many
     units of one width are kept; ``members`` names the coupled parameters. Kind ``branch``: a
-    residual branch, level 1 kept, level 0 removed.
+    residual branch or a whole block; level ``units`` (2) kept, 1 the best linear map, 0 its mean.
     """
 
     name: str  # format: module path of the first op; width: WIDTH_PREFIX and its first producer
@@ -167,7 +167,7 @@ class Site:
     weight: str = ""  # the parameter's name
     shape: tuple[int, ...] = ()  # of the weight
     groups: int = 1
-    units: int = 0  # of a width
+    units: int = 0  # of a width; of a branch its highest level
     unit_kind: WidthKind | Literal[""] = ""
     exactness: Exactness | Literal[""] = ""
     members: tuple[str, ...] = ()  # parameters coupled by a width
@@ -359,6 +359,7 @@ class Prices:
     best: int  # index into baselines: the reference of every speed
     tables: tuple[PriceTable, ...]
     seconds: float = 0.0
+    size_terms: tuple[Term, ...] = ()  # bytes that depend on the levels of several sites
 
     @property
     def baseline(self) -> BaselineRow:

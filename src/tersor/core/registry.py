@@ -9,7 +9,10 @@ METHODS = "tersor.methods"
 BACKENDS = "tersor.backends"
 # What this distribution itself brings: found also where it runs without being installed.
 _BUILT_IN = {
-    METHODS: {"quantize": "tersor.methods.quantize:Quantize"},
+    METHODS: {
+        "prune": "tersor.methods.prune:Prune",
+        "quantize": "tersor.methods.quantize:Quantize",
+    },
     BACKENDS: {"openvino": "tersor.backends.openvino:OpenVINOBackend"},
 }
 

@@ -20,7 +20,7 @@ from tersor.core.records import (
 from tersor.ops.moments import Moments
 from tersor.ops.obs import Consumer
 
-Shapes = Mapping[str, tuple[int, ...]]  # input name -> concrete shape of one build
+Shapes = Mapping[str, tuple[int, ...]]  # input name -> shape of one build; shapes.OPEN: any size
 Arrays = Mapping[str, NDArray[Any]]
 TensorMap = Callable[[Tensor], Tensor]
 
@@ -161,13 +161,17 @@ class SiteChange:
 
 @runtime_checkable
 class Method(Protocol):
-    """Arithmetic on one site; it never edits the graph."""
+    """Arithmetic on one site; it never edits the graph.
 
-    def propose(self, site: Site, statistics: SiteStatistics) -> Sequence[Candidate]:
+    An attribute ``kinds`` names the kinds of sites that it works on, ("format",) where it has
+    none; it gets ``SiteStatistics`` of a format and ``WidthStatistics`` of a width.
+    """
+
+    def propose(self, site: Site, statistics: Any) -> Sequence[Candidate]:
         """The candidates at a site, without their measured errors."""
         ...
 
-    def apply(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
+    def apply(self, site: Site, candidate: Candidate, statistics: Any) -> SiteChange:
         """The change that puts a candidate into effect, for the current weight and statistics."""
         ...
 
@@ -202,7 +206,7 @@ class Backend(Protocol):
         ...
 
     def build(self, graph: Graph, shapes: Shapes, choice: BuildChoice) -> Executable:
-        """Compile a graph for concrete shapes."""
+        """Compile a graph for these shapes, sizes beyond the batch open where they say so."""
         ...
 
     def load(self, sections: Mapping[str, bytes], choice: BuildChoice) -> Executable:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tersor.graph.contracts import Graph
@@ -35,7 +36,8 @@ def refresh(module: fx.GraphModule) -> None:
     def load(node: fx.Node) -> Any:
         return env[node.name]
 
-    with modes[0], torch.no_grad():
+    # Without the dispatcher torch's C++ kernels meet the batch's symbol, and some want a number.
+    with modes[0], torch.no_grad(), enable_python_dispatcher():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 env[node.name] = node.meta["val"]

@@ -23,3 +23,21 @@ def rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
     raw = scaled(x, quantizer) + quantizer.shift
     codes = torch.clamp(torch.round(raw * (1.0 / quantizer.step)), quantizer.low, quantizer.high)
     return codes * quantizer.step - quantizer.shift
+
+
+def column_scale(weight: Tensor, quantizer: Quantizer | None) -> Tensor | None:
+    """What each column of a weight is multiplied by: the inverse of its channel's factor.
+
+    Args:
+        weight: [g, m, n].
+        quantizer: Of the tensor that the weight's op reads.
+
+    Returns:
+        [g, 1, n] float64, or None where channels have no factor.
+    """
+    if quantizer is None or quantizer.inverse_scale is None:
+        return None
+    per_channel = 1.0 / quantizer.inverse_scale.double()
+    groups = weight.shape[0]
+    window = weight.shape[2] * groups // per_channel.numel()
+    return per_channel.reshape(groups, 1, -1).repeat_interleave(window, dim=2)

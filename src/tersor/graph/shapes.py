@@ -9,6 +9,7 @@ from tersor.core.errors import DataError
 from tersor.core.records import Signature, TensorSpec
 
 Sizes = Mapping[str, int]  # symbol -> size
+OPEN = -1  # as a size in the shapes of a build: any that the signature leaves open
 
 
 def built_sizes(signature: Signature) -> dict[str, int]:
@@ -21,10 +22,15 @@ def built_sizes(signature: Signature) -> dict[str, int]:
     }
 
 
+def open_sizes(signature: Signature) -> dict[str, int]:
+    """Every symbol -> OPEN: one build for all sizes."""
+    return dict.fromkeys(built_sizes(signature), OPEN)
+
+
 def input_shapes(
     signature: Signature, batch: int, sizes: Sizes | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Concrete input shapes for one batch size and one size a symbol.
+    """Input shapes for one batch size and one size a symbol, which may be OPEN.
 
     Raises:
         DataError: A size that the graph can't take.
@@ -69,7 +75,9 @@ def check_limits(spec: TensorSpec, shape: tuple[int, ...]) -> None:
     """
     for dim, (low, high, step) in enumerate(spec.limits):
         size = shape[dim]
-        if spec.symbol(dim) and not (low <= size <= high and (size - low) % step == 0):
+        if not spec.symbol(dim) or size == OPEN:
+            continue
+        if not (low <= size <= high and (size - low) % step == 0):
             steps = f" in steps of {step}" if step > 1 else ""
             bounds = f"{low} to {high}" if high < LARGEST else f"at least {low}"
             raise DataError(

@@ -7,15 +7,21 @@ run gives every kept count. Weights are fitted again by the transform.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import Candidate, Site
+from tersor.core.records import Candidate, Site, SiteKind
 from tersor.graph.contracts import SiteChange, WidthStatistics
 from tersor.ops.obs import removal_order
 
 Counts = Callable[[Site], Sequence[int]]
+
+
+def eighths(site: Site) -> Sequence[int]:
+    """Counts where no device says which ones it likes."""
+    return [max(1, site.units * i // 8) for i in range(1, 8)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +32,8 @@ class Prune:
         counts: Site -> the kept counts that are worth a price; the full count is always offered.
     """
 
-    counts: Counts
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("width",)
+    counts: Counts = eighths
 
     def propose(self, site: Site, statistics: WidthStatistics) -> Sequence[Candidate]:
         """One candidate a count; ``detail`` holds the kept units and the readers' relative loss.

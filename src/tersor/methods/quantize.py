@@ -18,7 +18,7 @@ from torch import Tensor
 from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import Quantizer, SiteChange, SiteStatistics
-from tersor.graph.quantizer import rounded, scaled
+from tersor.graph.quantizer import column_scale, rounded, scaled
 from tersor.ops.feedback import descend, round_with_feedback
 from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
 from tersor.ops.moments import Moments, add_moments, centred
@@ -152,7 +152,7 @@ class Quantize:
     ) -> SiteChange:
         limit = INT8_LIMIT if quantizer is None else self.weight_limit
         weight = statistics.weight
-        columns = _column_scale(weight, quantizer)
+        columns = column_scale(weight, quantizer)
         scaled_weight = weight if columns is None else weight * columns
         moments = reduce(add_moments, halves)
         target, damping = _target(scaled_weight, halves)
@@ -264,16 +264,6 @@ def _cost(values: Tensor, weight: Tensor, quantizer: Quantizer, limit: int) -> f
     return float(((activations + weights) / (energy + energy.mean() + 1e-30)).mean())
 
 
-def _column_scale(weight: Tensor, quantizer: Quantizer | None) -> Tensor | None:
-    """What each column of the weight is multiplied by: the inverse of the channel's factor."""
-    if quantizer is None or quantizer.inverse_scale is None:
-        return None
-    per_channel = 1.0 / quantizer.inverse_scale.double()
-    groups = weight.shape[0]
-    window = weight.shape[2] * groups // per_channel.numel()
-    return per_channel.reshape(groups, 1, -1).repeat_interleave(window, dim=2)
-
-
 def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
     """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12."""
     from dataclasses import replace
@@ -326,7 +316,7 @@ def layer_error(statistics: SiteStatistics, change: SiteChange) -> float:
     new = change.codes.double().reshape(shape) * change.scale.double().reshape(*shape[:2], 1)
     quantizer = change.quantizer
     moments = statistics.moments() if quantizer is None else _expected(statistics, quantizer)
-    columns = _column_scale(statistics.weight, quantizer)
+    columns = column_scale(statistics.weight, quantizer)
     old = statistics.weight if columns is None else statistics.weight * columns
     return relative_error(old, new, moments)
 

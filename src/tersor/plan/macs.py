@@ -19,7 +19,7 @@ from tersor.plan.solve import Solution, solve
 class Product:
     """The MACs of an op: ``factor`` times the kept units of every width that it meets.
 
-    A depthwise convolution meets one width; a branch counts as 0 or 1.
+    A depthwise convolution meets one width; a branch multiplies by its level, here 0 or 1.
     """
 
     op: str

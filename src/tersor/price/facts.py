@@ -12,45 +12,8 @@ from typing import Literal
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import Level, Precision, Site
+from tersor.graph.facts import NodeFacts
 from tersor.price.variants import counted, native_assignment
-
-NodeKind = Literal[
-    "conv", "depthwise", "linear", "attention", "matmul", "norm", "activation", "elementwise",
-    "pool", "move", "embedding", "other",
-]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeFacts:
-    """Sizes of one graph node at the built shapes.
-
-    Attributes:
-        in_elements: Of the activations that it reads.
-        inputs: Length of the sum behind one output: input channels of a group x window.
-        outputs: Rows of the weight, or of the second operand transposed.
-        window: Elements of a convolution's window; 1 elsewhere.
-    """
-
-    kind: NodeKind
-    macs: int = 0
-    weight_elements: int = 0
-    in_elements: int = 0
-    out_elements: int = 0
-    inputs: int = 0
-    outputs: int = 0
-    window: int = 1
-
-    def sizes(self) -> tuple[int, ...]:
-        """The numbers that a width may change, in the order of ``SIZES``."""
-        return (
-            self.macs,
-            self.weight_elements,
-            self.in_elements,
-            self.out_elements,
-            self.inputs,
-            self.outputs,
-        )
-
 
 SIZES = ("macs", "weight_elements", "in_elements", "out_elements", "inputs", "outputs")
 _INPUTS, _OUTPUTS = SIZES.index("inputs"), SIZES.index("outputs")
@@ -67,8 +30,9 @@ class WidthFacts:
 
     Attributes:
         nodes: Native facts, in graph order.
-        full: Width or branch -> its count when left alone: 1 of a branch.
-        levels: Width or branch -> the counts that it may keep.
+        full: Width or branch -> its count, or level, when left alone.
+        levels: Width or branch -> the counts, or levels, that it may have.
+        branches: Those of ``full`` that are branches.
         ratios: Node -> width that moves it -> count -> each size over the native one.
         rules: Node that several widths move -> how each size follows them.
     """
@@ -76,6 +40,7 @@ class WidthFacts:
     nodes: Mapping[str, NodeFacts]
     full: Mapping[str, int]
     levels: Mapping[str, tuple[int, ...]]
+    branches: frozenset[str]
     ratios: Mapping[str, Mapping[str, Mapping[int, tuple[float, ...]]]]
     rules: Mapping[str, tuple[Rule, ...]]
 
@@ -107,7 +72,7 @@ class WidthFacts:
 
     def pivot(self, nodes: Sequence[str]) -> str:
         """The width that multiplies what the others add up to: one that moves outputs alone."""
-        widths = [w for w in self.widths(nodes) if self.full[w] > 1]
+        widths = [w for w in self.widths(nodes) if w not in self.branches]
         for width in widths:
             least = [r[width][min(r[width])] for n in nodes if width in (r := self.ratios[n])]
             if all(r[_OUTPUTS] != 1 and r[_INPUTS] == 1 for r in least):
@@ -152,6 +117,7 @@ def learn_facts(
         nodes=native,
         full={w: counts[0] for w, counts in widths.items()},
         levels=widths,
+        branches=frozenset(s.name for s in sites if s.kind == "branch" and s.name in widths),
         ratios=ratios,
         rules={
             node: _rules(moving, _relative(least.get(node), native[node]))

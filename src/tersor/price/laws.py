@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from tersor.core.records import Format
-from tersor.price.facts import NodeFacts
+from tersor.graph.facts import NodeFacts
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]

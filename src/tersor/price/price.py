@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tersor.core.errors import BackendError, ConfigError
-from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site
+from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
 from tersor.graph.contracts import Executable
 from tersor.price.baseline import Call, Meter
 from tersor.price.facts import Facts, WidthFacts, learn_facts
 from tersor.price.observation import Observation
 from tersor.price.table import QuantizeNodes, fit_table
+from tersor.price.terms import size_terms
 from tersor.price.variants import (
     Variant,
     counted,
@@ -99,6 +100,7 @@ class Priced:
 
     tables: tuple[PriceTable, ...]
     probes: tuple[Probe, ...]
+    size_terms: tuple[Term, ...] = ()  # bytes that the widths decide
 
 
 def price_all(
@@ -125,14 +127,15 @@ def price_all(
         BackendError: No choice could be built.
     """
     facts = width_facts(sites, levels, tools, choices[0].precision)
+    terms = () if facts is None else size_terms(facts, sites, levels)
     if not quantizable(sites, levels):
         table = price_choice(choices[0], sites, levels, tools, config, facts)
-        return Priced(tables=(table,), probes=())
+        return Priced(tables=(table,), probes=(), size_terms=terms)
     probes = _probe(choices, sites, levels, tools)
     tables = tuple(
         price_choice(p.choice, sites, levels, tools, config, facts) for p in probes if p.priced
     )
-    return Priced(tables=tables, probes=probes)
+    return Priced(tables=tables, probes=probes, size_terms=terms)
 
 
 def price_choice(

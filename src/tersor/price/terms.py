@@ -2,8 +2,8 @@
 
 A term has at most two widths and a format: a product of more has too many binaries. Where more
 widths meet (a concatenation), one of them, the pivot, is in every term, and the others add up to
-first order. A branch around an op has two levels only and switches all of it off, so that it is in
-every term as well.
+first order. A branch around an op has few levels and decides about all of it, so that it is in every
+term as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ def spread(
         cost: Takes an assignment; widths that it does not list are full.
     """
     moving = facts.widths(nodes)
-    branches = [w for w in moving if facts.full[w] == 1]
+    branches = [w for w in moving if w in facts.branches]
     widths = [w for w in moving if w not in branches]
     levels = {**{w: facts.levels[w] for w in moving}, **formats}
     if len(widths) <= MAX_WIDTHS:

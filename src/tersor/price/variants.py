@@ -43,10 +43,8 @@ def native_assignment(sites: Sequence[Site], precision: Precision) -> dict[str, 
 
 
 def native_level(site: Site, precision: Precision) -> Level:
-    """The level of a site that is left alone: a width's full count, 1 of a branch."""
-    if site.kind == "format":
-        return precision
-    return site.units if site.kind == "width" else 1
+    """The level of a site that is left alone: all units of a width, the highest of a branch."""
+    return precision if site.kind == "format" else site.units
 
 
 def counted(

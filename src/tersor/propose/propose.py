@@ -12,7 +12,13 @@ from torch import Tensor
 
 from tersor.core.records import Candidate, OutputKind, Site
 from tersor.graph.apply import apply
-from tersor.graph.contracts import Graph, Method, SiteChange, SiteStatistics
+from tersor.graph.contracts import (
+    Graph,
+    Method,
+    SiteChange,
+    SiteStatistics,
+    WidthStatistics,
+)
 from tersor.graph.edit import run_all, run_changed
 from tersor.graph.geometry import output_error
 
@@ -32,7 +38,7 @@ class Offer:
 
 def offers(
     sites: Sequence[Site],
-    statistics: Mapping[str, SiteStatistics],
+    statistics: Mapping[str, SiteStatistics | WidthStatistics],
     methods: Mapping[str, Method],
     allowed: Callable[[Candidate], bool],
     advance: Callable[[], None] = lambda: None,
@@ -42,6 +48,8 @@ def offers(
     for site in sites:
         if site.pinned is None:
             for name, method in methods.items():
+                if site.kind not in getattr(method, "kinds", ("format",)):
+                    continue
                 for candidate in method.propose(site, statistics[site.name]):
                     named = replace(candidate, method=name)
                     if allowed(named):
@@ -57,6 +65,7 @@ def measure_errors(
     flat: tuple[Tensor, ...],
     kind: OutputKind,
     advance: Callable[[], None] = lambda: None,
+    others: Sequence[tuple[Tensor, ...]] = (),
 ) -> list[Candidate]:
     """The candidates with mean error and its standard error over the samples.
 
@@ -66,6 +75,7 @@ def measure_errors(
         flat: Flat inputs of the search samples.
         kind: The output's geometry.
         advance: Called once for each proposal and chunk.
+        others: Flat inputs of the samples of each other shape.
     """
     edited = {
         i: apply(graph, [offer.change])
@@ -76,7 +86,7 @@ def measure_errors(
     output = next(node.name for node in graph.module.graph.nodes if node.op == "output")
     errors: dict[int, list[Tensor]] = {i: [] for i in edited}
     seen = 0
-    for chunk in chunks(graph, flat):
+    for chunk in chunks(graph, flat, others):
         env = run_all(graph.module, chunk)
         wanted = env[output]
         for i, variant in edited.items():
@@ -98,16 +108,23 @@ def measure_errors(
     ]
 
 
-def chunk_count(graph: Graph, flat: tuple[Tensor, ...]) -> int:
+def chunk_count(
+    graph: Graph, flat: tuple[Tensor, ...], others: Sequence[tuple[Tensor, ...]] = ()
+) -> int:
     """How many chunks ``measure_errors`` runs."""
-    return sum(1 for _ in chunks(graph, flat))
+    return len(chunks(graph, flat, others))
 
 
-def chunks(graph: Graph, flat: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The samples in chunks whose intermediate results fit in memory."""
+def chunks(
+    graph: Graph, flat: tuple[Tensor, ...], others: Sequence[tuple[Tensor, ...]] = ()
+) -> list[tuple[Tensor, ...]]:
+    """The samples in chunks of one shape whose intermediate results fit in memory."""
     size = chunk_size(graph)
-    count = flat[0].shape[0]
-    return [tuple(t[i : i + size] for t in flat) for i in range(0, count, size)]
+    return [
+        tuple(t[i : i + size] for t in group)
+        for group in (flat, *others)
+        for i in range(0, group[0].shape[0], size)
+    ]
 
 
 def chunk_size(graph: Graph) -> int:

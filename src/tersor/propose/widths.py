@@ -1,15 +1,22 @@
 """What a width costs in quality: one real forward with only that width cut, its readers refitted."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tersor.core.records import Candidate, OutputKind
 from tersor.graph.axes import Axes, keep_units
 from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
-from tersor.graph.edit import copy_graph, rebuild
+from tersor.graph.edit import (
+    attribute,
+    copy_graph,
+    parameters_by_name,
+    rebuild,
+    run_all,
+    run_changed,
+)
 from tersor.graph.geometry import output_error
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.ops.kept import kept_columns, refit_columns
@@ -67,6 +74,8 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
 ) -> list[Candidate]:
     """The candidates with the error that each causes alone, and its standard error.
 
+    What stands before a width is taken from a pass of the original, one for each width and batch.
+
     Args:
         axes: The original's widths.
         proposals: Candidates of widths with their changes.
@@ -76,19 +85,64 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
         kind: The output's geometry.
         advance: Called once for each candidate.
     """
-    wanted = [axes.graph.run(flat) for flat in batches]
     found: list[Candidate] = []
-    for candidate, change in proposals:
-        advance()
-        if candidate.level == change.site.units:
-            found.append(candidate)
-            continue
-        graph = replaced(axes, change, statistics[candidate.site], moments)
-        errors = torch.cat(
-            [output_error(graph.run(f), w, kind) for f, w in zip(batches, wanted, strict=True)]
-        )
-        deviation = float(errors.std()) if len(errors) > 1 else 0.0
-        found.append(
-            replace(candidate, error=float(errors.mean()), error_se=deviation / len(errors) ** 0.5)
-        )
+    for rows in _by_site(proposals):
+        cut = {
+            i: replaced(axes, change, statistics[candidate.site], moments)
+            for i, (candidate, change) in enumerate(rows)
+            if candidate.level != change.site.units
+        }
+        errors = _errors(axes.graph, cut, batches, kind) if cut else {}
+        for i, (candidate, _) in enumerate(rows):
+            advance()
+            found.append(_with_error(candidate, errors[i]) if i in errors else candidate)
     return found
+
+
+def _by_site(
+    proposals: Sequence[tuple[Candidate, SiteChange]],
+) -> Iterator[list[tuple[Candidate, SiteChange]]]:
+    rows: dict[str, list[tuple[Candidate, SiteChange]]] = {}
+    for candidate, change in proposals:
+        rows.setdefault(candidate.site, []).append((candidate, change))
+    yield from rows.values()
+
+
+def _errors(
+    graph: Graph,
+    variants: Mapping[int, Graph],
+    batches: Sequence[tuple[Tensor, ...]],
+    kind: OutputKind,
+) -> dict[int, Tensor]:
+    before = {node.name: _literals(node) for node in graph.module.graph.nodes}
+    stored = parameters_by_name(graph.module)
+    output = next(node.name for node in graph.module.graph.nodes if node.op == "output")
+    errors: dict[int, list[Tensor]] = {i: [] for i in variants}
+    for flat in batches:
+        env = run_all(graph.module, flat)
+        wanted = env[output]
+        for i, variant in variants.items():
+
+            def is_changed(node: fx.Node, module: fx.GraphModule = variant.module) -> bool:
+                if node.op == "get_attr":
+                    name = str(node.target)
+                    return name not in stored or _is_other(attribute(module, name), stored[name])
+                return _literals(node) != before.get(node.name)
+
+            errors[i].append(
+                output_error(run_changed(variant.module, env, is_changed), wanted, kind)
+            )
+    return {i: torch.cat(rows) for i, rows in errors.items()}
+
+
+def _literals(node: fx.Node) -> str:
+    return f"{node.target} {node.args} {node.kwargs}"
+
+
+def _is_other(left: Tensor, right: Tensor) -> bool:
+    return left.shape != right.shape or left.data_ptr() != right.data_ptr()
+
+
+def _with_error(candidate: Candidate, errors: Tensor) -> Candidate:
+    deviation = float(errors.std()) if len(errors) > 1 else 0.0
+    return replace(candidate, error=float(errors.mean()), error_se=deviation / len(errors) ** 0.5)

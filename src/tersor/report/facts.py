@@ -135,13 +135,19 @@ def describe(line: SiteLine) -> str:
     """One site in one line of text: what it is, what became of it, why."""
     name = line.site.removeprefix(f"{line.kind}:")
     if line.kind == "branch":
-        change = "kept" if line.after else "removed"
+        change = _of_branch(line)
     elif line.before == line.after:
         change = str(line.after)
     else:
         change = f"{line.before} -> {line.after}"
     kind = "" if line.kind == "format" else f"{line.kind} "
     return f"{kind}{name}: {change}, {line.reason}"
+
+
+def _of_branch(line: SiteLine) -> str:
+    if line.after == line.before:
+        return "kept"
+    return "replaced by its best linear map" if line.after else "removed"
 
 
 def site_bytes(report: Report, site: Site, level: Level) -> int:

@@ -57,9 +57,7 @@ class Report:
 
     def native(self, site: Site) -> Level:
         """The level of a site that is left alone: the build's precision, or all that there is."""
-        if site.kind == "width":
-            return site.units
-        return 1 if site.kind == "branch" else self.plan.choice.precision
+        return self.plan.choice.precision if site.kind == "format" else site.units
 
     def level(self, site: Site) -> Level:
         """What the plan does at a site."""

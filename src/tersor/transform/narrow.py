@@ -19,7 +19,7 @@ from tersor.graph.axes import Axes
 from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.slicing import cut, gone_from
 from tersor.graph.contracts import Graph
-from tersor.graph.edit import copy_graph, execute, last_uses, rebuild
+from tersor.graph.edit import copy_graph, execute, rebuild
 from tersor.graph.meta import refresh
 from tersor.graph.operators import (
     WeightedOp,
@@ -107,7 +107,7 @@ def narrow(
     """
     removed = axes.removed(gone_from(axes, keep))
     run = _Run(graph, axes, removed, batches, config)
-    done = last_uses(run.module)
+    done = run.done()
     position = 0
     with torch.no_grad():
         for node in run.nodes:
@@ -175,6 +175,21 @@ class _Run:
         name = str(node.target)
         shape = self.axes.walk.stored.get(name)
         return shape is not None and [d.size for d in shape] != list(self.tensors[name].shape)
+
+    def done(self) -> dict[str, list[str]]:
+        """For each node the values that neither graph needs after it.
+
+        A cut may read a value in a new node in front of the one that reads it in the original.
+        """
+        last: dict[str, str] = {}
+        for node in self.nodes:
+            old = self.before.get(node.name)
+            for source in (*node.all_input_nodes, *(old.all_input_nodes if old else ())):
+                last[source.name] = node.name
+        found: dict[str, list[str]] = {}
+        for source_name, node_name in last.items():
+            found.setdefault(node_name, []).append(source_name)
+        return found
 
     def forget(self, names: Sequence[str]) -> None:
         for batch in self.batches:

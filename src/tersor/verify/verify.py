@@ -188,8 +188,22 @@ def _quality(measured: Measured, check: Check) -> Check:
 def agreement(
     found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]], kind: OutputKind
 ) -> Tensor:
-    """Agreement of each sample, over batches of flat outputs."""
-    columns = [
-        [torch.cat(list(parts)) for parts in zip(*side, strict=True)] for side in (found, wanted)
+    """Agreement of each sample, over batches of flat outputs; in their order within a shape."""
+    return torch.cat([sample_agreement(*pair, kind) for pair in by_shape(found, wanted)])
+
+
+def by_shape(
+    found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Batches of flat outputs of two models, joined where the shapes of a sample are equal."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for index, flat in enumerate(wanted):
+        groups.setdefault(tuple(t.shape[1:] for t in flat), []).append(index)
+    return [
+        (_joined([found[i] for i in group]), _joined([wanted[i] for i in group]))
+        for group in groups.values()
     ]
-    return sample_agreement(columns[0], columns[1], kind)
+
+
+def _joined(batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.cat(list(parts)) for parts in zip(*batches, strict=True)]

@@ -11,7 +11,8 @@ import pytest
 
 from tersor.core.errors import BackendError
 from tersor.core.records import BuildChoice, Format, Level, Site, Timing
-from tersor.price.facts import Facts, NodeFacts
+from tersor.graph.facts import NodeFacts
+from tersor.price.facts import Facts
 from tersor.price.observation import Observation
 from tersor.price.price import PriceTools
 

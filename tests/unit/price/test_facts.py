@@ -4,7 +4,8 @@ import pytest
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import Level, Site
-from tersor.price.facts import NodeFacts, learn_facts
+from tersor.graph.facts import NodeFacts
+from tersor.price.facts import learn_facts
 from tersor.price.terms import spread
 
 
@@ -17,7 +18,7 @@ SITES = (
     width("b", 64),
     width("c", 16),
     width("s", 24),
-    Site(name="gone", kind="branch", ops=()),
+    Site(name="gone", kind="branch", ops=(), units=1),
 )
 LEVELS: dict[str, tuple[Level, ...]] = {
     "a": (32, 24, 16, 8),
@@ -135,3 +136,25 @@ def test_levels_that_are_no_counts_are_refused() -> None:
     for bad in [(16, 8), (32, "int8"), (64, 32), (32, -1)]:
         with pytest.raises(ConfigError, match="wanted kept counts, among them the full one, 32"):
             learn_facts(graph, SITES, {**LEVELS, "a": bad}, "f32")
+
+
+def test_a_branch_with_a_linear_map_has_the_sizes_of_the_map() -> None:
+    def block(assignment: Mapping[str, Level]) -> dict[str, NodeFacts]:
+        level, inner = assignment["branch"], int(assignment["w"])
+        if level == 2:
+            return {"up": linear(24, inner), "down": linear(inner, 24)}
+        return {"down": linear(24, 24)} if level else {}
+
+    sites = (
+        Site(name="branch", kind="branch", ops=(), units=2),
+        width("w", 64),
+        Site(name="alone", kind="branch", ops=(), units=2),
+    )
+    facts = learn_facts(block, sites, {"branch": (2, 1, 0), "w": (64, 32)}, "f32")
+    assert facts.branches == {"branch"}  # the other one has no choice
+    assert facts.at("down", {"branch": 1}) == linear(24, 24)
+    assert facts.at("up", {"branch": 1}).sizes() == (0,) * 6
+    assert facts.at("down", {"branch": 0}).sizes() == (0,) * 6
+    (term,) = spread("down", ["down"], {}, facts, lambda a: facts.at("down", a).macs)
+    assert term.sites == ("w", "branch")
+    assert facts.pivot(["down"]) == "w"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tersor.price.facts import NodeFacts
+from tersor.graph.facts import NodeFacts
 from tersor.price.laws import NodeTime, fit_laws
 
 

@@ -2,7 +2,8 @@ from dataclasses import replace
 from types import ModuleType
 
 from tersor.core.records import Term
-from tersor.price.facts import NodeFacts, learn_facts
+from tersor.graph.facts import NodeFacts
+from tersor.price.facts import learn_facts
 from tersor.price.terms import size_terms
 
 

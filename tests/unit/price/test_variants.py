@@ -2,7 +2,16 @@ import itertools
 from dataclasses import replace
 from types import ModuleType
 
-from tersor.price.variants import counted, draw_variants, full_assignment, quantizable
+import pytest
+
+from tersor.core.errors import ConfigError
+from tersor.price.variants import (
+    counted,
+    draw_variants,
+    full_assignment,
+    native_assignment,
+    quantizable,
+)
 
 
 def draw(lab: ModuleType, n: int = 12, **more: object) -> tuple:
@@ -111,7 +120,7 @@ def test_joint_mixtures_show_many_counts_and_pure_formats(lab: ModuleType) -> No
 
 def test_branches_stay_in_the_extremes_and_are_drawn_in_mixtures(lab: ModuleType) -> None:
     net = lab.Network()
-    branch = replace(net.sites[0], name="branch", kind="branch", ops=())
+    branch = replace(net.sites[0], name="branch", kind="branch", ops=(), units=1)
     levels = {**net.levels, "branch": (1, 0)}
     variants = draw_variants((*net.sites, branch), levels, "bf16", k=30, held_out=0, seed=0)
     assert {v.assignment["branch"] for v in variants[:6]} == {1}
@@ -126,3 +135,12 @@ def test_a_pinned_width_and_one_without_choice_stay_full(lab: ModuleType) -> Non
     assert set(counted(sites, levels)) == {"width:stem", "width:b3"}
     for variant in draw_variants(sites, levels, "bf16", k=12, held_out=2, seed=0):
         assert [variant.assignment[f"width:b{i}"] for i in range(3)] == [128] * 3
+
+
+def test_the_native_level_of_a_branch_is_its_highest(lab: ModuleType) -> None:
+    branch = replace(lab.Network().sites[0], name="branch", kind="branch", ops=(), units=2)
+    assert native_assignment([branch], "bf16") == {"branch": 2}
+    levels = {"branch": (0, 1, 2)}
+    assert counted([branch], levels) == {"branch": (2, 1, 0)}
+    with pytest.raises(ConfigError, match="branch: found the levels .1, 0., wanted kept counts"):
+        counted([branch], {"branch": (1, 0)})

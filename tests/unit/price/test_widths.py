@@ -133,7 +133,7 @@ def test_a_pinned_format_leaves_widths_alone_in_its_term(lab: ModuleType) -> Non
 
 def test_a_branch_that_is_removed_costs_nothing(lab: ModuleType) -> None:
     net = lab.Network()
-    branch = Site(name="branch:b1", kind="branch", ops=())
+    branch = Site(name="branch:b1", kind="branch", ops=(), units=1)
     net.sites, net.levels = (*net.sites, branch), {**net.levels, "branch:b1": (1, 0)}
     table = fitted(lab, net, k=24)
     assert table.native["branch:b1"] == 1

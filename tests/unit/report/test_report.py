@@ -221,23 +221,23 @@ def with_widths(report: Report) -> Report:
         name="width:ffn", kind="width", ops=("linear",), units=1536, unit_kind="neurons",
         members=("up.weight", "down.weight"),
     )  # fmt: skip
-    branch = Site(name="branch:block.1", kind="branch", ops=("add",))
+    branch = Site(name="branch:block.1", kind="branch", ops=("add",), units=2)
     stream = Site(name="width:stream", kind="width", ops=(), units=384, pinned="an output")
     by_both = (("width:ffn", "encoder.0"), ((1536, 1024), ("f32", "int8")))
     table = report.prices.tables[0]
     latency = (
         Term(name="up", sites=by_both[0], levels=by_both[1], values=(2.0, 1.0, 1.6, 0.79)),
-        Term(name="block.1", sites=("branch:block.1",), levels=((1, 0),), values=(0.5, 0.0)),
+        Term(name="block.1", sites=("branch:block.1",), levels=((2, 1, 0),), values=(0.5, 0.2, 0.0)),
     )
     table = dataclasses.replace(
         table,
         ops={k: v for k, v in table.ops.items() if k != "encoder.0"},
         terms=latency,
-        native={"width:ffn": 1536, "branch:block.1": 1},
+        native={"width:ffn": 1536, "branch:block.1": 2},
     )
     size = Term(name="up", sites=by_both[0], levels=by_both[1], values=(4e6, 1e6, 3e6, 6e5))
     more = [("width:ffn", 1536, 0.0), ("width:ffn", 1024, 0.0003), ("width:ffn", 512, 0.01)]
-    more += [("branch:block.1", 1, 0.0), ("branch:block.1", 0, 0.2)]
+    more += [("branch:block.1", level, error) for level, error in ((2, 0.0), (1, 0.1), (0, 0.2))]
     candidates = tuple(
         Candidate(site=s, level=v, method="prune", size_bytes=0, error=e) for s, v, e in more
     )
@@ -256,7 +256,7 @@ def test_a_width_is_one_line_of_text(report: Report) -> None:
     lines = {line.site: line for line in site_lines(with_widths(report))}
     # 1 ms against 0.79 ms at int8, scale 2.
     assert describe(lines["width:ffn"]) == "width ffn: 1536 -> 1024, -0.42 ms, +0.0003 error"
-    kept = "branch block.1: kept, none of 1 other level(s) was chosen under the target"
+    kept = "branch block.1: kept, none of 2 other level(s) was chosen under the target"
     assert describe(lines["branch:block.1"]) == kept
     assert describe(lines["width:stream"]) == "width stream: 384, pinned: an output"
     assert describe(lines["encoder.0"]).startswith("encoder.0: f32 -> int8, -1.42 ms")
@@ -266,12 +266,19 @@ def test_a_width_is_one_line_of_text(report: Report) -> None:
     assert "width:ffn" not in text
 
 
-def test_a_removed_branch_says_so(report: Report) -> None:
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [
+        (1, "replaced by its best linear map, -0.6 ms, +0.1 error"),
+        (0, "removed, -1 ms, +0.2 error"),
+    ],
+)
+def test_a_branch_that_is_replaced_says_so(report: Report, level: int, words: str) -> None:
     joint = with_widths(report)
-    assignment = {**joint.plan.assignment, "branch:block.1": 0}
+    assignment = {**joint.plan.assignment, "branch:block.1": level}
     plan = dataclasses.replace(joint.plan, assignment=assignment)
     line = site_lines(dataclasses.replace(joint, plan=plan))[4]
-    assert describe(line) == "branch block.1: removed, -1 ms, +0.2 error"
+    assert describe(line) == f"branch block.1: {words}"
 
 
 def test_sizes_and_times_of_sites_that_share_terms(report: Report) -> None:

@@ -66,7 +66,7 @@ class OpenVINOBackend:
     def build(
         self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice
     ) -> "tersor.backends.openvino.executable.OpenVINOExecutable":
-        """Compile a graph for concrete shapes.
+        """Compile a graph; sizes beyond the batch may stay open (``graph.shapes.OPEN``).
 
         Raises:
             BackendError: An op without conversion, or a build that OpenVINO refuses.
@@ -140,7 +140,7 @@ def to_openvino_model(
 def executable_from_model(
     model: Any, choice: BuildChoice
 ) -> "tersor.backends.openvino.executable.OpenVINOExecutable":
-    """Compile any ov.Model with static shapes exactly as ``build`` compiles its own."""
+    """Compile any ov.Model with a concrete batch exactly as ``build`` compiles its own."""
     _require()
     from tersor.backends.openvino.executable import OpenVINOExecutable
 

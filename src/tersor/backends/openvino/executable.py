@@ -7,6 +7,7 @@ costs no time where a device's own decompression is slower than float32 arithmet
 
 import re
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -33,6 +34,8 @@ _DEVICES = {"cpu": "CPU"}
 _WARM_RUNS = 9  # of the profile: left out
 _BLOCKS, _BLOCK_RUNS = 3, 7  # counted after them
 _MICROSECOND = 1e-3  # in milliseconds: counters are cut to whole ones
+_OPEN = -1  # a size that differs from call to call
+_MIX = 8  # calls of different sizes that a profile runs again
 _SEGMENT = re.compile(r'<data [^>]*\boffset="(\d+)"[^>]*\bsize="(\d+)"')
 
 
@@ -57,24 +60,29 @@ def failing_as(doing: str) -> Iterator[None]:
 
 
 class OpenVINOExecutable:
-    """A compiled model; holds one request, so calls must not overlap."""
+    """A compiled model; holds one request, so calls must not overlap.
+
+    Attributes:
+        is_dynamic: Sizes beyond the batch differ from call to call.
+    """
 
     def __init__(self, stored: Any, choice: BuildChoice) -> None:
         check_choice(choice)
-        if stored.is_dynamic():
-            raise ShapeError(
-                f"openvino: inputs {[str(i.get_partial_shape()) for i in stored.inputs]} have open "
-                "sizes; wanted concrete ones: call model.reshape first"
-            )
         self._stored = stored
         self._choice = choice
         self._inputs = {
-            p.get_friendly_name(): (i, tuple(p.get_output_shape(0)), _dtype(p))
+            p.get_friendly_name(): (i, _sizes(p), _dtype(p))
             for i, p in enumerate(stored.get_parameters())
         }
+        if any(_OPEN in shape[:1] for _, shape, _ in self._inputs.values()):
+            raise ShapeError(
+                f"openvino: inputs {[str(i.get_partial_shape()) for i in stored.inputs]} have open "
+                "sizes in dimension 0, the batch; wanted a concrete one: call model.reshape first"
+            )
+        self.is_dynamic = any(_OPEN in shape for _, shape, _ in self._inputs.values())
         self._outputs = tuple(r.get_friendly_name() for r in stored.get_results())
         self._request = _compile(stored, choice).create_infer_request()
-        self._last: dict[int, NDArray[Any]] | None = None
+        self._recent: deque[dict[int, NDArray[Any]]] = deque(maxlen=_MIX if self.is_dynamic else 1)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """One call; the outputs are the caller's own.
@@ -86,24 +94,26 @@ class OpenVINOExecutable:
         arrays = self._checked(inputs)
         with failing_as("running the model"):
             results = self._request.infer(arrays, share_inputs=True, share_outputs=False)
-        self._last = arrays
+        self._recent.append(arrays)
         return {name: results[i] for i, name in enumerate(self._outputs)}
 
     def profile(self) -> dict[str, float]:
         """Milliseconds a warm call by graph node; glue by kind (Reorder, Transpose, ...).
 
         Compiles the model a second time with counters on. It runs on the inputs of the last call
-        to ``run``, or on ones.
+        to ``run``, or on ones; where sizes are open, in turn on those of the last few calls.
+
+        Raises:
+            DataError: Sizes are open, and nothing was run yet.
         """
-        arrays = self._last or {
-            index: np.ones(shape, dtype) for index, shape, dtype in self._inputs.values()
-        }
+        calls = list(self._recent) or [self._ones()]
         with failing_as("profiling the model"):
             compiled = _compile(self._stored, self._choice, {"PERF_COUNT": True})
             request = compiled.create_infer_request()
-            marks = [_WARM_RUNS + _BLOCK_RUNS * i for i in range(_BLOCKS + 1)]
+            cycles = [_WARM_RUNS + _BLOCK_RUNS * i for i in range(_BLOCKS + 1)]
+            marks = [cycle * len(calls) for cycle in cycles]
             totals = [
-                _node_totals(request, arrays, after - before, after)
+                _node_totals(request, calls, after - before, after)
                 for before, after in pairwise([0, *marks])
             ]
         names = _runtime_names(compiled)
@@ -124,6 +134,11 @@ class OpenVINOExecutable:
             "segments.json": dumps(segments).encode(),
         }
 
+    def _ones(self) -> dict[int, NDArray[Any]]:
+        if self.is_dynamic:
+            raise DataError("openvino: sizes are open; run the model once before its profile")
+        return {index: np.ones(shape, dtype) for index, shape, dtype in self._inputs.values()}
+
     def _checked(self, inputs: Arrays) -> dict[int, NDArray[Any]]:
         if inputs.keys() != self._inputs.keys():
             raise DataError(
@@ -132,7 +147,7 @@ class OpenVINOExecutable:
         arrays = {}
         for name, (index, shape, dtype) in self._inputs.items():
             array = inputs[name]
-            if array.shape != shape:
+            if not _fits(array.shape, shape):
                 raise ShapeError(
                     f"input {name}: found shape {array.shape}, wanted {shape}, for which this "
                     "model was built; pad, or build for that shape"
@@ -252,18 +267,33 @@ def _is_weight_only(node: Any) -> bool:
     )
 
 
+def _sizes(parameter: Any) -> tuple[int, ...]:
+    return tuple(
+        size.get_length() if size.is_static else _OPEN
+        for size in parameter.get_output_partial_shape(0)
+    )
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(found) == len(wanted) and all(
+        w in (_OPEN, f) for f, w in zip(found, wanted, strict=True)
+    )
+
+
 def _dtype(parameter: Any) -> "np.dtype[Any]":
     dtype: np.dtype[Any] = np.dtype(parameter.get_output_element_type(0).to_dtype())
     return dtype
 
 
-def _node_totals(request: Any, arrays: Mapping[int, Any], more: int, runs: int) -> dict[str, float]:
+def _node_totals(
+    request: Any, calls: Sequence[Mapping[int, Any]], more: int, runs: int
+) -> dict[str, float]:
     """Milliseconds by runtime node over all runs of a request, after ``more`` that make ``runs``.
 
     OpenVINO gives the average over all runs so far, cut to whole microseconds.
     """
-    for _ in range(more):
-        request.infer(arrays, share_inputs=True, share_outputs=True)
+    for index in range(more):
+        request.infer(calls[index % len(calls)], share_inputs=True, share_outputs=True)
     return {
         info.node_name: info.real_time.total_seconds() * 1e3 * runs
         for info in request.get_profiling_info()

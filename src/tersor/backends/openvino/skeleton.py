@@ -47,7 +47,7 @@ FAILURES = (
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A converted float graph with dynamic batch.
+    """A converted float graph; its batch, and what the signature leaves open, are dynamic.
 
     Attributes:
         model: Its parameters: the graph's inputs, then the weights. Never edited: clone it.
@@ -129,12 +129,17 @@ def _positions(model: Any, holders: list[str], names: list[str]) -> dict[str, in
 
 
 def _decompose(graph: Graph, parts: Split) -> fx.GraphModule:
-    """Export again with dynamic batch, and decompose what OpenVINO has no converter for."""
+    """Export again with open sizes, and decompose what OpenVINO has no converter for."""
     weights = [torch.empty(parts.weight_shapes[o.weight_input]) for o in parts.operations]
     inputs = (*graph.example, *_in_order(parts, weights))
     batch = torch.export.Dim("batch", min=1)
     shapes: list[Any] = [
-        {i: batch for i, size in enumerate(spec.shape) if size is None} or None
+        {
+            dim: batch if size is None else torch.export.Dim.AUTO
+            for dim, size in enumerate(spec.shape)
+            if size is None or spec.symbol(dim)
+        }
+        or None
         for spec in graph.signature.inputs
     ]
     shapes += [None] * len(weights)

@@ -113,8 +113,10 @@ def compare(case: Case, settings: Settings, progress: Progress) -> tuple[Row, ..
     progress.stage("float model of the peers")
     source = float_model(case, settings.seed)
     peers = make_peers(case, source, progress)
-    result = compress(case, target_for(case, source, peers, progress), settings, progress)
-    subjects = make_subjects(case, source, peers, result)
+    first = target_for(case, source, peers, progress)
+    targets = {"ours": first, **{f"ours, {t.describe()}": t for t in case.further}}
+    results = {name: compress(case, t, settings, progress) for name, t in targets.items()}
+    subjects = make_subjects(case, source, peers, results)
     progress.stage("measure all builds side by side")
     timings = measure({s.name: s.call for s in subjects}, settings.protocol)
     return judge(case, subjects, timings, progress)
@@ -190,12 +192,11 @@ def compress(case: Case, target: Target, settings: Settings, progress: Progress)
 
 
 def make_subjects(
-    case: Case, source: FloatModel, peers: Mapping[str, Any], result: Any
+    case: Case, source: FloatModel, peers: Mapping[str, Any], results: Mapping[str, Any]
 ) -> list[Subject]:
     """Every build, with the threads and precision of the best uncompressed one."""
-    verdict = result.verdict  # first: it may give the baseline back in place of the plan
-    ours: Runner = result.model
-    choice = result.record.prices.baseline.choice
+    first = next(iter(results.values()))
+    choice = first.record.prices.baseline.choice
     inputs = {name: _first(t, case.batch) for name, t in _named(source, case.search).items()}
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
 
@@ -212,20 +213,29 @@ def make_subjects(
         )
 
     return [
-        _as_given(case, verdict.original_bytes),
+        _as_given(case, first.verdict.original_bytes),
         built("best uncompressed", "uncompressed", source.model),
         *(built(name, "peer", model) for name, model in peers.items()),
-        Subject(
-            name="ours",
-            kind="ours",
-            build=result.plan.choice.describe(),
-            call=lambda: ours.executable.run(arrays),
-            predict=ours,
-            size_bytes=verdict.size_bytes,
-            missed=verdict.returned_baseline,
-            note=verdict.reason or f"verdict: {verdict.status}",
-        ),
+        *(_ours(name, result, arrays) for name, result in results.items()),
     ]
+
+
+def _ours(name: str, result: Any, arrays: dict[str, Any]) -> Subject:
+    verdict = result.verdict  # first: it may give the baseline back in place of the plan
+    model: Runner = result.model
+    note = verdict.reason or f"verdict: {verdict.status}"
+    cut = [s for s in result.record.sites if s.kind == "width"]
+    narrower = sum(result.plan.assignment.get(s.name, s.units) != s.units for s in cut)
+    return Subject(
+        name=name,
+        kind="ours",
+        build=result.plan.choice.describe(),
+        call=lambda: model.executable.run(arrays),
+        predict=model,
+        size_bytes=verdict.size_bytes,
+        missed=verdict.returned_baseline,
+        note=f"{note}, {narrower} of {len(cut)} widths cut" if cut else note,
+    )
 
 
 def judge(

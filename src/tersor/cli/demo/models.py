@@ -22,6 +22,7 @@ from tersor.cli.demo.zoo import LeNet5, ResNet
 from tersor.core.data import SPLITS, Data, Split
 from tersor.core.errors import DataError, MissingDependencyError
 from tersor.core.records import OutputKind
+from tersor.core.target import Target
 
 Inputs = tuple[Tensor, ...] | dict[str, Tensor]  # arguments of the model, all samples in one batch
 Predict = Callable[..., Tensor]
@@ -50,6 +51,7 @@ class Case:
         transformer: Whether peers should use their transformer recipe.
         drop_points: What the metric may lose; None: agree at least as well as the best peer.
         min_agreement: What ours must keep even where all peers keep less.
+        further: Other targets, a row of ours each.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Case:
     transformer: bool = False
     drop_points: float | None = None
     min_agreement: float = 0.99
+    further: tuple[Target, ...] = ()
 
     def part(self, name: Split) -> Inputs:
         """The inputs of one part."""
@@ -142,6 +145,7 @@ def minilm(n_sentences: Mapping[Split, int] | None = None, seed: int = 0) -> Cas
             "docstrings of the Python standard library split by module"
         ),
         transformer=True,
+        further=(Target(min_agreement=0.97),),
     )
 
 
@@ -174,6 +178,7 @@ def resnet20(checkpoint: str | Path | None = None) -> Case:
         metric=Accuracy(images, labels),
         test_metric=Accuracy(test.images, test.labels),
         drop_points=0.2,
+        further=(Target(drop_points=1.0),),
     )
 
 

@@ -15,11 +15,13 @@ import tersor.graph.axes.rules.products
 import tersor.graph.axes.rules.reductions
 import tersor.graph.axes.rules.shapes
 import tersor.graph.axes.rules.windows  # noqa: F401 - enters its rules
-from tersor.graph.axes.labels import Labels, Reason, free
+from tersor.graph.axes.labels import Dim, Labels, Reason, free
+from tersor.graph.axes.routing import CARRIERS, READERS, barred_places, is_read_only_as
 from tersor.graph.axes.rulebook import (
     RULES,
     Call,
     Shape,
+    arguments,
     is_counted,
     op_name,
     schema_name,
@@ -36,6 +38,8 @@ class Walk:
         shapes: Node -> its dimensions (a list of them for several results).
         stored: Name of a stored tensor -> its dimensions.
         unknown: Ops that met a labelled dimension and have no rule -> how often.
+        numbers: Nodes whose values are numbers of units -> the dimension that they count.
+        barred: Nodes to which removed units are minus infinity -> the dimension.
     """
 
     module: fx.GraphModule
@@ -43,9 +47,12 @@ class Walk:
     shapes: dict[fx.Node, Any] = field(default_factory=dict)
     stored: dict[str, Shape] = field(default_factory=dict)
     unknown: Counter[str] = field(default_factory=Counter)
+    numbers: dict[fx.Node, Dim] = field(default_factory=dict)
+    barred: dict[fx.Node, int] = field(default_factory=dict)
 
     def run(self) -> "Walk":
         """Visit every node once, in order."""
+        self.barred = barred_places(self.module)
         for node in self.module.graph.nodes:
             found = self._visit(node)
             if found is not None:
@@ -78,24 +85,30 @@ class Walk:
     def _freeze_outputs(self, node: fx.Node) -> None:
         why = self.labels.reason(Reason("output", node.name, "an output of the model"))
         for source in node.all_input_nodes:
+            self._hold_numbers(node, source)
             for dim in self.shapes.get(source, ()):
                 if not isinstance(dim, list) and not dim.is_free:
                     self.labels.freeze(dim.rows, why)
 
     def _item(self, node: fx.Node) -> Any:
-        found = self.shapes.get(node.args[0])  # type: ignore[arg-type]
+        source = node.args[0]
+        found = self.shapes.get(source)  # type: ignore[arg-type]
         place = node.args[1]
+        if source in self.numbers:
+            self.numbers[node] = self.numbers[source]  # type: ignore[index]
         if found and isinstance(found[0], list) and isinstance(place, int):
             return found[place]
         return _blank(node)
 
     def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
+        for source in node.all_input_nodes:
+            self._hold_numbers(node, source)
         if not isinstance(value, Tensor | list | tuple):
             return None  # a number: sizes and what is computed from them
         name = op_name(node)
         function = RULES.get(name)
-        call = Call(node, self.labels, self.shapes, name)
+        call = Call(node, self.labels, self.shapes, name, self.numbers, node in self.barred)
         if _is_counted(node):
             call.freeze_all("elements that values choose")
             return call.blank()
@@ -105,6 +118,18 @@ class Walk:
         if isinstance(value, Tensor):
             return _settled(call, value, found)
         return [_settled(call, t, dims) for t, dims in zip(value, found, strict=True)]
+
+    def _hold_numbers(self, node: fx.Node, source: fx.Node) -> None:
+        """Numbers of units may be moved and may choose; anything else needs them as they are."""
+        dim = self.numbers.get(source)
+        name = op_name(node)
+        if dim is None or name == "sym_size":
+            return
+        if name in CARRIERS and is_read_only_as(node, source, next(iter(arguments(node)))):
+            self.numbers[node] = dim
+        elif not (name in READERS and is_read_only_as(node, source, READERS[name])):
+            call = Call(node, self.labels, self.shapes, name)
+            call.freeze(dim, "computes with the numbers of its units")
 
     def _no_rule(self, call: Call) -> Any:
         if call.freeze_all("there is no rule for this op"):

@@ -52,6 +52,7 @@ def check(
     *,
     inputs: Sequence[Tensor] | None = None,
     each: bool = False,
+    exact_norms: bool = False,
     tolerance: float = TOLERANCE,
 ) -> GateReport:
     """Compare cutting with zeroing, at another batch size than the example's.
@@ -59,15 +60,17 @@ def check(
     Args:
         graph: The graph that was analysed.
         axes: Its widths.
-        gone: Width -> indices of removed units. Approximate widths differ by nature: leave them out.
+        gone: Width -> indices of removed units. Approximate widths differ by nature: leave them out,
+            or set ``exact_norms``.
         inputs: Flat inputs; None: the example's samples, repeated.
         each: Also zero each width alone, to name those that move nothing.
+        exact_norms: Cut with norms that keep the statistics of the whole width.
         tolerance: Of the output's scale.
     """
     flat = list(inputs) if inputs is not None else other_batch(graph)
     removed = axes.removed(gone)
     wanted = _run(mask(graph, axes, removed), flat)
-    found = _run(cut(graph, axes, removed), flat)
+    found = _run(cut(graph, axes, removed, exact_norms=exact_norms), flat)
     plain = _run(graph, flat)
     silent = []
     if each:
@@ -84,13 +87,15 @@ def check(
     )
 
 
-def require(graph: Graph, axes: Axes, gone: Mapping[str, Sequence[int]]) -> GateReport:
+def require(
+    graph: Graph, axes: Axes, gone: Mapping[str, Sequence[int]], *, exact_norms: bool = False
+) -> GateReport:
     """The check of a cut that is about to be used.
 
     Raises:
         ParityError: Cutting and zeroing differ.
     """
-    report = check(graph, axes, gone)
+    report = check(graph, axes, gone, exact_norms=exact_norms)
     if not report.difference <= report.tolerance:
         raise ParityError(
             f"cutting {sum(len(u) for u in gone.values())} units of {', '.join(list(gone)[:4])} "
@@ -117,17 +122,27 @@ def random_share(
     for width in axes.widths:
         if exact_only and width.exactness != "exact":
             continue
-        n = min(width.units - 1, max(1, round(share * width.units)))
+        n = min(width.units - width.least, max(1, round(share * width.units)))
         found[width.name] = sorted(rng.choice(width.units, n, replace=False).tolist())
     return found
 
 
 def check_random(
-    graph: Graph, axes: Axes, *, share: float = 0.3, seed: int = 0, each: bool = False
+    graph: Graph,
+    axes: Axes,
+    *,
+    share: float = 0.3,
+    seed: int = 0,
+    each: bool = False,
+    exact_norms: bool = False,
 ) -> GateReport:
-    """A random share of every exact width at once, with norm statistics that are not trivial."""
+    """A random share of every exact width at once, with norm statistics that are not trivial.
+
+    With ``exact_norms`` approximate widths take part.
+    """
     shaken = randomised(graph, seed)
-    return check(shaken, axes, random_share(axes, share, seed), each=each)
+    gone = random_share(axes, share, seed, exact_only=not exact_norms)
+    return check(shaken, axes, gone, each=each, exact_norms=exact_norms)
 
 
 def randomised(graph: Graph, seed: int) -> Graph:

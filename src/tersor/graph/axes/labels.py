@@ -69,6 +69,7 @@ class Labels:
     expanded: Flags = field(default_factory=lambda: np.zeros(1, dtype=np.bool_))
     why: Rows = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     tag: Rows = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    least: Rows = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     count: int = 1
     expansion: dict[int, tuple[int, ...]] = field(default_factory=dict)
     reasons: list[Reason] = field(default_factory=lambda: [Reason("", "", "")])
@@ -89,7 +90,7 @@ class Labels:
         if wanted <= have:
             return
         grown = max(wanted, 2 * have)
-        for name in ("parent", "axis", "frozen", "inexact", "expanded", "why", "tag"):
+        for name in ("parent", "axis", "frozen", "inexact", "expanded", "why", "tag", "least"):
             old = getattr(self, name)
             new = np.zeros(grown, dtype=old.dtype)
             new[:have] = old
@@ -157,6 +158,11 @@ class Labels:
         leaves = self._distinct_leaves(rows)
         self.tag[leaves] = np.maximum(self.tag[leaves], tag)
 
+    def require(self, rows: Rows, count: int) -> None:
+        """So many of these elements must stay."""
+        leaves = self._distinct_leaves(rows)
+        self.least[leaves] = np.maximum(self.least[leaves], count)
+
     def _distinct_leaves(self, rows: Rows) -> Rows:
         roots = np.unique(self.find(np.unique(rows)))
         roots = roots[roots != NONE]
@@ -211,6 +217,7 @@ class Labels:
         roots = self.find(labels)
         self.inexact[roots[self.inexact[labels]]] = True
         np.maximum.at(self.tag, roots, self.tag[labels])
+        np.maximum.at(self.least, roots, self.least[labels])
         hit = self.frozen[labels]
         self.frozen[roots[hit]] = True
         self.why[roots[hit]] = np.where(
@@ -246,8 +253,7 @@ class Labels:
     def _expand(self, label: int, parts: Sequence[int]) -> None:
         self.expansion[label] = tuple(parts)
         self.expanded[label] = True
-        if self.inexact[label]:
-            self.inexact[list(parts)] = True
+        self._hand_down(np.full(len(parts), label), np.array(parts, dtype=np.int64))
 
     def _unite_two(self, a: int, b: int, why: int) -> None:
         a, b = self.root(a), self.root(b)
@@ -285,6 +291,14 @@ class Labels:
             for found, size in zip(columns, factors, strict=True)
         ]
 
+    def are_single(self, rows: Rows) -> bool:
+        """Whether each element has one label of its own, or none."""
+        if rows.shape[1] != 1:
+            return False
+        roots = self.find(rows[:, 0])
+        roots = roots[roots != NONE]
+        return not self.expanded[roots].any() and len(np.unique(roots)) == len(roots)
+
     def _is_virgin(self, rows: Rows) -> bool:
         """A contiguous range of one axis that no view has split and nothing has frozen."""
         if rows.shape[1] != 1 or rows[0, 0] == NONE:
@@ -305,11 +319,15 @@ class Labels:
         for root, part in zip(roots.tolist(), parts.tolist(), strict=True):
             self.expansion[root] = tuple(part)
         self.expanded[roots] = True
-        hit = self.inexact[roots]
-        self.inexact[parts[hit].reshape(-1)] = True
         for column in parts.T:
+            self._hand_down(roots, column)
             np.maximum.at(self.tag, column, self.tag[roots])
         return found
+
+    def _hand_down(self, labels: Rows, parts: Rows) -> None:
+        """What holds for a product holds for its factors: n of each are at least n products."""
+        self.inexact[parts[self.inexact[labels]]] = True
+        np.maximum.at(self.least, parts, self.least[labels])
 
     def _resolved(self, rows: Rows) -> Rows:
         """Rows in terms of leaves, without frozen ones."""

@@ -25,7 +25,7 @@ RULES: dict[str, Rule] = {}
 REWRITES: dict[str, Rewrite] = {}
 
 # What a width is called: the largest tag that any rule gave to one of its labels.
-TAGS = ("features", "neurons", "channels", "groups", "stream", "head_dim", "heads")
+TAGS = ("features", "neurons", "channels", "groups", "stream", "head_dim", "heads", "experts")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -117,12 +117,19 @@ def sizes_of(value: Tensor) -> list[int]:
 
 @dataclass(slots=True)
 class Call:
-    """One node for a rule."""
+    """One node for a rule.
+
+    Attributes:
+        numbers: Nodes whose values are numbers of units -> the dimension that they count.
+        is_barred: Whether the op reads minus infinity at removed units of the dimension it ranks.
+    """
 
     node: fx.Node
     labels: Labels
     shapes: Mapping[fx.Node, Any]
     name: str
+    numbers: dict[fx.Node, Dim] = field(default_factory=dict)
+    is_barred: bool = False
     args: dict[str, Any] = field(init=False)
     _why: int | None = None
 
@@ -219,6 +226,14 @@ class Call:
         """A dimension counted from the front."""
         return value % rank if rank else 0
 
+    def chosen(self, dim: Dim, index: Any, text: str) -> None:
+        """Elements that an index chooses: those that its numbers count, or none may go."""
+        counted = self.numbers.get(index)
+        if counted is None:
+            self.freeze(dim, text)
+        else:
+            self.unify(dim, counted)
+
     def sum_over(self, dims: Sequence[Dim]) -> None:
         """A sum over dimensions needs zeros where units are gone."""
         for dim in dims:
@@ -234,6 +249,7 @@ class Edit:
         node: Of the new graph; ``args`` its arguments by name as they were.
         before: The same node of the graph as analysed.
         kept: Which elements of a dimension stay.
+        exact_norms: Whether norms keep the statistics of the whole width.
     """
 
     graph: fx.Graph
@@ -241,6 +257,7 @@ class Edit:
     before: fx.Node
     shapes: Mapping[fx.Node, Any]
     kept: Callable[[Dim], Flags]
+    exact_norms: bool = False
     args: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -269,7 +286,7 @@ class Edit:
         """Whether any element goes."""
         return not dim.is_free and not bool(self.kept(dim).all())
 
-    def set(self, **values: Any) -> None:
+    def set(self, /, **values: Any) -> None:
         """Change arguments by name."""
         self.args.update(values)
         names = [a.name for a in self.node.target._schema.arguments]  # type: ignore[union-attr]  # noqa: SLF001
@@ -289,18 +306,20 @@ class Edit:
         self.node.args, self.node.kwargs = args, {}
         self.args = arguments(self.node)
 
+    def before_node(self, target: Any, *args: Any, label: str, **kwargs: Any) -> fx.Node:
+        """A new op in front of this one."""
+        with self.graph.inserting_before(self.node):
+            return self.graph.create_node(
+                "call_function", target, args, kwargs, name=f"{self.node.name}_{label}"
+            )
+
     def scale(self, factor: float) -> None:
-        """Multiply the result by a number."""
+        """Multiply the result by a number; the product has this node's name."""
         if factor == 1.0:
             return
-        users = list(self.node.users)
-        with self.graph.inserting_after(self.node):
-            name = f"{self.node.name}_rescaled"
-            scaled = self.graph.create_node(
-                "call_function", torch.ops.aten.mul.Tensor, (self.node, factor), name=name
-            )
-        for user in users:
-            user.replace_input_with(self.node, scaled)
+        node = self.node
+        plain = self.before_node(node.target, *node.args, label="unscaled", **node.kwargs)
+        self.replace(torch.ops.aten.mul.Tensor, plain, factor)
 
 
 def kept_rows(dim: Dim, labels: Labels, removed: Flags) -> Flags:

@@ -36,6 +36,7 @@ class Width:
     Attributes:
         name: The first producer's module path, with the kind where a tensor has several.
         labels: The unit's label, one a unit.
+        least: So many units must stay: a top-k takes as many.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Width:
     exactness: Exactness
     labels: tuple[int, ...]
     couplings: tuple[Coupling, ...]
+    least: int = 1
 
     @property
     def units(self) -> int:
@@ -235,13 +237,14 @@ def _width(
         Coupling(tensor=t, dim=d, role=roles.get((t, d), "follower"), per_unit=n)
         for (t, d), n in through.items()
     )
-    if len(leaves) < 2:
-        return None  # a width of 1 has nothing to give
     labels = walk.labels
+    least = max(1, int(labels.least[leaves].max()))
+    if len(leaves) <= least:
+        return None  # a width of 1 has nothing to give
     kind: Any = TAGS[int(labels.tag[leaves].max())]
     first = next((c for c in couplings if c.role == "producer"), couplings[0])
     name = first.tensor.removesuffix(".weight")
-    if kind in ("heads", "head_dim"):
+    if kind in ("heads", "head_dim", "experts"):
         name = f"{name}:{kind}"
     taken[name] = taken.get(name, 0) + 1
     if taken[name] > 1:
@@ -252,6 +255,7 @@ def _width(
         exactness="approximate" if labels.inexact[leaves].any() else "exact",
         labels=tuple(leaves.tolist()),
         couplings=couplings,
+        least=least,
     )
 
 

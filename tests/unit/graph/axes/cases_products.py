@@ -480,7 +480,11 @@ CASES: list[Case] = [
         pinned={("a.weight", 0): ("aten.rms_norm", STATISTICS)},
     ),
     Case(
-        op="group_norm", build=_group_norm(2, "weight", "bias"), approximate={"a": (3, "channels")}
+        op="group_norm",
+        build=_group_norm(2, "weight", "bias"),
+        widths={"a": (2, "groups")},
+        approximate={"a#2": (3, "channels")},
+        literal=True,
     ),
     Case(
         op="group_norm",

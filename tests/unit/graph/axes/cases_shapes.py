@@ -251,7 +251,6 @@ def _ids(n: Net) -> fx.Node:
 
 
 _WRITTEN: dict[str, Apply] = {
-    "slice_scatter": lambda n, a: n("slice_scatter", a, n.x(2, 6), 1, 0, 2),
     "select_scatter": lambda n, a: n("select_scatter", a, n.x(6), 1, 0),
     "diagonal": lambda n, a: n("diagonal", a, 0, 1, 2),
     "index_put": lambda n, a: n("index_put", a, [None, _ids(n)], n.x(2, 6)),
@@ -263,10 +262,26 @@ _WRITTEN: dict[str, Apply] = {
     "index_fill": lambda n, a: n("index_fill.int_Scalar", a, 1, _ids(n), 0.5),
 }
 
+
+def _overwritten(tokens: int, out: int, *where: int) -> Make:
+    """A layer of 6 by 5 tokens, a part of it another layer's: dimension, start, end."""
+
+    def build(n: Net) -> fx.Node:
+        a, c = n.lin("a", n.x(5, 4), 6), n.lin("c", n.x(tokens, 4), out)
+        return n.lin("b", n("slice_scatter", a, c, *where), 3)
+
+    return build
+
+
 VIEWED = {"a": (3, "neurons"), "a#2": (4, "neurons")}  # 12 as 3 x 4
 TURNED = chain(op("view", [-1, 3, 4]), op("permute", [0, 2, 1]))
 
 CASES: list[Case] = [
+    Case(op="slice_scatter", build=_overwritten(2, 6, 1, 0, 2), widths=A),
+    Case(
+        op="slice_scatter", note="whole", build=_overwritten(5, 6, 2, 0, 6), widths=A, literal=True
+    ),
+    pinned("slice_scatter", _overwritten(5, 2, 2, 1, 3), "places of it are written to"),
     Case(
         op="view",
         build=between(chain(TURNED, op("reshape", [-1, 12])), 12),

@@ -133,13 +133,19 @@ CASES: list[Case] = [
         "-inf",
     ),
     *(
-        Case(op=name.partition(".")[0], build=before(op(name, [-1])), approximate=A)
+        Case(op=name.partition(".")[0], build=before(op(name, [-1])), widths=A, literal=True)
         for name in ("var.dim", "std.dim")
     ),
     *(
-        Case(op=name.partition(".")[0], build=before(_first(op(name, [-1]))), approximate=A)
+        Case(
+            op=name.partition(".")[0],
+            build=before(_first(op(name, [-1]))),
+            widths=A,
+            literal=True,
+        )
         for name in ("var_mean.dim", "std_mean.dim")
     ),
+    pinned("var", before(_pre("exp", op("var.dim", [-1], True))), SUMS),
     Case(op="var", note="beside the width", build=tokens(op("var.dim", [1])), widths=A),
     *(
         case
@@ -249,7 +255,13 @@ CASES: list[Case] = [
     *(
         case
         for name, args in (("topk", (2, -1)), ("sort", (-1,)))
-        for case in _along(name, _first(op(name, *args)), "values compete over it")
+        for case in _along(
+            name,
+            _first(op(name, *args)),
+            "values compete over it",
+            # A top-k without its numbers would stand it: units that are gone are never taken.
+            breaks=name == "sort",
+        )
     ),
     *_along("argsort", _real(op("argsort", -1)), "values compete over it"),
     Case(

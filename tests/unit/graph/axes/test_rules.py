@@ -42,6 +42,17 @@ def test_a_rule_finds_what_is_there_and_obeys_the_law(case: Case):
         assert not report.silent
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.approximate], ids=named)
+def test_with_the_norms_of_the_whole_width_approximate_widths_obey_the_law(case: Case):
+    graph = case.graph()
+    axes = analyse_axes(graph)
+    gone = random_share(axes, SHARE, case.seed, exact_only=False)
+    assert not check(graph, axes, gone).difference <= EFFECT * TOLERANCE
+    report = check(graph, axes, gone, each=True, exact_norms=True)
+    assert report.passed, report
+    assert not report.silent
+
+
 @pytest.mark.parametrize("case", PINNED, ids=named)
 def test_what_is_pinned_could_not_be_cut(case: Case, monkeypatch: pytest.MonkeyPatch):
     """Without the freeze a width is found there, and cutting it changes the output."""

@@ -220,10 +220,9 @@ def test_group_norm(groups: int, each: int, seed: int):
     a = n.conv("a", n.x(2, 3, 3), groups * each)
     y = n("group_norm", a, groups, n.param("w", groups * each), n.param("wb", groups * each))
     axes = obeys(n, n.conv("b", y, 3), seed)
-    wanted = groups if each == 1 else each
-    exactness = "exact" if each == 1 else "approximate"
+    wanted = [(groups, "exact"), (each, "approximate")]
     found = [(w.units, w.exactness) for w in axes.widths]
-    assert found == ([(wanted, exactness)] if wanted > 1 else [])
+    assert found == [(units, exactness) for units, exactness in wanted if units > 1]
 
 
 @FEW

@@ -3,14 +3,16 @@
 from tersor.graph.axes.labels import Dim, free
 from tersor.graph.axes.rulebook import Call, Result, Shape, rule
 
+CHOSEN = "elements that indices choose"
+
 
 @rule("index")
 def index(call: Call) -> Result:
     """Indexed dimensions stay whole; the others go along."""
     x, indices = call.dims("self"), list(call["indices"])
     places = [i for i, entry in enumerate(indices) if entry is not None]
-    call.freeze([x[i] for i in places], "elements that indices choose")
     for i in places:
+        call.chosen(x[i], indices[i], CHOSEN)
         call.freeze(call.of(indices[i]) or [], "indices that choose elements")
     rank = len(call.out) - (len(x) - len(places))
     contiguous = places == list(range(places[0], places[-1] + 1))
@@ -29,7 +31,8 @@ def index_select(call: Call) -> Result:
     """One dimension is indexed."""
     x = call.dims("self")
     at = call.dim(call["dim"], len(x))
-    call.freeze([x[at], *call.dims("index")], "elements that indices choose")
+    call.chosen(x[at], call["index"], CHOSEN)
+    call.freeze(call.dims("index"), CHOSEN)
     x[at] = free(call.out[at])
     return x
 
@@ -37,16 +40,21 @@ def index_select(call: Call) -> Result:
 @rule("gather", "take_along_dim")
 def gather(call: Call) -> Result:
     """The indexed dimension stays whole; the index must be repeated along the others."""
-    x, where = call.dims("self"), call.maybe("index") or call.dims("indices")
+    numbers = call["index"] or call["indices"]
+    x, where = call.dims("self"), call.of(numbers) or []
     if call["dim"] is None:  # of all elements in a row
-        call.freeze([*x, *where], "elements that indices choose")
+        counted = [call.numbers[numbers]] if numbers in call.numbers else []
+        call.freeze([*x, *where, *counted], CHOSEN)
         return call.blank()
     at = call.dim(call["dim"], len(x))
-    call.freeze([x[at], where[at]], "elements that indices choose")
+    call.chosen(x[at], numbers, CHOSEN)
+    call.freeze(where[at], CHOSEN)
     found: Shape = []
     for i, (dim, other) in enumerate(zip(x, where, strict=True)):
-        if i == at or dim.size != other.size:
-            call.freeze([dim, other], "elements that indices choose")
+        if i == at:
+            found.append(free(call.out[i]))
+        elif dim.size != other.size:
+            call.freeze([dim, other], CHOSEN)
             found.append(free(call.out[i]))
         else:
             call.unify(dim, other)

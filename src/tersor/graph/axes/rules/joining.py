@@ -7,6 +7,8 @@ from torch import fx
 from tersor.graph.axes.labels import NONE, Dim, Rows, free
 from tersor.graph.axes.rulebook import Call, Edit, Result, Shape, rewrite, rule
 
+WRITTEN = "places of it are written to"
+
 
 def _beside(dims: list[Dim]) -> Dim:
     """Elements one after another."""
@@ -151,10 +153,41 @@ def shrink_narrow(edit: Edit) -> None:
         edit.set(start=left[start], length=left[start + int(edit["length"])] - left[start])
 
 
-@rule("slice_scatter", "select_scatter", "diagonal", "index_put", "scatter", "scatter_add",
-      "index_add", "index_copy", "masked_scatter", "index_fill")  # fmt: skip
+@rule("slice_scatter")
+def slice_written(call: Call) -> Result:
+    """A range of one dimension is replaced; all of it where the range is whole."""
+    x, source = call.dims("self"), call.dims("src")
+    at = call.dim(call["dim"], len(x))
+    if _bounds(call, x[at].size) != (0, x[at].size, 1):
+        call.freeze([x[at], source[at]], WRITTEN)
+        x[at] = source[at] = free(x[at].size)
+    return [_alike(call, [a, b]) for a, b in zip(x, source, strict=True)]
+
+
+@rewrite("slice_scatter")
+def shrink_slice_written(edit: Edit) -> None:
+    """A dimension that shrinks is replaced as a whole."""
+    if edit.shrinks(edit.dims("self")[int(edit["dim"])]):
+        edit.set(start=None, end=None)
+
+
+@rule("select_scatter", "diagonal", "index_put", "index_copy", "masked_scatter",
+      "index_fill")  # fmt: skip
 def written(call: Call) -> Result:
     """Places are written to; widths that all operands share go along."""
     x = call.dims("self")
-    call.freeze_all("places of it are written to")
+    call.freeze_all(WRITTEN)
     return [free(n) for n in call.out] if len(x) != len(call.out) else [free(d.size) for d in x]
+
+
+@rule("scatter", "scatter_add", "index_add")
+def dealt(call: Call) -> Result:
+    """Numbers of units say where: nothing is written to those that are gone."""
+    if call["index"] not in call.numbers:
+        return written(call)
+    x = call.dims("self")
+    at = call.dim(call["dim"], len(x))
+    call.chosen(x[at], call["index"], WRITTEN)
+    for shape in (x[:at], x[at + 1 :], *(call.maybe(n) for n in ("index", "src", "source"))):
+        call.freeze(shape or [], WRITTEN)
+    return [x[at] if i == at else free(d.size) for i, d in enumerate(x)]

@@ -2,8 +2,13 @@
 
 import sys
 
-from tersor.graph.axes.labels import Dim
+import torch
+
+from tersor.graph.axes.labels import Dim, free
 from tersor.graph.axes.rulebook import Call, Edit, Result, Shape, rewrite, rule
+from tersor.graph.axes.rules.restoring import restore
+
+STATISTICS = "statistics over units that are not zero when they are removed"
 
 
 def _affine(call: Call, dim: Dim, *, centred: bool) -> Dim:
@@ -57,7 +62,7 @@ def layer_norm(call: Call) -> Result:
                 call.unify(x[i], other[i])
     for i in range(-rank, 0):
         if not x[i].zero:
-            call.freeze(x[i], "statistics over units that are not zero when they are removed")
+            call.freeze(x[i], STATISTICS)
         call.tag(x[i], "stream")
         call.inexact(x[i])
         x[i] = Dim(x[i].rows, call.maybe("weight") is not None)
@@ -67,9 +72,13 @@ def layer_norm(call: Call) -> Result:
 
 @rewrite("layer_norm")
 def shrink_layer_norm(edit: Edit) -> None:
-    """The shape that is normalised over."""
+    """The shape that is normalised over, or its units put back as zeros."""
     x = edit.dims("input")
     rank = len(edit["normalized_shape"])
+    if edit.exact_norms:
+        last, every = range(len(x) - rank, len(x)), range(rank)
+        restore(edit, {"input": last, "weight": every, "bias": every}, results=last)
+        return
     edit.set(normalized_shape=[edit.count(d) for d in x[-rank:]])
 
 
@@ -83,7 +92,7 @@ def rms_norm(call: Call) -> Result:
         if weight is not None:
             call.unify(x[i], weight[i])
         if not x[i].zero:
-            call.freeze(x[i], "statistics over units that are not zero when they are removed")
+            call.freeze(x[i], STATISTICS)
         call.tag(x[i], "stream")
     return x
 
@@ -100,8 +109,6 @@ def shrink_rms_norm(edit: Edit) -> None:
     eps = edit["eps"]
     value = edit.node.meta.get("val")
     if eps is None:
-        import torch
-
         eps = sys.float_info.epsilon if value is None else torch.finfo(value.dtype).eps
     edit.set(normalized_shape=shape, eps=eps / ratio)
     edit.scale(ratio**-0.5)
@@ -109,23 +116,30 @@ def shrink_rms_norm(edit: Edit) -> None:
 
 @rule("group_norm")
 def group_norm(call: Call) -> Result:
-    """Groups of channels stay; the same channel of every group goes."""
+    """A whole group has statistics of its own; the same channel of every group changes them all."""
     x = call.dims("input")
     groups = int(call["num_groups"])
     each = x[1].size // groups
-    for dim in x[2:]:
-        call.inexact(dim)
+    call.freeze(x[2:], "statistics over it")
     if each > 1:  # with as many groups as channels nothing is shared
-        rows = x[1].rows
-        for k in range(1, groups):
-            call.unify(Dim(rows[:each]), Dim(rows[k * each : (k + 1) * each]))
-        call.inexact(x[1])
+        whole, inside = free(groups), x[1]
+        if groups > 1:
+            whole, inside = call.labels.split(x[1], [groups, each], call.why("groups of a norm"))
+        if not x[1].zero:
+            call.freeze(inside, STATISTICS)
+        call.tag(whole, "groups")
+        call.inexact(inside)
+        x[1] = call.labels.merge([whole, inside]) if groups > 1 else inside
     return _channels(call, x, centred=each == 1)
 
 
 @rewrite("group_norm")
 def shrink_group_norm(edit: Edit) -> None:
-    """As many groups as channels stays so."""
-    x = edit.dims("input")
-    if int(edit["num_groups"]) == x[1].size:
-        edit.set(num_groups=edit.count(x[1]))
+    """As many groups as have channels left, which may get the others back as zeros."""
+    x, groups = edit.dims("input"), int(edit["num_groups"])
+    each = x[1].size // groups
+    left = int(edit.kept(x[1]).reshape(groups, each).any(1).sum())
+    edit.set(num_groups=left)
+    if edit.exact_norms and edit.count(x[1]) < left * each:
+        operands = {"input": [1], "weight": [0], "bias": [0]}
+        restore(edit, operands, results=[1], groups=left, each=each)

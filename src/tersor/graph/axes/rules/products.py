@@ -195,7 +195,8 @@ def shrink_transposed_groups(edit: Edit) -> None:
 def embedding(call: Call) -> Result:
     """Rows are entries of a vocabulary; columns are a width."""
     w, index = call.dims("weight"), call.dims("indices")
-    call.freeze([w[0], *index], "entries of a table that indices choose")
+    call.chosen(w[0], call["indices"], "entries of a table that indices choose")
+    call.freeze(index, "entries of a table that indices choose")
     call.tag(w[1], "stream")
     return [*[free(d.size) for d in index], w[1]]
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from tersor.graph.axes.labels import Dim, free
 from tersor.graph.axes.rulebook import Call, Edit, Result, Shape, rewrite, rule
+from tersor.graph.axes.rules.restoring import restore
 
 
 def _reduced(value: Any, rank: int) -> list[int]:
@@ -55,13 +56,18 @@ def total(call: Call) -> Result:
 
 @rule("var", "std", "var_mean", "std_mean")
 def variance(call: Call) -> Result:
-    """A statistic over the width."""
+    """Exact once units are put back as zeros."""
     x = call.dims("self")
     gone = _reduced(call["dim"], len(x))
-    for i in gone:
-        call.inexact(x[i])
+    call.sum_over([x[i] for i in gone])
     found = _rest(x, gone, call["keepdim"], zero=True)
     return [list(found), list(found)] if call.name.endswith("_mean") else found
+
+
+@rewrite("var", "std", "var_mean", "std_mean")
+def restore_units(edit: Edit) -> None:
+    """The statistic of the whole width: zeros count."""
+    restore(edit, {"self": _reduced(edit["dim"], len(edit.dims("self")))})
 
 
 @rule("amax", "amin", "prod", "logsumexp", "all", "any", "argmax", "argmin", "median", "mode",
@@ -100,8 +106,12 @@ def softmax(call: Call) -> Result:
     """All units of the dimension share one sum of exponentials, which is not zero at zero."""
     x = call.dims("self")
     at = call.dim(call["dim"], len(x))
-    call.freeze(x[at], "shares a softmax")
-    return [Dim(d.rows, zero=False) for d in x]
+    found = [Dim(d.rows, zero=False) for d in x]
+    if call.is_barred:  # minus infinity adds nothing to the sum
+        found[at] = Dim(x[at].rows)
+    else:
+        call.freeze(x[at], "shares a softmax")
+    return found
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
@@ -113,7 +123,22 @@ def cumulative(call: Call) -> Result:
     return _with_places(call, [Dim(d.rows, d.zero and zero) for d in x])
 
 
-@rule("topk", "sort", "argsort", "msort")
+@rule("topk")
+def choice(call: Call) -> Result:
+    """Of units that are minus infinity once removed none is taken while enough others stay."""
+    x, k = call.dims("self"), call["k"]
+    at = call.dim(call["dim"], len(x))
+    numbers = [user for user in call.node.users if user.args[1] == 1]
+    enough = isinstance(k, int) and k < x[at].size and call.labels.are_single(x[at].rows)
+    if not (call.is_barred and numbers and enough):
+        return ranking(call)
+    call.labels.require(x[at].rows, k)
+    call.tag(x[at], "experts")
+    call.numbers.update(dict.fromkeys(numbers, x[at]))
+    return _with_places(call, [*x[:at], free(call.outs[0][at]), *x[at + 1 :]])
+
+
+@rule("sort", "argsort", "msort")
 def ranking(call: Call) -> Result:
     """Values compete along the dimension."""
     x = call.dims("self")

@@ -243,8 +243,25 @@ def shrink_constant(edit: Edit) -> None:
 
 
 @rule("arange", "linspace", "scalar_tensor", "rand", "randn", "randint", "eye", "meshgrid",
-      "one_hot", "tril_indices", "triu_indices", "hann_window")  # fmt: skip
+      "tril_indices", "triu_indices", "hann_window")  # fmt: skip
 def position(call: Call) -> Result:
     """Values that tell positions apart."""
     call.freeze_all("positions are counted over it")
     return call.blank()
+
+
+@rule("one_hot")
+def one_hot(call: Call) -> Result:
+    """A dimension for each number: of units, it is zero at those that are never chosen."""
+    counted = call.numbers.get(call["self"])
+    if counted is None or call["num_classes"] != counted.size:
+        if counted is not None:
+            call.freeze(counted, "a number of classes that is not its size")
+        return position(call)
+    return [*call.dims("self"), Dim(counted.rows)]
+
+
+@rewrite("one_hot")
+def shrink_one_hot(edit: Edit) -> None:
+    """As many classes as units are left."""
+    edit.set(num_classes=edit.count(edit.result[-1]))

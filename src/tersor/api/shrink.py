@@ -1,0 +1,199 @@
+"""Graphs that have lost units: sketched for prices, fitted for evaluations and for the result.
+
+Three qualities of one thing. A sketch has the shapes and whatever weights: a build of it shows
+times. A light fit reads few samples: an evaluation of it shows what a plan costs in quality. The
+final one reads as many as the fit can use.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.analyse.tree import sample_macs
+from tersor.analyse.widths import width_statistics
+from tersor.api.session import Session
+from tersor.core.records import Candidate
+from tersor.graph.apply import apply
+from tersor.graph.axes import Axes, keep_units
+from tersor.graph.axes.gate import require
+from tersor.graph.axes.slicing import gone_from
+from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
+from tersor.graph.edit import attribute
+from tersor.graph.facts import NodeFacts, node_facts
+from tersor.graph.operators import weighted_ops
+from tersor.graph.requantize import requantized
+from tersor.observe.statistics import Observed
+from tersor.propose.propose import chunk_size
+from tersor.propose.widths import measure_widths
+from tersor.transform.narrow import NarrowConfig, narrow
+
+# Samples on which the error of one width is measured, the more the cheaper the model.
+_ERROR_SAMPLES, _MOST_ERROR_SAMPLES, _ERROR_MACS = 32, 256, 2e10
+# Rows of a fit for each input of the widest op: fewer fit the calibration part itself.
+_ROWS_PER_INPUT = 8
+_LEAST_SAMPLES, _FINAL_SAMPLES = 64, 256
+_LIGHT_MACS, _FINAL_MACS = 2e11, 4e12  # of one run of the samples: seconds and minutes on two cores
+_LIGHT = NarrowConfig(rows=4096, iterations=1)
+_FINAL = NarrowConfig()
+_KEPT_FITS = 6  # graphs at hand, so that plans with the same widths are fitted once
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What an assignment changes, by kind of site; sites that it leaves alone are absent."""
+
+    formats: tuple[SiteChange, ...] = ()
+    widths: tuple[SiteChange, ...] = ()
+
+    @property
+    def keep(self) -> dict[str, list[int]]:
+        """Width -> units that stay."""
+        return {c.site.width: c.kept.tolist() for c in self.widths if c.kept is not None}
+
+    @property
+    def key(self) -> str:
+        """Of the widths."""
+        return repr(sorted((c.site.name, c.level) for c in self.widths))
+
+
+def fit_samples(session: Session, *, light: bool = False) -> int:
+    """Calibration samples of a fit: as many as its widest op needs, as far as time allows."""
+    graph = session.graph
+    batch = len(graph.example[0])
+    rows = [
+        attribute(graph.module, str(op.weight.target))[0].numel() / _positions(op.node, batch)
+        for op in weighted_ops(graph.module)
+        if op.kind != "embedding"
+    ]
+    needed = math.ceil(_ROWS_PER_INPUT * max(rows, default=1.0))
+    least = _LEAST_SAMPLES if light else _FINAL_SAMPLES
+    macs = max(1, sum(sample_macs(graph).values()))
+    affordable = int((_LIGHT_MACS if light else _FINAL_MACS) / macs)
+    wanted = max(_LEAST_SAMPLES, min(max(least, needed), affordable))
+    return min(len(session.parts["calibration"]), wanted)
+
+
+def _positions(node: torch.fx.Node, batch: int) -> float:
+    """Rows that one sample gives an op."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() < 2:
+        return 1.0
+    channels = value.shape[1] if value.dim() > 3 else value.shape[-1]
+    return max(1.0, math.prod(int(s) for s in value.shape) / int(channels) / batch)
+
+
+def fit_batches(session: Session, *, light: bool = False) -> list[tuple[Tensor, ...]]:
+    """Flat inputs of a fit, in batches that fit in memory."""
+    part = session.parts["calibration"].limited(fit_samples(session, light=light))
+    return list(part.batches(chunk_size(session.graph)))
+
+
+def width_sites_statistics(
+    session: Session, observed: Mapping[str, Observed]
+) -> dict[str, WidthStatistics]:
+    """What is known about the readers of every width that may shrink, by site."""
+    if session.axes is None:
+        return {}
+    return {
+        site.name: width_statistics(session.axes, site, observed)
+        for site in session.widths
+        if site.pinned is None
+    }
+
+
+def width_errors(
+    session: Session,
+    proposals: Sequence[tuple[Candidate, SiteChange]],
+    statistics: Mapping[str, WidthStatistics],
+    observed: Mapping[str, Observed],
+) -> list[Candidate]:
+    """The candidates of widths with the error that each causes alone."""
+    assert session.axes is not None
+    affordable = int(_ERROR_MACS / max(1, sum(sample_macs(session.graph).values())))
+    count = max(_ERROR_SAMPLES, min(_MOST_ERROR_SAMPLES, affordable))
+    part = session.parts["search"].limited(count)
+    session.progress.stage("widths", len(proposals))
+    return measure_widths(
+        session.axes,
+        proposals,
+        statistics,
+        {name: seen.moments for name, seen in observed.items()},
+        list(part.batches(chunk_size(session.graph))),
+        kind=session.kind,
+        advance=session.progress.advance,
+    )
+
+
+def sketched(session: Session, changes: Changes) -> Graph:
+    """The graph of some changes with shapes and formats as they will be; for prices."""
+    if not changes.widths:
+        return apply(session.graph, changes.formats)
+    axes = _axes(session)
+    small = keep_units(session.graph, axes, changes.keep)
+    return _formatted(session, changes, small)
+
+
+def facts_of(session: Session, changes: Changes, batch: int) -> dict[str, NodeFacts]:
+    """Sizes of every node of the graph of some widths."""
+    graph = session.graph
+    if changes.widths:
+        graph = keep_units(graph, _axes(session), changes.keep)
+    return node_facts(graph, batch)
+
+
+def evaluated(session: Session, changes: Changes) -> Graph:
+    """The graph of some changes, its widths fitted on few samples; for evaluations."""
+    if not changes.widths:
+        return apply(session.graph, changes.formats)
+    axes = _axes(session)
+    if changes.key not in session.fits:
+        while len(session.fits) >= _KEPT_FITS:
+            del session.fits[next(iter(session.fits))]
+        batches = fit_batches(session, light=True)
+        session.fits[changes.key] = narrow(session.graph, axes, changes.keep, batches, _LIGHT).graph
+    return _formatted(session, changes, session.fits[changes.key])
+
+
+def narrowed(session: Session, changes: Changes) -> Graph:
+    """The graph of the final widths, proven by the law and fitted on all samples.
+
+    Raises:
+        ParityError: Cutting the units differs from zeroing them.
+    """
+    axes = _axes(session)
+    gone = gone_from(axes, changes.keep)
+    exact = {name: units for name, units in gone.items() if axes[name].exactness == "exact"}
+    if exact:
+        report = require(session.graph, axes, exact)
+        session.progress.note(
+            f"{sum(map(len, exact.values()))} units of {len(exact)} widths: cutting equals zeroing "
+            f"to {report.difference:.1e} at batch {report.batch}, which moves the output by "
+            f"{report.effect:.1e}"
+        )
+    batches = fit_batches(session)
+    ops = sum(op.kind != "embedding" for op in weighted_ops(session.graph.module))
+    session.progress.stage("fit", ops)
+    return narrow(
+        session.graph, axes, changes.keep, batches, _FINAL, session.progress.advance
+    ).graph
+
+
+def formats_on(session: Session, changes: Changes, graph: Graph) -> list[SiteChange]:
+    """The formats of some changes for a graph with their widths: as cached, or rounded anew."""
+    if not changes.widths:
+        return list(changes.formats)
+    axes = _axes(session)
+    removed = axes.removed(gone_from(axes, changes.keep))
+    return requantized(changes.formats, axes, removed, graph)
+
+
+def _formatted(session: Session, changes: Changes, graph: Graph) -> Graph:
+    return apply(graph, formats_on(session, changes, graph))
+
+
+def _axes(session: Session) -> Axes:
+    assert session.axes is not None  # a width in a plan comes from them
+    return session.axes

@@ -1,0 +1,126 @@
+"""Formats that were chosen on the whole model, put on one whose widths were cut.
+
+What was neither cut nor fitted again keeps its codes. Other weights are rounded to nearest on a
+step of their own rows; activations keep their grid, without the channels that are gone. It is what
+a price or an evaluation needs at once; the final weights come from the transform.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tersor.core.errors import ShapeError
+from tersor.graph.axes.labels import Flags
+from tersor.graph.axes.widths import Axes
+from tersor.graph.contracts import Graph, Quantizer, SiteChange
+from tersor.graph.edit import parameters_by_name
+from tersor.graph.operators import WeightedOp, grouped_weight, weighted_ops
+from tersor.graph.quantizer import column_scale
+from tersor.ops.grids import round_nearest, weight_steps
+
+
+def requantized(
+    changes: Sequence[SiteChange], axes: Axes, removed: Flags, graph: Graph
+) -> list[SiteChange]:
+    """Changes of formats for a graph that has lost some units.
+
+    Args:
+        changes: Of format sites, as made for the graph that ``axes`` describes.
+        axes: The widths of the original.
+        removed: The labels that are gone, as ``Axes.removed`` gives them.
+        graph: The original without those, with whatever weights; nodes keep their names.
+
+    Returns:
+        Changes whose ops are still there.
+    """
+    ops = {op.node.name: op for op in weighted_ops(graph.module)}
+    work = _Work(
+        axes=axes,
+        removed=removed,
+        old=parameters_by_name(axes.graph.module),
+        new=parameters_by_name(graph.module),
+        before={op.node.name: op for op in weighted_ops(axes.graph.module)},
+        quantizers={},
+    )
+    return [
+        work.carried(change, ops[change.site.ops[0]])
+        for change in changes
+        if change.site.ops[0] in ops
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    axes: Axes
+    removed: Flags
+    old: Mapping[str, Tensor]
+    new: Mapping[str, Tensor]
+    before: Mapping[str, WeightedOp]
+    quantizers: dict[int, Quantizer]  # readers of one tensor share the object
+
+    def carried(self, change: SiteChange, op: WeightedOp) -> SiteChange:
+        quantizer = self._quantizer(change)
+        whole = self.old[str(op.weight.target)]
+        now = self.new[str(op.weight.target)]
+        same_bias = op.bias is None or str(op.bias.target) in self.old
+        if same_bias and _equal(whole, now) and quantizer is change.quantizer:
+            return change
+        if change.codes is None:
+            raise ShapeError(
+                f"{change.site.name}: a change to {change.level} without codes can't follow a width "
+                "that was cut; take the method that made it out of methods="
+            )
+        return self._rounded(change, op, quantizer, now)
+
+    def _rounded(
+        self, change: SiteChange, op: WeightedOp, quantizer: Quantizer | None, now: Tensor
+    ) -> SiteChange:
+        assert change.codes is not None
+        limit = max(1, int(change.codes.abs().max()))
+        site = replace(change.site, shape=tuple(now.shape))
+        if op.kind == "embedding":
+            rows = now.detach().double().unsqueeze(0)
+            step = weight_steps(rows, limit, fractions=(1.0,)).float().double()
+            codes = round_nearest(rows, step, limit).reshape(now.shape)
+            return replace(change, site=site, codes=codes, scale=step.reshape(-1).float())
+        weight = grouped_weight(now, 1 if op.window is None else op.window.groups)
+        columns = column_scale(weight, quantizer)
+        weight = weight if columns is None else weight * columns
+        step = weight_steps(weight, limit).float().double()
+        codes = round_nearest(weight, step, limit)
+        bias: Tensor | None = None
+        if op.bias is not None:
+            bias = self.new[str(op.bias.target)].detach().double()
+        if quantizer is not None and quantizer.shift:
+            moved = (codes.double() * step.unsqueeze(-1)).sum(2).reshape(-1) * quantizer.shift
+            bias = -moved if bias is None else bias - moved
+        return replace(
+            change,
+            site=site,
+            codes=codes.reshape(now.shape),
+            scale=step.reshape(-1).float(),
+            bias=None if bias is None else bias.float(),
+            quantizer=quantizer,
+        )
+
+    def _quantizer(self, change: SiteChange) -> Quantizer | None:
+        """The tensor's quantiser without the channels that are gone."""
+        own = change.quantizer
+        if own is None or own.inverse_scale is None:
+            return own
+        if id(own) not in self.quantizers:
+            data = self.before[change.site.ops[0]].data
+            dim = self.axes.walk.shapes[data][own.channel_dim]
+            flags = torch.from_numpy(self.axes.kept(dim, self.removed))
+            whole = bool(flags.all())
+            self.quantizers[id(own)] = (
+                own if whole else replace(own, inverse_scale=own.inverse_scale[flags])
+            )
+        return self.quantizers[id(own)]
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    same = left is right or left.data_ptr() == right.data_ptr()
+    return left.shape == right.shape and (same or torch.equal(left, right))
