@@ -17,6 +17,9 @@ from tests.e2e.helpers import Accuracy, Finished, Recorded, parts, state_of, war
 # A size that only int8 weights reach, whatever the machine's timings say.
 LENET_TARGET = tersor.Target(size_ratio=3.0, drop_points=5.0)
 RESNET_TARGET = tersor.Target(size_ratio=2.0, min_agreement=0.8)
+# No formats alone are that small.
+PRUNED_TARGET = tersor.Target(size_ratio=8.0, drop_points=10.0)
+FORMATS = ("quantize",)  # what most tests are about is quicker without widths
 
 
 FOLDER = Path(__file__).parent
@@ -36,6 +39,7 @@ def finish(
     target: tersor.Target,
     cache: Path,
     metrics: tuple[Accuracy | None, Accuracy | None] = (None, None),
+    methods: str | tuple[str, ...] = FORMATS,
 ) -> Finished:
     before, progress = state_of(model), Recorded()
     metric, test_metric = metrics
@@ -47,6 +51,7 @@ def finish(
         test_metric=test_metric,
         cache_dir=cache,
         progress=progress,
+        methods=methods,
     )
     uses = 0 if test_metric is None else len(test_metric.predictors)
     return Finished(
@@ -76,6 +81,20 @@ def resnet_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFacto
         return finish(load_resnet20(), data, RESNET_TARGET, cache)
 
 
+@pytest.fixture(scope="session")
+def pruned_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """LeNet-5 with every method, for a size that needs fewer units as well as fewer bits."""
+    metric = Accuracy(images["train"][60:100], images["train_labels"][60:100])
+    cache = tmp_path_factory.mktemp("pruned") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tersor.api.stages.PriceConfig", partial(PriceConfig, k=6, k_mixed=8, held_out=2)
+        )
+        return finish(
+            load_lenet5(), parts(images), PRUNED_TARGET, cache, (metric, None), methods="all"
+        )
+
+
 @pytest.fixture(params=["lenet_run", "resnet_run"])
 def finished(request: pytest.FixtureRequest) -> Finished:
     """Each finished run in turn."""
@@ -97,7 +116,7 @@ def again(lenet_run: Finished, tmp_path: Path) -> Callable[..., tersor.api.resul
     store = warm_copy(lenet_run, tmp_path)
 
     def compress(target: object = LENET_TARGET, **options: object) -> tersor.api.result.Result:
-        settings = {"cache_dir": store, "progress": False, **options}
+        settings = {"cache_dir": store, "progress": False, "methods": FORMATS, **options}
         model = settings.pop("model", None) or load_lenet5()
         data = settings.pop("data", lenet_run.data)
         return tersor.compress(model, data, target=target, **settings)

@@ -134,7 +134,9 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     from tersor.core.records import Prices
 
     found = plan if isinstance(plan, Plan) else read_record(Plan, plan)
+    has_widths = any(isinstance(level, int) for level in found.assignment.values())
     settings = Settings(
+        methods="all" if has_widths else _methods_of_formats(),
         device=found.choice.device,
         backend=found.choice.backend,
         batch=found.choice.batch,
@@ -164,6 +166,14 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     _ = result.verdict
     session.progress.close()
     return result
+
+
+def _methods_of_formats() -> list[str]:
+    """All methods but those of widths: what a plan without kept counts can come from."""
+    from tersor.api.session import kinds_of
+
+    names = registry.names(registry.METHODS)
+    return [n for n in names if "format" in kinds_of(registry.resolve(registry.METHODS, n))]
 
 
 def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:

@@ -270,7 +270,7 @@ def pick_methods(wanted: str | Sequence[str], info: BackendInfo) -> dict[str, Me
     return found
 
 
-def kinds_of(method: Method) -> tuple[str, ...]:
+def kinds_of(method: Method | type[Method]) -> tuple[str, ...]:
     """The kinds of sites that a method works on; formats of layers unless it says otherwise."""
     return tuple(getattr(method, "kinds", ("format",)))
 

@@ -80,8 +80,11 @@ class Offers:
 
     def chosen(self, assignment: Mapping[str, Level]) -> Changes:
         """The changes of an assignment that edit the graph."""
+        free = {site for site, _ in self.changes}  # the others are pinned
         found = [
-            self.changes[site, level] for site, level in assignment.items() if level not in NATIVE
+            self.changes[site, level]
+            for site, level in assignment.items()
+            if level not in NATIVE and site in free
         ]
         return Changes(
             formats=tuple(c for c in found if c.site.kind == "format"),

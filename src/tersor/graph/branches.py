@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import ShapeError, SiteNotFoundError
+from tersor.graph.axes.widths import Axes
 from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.edit import copy_graph, rebuild
 from tersor.graph.meta import refresh
@@ -69,6 +70,31 @@ def replace_branches(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
     return replace(graph, module=module)
 
 
+def widths_after(before: Axes, after: Axes, changes: Sequence[SiteChange]) -> dict[str, str]:
+    """Widths of the original -> their names once branches are replaced, where they are still there.
+
+    A width goes by its first producer, which may have been in a branch; its units stay in order.
+
+    Args:
+        before: Widths of the original.
+        after: Widths of what ``replace_branches`` made of it.
+        changes: Those that it made.
+    """
+    replaced = {name for change in changes for name in change.site.members}
+    owners: dict[tuple[str, int], set[str]] = {}
+    for width in before.widths:
+        for c in width.couplings:
+            if c.tensor not in replaced:  # a map under its name has other inputs
+                owners.setdefault((c.tensor, c.dim), set()).add(width.name)
+    found: dict[str, str] = {}
+    for width in after.widths:
+        named = [owners.get((c.tensor, c.dim), set()) for c in width.couplings]
+        names = {next(iter(own)) for own in named if len(own) == 1}
+        if len(names) == 1 and before[name := names.pop()].units == width.units:
+            found[name] = width.name
+    return found
+
+
 def _outermost(
     branches: Sequence[Branch], changes: Sequence[SiteChange]
 ) -> list[tuple[Branch, SiteChange]]:
@@ -112,7 +138,7 @@ def _check(branch: Branch, change: SiteChange) -> None:
 class _Edit:
     def __init__(self, graph: Graph) -> None:
         self.fresh, self.tensors = copy_graph(graph.module)
-        self.nodes = {node.name: node for node in self.fresh.nodes}
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in self.fresh.nodes}
 
     def finished(self) -> fx.GraphModule:
         self.fresh.lint()
@@ -132,7 +158,8 @@ class _Edit:
         self._erase(branch)
         if change.level == MAPPED:
             assert weight is not None
-            self._add_to(str(skip.args[1].target), weight)
+            assert branch.projection is not None
+            self._add_to(str(branch.projection.weight.target), weight)
         if self._shift(skip, add, branch, bias):
             add.replace_all_uses_with(skip)
             self.fresh.erase_node(add)

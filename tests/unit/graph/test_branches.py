@@ -12,7 +12,7 @@ from tersor.analyse.branches import branch_sites
 from tersor.analyse.sites import find_sites
 from tersor.core.errors import ShapeError, SiteNotFoundError
 from tersor.graph.axes import analyse_axes
-from tersor.graph.branches import replace_branches
+from tersor.graph.branches import replace_branches, widths_after
 from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.edit import parameters_by_name
 from tersor.graph.residuals import find_branches
@@ -47,7 +47,10 @@ def test_each_branch_alone(net: str, level: int) -> None:
     (original,) = graph.run(graph.example)
     for change in changes(graph, level):
         edited = replace_branches(graph, [change])
-        (found,), (wanted,) = edited.run(edited.example), overwritten(graph, {change.site.name: change})
+        (found,), (wanted,) = (
+            edited.run(edited.example),
+            overwritten(graph, {change.site.name: change}),
+        )
         assert scale_error(found, wanted) < SAME, change.site.name
         assert scale_error(found, original) > MATTERS, change.site.name
         assert not set(change.site.ops[:-1]) & {n.name for n in edited.module.graph.nodes}
@@ -98,7 +101,32 @@ def test_members_are_gone_and_the_rest_of_the_stages_go_on(net: str, level: int)
     assert all("val" in n.meta for n in edited.module.graph.nodes if n.op == "call_function")
     names = {site.name for site in find_sites(edited)}
     assert names <= {site.name for site in find_sites(graph)}  # formats go by the names of before
-    assert {w.name for w in analyse_axes(edited).widths} <= {w.name for w in analyse_axes(graph).widths}
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_widths_are_found_again(level: int) -> None:
+    graph = pictures()
+    chosen = changes(graph, level, "blocks.0", "blocks.1")
+    before, after = analyse_axes(graph), analyse_axes(replace_branches(graph, chosen))
+    # The stream behind the second block was named by a convolution that is gone.
+    assert widths_after(before, after, chosen) == {
+        "stem": "stem",
+        "blocks.1.b": "blocks.1.short",
+        "blocks.2.a": "blocks.2.a",
+        "blocks.2.b": "blocks.2.b",
+    }
+    assert {w.name for w in after.widths} == set(widths_after(before, after, chosen).values())
+
+
+def test_a_map_under_the_name_of_an_op_is_no_trace_of_its_widths() -> None:
+    graph = encoder(after=False)
+    chosen = changes(graph, 1, "layers.0.mix")
+    before, after = analyse_axes(graph), analyse_axes(replace_branches(graph, chosen))
+    found = widths_after(before, after, chosen)
+    assert "layers.0.mix.0" in {w.name for w in before.widths}
+    assert "layers.0.mix.0" not in found
+    assert all(before[old].units == after[new].units for old, new in found.items())
+    assert "layers.0.up" in found
 
 
 def shape_of(graph: Graph, name: str) -> tuple[int, ...]:
@@ -174,6 +202,25 @@ def test_a_mean_that_no_bias_can_take_is_a_stored_vector() -> None:
         assert torch.equal(parameters_by_name(edited.module)["stem.bias"], bias)
 
 
+def test_a_bias_along_another_dimension_takes_no_mean() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(4, 4)
+            self.a, self.b = nn.Conv1d(4, 9, 1), nn.Conv1d(9, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return (x + self.b(self.a(x).tanh())).exp()
+
+    graph = graph_of(trained(Net()), random(3, 4, 4))
+    (change,) = changes(graph, 0)
+    edited = replace_branches(graph, [change])
+    (found,) = edited.run(edited.example)
+    assert scale_error(found, overwritten(graph, {change.site.name: change})[0]) < SAME
+    assert shape_of(edited, "add_mean") == (4, 1)
+
+
 def test_a_tensor_that_others_read_gets_no_new_value() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -216,7 +263,9 @@ def test_wrong_changes_are_refused() -> None:
     graph = encoder(after=True)
     (change,) = changes(graph, 1, "layers.0")
     unknown = replace(change, site=replace(change.site, name="branch:layers.7"))
-    with pytest.raises(SiteNotFoundError, match=r"'branch:layers.7' is no branch.*branch:layers.0.mix"):
+    with pytest.raises(
+        SiteNotFoundError, match=r"'branch:layers.7' is no branch.*branch:layers.0.mix"
+    ):
         replace_branches(graph, [unknown])
     assert change.weight is not None
     wanted = r"layers.0 at level 1: found weight \(6, 5\), wanted \(6, 6\)"

@@ -227,7 +227,9 @@ def with_widths(report: Report) -> Report:
     table = report.prices.tables[0]
     latency = (
         Term(name="up", sites=by_both[0], levels=by_both[1], values=(2.0, 1.0, 1.6, 0.79)),
-        Term(name="block.1", sites=("branch:block.1",), levels=((2, 1, 0),), values=(0.5, 0.2, 0.0)),
+        Term(
+            name="block.1", sites=("branch:block.1",), levels=((2, 1, 0),), values=(0.5, 0.2, 0.0)
+        ),
     )
     table = dataclasses.replace(
         table,

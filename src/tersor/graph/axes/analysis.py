@@ -12,6 +12,7 @@ import tersor.graph.axes.rules.indexing
 import tersor.graph.axes.rules.joining
 import tersor.graph.axes.rules.norms
 import tersor.graph.axes.rules.products
+import tersor.graph.axes.rules.recurrent
 import tersor.graph.axes.rules.reductions
 import tersor.graph.axes.rules.shapes
 import tersor.graph.axes.rules.windows  # noqa: F401 - enters its rules

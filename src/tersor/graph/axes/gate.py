@@ -53,7 +53,6 @@ def check(
     inputs: Sequence[Tensor] | None = None,
     each: bool = False,
     exact_norms: bool = False,
-    tolerance: float = TOLERANCE,
 ) -> GateReport:
     """Compare cutting with zeroing, at another batch size than the example's.
 
@@ -65,7 +64,6 @@ def check(
         inputs: Flat inputs; None: the example's samples, repeated.
         each: Also zero each width alone, to name those that move nothing.
         exact_norms: Cut with norms that keep the statistics of the whole width.
-        tolerance: Of the output's scale.
     """
     flat = list(inputs) if inputs is not None else other_batch(graph)
     removed = axes.removed(gone)
@@ -76,13 +74,13 @@ def check(
     if each:
         for name, units in gone.items():
             alone = _run(mask(graph, axes, axes.removed({name: units})), flat)
-            if _difference(alone, plain) < EFFECT * tolerance:
+            if _difference(alone, plain) < EFFECT * TOLERANCE:
                 silent.append(name)
     return GateReport(
         difference=_difference(found, wanted),
         effect=_difference(wanted, plain),
         batch=len(flat[0]),
-        tolerance=tolerance,
+        tolerance=TOLERANCE,
         silent=tuple(silent),
     )
 

@@ -13,12 +13,26 @@ from tersor.graph.edit import attribute
 _CONVS = ("conv1d", "conv2d", "conv3d")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _PRODUCTS = ("matmul", "bmm", "mm")
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def node_macs(graph: Graph, node: fx.Node) -> int:
     """Multiply-accumulates of one node at the example's sizes."""
-    if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+    if node.op != "call_function":
         return 0
+    if op_name(node) in _RECURRENT:
+        return _recurrent_macs(graph, arguments(node))
+    return _product_macs(graph, node) if isinstance(node.meta.get("val"), Tensor) else 0
+
+
+def _recurrent_macs(graph: Graph, args: dict[str, Any]) -> int:
+    """Every step of every sample meets every matrix once."""
+    steps = math.prod(_sizes(graph, args["input"])[:-1])
+    matrices = [s for s in (_sizes(graph, p) for p in args["params"]) if len(s) == 2]
+    return steps * sum(math.prod(s) for s in matrices)
+
+
+def _product_macs(graph: Graph, node: fx.Node) -> int:
     name, args = op_name(node), arguments(node)
     out = math.prod(sizes_of(node.meta["val"]))
     if name == "linear":

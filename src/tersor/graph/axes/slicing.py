@@ -1,7 +1,8 @@
 """Units are cut out of a graph, or set to zero in it: both must compute the same.
 
-Experts are no zeros: their logits become minus infinity, so that no top-k takes them. Stored tensors lose the elements of removed units; literals that were a width (shapes of views,
-groups, sizes of splits) become the count that is left; means are rescaled. Nodes keep their names.
+Experts are no zeros: their logits become minus infinity, so that no top-k takes them. Stored
+tensors lose the elements of removed units; literals that were a width (shapes of views, groups,
+sizes of splits) become the count that is left; means are rescaled. Nodes keep their names.
 """
 
 from collections.abc import Mapping, Sequence

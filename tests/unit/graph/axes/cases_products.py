@@ -204,6 +204,30 @@ def _norm_along(op: str) -> Callable[[Net], fx.Node]:
 STREAM = {"a": (6, "stream")}
 STATISTICS = "statistics over units that are not zero"
 
+
+def _recurrent(
+    op: str, gates: int, *, layers: int = 1, both: bool = False, start: float = 0.0, out: int = 3
+) -> Callable[[Net], fx.Node]:
+    """Steps are the batch [8, 1, 4]: linear, six units a layer and direction, linear."""
+
+    def build(n: Net) -> fx.Node:
+        x = n("unsqueeze", n.lin("a", n.x(), 5), 1)
+        ways = 2 if both else 1
+        states = [n("full", [layers * ways, 1, 6], start) for _ in range(2 if op == "lstm" else 1)]
+        weights = []
+        for k in range(layers * ways):
+            inputs = 5 if k < ways else 6 * ways
+            weights += [n.param(f"r{k}.i", 6 * gates, inputs), n.param(f"r{k}.h", 6 * gates, 6)]
+            weights += [n.param(f"r{k}.b{j}", 6 * gates) for j in range(2)]
+        hx = states if op == "lstm" else states[0]
+        y, *_ = n(f"{op}.input", x, hx, weights, True, layers, 0.0, False, both, False)
+        return n.lin("b", y, out) if out else _sum(n, y, 2)
+
+    return build
+
+
+RECURRENT = {"a": (5, "neurons"), "r0.i": (6, "neurons")}
+
 CASES: list[Case] = [
     Case(op="linear", build=lambda n: n.lin("b", n.lin("a", n.x(), 6), 3), widths=A),
     Case(
@@ -504,5 +528,24 @@ CASES: list[Case] = [
         note="as many as channels, summed",
         build=_group_norm(6, out=0),
         widths=CHANNELS,
+    ),
+    *(
+        Case(op=op, build=_recurrent(op, gates), widths=RECURRENT)
+        for op, gates in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1))
+    ),
+    Case(
+        op="lstm",
+        note="of two layers and directions",
+        build=_recurrent("lstm", 4, layers=2, both=True),
+        widths=RECURRENT,
+    ),
+    Case(op="lstm", note="summed", build=_recurrent("lstm", 4, out=0), widths=RECURRENT),
+    Case(op="gru", note="from states", build=_recurrent("gru", 3, start=0.5), widths=RECURRENT),
+    Case(
+        op="gru",
+        note="from states, summed",
+        build=_recurrent("gru", 3, start=0.5, out=0),
+        widths={"a": (5, "neurons")},
+        pinned={("r0.i", 0): ("aten.sum", "sums over units that are not zero")},
     ),
 ]

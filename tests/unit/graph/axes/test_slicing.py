@@ -186,6 +186,19 @@ def test_macs_of_every_kind_of_product():
     ]
 
 
+def test_macs_of_a_recurrent_layer():
+    """Four gates read the input and the state at every step; biases multiply nothing."""
+    n = Net()
+    x = n("unsqueeze", n.x(), 1)
+    state = n("zeros", [1, 1, 6])
+    weights = [n.param("i", 24, 4), n.param("h", 24, 6), n.param("b", 24), n.param("c", 24)]
+    options = (True, 1, 0.0, False, False, False)
+    y, *_ = n("lstm.input", x, [state, state], weights, *options)
+    graph = n.close(y)
+    analyse_axes(graph)
+    assert sum(node_macs(graph, node) for node in graph.module.graph.nodes) == 8 * 24 * (4 + 6)
+
+
 def test_sizes_of_nodes_that_know_none_are_computed_without_data():
     graph = layers()
     assert all("val" not in n.meta for n in graph.module.graph.nodes)

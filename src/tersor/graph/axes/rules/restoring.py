@@ -46,7 +46,8 @@ def restore(
 
 
 def _filled(edit: Edit, name: str, dims: Sequence[int], groups: int, each: int) -> fx.Node:
-    shape, node = edit.dims(name), edit[name]
+    shape = edit.dims(name)
+    node: fx.Node = edit[name]
     at = min(1, len(shape) - 1) if each else -1
     for d in (d for d in dims if edit.shrinks(shape[d])):
         parts, full = (groups, each) if d == at else (1, shape[d].size)
