@@ -21,10 +21,13 @@ from tersor.backends.openvino import (
     export_ir,
     to_openvino_model,
 )
+from tersor.capture.module import capture
+from tersor.capture.samples import Samples, flatten_item
 from tersor.core.errors import (
     ArtifactError,
     BackendError,
     ConfigError,
+    DataError,
     MissingDependencyError,
     ShapeError,
     StoreError,
@@ -33,6 +36,8 @@ from tersor.core.records import BuildChoice, Signature, Structure, TensorSpec
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import attribute, copy_graph, rebuild
 from tersor.graph.normalise import normalise
+from tersor.graph.operators import weighted_ops
+from tersor.graph.shapes import OPEN
 
 ov = pytest.importorskip("openvino")
 
@@ -426,6 +431,51 @@ def test_open_shapes_are_refused_where_a_build_is_wanted() -> None:
         executable_from_model(to_openvino_model(graph, {}, LINEAR), LINEAR)
 
 
+class Tokens(nn.Module):
+    """What transformers do with a length: products over tokens, heads, a mean over all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + self.b(nn.functional.gelu(self.a(x)))
+        heads = h.reshape(h.shape[0], h.shape[1], 4, 4).transpose(1, 2)
+        mixed = torch.softmax(heads @ heads.transpose(2, 3), -1) @ heads
+        return self.c(mixed.transpose(1, 2).reshape(h.shape)), h.mean(1)
+
+
+@pytest.mark.parametrize("choice", [LINEAR, CONVOLUTION])
+def test_one_build_for_every_length(choice: BuildChoice) -> None:
+    model = Tokens().eval()
+    example = Samples(flatten_item(random(2, 9, 16), "x")[0], (random(2, 9, 16),))
+    captured = capture(model, example, {(0, 1)}).graph
+    x_spec = captured.signature.inputs[0]
+    assert x_spec.symbol(1)
+    # Squared errors: float32 sums in another order, and codes that fall to the other side.
+    for graph, limit in ((captured, 1e-9), (quantized(captured), 1e-2)):
+        built = OpenVINOBackend().build(graph, {x_spec.name: (2, OPEN, 16)}, choice)
+        assert built.is_dynamic
+        with pytest.raises(DataError, match="run the model once"):
+            built.profile()
+        again = OpenVINOBackend().load(built.serialize(), choice)
+        for length in (2, 9, 30):
+            x = random(2, length, 16, seed=length)
+            wanted = graph.run([x])
+            found = built.run({x_spec.name: x.numpy()})
+            for out, right in zip(graph.signature.outputs, wanted, strict=True):
+                assert found[out.name].shape == tuple(right.shape)
+                gap = torch.from_numpy(found[out.name]) - right
+                assert float(gap.square().mean() / right.square().mean()) <= limit
+                assert np.array_equal(
+                    again.run({x_spec.name: x.numpy()})[out.name], found[out.name]
+                )
+        profile = built.profile()
+        assert sum(profile.values()) > 0
+        with pytest.raises(ShapeError, match=r"found shape \(3, 9, 16\), wanted \(2, -1, 16\)"):
+            built.run({x_spec.name: random(3, 9, 16).numpy()})
+
+
 def broken(sections: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
     return {
         "missing": {"model.xml": sections["model.xml"]},
@@ -452,3 +502,29 @@ def test_segments_cover_the_constants() -> None:
     codes = next(v for k, v in graph.module.state_dict().items() if k.endswith("codes"))
     pieces = [sections["model.bin"][o : o + s] for o, s in segments]
     assert codes.numpy().tobytes() in pieces
+
+
+class Steps(nn.Module):
+    """Two products that no compiler fuses with anything, behind one that can be taken out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).cumsum(1)).cumsum(1))
+
+
+def test_names_survive_a_node_that_is_gone() -> None:
+    """Exporting again counts the ops anew: the second one must not get the first one's name."""
+    graph = graph_of(Steps(), random(4, 64))
+    fresh, tensors = copy_graph(graph.module)
+    products = [n for n in fresh.nodes if n.target is torch.ops.aten.linear.default]
+    products[0].replace_all_uses_with(products[0].args[0])
+    fresh.erase_node(products[0])
+    small = Graph(rebuild(fresh, tensors), graph.signature, graph.example)
+    names = {op.node.name for op in weighted_ops(small.module)}
+    assert names == {n.name for n in products[1:]}
+    build = OpenVINOBackend().build(small, shapes_of(small), BuildChoice(backend="openvino"))
+    build.run(arrays_of(small))
+    assert names <= set(build.profile())

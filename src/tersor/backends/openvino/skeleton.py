@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
@@ -106,19 +107,19 @@ def _decompositions() -> CustomDecompTable:
 
 
 def _convert(graph: Graph, parts: Split) -> Skeleton:
-    module = _decompose(graph, parts)
+    module, names = _decompose(graph, parts)
     decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # SymInt sizes become dynamic
     frontend = FrontEndManager().load_by_framework("pytorch")
     try:
         model = ov.Model(frontend.convert(frontend.load(decoder)))
     except FAILURES as error:
         raise conversion_failed(error) from error
-    _name_by_source(model, module)
+    _name_by_source(model, module, names)
     _forget_hints(model)
     wanted = [s.name for s in graph.signature.inputs]
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-    names = [*wanted, *holders[len(wanted) :]]
-    return Skeleton(model, _positions(model, holders, names))
+    parameters = [*wanted, *holders[len(wanted) :]]
+    return Skeleton(model, _positions(model, holders, parameters))
 
 
 def _positions(model: Any, holders: list[str], names: list[str]) -> dict[str, int]:
@@ -128,8 +129,12 @@ def _positions(model: Any, holders: list[str], names: list[str]) -> dict[str, in
     }
 
 
-def _decompose(graph: Graph, parts: Split) -> fx.GraphModule:
-    """Export again with open sizes, and decompose what OpenVINO has no converter for."""
+def _decompose(graph: Graph, parts: Split) -> tuple[fx.GraphModule, dict[str, str]]:
+    """Export again with open sizes, and decompose what OpenVINO has no converter for.
+
+    Returns:
+        The decomposed graph, and the graph's names by those of the export, which counts its own.
+    """
     weights = [torch.empty(parts.weight_shapes[o.weight_input]) for o in parts.operations]
     inputs = (*graph.example, *_in_order(parts, weights))
     batch = torch.export.Dim("batch", min=1)
@@ -149,11 +154,38 @@ def _decompose(graph: Graph, parts: Split) -> fx.GraphModule:
             program = torch.export.export(
                 parts.module, inputs, dynamic_shapes=tuple(shapes), strict=False
             )
+            names = _graph_names(parts.module, program)
             decomposed = program.run_decompositions(_decompositions())
             module: fx.GraphModule = decomposed.module(check_guards=False)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise conversion_failed(error) from error
-    return module
+    return module, names
+
+
+def _graph_names(module: fx.GraphModule, program: torch.export.ExportedProgram) -> dict[str, str]:
+    """Nodes of an export -> the graph's; exporting keeps the ops and their order, not the names.
+
+    Ops that it added or dropped (none in the models that were tried) are passed over.
+    """
+    old, new = _ops(module.graph), _ops(program.graph)
+    targets = [[str(n.target) for n in nodes] for nodes in (old, new)]
+    if targets[0] == targets[1]:
+        return {after.name: before.name for before, after in zip(old, new, strict=True)}
+    blocks = SequenceMatcher(None, *targets, autojunk=False).get_matching_blocks()
+    return {
+        new[block.b + i].name: old[block.a + i].name for block in blocks for i in range(block.size)
+    }
+
+
+def _ops(graph: fx.Graph) -> list[fx.Node]:
+    """Ops on tensors, without sizes and checks."""
+    return [
+        node
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)  # noqa: SLF001
+        and node.target is not torch.ops.aten.sym_size.int
+        and not node.target._schema.name.startswith("aten::_assert")  # noqa: SLF001
+    ]
 
 
 def _in_order(parts: Split, weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -162,8 +194,9 @@ def _in_order(parts: Split, weights: list[torch.Tensor]) -> list[torch.Tensor]:
     return [by_name[name] for name in holders if name in by_name]
 
 
-def _name_by_source(model: Any, module: fx.GraphModule) -> None:
-    source = {node.name: _origin(node) for node in module.graph.nodes}
+def _name_by_source(model: Any, module: fx.GraphModule, names: Mapping[str, str]) -> None:
+    found = {node.name: _origin(node) for node in module.graph.nodes}
+    source = {name: names.get(origin, origin) for name, origin in found.items()}
     for op in model.get_ops():
         first, slash, rest = op.get_friendly_name().partition("/")
         if slash and source.get(first, first) != first:
@@ -179,7 +212,7 @@ def _forget_hints(model: Any) -> None:
 
 
 def _origin(node: fx.Node) -> str:
-    """The name in the graph before the export: the end of the chain of ``from_node``."""
+    """The name in the export before it was decomposed: the end of the chain of ``from_node``."""
     name, chain = node.name, node.meta.get("from_node")
     while chain:
         name, chain = chain[-1].name, chain[-1].from_node
