@@ -11,6 +11,7 @@ from torch import Tensor
 import tersor
 from tersor.core.errors import ConfigError
 from tersor.core.records import Plan
+from tersor.graph.edit import parameters_by_name
 from tests.data.zoo import load_lenet5
 from tests.e2e.conftest import PRUNED_TARGET
 from tests.e2e.helpers import Finished, Recorded, close_logits, warm_copy

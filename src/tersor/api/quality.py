@@ -150,9 +150,7 @@ class Quality:
         errors = [output_error(*pair, self.session.kind) for pair in pairs]
         return float(torch.cat(errors).mean())
 
-    def _outputs(
-        self, graph: Graph
-    ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    def _outputs(self, graph: Graph) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
         """Outputs of a graph and of the original on the search part, by batch."""
         part = self.session.parts["search"]
         batches = chunks(self.session.graph, part.tensors, part.others)

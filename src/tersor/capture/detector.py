@@ -24,7 +24,6 @@ from tersor.core.errors import DataError
 from tersor.core.records import Structure
 from tersor.core.structure import count_leaves, unflatten
 
-
 CORE_PARAMETERS = ("images",)  # of Core.forward: what a core's signature shows
 
 

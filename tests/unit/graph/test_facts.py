@@ -30,9 +30,7 @@ class Attends(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.table(ids)
-        q, k, v = (
-            t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1)
-        )
+        q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         mixed = functional.scaled_dot_product_attention(q, k, v)
         return self.out(self.norm(x + mixed.transpose(1, 2).flatten(2)))
 

@@ -171,7 +171,7 @@ def _graph_names(module: fx.GraphModule, program: torch.export.ExportedProgram) 
     targets = [[str(n.target) for n in nodes] for nodes in (old, new)]
     if targets[0] == targets[1]:
         return {after.name: before.name for before, after in zip(old, new, strict=True)}
-    blocks = SequenceMatcher(None, *targets, autojunk=False).get_matching_blocks()
+    blocks = SequenceMatcher(None, targets[0], targets[1], autojunk=False).get_matching_blocks()
     return {
         new[block.b + i].name: old[block.a + i].name for block in blocks for i in range(block.size)
     }

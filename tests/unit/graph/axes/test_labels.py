@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.graph.axes.labels import NONE, Dim, Labels, Reason, free
@@ -125,6 +125,7 @@ def test_a_view_back_finds_the_factors_again(order: list[int]):
         assert np.array_equal(labels.find(part.rows), labels.find(parts[i].rows))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(2, 4), min_size=2, max_size=2),
     st.lists(st.integers(2, 4), min_size=2, max_size=2),
