@@ -145,5 +145,5 @@ def test_a_change_without_codes_can_not_follow(tower: Graph) -> None:
     change = SiteChange(site=site, level="int8_weight", weight=torch.zeros(16, 32))
     keep = {"first": list(range(16))}
     axes, small = cut(tower, keep)
-    with pytest.raises(ShapeError, match="left.*without codes.*methods="):
+    with pytest.raises(ShapeError, match=r"left.*without codes.*methods="):
         requantized([change], axes, axes.removed(gone_from(axes, keep)), small)
