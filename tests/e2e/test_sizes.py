@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.api.finish import runner_for
 from tersor.api.latency import measure_calls
 from tersor.api.result import Result
 from tersor.api.session import Settings, open_session
+from tersor.api.stages import build_for
 from tersor.capture.detector import split_detector
 from tersor.core.errors import DataError
-from tersor.core.records import Timing
+from tersor.core.records import BuildChoice, Timing
 from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Protocol
 from tests.conformance.zoo.torchvision_shim import import_torchvision
@@ -329,35 +331,60 @@ def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     return torch.tensor(kept, dtype=torch.long)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn"])
-def test_detectors_of_torchvision(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def make_detector(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Detectors of torchvision by name, with heads that answer something."""
     detection = import_torchvision().models.detection
     boxes = import_torchvision().ops.boxes
     monkeypatch.setattr(boxes, "_assert_has_ops", lambda: None)
     monkeypatch.setattr(boxes, "nms", suppressed)
-    options = {"min_size": 96, "max_size": 128} if "retina" in name else {}
-    torch.manual_seed(0)
-    model = getattr(detection, name)(
-        weights=None, weights_backbone=None, num_classes=4, score_thresh=0.0,
-        detections_per_img=20, topk_candidates=50, **options,
-    ).eval()  # fmt: skip
-    for module in model.head.modules():  # fresh heads answer 0 up to rounding
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-    items = [[torch.rand(3, *((64, 96), (80, 64))[i % 2])] for i in range(12)]
-    data = tersor.Data(items, output="values")
+
+    def make(name: str, **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = getattr(detection, name)(
+            weights=None, weights_backbone=None, num_classes=4, score_thresh=0.0,
+            detections_per_img=20, topk_candidates=50, **options,
+        ).eval()  # fmt: skip
+        for module in model.head.modules():  # type: ignore[union-attr]
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        return model
+
+    return make
+
+
+PHOTOS = [[torch.rand(3, *((64, 96), (80, 64))[i % 2])] for i in range(12)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_detector_of_torchvision_is_compressed(make_detector: Any, tmp_path: Path) -> None:
+    model = make_detector("ssdlite320_mobilenet_v3_large")
     result = tersor.compress(
-        model, data, target=tersor.Target(size_ratio=1.5), methods="quantize",
-        cache_dir=tmp_path, progress=False,
+        model, tersor.Data(PHOTOS, output="values"), target=tersor.Target(size_ratio=1.5),
+        methods="quantize", cache_dir=tmp_path, progress=False,
     )  # fmt: skip
     with torch.no_grad():
-        wanted = model(items[0])
-    got = result.model(items[0])
+        wanted = model(PHOTOS[0])
+    got = result.model(PHOTOS[0])
     assert [list(row) for row in got] == [list(row) for row in wanted]
     assert [row["boxes"].shape for row in got] == [row["boxes"].shape for row in wanted]
     assert result.verdict.agreement > 0.9
     assert result.verdict.test_samples == 2
+
+
+@pytest.mark.slow
+def test_detections_of_one_build_at_several_image_sizes(make_detector: Any, tmp_path: Path) -> None:
+    """Scores are the same to rounding; which of two equal ones comes first is not."""
+    model = make_detector("retinanet_resnet50_fpn", min_size=96, max_size=128)
+    settings = Settings(cache_dir=tmp_path, progress=False)
+    session = open_session(model, tersor.Data(PHOTOS, output="values"), settings)
+    assert len(session.parts["calibration"].groups) == 2
+    built = build_for(session, session.graph, BuildChoice(backend="openvino"))
+    attached = session.as_given(runner_for(session, built))
+    for images in (PHOTOS[0], PHOTOS[1], [*PHOTOS[0], *PHOTOS[1]], [torch.rand(3, 96, 96)]):
+        with torch.no_grad():
+            wanted = model(images)
+        for one, other in zip(attached(images), wanted, strict=True):
+            assert len(other["scores"]) == 20
+            assert torch.allclose(one["scores"], other["scores"], rtol=1e-3, atol=1e-5)
