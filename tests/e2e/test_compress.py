@@ -18,7 +18,7 @@ from tersor.core.errors import ConfigError, SiteNotFoundError, TersorError
 from tersor.core.jsonable import from_json, read_record
 from tersor.core.records import Plan
 from tersor.report.record import Report
-from tests.e2e.conftest import LENET_TARGET, RESNET_TARGET
+from tests.e2e.conftest import FORMATS, LENET_TARGET, RESNET_TARGET
 from tests.e2e.helpers import (
     N_TEST,
     Accuracy,
@@ -381,6 +381,7 @@ def test_same_prices_same_choices(lenet_run: Finished, tmp_path: Path, images: A
         metric=Accuracy(lenet_run.metric.images, lenet_run.metric.labels),
         cache_dir=warm_copy(lenet_run, tmp_path, after("plan")[:-1]),
         progress=False,
+        methods=FORMATS,
     )
     assert found.plan.assignment == lenet_run.result.plan.assignment
     assert found.plan.choice == lenet_run.result.plan.choice
@@ -544,7 +545,7 @@ def test_compress_respects_keep(tiny: nn.Module, tiny_data: tersor.Data, tmp_pat
         progress=False,
     )
     assert "last" not in result.plan.assignment
-    assert {"first", "middle"} == set(result.plan.assignment)
+    assert {"first", "middle", "width:first"} == set(result.plan.assignment)
     assert result.explain("last")["pinned"] == "kept: matches 'last'"
     stored = result.module.state_dict().values()
     assert any(torch.equal(t, tiny.last.weight) for t in stored if t.shape == (5, 32))

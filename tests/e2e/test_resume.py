@@ -36,7 +36,8 @@ from tests.e2e.helpers import parts
 with np.load(DATA / "fashion_mnist_2k.npz") as packed:
     images = {"train": pixels(packed["train_images"]), "test": pixels(packed["test_images"])}
 target = tersor.Target(size_ratio=3.0)
-result = tersor.compress(load_lenet5(), parts(images), target=target, cache_dir=sys.argv[1])
+result = tersor.compress(load_lenet5(), parts(images), target=target, cache_dir=sys.argv[1],
+                         methods=("quantize",))
 print(json.dumps({"assignment": dict(result.plan.assignment),
                   "choice": result.plan.choice.describe()}))
 """
@@ -92,6 +93,7 @@ def uninterrupted(cache: Path, folder: Path, images: dict[str, Tensor]) -> dict[
         target=tersor.Target(size_ratio=3.0),
         cache_dir=other,
         progress=progress,
+        methods=("quantize",),
     )
     assert "plan" in progress.stages
     assert not PRICED & set(progress.stages)
@@ -181,6 +183,7 @@ def test_interrupted_inside_a_stage(
             metric=metric,
             cache_dir=store,
             progress=progress,
+            methods=("quantize",),
         )
 
     with pytest.raises(KeyboardInterrupt):
