@@ -77,7 +77,7 @@ def call(*words: object) -> Ran:
 
 def compress_words(source: Path, folder: Path, target: str) -> tuple[str, ...]:
     return (
-        "compress", f"{source}:model", f"{source}:data", "--target", target, "--method", "quantize",
+        "compress", f"{source}:model", f"{source}:data", "--target", target, "--methods", "quantize",
         "--out", str(folder / "model.tersor"), "--cache-dir", str(folder / "warm"),
     )  # fmt: skip
 
