@@ -156,7 +156,7 @@ def site_bytes(report: Report, site: Site, level: Level) -> int:
     Where weights depend on several sites, those of all weights that this one decides; a site
     that no candidate and no size term knows at that level has the bytes that were given.
     """
-    terms = _terms_of(report.size_terms, site.name)
+    terms = _terms_of(report.prices.size_terms, site.name)
     if terms:
         levels = report.assignment() | {site.name: level}
         if all(_is_known(term, levels) for term in terms):

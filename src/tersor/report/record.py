@@ -12,7 +12,6 @@ from tersor.core.records import (
     Prices,
     PriceTable,
     Site,
-    Term,
     Verdict,
 )
 
@@ -32,7 +31,6 @@ class Report:
         candidates: Every level that was offered, with its measured error.
         pareto: Points on the curve, the result's own among them or not.
         notes: What the reader must know beside the numbers.
-        size_terms: Bytes that depend on the levels of several sites.
     """
 
     version: str
@@ -45,7 +43,6 @@ class Report:
     pareto: tuple[ParetoPoint, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    size_terms: tuple[Term, ...] = ()
 
     def table(self) -> PriceTable | None:
         """The price table of the plan's build choice; None where it was not priced."""

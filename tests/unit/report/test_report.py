@@ -248,9 +248,8 @@ def with_widths(report: Report) -> Report:
         report,
         sites=(*report.sites, width, branch, stream),
         candidates=(*report.candidates, *candidates),
-        prices=dataclasses.replace(report.prices, tables=(table,)),
+        prices=dataclasses.replace(report.prices, tables=(table,), size_terms=(size,)),
         plan=dataclasses.replace(report.plan, assignment=assignment),
-        size_terms=(size,),
     )
 
 
