@@ -170,7 +170,7 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
 
 def _methods_of_formats() -> list[str]:
     """All methods but those of widths: what a plan without kept counts can come from."""
-    from tersor.api.session import kinds_of
+    from tersor.graph.contracts import kinds_of
 
     names = registry.names(registry.METHODS)
     return [n for n in names if "format" in kinds_of(registry.resolve(registry.METHODS, n))]

@@ -43,6 +43,7 @@ from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.edit import attribute
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
+from tersor.plan.problem import native_levels
 from tersor.plan.search import choose
 from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
@@ -136,7 +137,7 @@ def task_for(
     """What the plan stage reads."""
     whole = artifact_size(session, session.graph, prices.baseline.choice)
     candidates = offered.by_site()
-    covered = _native_bytes(session, candidates, prices)
+    covered = _native_bytes(candidates, prices)
     return Task(
         candidates=candidates,
         tables=tuple(tables),
@@ -152,13 +153,10 @@ def task_for(
     )
 
 
-def _native_bytes(
-    session: Session, candidates: Mapping[str, Sequence[Candidate]], prices: Prices
-) -> int:
+def _native_bytes(candidates: Mapping[str, Sequence[Candidate]], prices: Prices) -> int:
     """Bytes of what the plan decides, when all of it is left alone."""
-    native: dict[str, Level] = {s.name: s.units for s in session.sites if s.kind == "width"}
-    precision = prices.tables[0].choice.precision if prices.tables else "f32"
-    native |= {s.name: precision for s in session.formats}
+    assert prices.baseline.choice is not None
+    native = native_levels(candidates, prices.baseline.choice.precision, {})
     sized = {name for term in prices.size_terms for name in term.sites}
     own = sum(
         c.size_bytes

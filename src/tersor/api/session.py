@@ -28,7 +28,7 @@ from tersor.core.progress import Printed, Progress, Silent
 from tersor.core.records import BackendInfo, OutputKind, Site
 from tersor.core.store import Store
 from tersor.graph.axes import Axes, analyse_axes
-from tersor.graph.contracts import Backend, Executable, Graph, Method
+from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
 from tersor.graph.serial import structure_text
 from tersor.price.grid import DEFAULT_TILES, kept_counts
 from tersor.runtime.runner import Runner
@@ -268,11 +268,6 @@ def pick_methods(wanted: str | Sequence[str], info: BackendInfo) -> dict[str, Me
         takes_limit = "weight_limit" in getattr(cls, "__dataclass_fields__", {})
         found[name] = cls(weight_limit=int8.weight_limit) if int8 and takes_limit else cls()
     return found
-
-
-def kinds_of(method: Method | type[Method]) -> tuple[str, ...]:
-    """The kinds of sites that a method works on; formats of layers unless it says otherwise."""
-    return tuple(getattr(method, "kinds", ("format",)))
 
 
 def offered_widths(axes: Axes, keep: Sequence[str]) -> tuple[Site, ...]:

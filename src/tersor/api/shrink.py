@@ -172,6 +172,7 @@ def narrowed(session: Session, changes: Changes) -> Graph:
             f"{sum(map(len, exact.values()))} units of {len(exact)} widths: cutting equals zeroing "
             f"to {report.difference:.1e} at batch {report.batch}, which moves the output by "
             f"{report.effect:.1e}"
+            + (f"; nothing depends on {', '.join(report.silent)}" if report.silent else "")
         )
     batches = fit_batches(session)
     ops = sum(op.kind != "embedding" for op in weighted_ops(session.graph.module))

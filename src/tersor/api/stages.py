@@ -156,28 +156,15 @@ def propose(session: Session) -> Offers:
         lambda candidate: session.backend.supports(candidate).ok,
         session.progress.advance,
     )
-    candidates = _errors(session, proposals, widths, observed)
-    changes = [offer.change for offer in proposals]
+    formats = [offer for offer in proposals if offer.change.site.kind == "format"]
+    cuts = [offer for offer in proposals if offer.change.site.kind == "width"]
+    candidates = _format_errors(session, formats) + _width_errors(session, cuts, widths, observed)
+    changes = [offer.change for offer in (*formats, *cuts)]
     records, arrays = pack(changes)
     record = _OfferRecord(candidates=tuple(candidates), changes=records)
     session.store.put("propose", session.key, record, arrays)
     session.store.remove("calibration", session.key)  # large, and recomputed by the transform
     return _offers(record, changes)
-
-
-def _errors(
-    session: Session,
-    proposals: list[Offer],
-    statistics: Mapping[str, WidthStatistics],
-    observed: Mapping[str, Observed],
-) -> list[Candidate]:
-    """The candidates with their errors, in the order of the proposals."""
-    widths = [o for o in proposals if o.change.site.kind == "width"]
-    found = dict(zip(map(id, widths), _width_errors(session, widths, statistics, observed),
-                     strict=True))  # fmt: skip
-    formats = [o for o in proposals if id(o) not in found]
-    found |= dict(zip(map(id, formats), _format_errors(session, formats), strict=True))
-    return [found[id(offer)] for offer in proposals]
 
 
 def _width_errors(

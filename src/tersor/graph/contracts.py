@@ -15,6 +15,7 @@ from tersor.core.records import (
     Level,
     Signature,
     Site,
+    SiteKind,
     Support,
 )
 from tersor.ops.moments import Moments
@@ -174,6 +175,11 @@ class Method(Protocol):
     def apply(self, site: Site, candidate: Candidate, statistics: Any) -> SiteChange:
         """The change that puts a candidate into effect, for the current weight and statistics."""
         ...
+
+
+def kinds_of(method: Method | type[Method]) -> tuple[SiteKind, ...]:
+    """The kinds of sites that a method works on."""
+    return tuple(getattr(method, "kinds", ("format",)))
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from tersor.graph.branches import KEPT, MAPPED, REMOVED, BranchStatistics, repla
 from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.geometry import output_error
 from tersor.ops.linear_map import DAMPING, linear_map
+from tersor.propose.propose import with_error
 
 Proposal = tuple[Candidate, SiteChange]
 
@@ -89,9 +90,7 @@ def measure_branches(
                 [output_error(edited.run(f), w, kind) for f, w in zip(batches, wanted, strict=True)]
             )
             measured = replace(
-                candidate,
-                error=float(errors.mean()),
-                error_se=float(errors.std()) / len(errors) ** 0.5 if len(errors) > 1 else 0.0,
+                with_error(candidate, errors),
                 size_bytes=site.size_bytes + edited.parameter_bytes() - graph.parameter_bytes(),
             )
             found.append((measured, change))

@@ -18,6 +18,7 @@ from tersor.graph.contracts import (
     SiteChange,
     SiteStatistics,
     WidthStatistics,
+    kinds_of,
 )
 from tersor.graph.edit import run_all, run_changed
 from tersor.graph.geometry import output_error
@@ -48,7 +49,7 @@ def offers(
     for site in sites:
         if site.pinned is None:
             for name, method in methods.items():
-                if site.kind not in getattr(method, "kinds", ("format",)):
+                if site.kind not in kinds_of(method):
                     continue
                 for candidate in method.propose(site, statistics[site.name]):
                     named = replace(candidate, method=name)
@@ -103,7 +104,7 @@ def measure_errors(
             advance()
         seen += chunk[0].shape[0]
     return [
-        _with_error(offer.candidate, torch.cat(errors[i])) if i in errors else offer.candidate
+        with_error(offer.candidate, torch.cat(errors[i])) if i in errors else offer.candidate
         for i, offer in enumerate(proposals)
     ]
 
@@ -136,7 +137,8 @@ def chunk_size(graph: Graph) -> int:
     return max(1, min(_SAMPLES_OF_STORAGE, int(_ACTIVATION_BYTES / max(per_sample, 1.0))))
 
 
-def _with_error(candidate: Candidate, errors: Tensor) -> Candidate:
+def with_error(candidate: Candidate, errors: Tensor) -> Candidate:
+    """A candidate with the mean of its errors over samples [t] and that mean's standard error."""
     deviation = float(errors.std()) if len(errors) > 1 else 0.0
     return replace(
         candidate,

@@ -21,6 +21,7 @@ from tersor.graph.geometry import output_error
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.ops.kept import kept_columns, refit_columns
 from tersor.ops.moments import Moments, means
+from tersor.propose.propose import with_error
 
 
 def replaced(
@@ -95,7 +96,7 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
         errors = _errors(axes.graph, cut, batches, kind) if cut else {}
         for i, (candidate, _) in enumerate(rows):
             advance()
-            found.append(_with_error(candidate, errors[i]) if i in errors else candidate)
+            found.append(with_error(candidate, errors[i]) if i in errors else candidate)
     return found
 
 
@@ -141,8 +142,3 @@ def _literals(node: fx.Node) -> str:
 
 def _is_other(left: Tensor, right: Tensor) -> bool:
     return left.shape != right.shape or left.data_ptr() != right.data_ptr()
-
-
-def _with_error(candidate: Candidate, errors: Tensor) -> Candidate:
-    deviation = float(errors.std()) if len(errors) > 1 else 0.0
-    return replace(candidate, error=float(errors.mean()), error_se=deviation / len(errors) ** 0.5)

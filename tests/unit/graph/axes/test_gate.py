@@ -121,6 +121,31 @@ def test_a_mask_without_effect_shows_nothing_and_says_so():
     assert require(graph, axes, {"a": [1]}).effect == 0  # a cut that changes nothing is a right cut
 
 
+def test_a_wrong_rule_is_caught_where_the_plan_removes_dead_units(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Units 0 and 5 move nothing, so their cut agrees under any rule that swaps them."""
+    monkeypatch.setitem(RULES, "tanh", reversed_units)
+    graph, axes = analysed("tanh")
+    attribute(graph.module, "b.weight")[:, [0, 5]] = 0
+    dead = {"a": [0]}
+    report = check(graph, axes, dead, each=True)
+    assert report.difference <= TOLERANCE
+    assert report.silent == ("a",)
+    with pytest.raises(ParityError, match=r"cutting 3 units of a differs"):
+        require(graph, axes, dead)
+
+
+def test_widths_that_nothing_depends_on_are_named():
+    n = Net()
+    a, c = n.lin("a", n.x(), 6), n.lin("c", n.x(), 5)
+    graph = n.close([n.lin("b", a, 3), n.lin("d", c, 3)])
+    attribute(graph.module, "b.weight").zero_()
+    attribute(graph.module, "d.weight")[:, 2] = 0
+    report = require(graph, analyse_axes(graph), {"a": [1], "c": [2]})
+    assert report.silent == ("a",)  # others of c's units do move the output, and were checked
+
+
 def test_values_that_are_no_numbers_never_agree():
     n = Net()
     graph = n.close(n.lin("b", n("log", n.lin("a", n.x(), 6)), 3))
