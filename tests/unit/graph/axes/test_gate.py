@@ -128,7 +128,7 @@ def test_a_wrong_rule_is_caught_where_the_plan_removes_dead_units(
     monkeypatch.setitem(RULES, "tanh", reversed_units)
     graph, axes = analysed("tanh")
     attribute(graph.module, "b.weight")[:, [0, 5]] = 0
-    dead = {"a": [0]}
+    dead = {"a": [0, 5]}
     report = check(graph, axes, dead, each=True)
     assert report.difference <= TOLERANCE
     assert report.silent == ("a",)
