@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
-from tersor.api.finish import runner_for
+from tersor.api.judging import runner_for
 from tersor.api.latency import measure_calls
 from tersor.api.result import Result
 from tersor.api.session import Settings, open_session

@@ -80,7 +80,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         TersorError: A subclass for each cause that the caller can act on.
     """
     _require_torch("compress")
-    from tersor.api.finish import TestPart
+    from tersor.api.judging import TestPart
     from tersor.api.quality import original_score
     from tersor.api.result import Run, make_result
     from tersor.api.session import Settings, open_session
@@ -125,7 +125,8 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
         ConfigError: A plan that names a layer or a level that the model does not have.
     """
     _require_torch("apply_plan")
-    from tersor.api.finish import ChoiceRecord, TestPart
+    from tersor.api.choosing import ChoiceRecord
+    from tersor.api.judging import TestPart
     from tersor.api.result import Result, Run
     from tersor.api.session import Settings, open_session
     from tersor.api.stages import baselines, propose

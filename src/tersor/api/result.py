@@ -10,23 +10,10 @@ from typing import Any
 from torch import nn
 
 from tersor._version import __version__
+from tersor.api.choosing import ChoiceRecord, choose_plan, metric_stamp, plan_key, task_for
 from tersor.api.files import Facts, final_bytes
-from tersor.api.finish import (
-    ChoiceRecord,
-    Decision,
-    Final,
-    TestPart,
-    as_baseline,
-    built_final,
-    choose_plan,
-    judge,
-    make_final,
-    metric_stamp,
-    plan_key,
-    race,
-    runner_for,
-    task_for,
-)
+from tersor.api.final import Final, as_baseline, built_final, make_final
+from tersor.api.judging import Decision, TestPart, judge, race, runner_for
 from tersor.api.quality import Quality
 from tersor.api.session import Session
 from tersor.api.stages import Offers

@@ -1,0 +1,224 @@
+"""From candidates and prices to one plan: solve, evaluate, build and measure until it holds."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tersor.api.files import artifact_size
+from tersor.api.latency import measure_calls
+from tersor.api.quality import Quality, original_score
+from tersor.api.session import Session, metric_of
+from tersor.api.stages import (
+    Offers,
+    build_for,
+    stitched,
+)
+from tersor.core.errors import BackendError, ParityError
+from tersor.core.jsonable import digest
+from tersor.core.records import (
+    Candidate,
+    Level,
+    Plan,
+    Prices,
+    PriceTable,
+)
+from tersor.core.target import Target
+from tersor.core.units import BYTES_PER_MB
+from tersor.plan.problem import native_levels
+from tersor.plan.search import choose
+from tersor.plan.task import Evaluation, Limits, Task, Tools
+from tersor.price.table import correct_table
+from tersor.timing.protocol import Protocol
+
+_FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceRecord:
+    """What the plan stage found, with the tables as measurements corrected them."""
+
+    plan: Plan
+    finalists: tuple[Plan, ...]
+    evaluations: tuple[Evaluation, ...]
+    binding: str
+    reason: str
+    is_baseline: bool
+    tables: tuple[PriceTable, ...]
+    met: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Measured:
+    ms: float  # at the speed at which the baseline ran when it was priced
+
+
+def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes: int) -> Limits:
+    """The target's budgets in the plan's units."""
+    times = [target.latency_ms]
+    if target.speedup is not None:
+        times.append(prices.baseline.timing.median_ms / target.speedup)
+    sizes = [None if target.size_mb is None else target.size_mb * BYTES_PER_MB]
+    if target.size_ratio is not None:
+        sizes.append(original_bytes / target.size_ratio)
+    max_ms = min((t for t in times if t is not None), default=None)
+    max_bytes = min((s for s in sizes if s is not None), default=None)
+    limit = quality.limit()
+    if max_ms is None and max_bytes is None and limit is None:  # peak memory alone
+        max_ms = prices.baseline.timing.median_ms
+    return Limits(max_ms=max_ms, max_bytes=max_bytes, max_loss=limit)
+
+
+def task_for(
+    session: Session,
+    offered: Offers,
+    prices: Prices,
+    tables: Sequence[PriceTable],
+    quality: Quality,
+) -> Task:
+    """What the plan stage reads."""
+    whole = artifact_size(session, session.graph, prices.baseline.choice)
+    candidates = offered.by_site()
+    covered = _native_bytes(candidates, prices)
+    return Task(
+        candidates=candidates,
+        tables=tuple(tables),
+        tensors=session.tensors,
+        fixed_bytes=max(0, whole - covered),
+        limits=limits_for(quality.target, prices, quality, session.original_bytes),
+        baseline=prices.baseline,
+        pinned={s.name: s.pinned for s in session.sites if s.pinned is not None},
+        seed=session.settings.seed,
+        target=quality.target.budgets(),
+        model=session.model_hash,
+        size_terms=prices.size_terms,
+    )
+
+
+def _native_bytes(candidates: Mapping[str, Sequence[Candidate]], prices: Prices) -> int:
+    """Bytes of what the plan decides, when all of it is left alone."""
+    assert prices.baseline.choice is not None
+    native = native_levels(candidates, prices.baseline.choice.precision, {})
+    sized = {name for term in prices.size_terms for name in term.sites}
+    own = sum(
+        c.size_bytes
+        for site, rows in candidates.items()
+        if site not in sized
+        for c in rows
+        if c.level == native[site]
+    )
+    return own + round(sum(term.at(native) for term in prices.size_terms))
+
+
+def choose_plan(
+    session: Session, offered: Offers, prices: Prices, quality: Quality
+) -> ChoiceRecord:
+    """Solve, evaluate, build and measure until the plan holds; found again in the store."""
+    key = plan_key(session, prices, quality.target)
+    kept = session.store.get(ChoiceRecord, "plan", key)
+    if kept is not None:
+        return kept
+    session.progress.stage("plan")
+    task = task_for(session, offered, prices, prices.tables, quality)
+    tables = {t.choice.describe(): t for t in prices.tables}
+
+    def correct(
+        table: PriceTable,
+        assignment: Mapping[str, Level],
+        tensors: Mapping[str, str],
+        measured_ms: float,
+    ) -> PriceTable:
+        corrected = correct_table(table, assignment, tensors, measured_ms)
+        tables[table.choice.describe()] = corrected
+        return corrected
+
+    tools = Tools(
+        evaluate=quality.of_assignment(offered),
+        measure=_remembered(session, prices, _measurer(session, offered, prices)),
+        correct=correct,
+    )
+    found = choose(task, tools)
+    record = ChoiceRecord(
+        plan=found.plan,
+        finalists=found.finalists,
+        evaluations=found.evaluations,
+        binding=found.binding,
+        reason=found.reason,
+        is_baseline=found.is_baseline,
+        tables=tuple(tables.values()),
+        met=found.target_met_on_search,
+    )
+    session.store.put("plan", key, record)
+    return record
+
+
+def plan_key(session: Session, prices: Prices, target: Target) -> str:
+    """The key of a plan: the model and data, the prices, the target, and the metric's code."""
+    stamp = digest(prices) if prices.tables else ""
+    return digest(session.key, stamp, target.budgets(), metric_stamp(session, "metric"))
+
+
+def metric_stamp(session: Session, name: str) -> str:
+    """What tells one metric from another: its code, its unit, and its value on the original."""
+    metric = metric_of(getattr(session.settings, name))
+    if metric is None:
+        return ""
+    code = getattr(metric.function, "__code__", None)
+    text = "" if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
+    known = getattr(metric.function, "__qualname__", repr(type(metric.function)))
+    return digest(known, text, metric.points, original_score(session, name))
+
+
+def _measurer(
+    session: Session, offered: Offers, prices: Prices
+) -> Callable[[Sequence[Plan]], list[float]]:
+    base = prices.baseline.choice
+    assert base is not None
+    reference: list[Callable[[], object]] = []
+
+    def measure_plans(plans: Sequence[Plan]) -> list[float]:
+        if not reference:
+            built = build_for(session, session.graph, base)
+            reference.append(session.caller(built.executable, base.batch))
+        calls: dict[str, Callable[[], object]] = {"reference": reference[0]}
+        for i, plan in enumerate(plans):
+            try:
+                graph = stitched(session, offered, plan.assignment)
+                built = build_for(session, graph, plan.choice)
+            except (BackendError, ParityError) as error:
+                session.progress.note(f"a plan was dropped: {error}")
+                continue
+            calls[str(i)] = session.caller(built.executable, plan.choice.batch)
+        timings = measure_calls(session, calls, _FINALISTS)
+        drift = timings["reference"].median_ms / prices.baseline.timing.median_ms
+        found = [timings[str(i)].median_ms / drift if str(i) in timings else float("inf")
+                 for i in range(len(plans))]  # fmt: skip
+        for plan, ms in zip(plans, found, strict=True):
+            session.progress.note(
+                f"plan predicted {plan.predicted_ms:.2f} ms, measured {ms:.2f} ms"
+            )
+        return found
+
+    return measure_plans
+
+
+def _remembered(
+    session: Session, prices: Prices, measure_new: Callable[[Sequence[Plan]], list[float]]
+) -> Callable[[Sequence[Plan]], list[float]]:
+    """Each plan is measured once beside one set of prices: one store, one choice.
+
+    Also after an interruption in the middle of the search.
+    """
+    stamp = digest(session.key, prices)
+
+    def measure_plans(plans: Sequence[Plan]) -> list[float]:
+        keys = [digest(stamp, p.choice, sorted(p.assignment.items())) for p in plans]
+        found = {k: r.ms for k in keys if (r := session.store.get(_Measured, "measured", k))}
+        new = {k: plan for k, plan in zip(keys, plans, strict=True) if k not in found}
+        times = measure_new(list(new.values())) if new else []
+        for key, ms in zip(new, times, strict=True):
+            found[key] = ms
+            if math.isfinite(ms):  # what could not be built is tried again
+                session.store.put("measured", key, _Measured(ms=ms))
+        return [found[key] for key in keys]
+
+    return measure_plans

@@ -1,0 +1,178 @@
+"""From a plan to the final graph: widths cut and fitted, formats rounded, and its build."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tersor.analyse.calibration import embedding_statistics, tensor_readers
+from tersor.analyse.sites import find_sites
+from tersor.api.quality import Quality
+from tersor.api.session import Session
+from tersor.api.shrink import Changes, formats_on, narrowed
+from tersor.api.stages import (
+    Offers,
+    build_for,
+    calibration_batches,
+)
+from tersor.build.build import Built
+from tersor.core.records import (
+    BuildChoice,
+    Candidate,
+    Level,
+    Plan,
+    Prices,
+)
+from tersor.core.target import Target
+from tersor.graph.apply import apply
+from tersor.graph.changes import ChangeRecords, pack, unpack
+from tersor.graph.contracts import Graph, SiteChange
+from tersor.graph.edit import attribute
+from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
+from tersor.propose.propose import NATIVE
+from tersor.transform.sequential import transform
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalRecord:
+    """How the final graph was made."""
+
+    changes: ChangeRecords
+    is_sequential: bool
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NarrowRecord:
+    """A graph whose widths were cut and fitted; its tensors are the arrays."""
+
+    graph: Mapping[str, Any]
+
+
+@dataclass
+class Final:
+    """The compressed graph and its build."""
+
+    graph: Graph
+    changes: tuple[SiteChange, ...]
+    built: Built
+    notes: tuple[str, ...] = ()
+
+
+def chosen_candidates(offered: Offers, plan: Plan) -> dict[str, Candidate]:
+    """The plan's candidates that edit the graph, with settings that the user may have edited."""
+    by_level = {(c.site, c.level): c for c in offered.candidates}
+    found = {}
+    for site, level in plan.assignment.items():
+        if level in NATIVE or isinstance(level, int):
+            continue
+        candidate = by_level[site, level]
+        settings = plan.settings.get(site)
+        found[site] = replace(candidate, detail=dict(settings)) if settings else candidate
+    return found
+
+
+def make_final(
+    session: Session, offered: Offers, plan: Plan, quality: Quality, key: str
+) -> tuple[Graph, tuple[SiteChange, ...], str]:
+    """The sequential transform; where the stitched changes lose less, those."""
+    changed = offered.chosen(plan.assignment)
+    chosen = chosen_candidates(offered, plan)
+    base = _narrowed(session, changed, key) if changed.widths else session.graph
+    if not chosen:
+        note = f"widths fitted, loss on the search part {quality.loss(base):.4g}"
+        return base, changed.widths, note if changed.widths else ""
+    kept = session.store.get(FinalRecord, "transform", key)
+    if kept is not None:
+        arrays = session.store.arrays("transform", key)
+        changes = tuple(unpack(kept.changes, arrays, session.site_by_name))
+    else:
+        kept, changes = _transform(session, changed, base, quality, chosen)
+        records, arrays = pack(changes)
+        session.store.put("transform", key, replace(kept, changes=records), arrays)
+    graph = apply(base, changes)
+    way = "front to back" if kept.is_sequential else "stitched"
+    note = f"weights {way}, loss on the search part {kept.loss:.4g}"
+    return graph, (*changed.widths, *changes), note
+
+
+def _narrowed(session: Session, changed: Changes, key: str) -> Graph:
+    """The graph of the plan's widths, found again in the store."""
+    kept = session.store.get(NarrowRecord, "narrow", key)
+    if kept is not None:
+        arrays = session.store.arrays("narrow", key)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return replace(graph_from_json(kept.graph, tensors), example=session.graph.example)
+    graph = narrowed(session, changed)
+    arrays = {name: t.contiguous().numpy() for name, t in graph_tensors(graph).items()}
+    session.store.put("narrow", key, NarrowRecord(graph=graph_to_json(graph)), arrays)
+    return graph
+
+
+def _transform(
+    session: Session,
+    changed: Changes,
+    base: Graph,
+    quality: Quality,
+    chosen: Mapping[str, Candidate],
+) -> tuple[FinalRecord, tuple[SiteChange, ...]]:
+    """Formats on the graph of the plan's widths: front to back, and from what is at hand."""
+    session.progress.stage("transform", len(chosen))
+    sites = find_sites(base)
+    done = transform(
+        base,
+        sites,
+        chosen,
+        session.methods,
+        calibration_batches(session),
+        readers=tensor_readers(base, sites),
+        embedding=lambda site: embedding_statistics(attribute(base.module, site.weight)),
+        seed=session.settings.seed,
+        advance=session.progress.advance,
+    )
+    at_hand = tuple(formats_on(session, changed, base))
+    ways = [(done.graph, tuple(done.changes), True), (apply(base, at_hand), at_hand, False)]
+    limit = quality.limit()
+    losses = [quality.loss(graph) for graph, _, _ in ways]
+    errors = [quality.error(graph) for graph, _, _ in ways]
+    session.progress.note(
+        "on the search part, front to back / stitched: "
+        f"loss {losses[0]:.4g} / {losses[1]:.4g}, error {errors[0]:.3g} / {errors[1]:.3g}"
+    )
+    # Within the limit first; among those the smaller error, which is finer than the loss.
+    best = min((0, 1), key=lambda i: (limit is not None and losses[i] > limit, errors[i]))
+    record = FinalRecord(
+        changes=ChangeRecords(changes=()), is_sequential=ways[best][2], loss=losses[best]
+    )
+    return record, ways[best][1]
+
+
+def built_final(
+    session: Session, graph: Graph, changes: tuple[SiteChange, ...], choice: BuildChoice, note: str
+) -> Final:
+    """The final graph's build."""
+    session.progress.stage("build")
+    built = build_for(session, graph, choice)
+    return Final(graph, changes, built, (note,) if note else ())
+
+
+def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) -> Plan:
+    """The plan that leaves everything as it is, on the best uncompressed build."""
+    base = prices.baseline
+    assert base.choice is not None
+    native: Level = base.choice.precision
+    return replace(
+        plan,
+        assignment={
+            s.name: native if s.kind == "format" else s.units
+            for s in session.sites
+            if s.pinned is None
+        },
+        choice=base.choice,
+        settings={},
+        predicted_ms=base.timing.median_ms,
+        measured_ms=base.timing.median_ms,
+        predicted_error=0.0,
+        target=target.budgets(),
+    )

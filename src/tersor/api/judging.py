@@ -1,0 +1,163 @@
+"""The result beside the best uncompressed build and the original: latency, memory, test part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.api.files import artifact_size
+from tersor.api.final import Final
+from tersor.api.latency import measure_calls
+from tersor.api.quality import original_score, score
+from tersor.api.session import Session, metric_of
+from tersor.api.stages import (
+    build_for,
+    eager_call,
+)
+from tersor.build.build import Built
+from tersor.core.records import (
+    Plan,
+    Prices,
+    TensorSpec,
+    Timing,
+    Verdict,
+)
+from tersor.core.target import Target
+from tersor.runtime.runner import Runner
+from tersor.timing.protocol import Protocol, Ratio, ratio
+from tersor.verify.memory import peak_bytes
+from tersor.verify.verify import Measured, agreement, verdict
+
+_FINAL = Protocol(rounds=9, runs=15, max_seconds=60.0)
+
+
+@dataclass
+class TestPart:
+    """The test part, and how often it was used."""
+
+    uses: int = 0
+    wanted: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is judged, and why it is what it is."""
+
+    plan: Plan
+    binding: str
+    is_baseline: bool
+    reason: str
+
+
+def runner_for(session: Session, built: Built) -> Runner:
+    """A build with the original's calling convention."""
+    return Runner(built.executable, session.graph.signature, built.choice.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """Latencies of one interleaved run, and the extra memory of one call."""
+
+    timings: Mapping[str, Timing]
+    peak: int | None
+
+    def speed(self, seed: int) -> Ratio:
+        """Best uncompressed build over result."""
+        return ratio(self.timings["baseline"], self.timings["result"], seed)
+
+
+def race(session: Session, prices: Prices, final: Final) -> Race:
+    """Measure result, best uncompressed build and the model as given, interleaved."""
+    session.progress.stage("verify")
+    base = prices.baseline.choice
+    assert base is not None
+    baseline = build_for(session, session.graph, base)
+    peak = peak_bytes(session.caller(final.built.executable, final.built.choice.batch))
+    timings = measure_calls(
+        session,
+        {
+            "result": session.caller(final.built.executable, final.built.choice.batch),
+            "baseline": session.caller(baseline.executable, base.batch),
+            "original": eager_call(session),
+        },
+        _FINAL,
+    )
+    return Race(timings=timings, peak=peak)
+
+
+def judge(
+    session: Session,
+    target: Target,
+    final: Final,
+    test: TestPart,
+    measured: Race,
+    decision: Decision,
+) -> Verdict:
+    """Run the result on the test part, once, and compare with the target."""
+    test.uses += 1
+    return verdict(
+        target,
+        _measured(session, final, test, measured.timings, measured.peak, decision.plan),
+        binding=decision.binding,
+        returned_baseline=decision.is_baseline,
+        reason=decision.reason,
+        notes=final.notes,
+        seed=session.settings.seed,
+    )
+
+
+def _measured(
+    session: Session,
+    final: Final,
+    test: TestPart,
+    timings: Mapping[str, Timing],
+    peak: int | None,
+    plan: Plan,
+) -> Measured:
+    runner = runner_for(session, final.built)
+    batches = list(session.parts["test"].batches(16))
+    if not test.wanted:
+        test.wanted = [session.graph.run(flat) for flat in batches]
+    found = [_flat_outputs(session, runner, flat) for flat in batches]
+    own = metric_of(session.settings.test_metric)
+    metric = own or metric_of(session.settings.metric)
+    name = "test_metric" if own else "metric"
+    return Measured(
+        result=timings["result"],
+        baseline=timings["baseline"],
+        original=timings["original"],
+        size_bytes=artifact_size(session, final.graph, final.built.choice, plan, final.built),
+        original_bytes=session.original_bytes,
+        peak_bytes=peak,
+        agreement=agreement(found, test.wanted, session.kind),
+        kind=session.kind,
+        metric_original=None if metric is None else original_score(session, name),
+        metric_result=None if metric is None else score(metric, session.as_given(runner), name),
+        points=0.01 if metric is None else metric.points,
+        metric_is_held_out=own is not None,
+        test_uses=test.uses,
+        difference=final.built.difference,
+    )
+
+
+def _flat_outputs(session: Session, runner: Runner, flat: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    specs = session.graph.signature
+    parts: list[dict[str, Any]] = []
+    size = runner.built_batch
+    count = flat[0].shape[0]
+    for start in range(0, count, size):
+        rows = torch.arange(start, start + size).clamp_max(count - 1)
+        inputs = {s.name: t[rows].numpy() for s, t in zip(specs.inputs, flat, strict=True)}
+        parts.append(runner.executable.run(inputs))
+    return tuple(
+        torch.cat([_sized(torch.from_numpy(p[s.name]), s, size) for p in parts])[:count]
+        for s in specs.outputs
+    )
+
+
+def _sized(tensor: Tensor, spec: TensorSpec, batch: int) -> Tensor:
+    if spec.dynamic:
+        return tensor
+    return tensor.reshape([batch if size is None else size for size in spec.shape])
