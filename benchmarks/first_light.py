@@ -60,7 +60,7 @@ def main() -> None:
     if "resnet20" in names and not DEBIAN.is_dir():
         console.print(
             "Fashion-MNIST: apt package dataset-fashion-mnist is absent, so resnet20 is judged on "
-            "the packed 800 test images in place of all 10,000"
+            "the packed 800 test images in place of 8,000, and searched on training images"
         )
     with tempfile.TemporaryDirectory() as fresh:
         settings = Settings(

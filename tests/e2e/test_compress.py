@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.api.final import Made, make_final
 from tersor.api.result import Result
 from tersor.core.errors import ConfigError, SiteNotFoundError, TersorError
 from tersor.core.jsonable import from_json, read_record
@@ -385,6 +386,26 @@ def test_same_prices_same_choices(lenet_run: Finished, tmp_path: Path, images: A
     )
     assert found.plan.assignment == lenet_run.result.plan.assignment
     assert found.plan.choice == lenet_run.result.plan.choice
+
+
+def test_final_weights_that_lose_too_much_are_not_returned(
+    again: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan held in the search, its final weights do not: a milder one is chosen."""
+    real, seen = make_final, []
+
+    def worse(session: Any, offered: Any, plan: Plan, quality: Any, key: str) -> Made:
+        made = real(session, offered, plan, quality, key)
+        seen.append(plan)
+        return made if len(seen) > 1 else replace(made, loss=2 * quality.limit())
+
+    monkeypatch.setattr("tersor.api.result.make_final", worse)
+    progress = Recorded()
+    result = again(target=tersor.Target(drop_points=10.0), progress=progress)
+    assert len(seen) == 2
+    assert result.plan == seen[1]
+    assert seen[1].predicted_error <= seen[0].predicted_error
+    assert any("a milder plan is chosen" in note for note in progress.notes)
 
 
 def test_another_seed_is_another_run(lenet_run: Finished, images: dict[str, Tensor]) -> None:

@@ -62,6 +62,7 @@ def test_the_pruned_file_runs_like_its_module(
 ) -> None:
     path = tmp_path / "pruned.tersor"
     pruned_run.result.save(path)
+    assert abs(path.stat().st_size - pruned_run.result.verdict.size_bytes) < 64  # report included
     x = images["test"][:20]
     with torch.no_grad():
         wanted = pruned_run.result.module(x)

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tersor.api.files import artifact_size
+from tersor.api.files import artifact_size, report_size
 from tersor.api.latency import measure_calls
 from tersor.api.quality import Quality, original_score
 from tersor.api.session import Session, metric_of
@@ -76,7 +76,10 @@ def task_for(
     quality: Quality,
 ) -> Task:
     """What the plan stage reads."""
-    whole = artifact_size(session, session.graph, prices.baseline.choice)
+    assert prices.baseline.choice is not None
+    built = build_for(session, session.graph, prices.baseline.choice)
+    whole = artifact_size(session, session.graph, built)
+    whole += report_size(offered.candidates, prices, session.sites)
     candidates = offered.by_site()
     covered = _native_bytes(candidates, prices)
     return Task(
@@ -110,15 +113,27 @@ def _native_bytes(candidates: Mapping[str, Sequence[Candidate]], prices: Prices)
 
 
 def choose_plan(
-    session: Session, offered: Offers, prices: Prices, quality: Quality
+    session: Session,
+    offered: Offers,
+    prices: Prices,
+    quality: Quality,
+    *,
+    share: float = 1.0,
+    known: Sequence[Evaluation] = (),
 ) -> ChoiceRecord:
-    """Solve, evaluate, build and measure until the plan holds; found again in the store."""
-    key = plan_key(session, prices, quality.target)
+    """Solve, evaluate, build and measure until the plan holds; found again in the store.
+
+    Evaluations may spend a ``share`` of the quality budget; ``known`` ones cost nothing.
+    """
+    key = digest(plan_key(session, prices, quality.target), share)
     kept = session.store.get(ChoiceRecord, "plan", key)
     if kept is not None:
         return kept
     session.progress.stage("plan")
     task = task_for(session, offered, prices, prices.tables, quality)
+    if task.limits.max_loss is not None:
+        limits = replace(task.limits, max_loss=task.limits.max_loss * share)
+        task = replace(task, limits=limits)
     tables = {t.choice.describe(): t for t in prices.tables}
 
     def correct(
@@ -136,7 +151,7 @@ def choose_plan(
         measure=_remembered(session, prices, _measurer(session, offered, prices)),
         correct=correct,
     )
-    found = choose(task, tools)
+    found = choose(task, tools, known)
     record = ChoiceRecord(
         plan=found.plan,
         finalists=found.finalists,

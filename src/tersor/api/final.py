@@ -50,6 +50,16 @@ class NarrowRecord:
     graph: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The final graph, the changes that made it, and its loss on the search part."""
+
+    graph: Graph
+    changes: tuple[SiteChange, ...] = ()
+    note: str = ""
+    loss: float = 0.0
+
+
 @dataclass
 class Final:
     """The compressed graph and its build."""
@@ -73,16 +83,18 @@ def chosen_candidates(offered: Offers, plan: Plan) -> dict[str, Candidate]:
     return found
 
 
-def make_final(
-    session: Session, offered: Offers, plan: Plan, quality: Quality, key: str
-) -> tuple[Graph, tuple[SiteChange, ...], str]:
+def make_final(session: Session, offered: Offers, plan: Plan, quality: Quality, key: str) -> Made:
     """The sequential transform; where the stitched changes lose less, those."""
     changed = offered.chosen(plan.assignment)
     chosen = chosen_candidates(offered, plan)
     base = _narrowed(session, changed, key) if changed.widths else session.graph
+    if not chosen and not changed.widths:
+        return Made(base)
     if not chosen:
-        note = f"widths fitted, loss on the search part {quality.loss(base):.4g}"
-        return base, changed.widths, note if changed.widths else ""
+        loss = quality.loss(base)
+        return Made(
+            base, changed.widths, f"widths fitted, loss on the search part {loss:.4g}", loss
+        )
     kept = session.store.get(FinalRecord, "transform", key)
     if kept is not None:
         arrays = session.store.arrays("transform", key)
@@ -94,7 +106,7 @@ def make_final(
     graph = apply(base, changes)
     way = "front to back" if kept.is_sequential else "stitched"
     note = f"weights {way}, loss on the search part {kept.loss:.4g}"
-    return graph, (*changed.widths, *changes), note
+    return Made(graph, (*changed.widths, *changes), note, kept.loss)
 
 
 def _narrowed(session: Session, changed: Changes, key: str) -> Graph:
@@ -148,13 +160,11 @@ def _transform(
     return record, ways[best][1]
 
 
-def built_final(
-    session: Session, graph: Graph, changes: tuple[SiteChange, ...], choice: BuildChoice, note: str
-) -> Final:
+def built_final(session: Session, made: Made, choice: BuildChoice) -> Final:
     """The final graph's build."""
     session.progress.stage("build")
-    built = build_for(session, graph, choice)
-    return Final(graph, changes, built, (note,) if note else ())
+    built = build_for(session, made.graph, choice)
+    return Final(made.graph, made.changes, built, (made.note,) if made.note else ())
 
 
 def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) -> Plan:

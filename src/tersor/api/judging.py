@@ -1,13 +1,12 @@
 """The result beside the best uncompressed build and the original: latency, memory, test part."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tersor.api.files import artifact_size
 from tersor.api.final import Final
 from tersor.api.latency import measure_calls
 from tersor.api.quality import original_score, score
@@ -18,7 +17,6 @@ from tersor.api.stages import (
 )
 from tersor.build.build import Built
 from tersor.core.records import (
-    Plan,
     Prices,
     TensorSpec,
     Timing,
@@ -43,12 +41,12 @@ class TestPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What is judged, and why it is what it is."""
+    """Why the result is what it is, and how large its file is with a verdict in it."""
 
-    plan: Plan
     binding: str
     is_baseline: bool
     reason: str
+    size_of: Callable[[Verdict], int]
 
 
 def runner_for(session: Session, built: Built) -> Runner:
@@ -95,17 +93,25 @@ def judge(
     measured: Race,
     decision: Decision,
 ) -> Verdict:
-    """Run the result on the test part, once, and compare with the target."""
+    """Run the result on the test part, once, and compare with the target.
+
+    The size is that of the file with the verdict in its report.
+    """
     test.uses += 1
-    return verdict(
-        target,
-        _measured(session, final, test, measured.timings, measured.peak, decision.plan),
-        binding=decision.binding,
-        returned_baseline=decision.is_baseline,
-        reason=decision.reason,
-        notes=final.notes,
-        seed=session.settings.seed,
-    )
+    found = _measured(session, final, test, measured.timings, measured.peak)
+
+    def judged(size_bytes: int) -> Verdict:
+        return verdict(
+            target,
+            replace(found, size_bytes=size_bytes),
+            binding=decision.binding,
+            returned_baseline=decision.is_baseline,
+            reason=decision.reason,
+            notes=final.notes,
+            seed=session.settings.seed,
+        )
+
+    return judged(decision.size_of(judged(0)))
 
 
 def _measured(
@@ -114,7 +120,6 @@ def _measured(
     test: TestPart,
     timings: Mapping[str, Timing],
     peak: int | None,
-    plan: Plan,
 ) -> Measured:
     runner = runner_for(session, final.built)
     batches = list(session.parts["test"].batches(16))
@@ -128,7 +133,7 @@ def _measured(
         result=timings["result"],
         baseline=timings["baseline"],
         original=timings["original"],
-        size_bytes=artifact_size(session, final.graph, final.built.choice, plan, final.built),
+        size_bytes=0,
         original_bytes=session.original_bytes,
         peak_bytes=peak,
         agreement=agreement(found, test.wanted, session.kind),

@@ -11,8 +11,8 @@ from torch import nn
 
 from tersor._version import __version__
 from tersor.api.choosing import ChoiceRecord, choose_plan, metric_stamp, plan_key, task_for
-from tersor.api.files import Facts, final_bytes
-from tersor.api.final import Final, as_baseline, built_final, make_final
+from tersor.api.files import Facts, artifact_size, final_bytes
+from tersor.api.final import Final, Made, as_baseline, built_final, make_final
 from tersor.api.judging import Decision, TestPart, judge, race, runner_for
 from tersor.api.quality import Quality
 from tersor.api.session import Session
@@ -35,6 +35,8 @@ from tersor.runtime.runner import Runner
 from tersor.verify.verify import is_slower
 
 _CURVE_POINTS = 12
+_STEPS_BACK = 2  # milder plans that are tried where the final weights lose too much
+_CAUTION = 0.9  # of what a plan that loses just enough would take
 _PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
 
 
@@ -87,20 +89,48 @@ class Result:
     @cached_property
     def _final(self) -> Final:
         session = self._run.session
-        graph, changes, note = make_final(
-            session, self._run.offered, self._plan, self._quality, self._key
-        )
+        made = self._made
         try:
-            return built_final(session, graph, changes, self._plan.choice, note)
+            return built_final(session, made, self._plan.choice)
         except (BackendError, ParityError) as error:
             if self._is_baseline:
                 raise
             self._fall_back(f"the planned build failed: {error}")
-            return built_final(session, session.graph, (), self._plan.choice, "")
+            return built_final(session, Made(session.graph), self._plan.choice)
+
+    @cached_property
+    def _made(self) -> Made:
+        """The final graph; where its weights lose more than was allowed, that of a milder plan.
+
+        Evaluations read fewer samples than the final fit, and the best of many is the luckiest.
+        """
+        run, limit, share = self._run, self._quality.limit(), 1.0
+        made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
+        for _ in range(_STEPS_BACK):
+            is_found = bool(self._choice.tables) and not self._is_baseline  # else it was given
+            if not is_found or limit is None or made.loss <= limit:
+                break
+            run.session.progress.note(
+                f"the final weights lose {made.loss:.4g} on the search part, allowed were "
+                f"{limit:.4g}: a milder plan is chosen"
+            )
+            share *= _CAUTION * limit / made.loss
+            self._choice = choose_plan(
+                run.session,
+                run.offered,
+                run.prices,
+                self._quality,
+                share=share,
+                known=self._choice.evaluations,
+            )
+            self._plan, self._is_baseline = self._choice.plan, self._choice.is_baseline
+            self._reason = self._choice.reason
+            made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
+        return made
 
     def _fall_back(self, reason: str) -> None:
         run = self._run
-        for made in ("_final", "_runner"):  # of the plan that is given up
+        for made in ("_made", "_final", "_runner"):  # of the plan that is given up
             self.__dict__.pop(made, None)
         self._plan = as_baseline(run.session, run.prices, self.target, self._plan)
         self._is_baseline = True
@@ -114,6 +144,7 @@ class Result:
         kept = session.store.get(Verdict, "verdict", key)
         if kept is not None:
             self._run.test.uses += 1
+            _ = self._made  # may step back, as it did then
             if kept.returned_baseline and not self._is_baseline:
                 self._fall_back(kept.reason)
             return kept
@@ -143,7 +174,7 @@ class Result:
             final = self._final
             times = race(run.session, run.prices, final)
         decision = Decision(
-            plan=self._plan,
+            size_of=self._file_size,
             binding=self._plan.binding or self._choice.binding,
             is_baseline=self._is_baseline,
             reason=self._reason if self._is_baseline else "",
@@ -209,8 +240,10 @@ class Result:
     @property
     def record(self) -> Report:
         """Everything that reports say, as one record."""
+        return self._report(self.verdict)
+
+    def _report(self, verdict: Verdict) -> Report:
         run = self._run
-        verdict = self.verdict
         return Report(
             version=__version__,
             machine=describe_machine(),
@@ -238,15 +271,20 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """Write one artifact that ``tersor.load`` runs, whole or not at all."""
-        record = self.record
-        facts = Facts(
+        final, facts = self._final, self._facts(self.verdict)
+        write_atomic(path, final_bytes(self._run.session, final.graph, final.built, facts))
+
+    def _facts(self, verdict: Verdict) -> Facts:
+        return Facts(
             created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             plan=self._plan,
-            verdict=record.verdict,
-            report=record,
+            verdict=verdict,
+            report=self._report(verdict),
         )
+
+    def _file_size(self, verdict: Verdict) -> int:
         final = self._final
-        write_atomic(path, final_bytes(self._run.session, final.graph, final.built, facts))
+        return artifact_size(self._run.session, final.graph, final.built, self._facts(verdict))
 
     def export(self, path: str | Path) -> None:
         """Write the model for another runtime: .xml (OpenVINO), .onnx or .pt2.

@@ -93,6 +93,18 @@ def test_resnet20_case_has_disjoint_parts(monkeypatch: pytest.MonkeyPatch) -> No
     assert not case.model.training
 
 
+def test_resnet20_is_searched_and_judged_on_images_that_it_never_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = torch.arange(2500.0).reshape(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+    whole = pictures.Labelled(images, torch.zeros(2500, dtype=torch.int64))
+    monkeypatch.setattr(models, "debian_fashion_test", lambda: whole)
+    case = models.resnet20(DATA / "resnet20.safetensors")
+    assert [case.n_samples(part) for part in SPLITS] == [256, 2000, 500]
+    assert float(case.search[0][-1].max()) == 1999  # type: ignore[index]
+    assert float(case.test[0][0].min()) == 2000  # type: ignore[index]
+
+
 def test_an_absent_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"checkpoint 'other': not found in .*tests/data"):
         models.checkpoint_path("other")
