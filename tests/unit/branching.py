@@ -43,6 +43,17 @@ class Pictures(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+class One(nn.Module):
+    """A branch of one linear map: none is cheaper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x).relu()
+
+
 class Layer(nn.Module):
     """A mixture over tokens, and neurons; the norms before, after, or before without a bias."""
 

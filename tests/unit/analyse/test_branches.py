@@ -8,7 +8,7 @@ from tersor.analyse.branches import branch_sites, branch_statistics
 from tersor.capture.module import capture
 from tersor.graph.edit import attribute, run_all
 from tersor.graph.residuals import find_branches
-from tests.unit.branching import encoder, pictures
+from tests.unit.branching import One, encoder, pictures
 from tests.unit.capturing import random, samples, scale_error, trained
 
 # Batches of other sizes make other float32 sums, through at most six layers.
@@ -132,14 +132,6 @@ def test_pinned_branches_are_left_out() -> None:
 
 
 def test_no_map_no_moments() -> None:
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.a(x).relu()
-
     graph = capture(trained(One()), samples((random(3, 4),))).graph
     (found,) = branch_statistics(graph, branch_sites(graph), [graph.example]).values()
     assert found.moments is None

@@ -17,7 +17,7 @@ from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.edit import parameters_by_name
 from tersor.graph.residuals import find_branches
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
-from tests.unit.branching import channels_last, encoder, made, overwritten, pictures
+from tests.unit.branching import One, channels_last, encoder, made, overwritten, pictures
 from tests.unit.capturing import graph_of, random, scale_error, targets, trained
 
 # The same sums in another order, through at most ten layers of float32.
@@ -276,14 +276,6 @@ def test_wrong_changes_are_refused() -> None:
 
 
 def test_a_map_where_none_is_cheaper_is_refused() -> None:
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.a(x).relu()
-
     graph = graph_of(trained(One()), random(3, 4))
     with pytest.raises(ShapeError, match="branch:a: no linear map is cheaper; take level 0 or 2"):
         replace_branches(graph, changes(graph, 1))

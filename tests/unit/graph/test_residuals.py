@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tersor.graph.contracts import Graph
 from tersor.graph.residuals import Branch, find_branches
-from tests.unit.branching import channels_last, encoder, pictures
+from tests.unit.branching import One, channels_last, encoder, pictures
 from tests.unit.capturing import graph_of, random, trained
 
 
@@ -164,14 +164,6 @@ def test_a_projection_that_others_see_takes_up_nothing(reader: bool) -> None:
 
 
 def test_a_map_that_costs_as_much_is_not_offered() -> None:
-    class One(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.a(x).relu()
-
     (branch,) = find_branches(graph_of(trained(One()), random(3, 4)))
     assert not branch.has_map
 
