@@ -1,6 +1,6 @@
 """compress where widths take part: fewer units, proven, priced, kept and replayed."""
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +104,6 @@ def test_an_interrupted_fit_goes_on(pruned_run: Finished, tmp_path: Path) -> Non
 
 
 def test_a_plan_with_widths_is_replayed_and_edited(pruned_run: Finished, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     store = warm_copy(pruned_run, tmp_path, ("verdict",))
     plan = pruned_run.result.plan
     (site, (_, units)), *_ = cut_widths(plan, pruned_run).items()
@@ -120,7 +118,6 @@ def test_a_plan_with_widths_is_replayed_and_edited(pruned_run: Finished, tmp_pat
 
 
 def test_what_is_kept_is_not_cut(pruned_run: Finished, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "none", ignore_errors=True)
     result = tersor.compress(
         load_lenet5(),
         pruned_run.data,
@@ -135,3 +132,6 @@ def test_what_is_kept_is_not_cut(pruned_run: Finished, tmp_path: Path) -> None:
     assert "width:f1" not in result.plan.assignment
     shapes = shapes_of(result.module)
     assert {s[0] for n, s in shapes.items() if n.startswith("f1") and len(s) > 1} == {500}
+    assert cut_widths(result.plan, replace(pruned_run, result=result))
+    stored = parameters_by_name(result.module.graph_module)  # type: ignore[arg-type]
+    torch.testing.assert_close(stored["f1.weight"], load_lenet5().f1.weight, rtol=0, atol=0)

@@ -7,7 +7,7 @@ final one reads as many as the fit can use.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,6 @@ _ROWS_PER_INPUT = 8
 _LEAST_SAMPLES, _FINAL_SAMPLES = 64, 256
 _LIGHT_MACS, _FINAL_MACS = 2e11, 4e12  # of one run of the samples: seconds and minutes on two cores
 _LIGHT = NarrowConfig(rows=4096, iterations=1)
-_FINAL = NarrowConfig()
 _KEPT_FITS = 6  # graphs at hand, so that plans with the same widths are fitted once
 
 
@@ -153,7 +152,9 @@ def evaluated(session: Session, changes: Changes) -> Graph:
         while len(session.fits) >= _KEPT_FITS:
             del session.fits[next(iter(session.fits))]
         batches = fit_batches(session, light=True)
-        session.fits[changes.key] = narrow(session.graph, axes, changes.keep, batches, _LIGHT).graph
+        session.fits[changes.key] = narrow(
+            session.graph, axes, changes.keep, batches, _config(session, _LIGHT)
+        ).graph
     return _formatted(session, changes, session.fits[changes.key])
 
 
@@ -178,8 +179,19 @@ def narrowed(session: Session, changes: Changes) -> Graph:
     ops = sum(op.kind != "embedding" for op in weighted_ops(session.graph.module))
     session.progress.stage("fit", ops)
     return narrow(
-        session.graph, axes, changes.keep, batches, _FINAL, session.progress.advance
+        session.graph,
+        axes,
+        changes.keep,
+        batches,
+        _config(session, NarrowConfig()),
+        session.progress.advance,
     ).graph
+
+
+def _config(session: Session, config: NarrowConfig) -> NarrowConfig:
+    """How to fit, without the layers that are to be left alone."""
+    fixed = frozenset(op for s in session.formats if s.pinned is not None for op in s.ops)
+    return replace(config, fixed=fixed)
 
 
 def formats_on(session: Session, changes: Changes, graph: Graph) -> list[SiteChange]:

@@ -47,6 +47,7 @@ class NarrowConfig:
         rows: Rows of one fit at most; more change little from 16 an input on.
         values: Values of those rows at most: all passes of a fit read the same rows in memory.
         seed: Of the choice of rows.
+        fixed: Ops whose weights stay as they are, though what they read has changed.
     """
 
     damping: float = 1e-4
@@ -54,6 +55,7 @@ class NarrowConfig:
     rows: int = 65536
     values: int = 1 << 27
     seed: int = 0
+    fixed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,8 @@ class _Run:
         """Fit a weighted op behind a cut and run it again."""
         op = self.ops.get(node.name)
         if op is None or node.name not in self.cut_ops or op.kind == "embedding":
+            return False
+        if node.name in self.config.fixed:
             return False
         if op.data.name not in self.dirty or self._uses[str(op.weight.target)] > 1:
             return False

@@ -14,6 +14,7 @@ from tersor.graph.axes import Axes, analyse_axes, keep_units
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import parameters_by_name, run_all
 from tersor.graph.geometry import output_error
+from tersor.graph.operators import weighted_ops
 from tersor.methods.prune import Prune
 from tersor.observe.statistics import Observed, observe
 from tersor.propose.widths import measure_widths, replaced
@@ -82,6 +83,21 @@ def test_the_original_is_not_changed(noise: Tensor):
     narrow(graph, axes, {"first": [0, 1, 2]}, [(noise,)])
     after = parameters_by_name(graph.module)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fixed_ops_are_not_fitted(images: dict[str, Tensor]):
+    graph, axes = captured(load_resnet20(), images["train"])
+    names = {op.node.name: str(op.weight.target) for op in weighted_ops(graph.module)}
+    node = next(n for n, target in names.items() if target == "layers.2.conv2.weight")
+    keep = {"layers.0.conv1": list(range(0, 16, 2))}
+    small = narrow(
+        graph, axes, keep, [(images["train"][:32],)], NarrowConfig(fixed=frozenset({node}))
+    )
+    assert node not in small.losses
+    assert len(small.losses) > 10
+    old, new = (parameters_by_name(g.module) for g in (graph, small.graph))
+    assert torch.equal(old["layers.2.conv2.weight"], new["layers.2.conv2.weight"])
+    assert not torch.equal(old["layers.2.conv1.weight"], new["layers.2.conv1.weight"])
 
 
 def test_kept_counts_must_lie_within_the_width(noise: Tensor):
