@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from tersor.analyse.tree import sample_macs
@@ -19,11 +18,12 @@ from tersor.core.records import Candidate
 from tersor.graph.apply import apply
 from tersor.graph.axes import Axes, keep_units
 from tersor.graph.axes.gate import require
+from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.axes.slicing import gone_from
 from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
 from tersor.graph.edit import attribute
 from tersor.graph.facts import NodeFacts, node_facts
-from tersor.graph.operators import weighted_ops
+from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.graph.requantize import requantized
 from tersor.observe.statistics import Observed
 from tersor.propose.propose import chunk_size
@@ -63,7 +63,7 @@ def fit_samples(session: Session, *, light: bool = False) -> int:
     graph = session.graph
     batch = len(graph.example[0])
     rows = [
-        attribute(graph.module, str(op.weight.target))[0].numel() / _positions(op.node, batch)
+        attribute(graph.module, str(op.weight.target))[0].numel() / _positions(op, batch)
         for op in weighted_ops(graph.module)
         if op.kind != "embedding"
     ]
@@ -75,13 +75,11 @@ def fit_samples(session: Session, *, light: bool = False) -> int:
     return min(len(session.parts["calibration"]), wanted)
 
 
-def _positions(node: torch.fx.Node, batch: int) -> float:
+def _positions(op: WeightedOp, batch: int) -> float:
     """Rows that one sample gives an op."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.dim() < 2:
-        return 1.0
-    channels = value.shape[1] if value.dim() > 3 else value.shape[-1]
-    return max(1.0, math.prod(int(s) for s in value.shape) / int(channels) / batch)
+    sizes = sizes_of(op.node.meta["val"])
+    channels = sizes[1 if op.window is not None else -1]
+    return max(1.0, math.prod(sizes) / max(1, channels) / batch)
 
 
 def fit_batches(session: Session, *, light: bool = False) -> list[tuple[Tensor, ...]]:
@@ -166,15 +164,13 @@ def narrowed(session: Session, changes: Changes) -> Graph:
     """
     axes = _axes(session)
     gone = gone_from(axes, changes.keep)
-    exact = {name: units for name, units in gone.items() if axes[name].exactness == "exact"}
-    if exact:
-        report = require(session.graph, axes, exact)
-        session.progress.note(
-            f"{sum(map(len, exact.values()))} units of {len(exact)} widths: cutting equals zeroing "
-            f"to {report.difference:.1e} at batch {report.batch}, which moves the output by "
-            f"{report.effect:.1e}"
-            + (f"; nothing depends on {', '.join(report.silent)}" if report.silent else "")
-        )
+    report = require(session.graph, axes, gone)
+    session.progress.note(
+        f"{sum(map(len, gone.values()))} units of {len(gone)} widths: cutting equals zeroing "
+        f"to {report.difference:.1e} at batch {report.batch}, which moves the output by "
+        f"{report.effect:.1e}"
+        + (f"; nothing depends on {', '.join(report.silent)}" if report.silent else "")
+    )
     batches = fit_batches(session)
     ops = sum(op.kind != "embedding" for op in weighted_ops(session.graph.module))
     session.progress.stage("fit", ops)
