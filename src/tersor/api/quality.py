@@ -1,7 +1,7 @@
 """The loss that the search minimises: the caller's metric, or the agreement, on the search part."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from tersor.graph.geometry import output_error
 from tersor.propose.propose import chunks
 from tersor.verify.verify import agreement, by_shape
 
+_FRACTION = 0.01  # a point of a metric that is a fraction
 _LEAST_BUDGET = 1e-6  # a budget of zero allows rounding only
 
 
@@ -51,15 +52,48 @@ def original_score(session: Session, name: str) -> float:
     if name not in session.scores:
         metric = metric_of(getattr(session.settings, name))
         assert metric is not None
-        original = session.as_given(session.captured.original)
-        found = score(metric, _with_arrays(original), name)
-        if metric.points == 0.01 and not -1e-9 <= found <= 1 + 1e-9:
+        original = Watched(_with_arrays(session.as_given(session.captured.original)))
+        found = score(metric, original, name)
+        if metric.points == _FRACTION and not -1e-9 <= found <= 1 + 1e-9:
             raise MetricError(
                 f"{name} returned {found:g}; wanted a fraction from 0 to 1, or "
                 "tersor.Metric(function, points=...) that says what a point is"
             )
         session.scores[name] = found
+        session.answers[name] = original.answers
     return session.scores[name]
+
+
+class Watched:
+    """A predict that remembers the class of each sample that the metric asked for.
+
+    Only where the first output is one row of logits a sample: the outputs of one picture's pixels
+    or tokens are no independent answers.
+    """
+
+    def __init__(self, predict: Callable[..., Any]) -> None:
+        self._predict = predict
+        self.answers: list[Tensor] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the wrapped function."""
+        found = self._predict(*args, **kwargs)
+        leaves = [leaf for leaf in tree_flatten(found)[0] if isinstance(leaf, Tensor | np.ndarray)]
+        first = torch.as_tensor(leaves[0]) if leaves else torch.zeros(0)
+        if first.dim() == 2 and first.shape[1] > 1:
+            self.answers.append(first.argmax(1))
+        return found
+
+    def error(self, others: Sequence[Tensor]) -> float:
+        """Standard error of the difference of two shares of right answers; 0 where unknown.
+
+        A sample on which both say the same adds nothing, any other at most 1: with a share d of
+        those among n samples the variance of the difference is at most d / n.
+        """
+        if not others or [len(a) for a in self.answers] != [len(a) for a in others]:
+            return 0.0
+        differ = torch.cat(self.answers) != torch.cat(list(others))
+        return math.sqrt(float(differ.double().mean()) / len(differ))
 
 
 def _with_arrays(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,9 +169,11 @@ class Quality:
 
     def _value(self, graph: Graph, budget: str) -> float:
         if budget == "drop_points" and self.metric is not None:
-            predict = self.session.as_given(self.session.reference(graph))
-            found = score(self.metric, predict, "metric")
-            return (self.original_score() - found) / self.metric.points
+            predict = Watched(self.session.as_given(self.session.reference(graph)))
+            lost = self.original_score() - score(self.metric, predict, "metric")
+            if self.session.kind == "logits" and self.metric.points == _FRACTION:
+                lost += predict.error(self.session.answers["metric"])
+            return lost / self.metric.points
         agreements = agreement(*self._outputs(graph), self.session.kind)
         lost = float(1.0 - agreements.mean())
         if self.session.kind != "logits" and len(agreements) > 1:

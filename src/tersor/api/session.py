@@ -87,6 +87,7 @@ class Session:
     key: str  # of everything that the stages before the target read
     axes: Axes | None = None  # where a method may cut widths
     scores: dict[str, float] = field(default_factory=dict)  # of the original, by metric
+    answers: dict[str, list[Tensor]] = field(default_factory=dict)  # its classes, by metric
     fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
     detector: Detector | None = None  # whose core the captured model is
     drawn: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # examples by batch

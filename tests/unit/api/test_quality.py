@@ -1,0 +1,60 @@
+"""How sure a share of right answers is, from the answers themselves."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tersor.api.quality import Watched
+
+
+def logits(classes: list[int]) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(classes), 5).float()
+
+
+def asked(outputs: list[Any]) -> Watched:
+    stream = iter(outputs)
+    watched = Watched(lambda _: next(stream))
+    for _ in outputs:
+        watched(None)
+    return watched
+
+
+def test_error_of_a_difference_by_hand() -> None:
+    """Two of eight samples differ: sqrt(0.25 / 8)."""
+    first = asked([logits([0, 1, 2, 3]), logits([4, 0, 1, 2])])
+    second = asked([logits([0, 1, 2, 4]), logits([4, 0, 1, 3])])
+    assert second.error(first.answers) == pytest.approx(math.sqrt(0.25 / 8))
+    assert first.error(first.answers) == 0
+
+
+def test_it_bounds_what_chance_does() -> None:
+    """The spread of the drop over many draws of 400 samples, one answer in ten flipped."""
+    generator = torch.Generator().manual_seed(0)
+    drops, errors = [], []
+    for _ in range(200):
+        right = torch.rand(400, generator=generator) < 0.9
+        flipped = torch.rand(400, generator=generator) < 0.1
+        now = right ^ flipped
+        drops.append(float(right.double().mean() - now.double().mean()))
+        errors.append(asked([logits(now.int().tolist())]).error([right.int()]))
+    spread = float(np.std(drops))
+    assert spread <= np.mean(errors) < 1.5 * spread
+
+
+def test_containers_and_arrays_are_looked_into() -> None:
+    found = asked([{"logits": logits([3]).numpy(), "more": torch.zeros(1, 9)}, (logits([1]), None)])
+    assert [a.tolist() for a in found.answers] == [[3], [1]]
+
+
+@pytest.mark.parametrize("output", [torch.zeros(2, 3, 4, 4), torch.zeros(6), torch.zeros(6, 1), {}])
+def test_what_is_no_row_of_logits_a_sample_says_nothing(output: Any) -> None:
+    assert asked([output]).answers == []
+    assert asked([output]).error([]) == 0
+
+
+def test_calls_that_do_not_match_say_nothing() -> None:
+    assert asked([logits([0, 1])]).error([torch.tensor([0]), torch.tensor([1])]) == 0
