@@ -1,7 +1,7 @@
 """A cut graph takes over what was removed: every weighted op is fitted again, front to back.
 
 Two runs of the calibration samples go side by side: the original graph, and the cut one with the
-weights found so far. Each linear or convolution behind a cut is fitted by least squares to what the
+weights found so far, which may have lost branches as well. Each linear or convolution behind a cut is fitted by least squares to what the
 original's kept outputs were, on the inputs that the cut model really sees; where its result joins a
 residual stream, the stream's own difference is part of the target; where a ReLU follows, the error
 behind the ReLU counts (ALGORITHMS 3.2b). Producers are fitted as well as consumers.
@@ -19,7 +19,7 @@ from tersor.graph.axes import Axes
 from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.slicing import cut, gone_from
 from tersor.graph.contracts import Graph
-from tersor.graph.edit import copy_graph, execute, rebuild
+from tersor.graph.edit import copy_graph, execute, parameters_by_name, rebuild
 from tersor.graph.meta import refresh
 from tersor.graph.operators import (
     WeightedOp,
@@ -77,10 +77,11 @@ class _Batch:
 class _Fit:
     """What one op is fitted on."""
 
-    op: WeightedOp
+    op: WeightedOp  # of the original
     cut_op: WeightedOp
     kept: Tensor  # output channels that stay
-    other: fx.Node | None  # the other operand of the addition behind the op
+    other: fx.Node | None  # the original's other operand of the addition behind the op
+    is_gone: bool  # the new graph does not have that operand: the op takes over all of it
     has_relu: bool
     picks: list[Tensor | None] = field(default_factory=list)
 
@@ -96,8 +97,8 @@ def narrow(
     """Cut a graph and fit what is left.
 
     Args:
-        graph: The original; not changed.
-        axes: Its widths.
+        graph: The original, whose outputs are wanted; not changed.
+        axes: Widths of it, or of what replaced branches left of it, where nodes keep their names.
         keep: Width -> indices of the units that stay.
         batches: Flat inputs of the calibration part, without labels.
         config: How ops are fitted.
@@ -109,21 +110,22 @@ def narrow(
     """
     removed = axes.removed(gone_from(axes, keep))
     run = _Run(graph, axes, removed, batches, config)
-    done = run.done()
-    position = 0
     with torch.no_grad():
-        for node in run.nodes:
-            if node.op == "output":
-                break
-            if node.op == "placeholder":
-                run.feed(node, [flat[position] for flat in batches])
-                position += 1
-            else:
-                run.step(node)
-                if run.fit(node):
-                    advance()
-            run.forget(done.get(node.name, ()))
+        for i, step in enumerate(run.steps):
+            run.step(step)
+            if step.is_new and run.fit(step.node):
+                advance()
+            run.forget(i)
     return Narrowed(run.result(), run.losses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One node of one of the two graphs; ``place``: of an input, which one."""
+
+    node: fx.Node
+    is_new: bool
+    place: int = -1
 
 
 class _Run:
@@ -136,68 +138,74 @@ class _Run:
         config: NarrowConfig,
     ) -> None:
         self.graph, self.axes, self.removed, self.config = graph, axes, removed, config
-        small = cut(graph, axes, removed)
+        small = cut(axes.graph, axes, removed)
         fresh, tensors = copy_graph(small.module)
         # Weights are written in place below; what was not cut is still the original's own tensor.
         self.tensors = {name: t.clone() for name, t in tensors.items()}
         self.module = rebuild(fresh, self.tensors, remove_dead=False)
-        self.nodes: list[fx.Node] = list(self.module.graph.nodes)
         self.before = {n.name: n for n in graph.module.graph.nodes}
+        self.after = {n.name: n for n in self.module.graph.nodes}
+        self.stored = parameters_by_name(graph.module)
         self.ops = {op.node.name: op for op in weighted_ops(graph.module)}
+        self.whole_ops = {op.node.name: op for op in weighted_ops(axes.graph.module)}
         self.cut_ops = {op.node.name: op for op in weighted_ops(self.module)}
         self.dirty: set[str] = set()
         self.losses: dict[str, float] = {}
+        self.inputs = batches
         self.batches = [_Batch({}, {}, token_mask(graph.signature, flat)) for flat in batches]
+        self.steps = _merged(graph.module, self.module)
+        self._done = self._last_uses()
         self._uses = _use_counts(graph)
 
-    def feed(self, node: fx.Node, values: Sequence[Tensor]) -> None:
-        for batch, value in zip(self.batches, values, strict=True):
-            batch.original[node.name] = batch.new[node.name] = value
-
-    def step(self, node: fx.Node) -> None:
-        """Run a node in both graphs; it is dirty once it differs from the original."""
-        name = node.name
-        old = self.before.get(name)
-        is_dirty = (
-            old is None
-            or any(s.name in self.dirty for s in node.all_input_nodes)
-            or (node.op == "get_attr" and self._is_cut(node))
-        )
+    def step(self, step: _Step) -> None:
+        """Run a node; one of the new graph is dirty once it differs from the original."""
+        node, name = step.node, step.node.name
+        if not step.is_new:
+            for flat, batch in zip(self.inputs, self.batches, strict=True):
+                is_input = step.place >= 0
+                batch.original[name] = (
+                    flat[step.place]
+                    if is_input
+                    else execute(self.graph.module, node, batch.original)
+                )
+            return
+        is_dirty = self._is_dirty(node)
+        is_own = is_dirty or node.op == "get_attr"  # a fit may write to it
         for batch in self.batches:
-            if old is not None:
-                batch.original[name] = execute(self.graph.module, old, batch.original)
-            is_own = is_dirty or node.op == "get_attr"  # a fit may write to it
             batch.new[name] = (
                 execute(self.module, node, batch.new) if is_own else batch.original[name]
             )
         if is_dirty:
             self.dirty.add(name)
 
-    def _is_cut(self, node: fx.Node) -> bool:
-        name = str(node.target)
-        shape = self.axes.walk.stored.get(name)
-        return shape is not None and [d.size for d in shape] != list(self.tensors[name].shape)
+    def _is_dirty(self, node: fx.Node) -> bool:
+        old = self.before.get(node.name)
+        if old is None or any(s.name in self.dirty for s in node.all_input_nodes):
+            return True
+        if node.op != "get_attr":
+            return [s.name for s in old.all_input_nodes] != [s.name for s in node.all_input_nodes]
+        mine, whole = self.tensors[str(node.target)], self.stored.get(str(node.target))
+        return whole is None or mine.shape != whole.shape or not torch.equal(mine, whole)
 
-    def done(self) -> dict[str, list[str]]:
-        """For each node the values that neither graph needs after it.
-
-        A cut may read a value in a new node in front of the one that reads it in the original.
-        """
-        last: dict[str, str] = {}
-        for node in self.nodes:
-            old = self.before.get(node.name)
-            for source in (*node.all_input_nodes, *(old.all_input_nodes if old else ())):
-                last[source.name] = node.name
-        found: dict[str, list[str]] = {}
-        for source_name, node_name in last.items():
-            found.setdefault(node_name, []).append(source_name)
+    def _last_uses(self) -> dict[int, list[tuple[bool, str]]]:
+        """For each step the values that nothing needs after it: (of the new graph, name)."""
+        last: dict[tuple[bool, str], int] = {}
+        for i, step in enumerate(self.steps):
+            used = [(step.is_new, source.name) for source in step.node.all_input_nodes]
+            if step.is_new and step.node.name in self.before:
+                old = self.before[step.node.name]
+                used += [(False, old.name), *((False, other.name) for other in _others(old))]
+            last |= dict.fromkeys(used, i)
+        found: dict[int, list[tuple[bool, str]]] = {}
+        for value, i in last.items():
+            found.setdefault(i, []).append(value)
         return found
 
-    def forget(self, names: Sequence[str]) -> None:
-        for batch in self.batches:
-            for name in names:
-                batch.new.pop(name, None)
-                batch.original.pop(name, None)
+    def forget(self, place: int) -> None:
+        """Let go of what nothing needs after a step."""
+        for is_new, name in self._done.get(place, ()):
+            for batch in self.batches:
+                (batch.new if is_new else batch.original).pop(name, None)
 
     def fit(self, node: fx.Node) -> bool:
         """Fit a weighted op behind a cut and run it again."""
@@ -208,6 +216,8 @@ class _Run:
             return False
         if op.data.name not in self.dirty or self._uses[str(op.weight.target)] > 1:
             return False
+        if self.cut_ops[node.name].data.name != op.data.name:
+            return False  # a map in a branch's place, fitted already to what the branch gave
         fit = self._plan(op)
         weight = self.tensors[str(fit.cut_op.weight.target)]
         groups = 1 if fit.cut_op.window is None else fit.cut_op.window.groups
@@ -229,24 +239,32 @@ class _Run:
 
     def _plan(self, op: WeightedOp) -> _Fit:
         name = op.node.name
-        dim = self.axes.walk.shapes[op.node][1 if op.window is not None else -1]
+        dim = self.axes.walk.shapes[self.whole_ops[name].node][1 if op.window is not None else -1]
         kept = torch.from_numpy(self.axes.kept(dim, self.removed).nonzero()[0])
-        users = list(self.before[name].users)
-        add = users[0] if len(users) == 1 and users[0].target in _ADDS else None
-        other = None
-        if add is not None and not add.kwargs:
-            others = [a for a in add.args if isinstance(a, fx.Node) and a is not self.before[name]]
-            known = [a for a in others if a.name in self.batches[0].new and a.op != "get_attr"]
-            other = known[0] if len(known) == 1 else None
-        last = add if add is not None and other is not None else self.before[name]
+        other = self._other(op.node)
+        last = op.node if other is None else next(iter(op.node.users))
         readers = list(last.users)
         return _Fit(
             op=op,
             cut_op=self.cut_ops[name],
             kept=kept,
             other=other,
+            is_gone=other is not None and other.name not in self.after,
             has_relu=len(readers) == 1 and readers[0].target in _RELUS,
         )
+
+    def _other(self, node: fx.Node) -> fx.Node | None:
+        """What an addition adds to a node's result, where both are at hand.
+
+        Also what it adds no more, once the addition is gone with it; where a constant has come in
+        its place, the op goes on without it.
+        """
+        others = _others(node)
+        if len(others) != 1 or others[0].name not in self.batches[0].original:
+            return None
+        is_added = next(iter(node.users)).name in self.after
+        known = others[0].name in self.batches[0].new
+        return others[0] if known == is_added else None
 
     def _pick(self, batch: _Batch, fit: _Fit) -> Tensor | None:
         count = row_count(batch.new[fit.op.data.name], fit.cut_op, batch.mask)
@@ -268,8 +286,9 @@ class _Run:
             if fit.other is not None:
                 name = fit.other.name
                 wanted = wanted + self._channels(batch.original[name], fit, batch, pick)
-                shape = output_rows(batch.new[name], fit.cut_op, batch.mask)
-                offset = shape if pick is None else shape[pick]
+            if fit.other is not None and not fit.is_gone:
+                rows = output_rows(batch.new[fit.other.name], fit.cut_op, batch.mask)
+                offset = rows if pick is None else rows[pick]
             yield RectifiedRows(inputs=inputs, wanted=wanted, offset=offset)
 
     def _channels(self, value: Tensor, fit: _Fit, batch: _Batch, pick: Tensor | None) -> Tensor:
@@ -304,6 +323,37 @@ class _Run:
         module = rebuild(fresh, tensors)
         refresh(module)
         return replace(self.graph, module=module)
+
+
+def _merged(original: fx.GraphModule, new: fx.GraphModule) -> list[_Step]:
+    """Both graphs in their own orders, each node of the new one after the original's of that name.
+
+    A branch's nodes may be in the original alone, and a map in its place stands later.
+    """
+    places = {node.name: i for i, node in enumerate(original.graph.nodes)}
+    nodes = [node for node in original.graph.nodes if node.op != "output"]
+    inputs = [node.name for node in nodes if node.op == "placeholder"]
+    steps: list[_Step] = []
+    done = 0
+    for node in new.graph.nodes:
+        upto = max(done, min(places.get(node.name, -1) + 1, len(nodes)))
+        steps += [
+            _Step(n, is_new=False, place=inputs.index(n.name) if n.name in inputs else -1)
+            for n in nodes[done:upto]
+        ]
+        done = upto
+        if node.op != "output":
+            steps.append(_Step(node, is_new=True))
+    return steps
+
+
+def _others(node: fx.Node) -> list[fx.Node]:
+    """What the only reader of a node, an addition, adds to it."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].target not in _ADDS or users[0].kwargs:
+        return []
+    args = [a for a in users[0].args if isinstance(a, fx.Node) and a is not node]
+    return [a for a in args if a.op != "get_attr"]
 
 
 def _use_counts(graph: Graph) -> dict[str, int]:
