@@ -1,5 +1,6 @@
 """Commands that take a model: compress, bench and inspect."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,6 @@ def compress(
     for path in filter(None, (out, plan_out)):
         check_writable(path)
     from tersor import api
-    from tersor.cli.interrupts import interruptible
     from tersor.cli.progress import make_progress
     from tersor.cli.sources import load_data, load_function, load_model
     from tersor.report.form import report_json
@@ -61,7 +61,7 @@ def compress(
 
     output = Output(as_json)
     network, inputs = load_model(model), load_data(data)
-    with interruptible(make_progress(output.console())) as progress:
+    with closing(make_progress(output.console())) as progress:
         result = api.compress(
             network,
             inputs,

@@ -6,6 +6,7 @@ builds are measured in one interleaved run and judged on the test part by runnin
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from tersor.capture.samples import Samples, collect
 from tersor.cli.demo.models import Case, Inputs, Predict, minilm
 from tersor.cli.demo.peers import MOST_SAMPLES, PRESETS, nncf_models
 from tersor.cli.demo.table import Kind, Row, comparison_table
-from tersor.cli.interrupts import interruptible
 from tersor.cli.progress import make_progress
 from tersor.core.data import Split
 from tersor.core.errors import BackendError
@@ -97,7 +97,7 @@ def run_demo(
     """Compress MiniLM-L6 for this processor, compare it with NNCF and print the table."""
     case = minilm(QUICK_SENTENCES if quick else None, seed)
     settings = Settings(seed=seed, cache_dir=cache_dir, protocol=QUICK if quick else CAREFUL)
-    with interruptible(make_progress(console)) as progress:
+    with closing(make_progress(console)) as progress:
         rows = compare(case, settings, progress)
     console.print(comparison_table(case.description, rows))
     return rows
