@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tersor.analyse.sites import matches
 from tersor.core.records import Site
+from tersor.graph.axes import Axes
 from tersor.graph.branches import KEPT, BranchStatistics
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import attribute, execute, last_uses
@@ -46,6 +47,33 @@ def _site(graph: Graph, branch: Branch, keep: Sequence[str]) -> Site:
         size_bytes=sum(_bytes(attribute(graph.module, name)) for name in members),
         pinned=None if pattern is None else f"kept: matches {pattern!r}",
     )
+
+
+def sites_inside(
+    graph: Graph, sites: Sequence[Site], axes: Axes | None = None
+) -> dict[str, tuple[str, ...]]:
+    """For each branch among some sites, the sites that go with it.
+
+    Args:
+        graph: Normalised.
+        sites: Of any kinds.
+        axes: Its widths; needed where sites are widths.
+    """
+    branches = {branch.name: branch for branch in find_branches(graph)}
+    found: dict[str, tuple[str, ...]] = {}
+    for own in (site for site in sites if site.kind == "branch"):
+        body, members = branches[own.name].body, set(own.members)
+
+        def is_inside(site: Site, body: frozenset[str] = body, members: set[str] = members) -> bool:
+            if site.kind == "branch":
+                return branches[site.name].body < body
+            if site.kind == "format":
+                return set(site.ops) <= body
+            assert axes is not None  # a width comes from them
+            return {coupling.tensor for coupling in axes[site.width].couplings} <= members
+
+        found[own.name] = tuple(site.name for site in sites if site is not own and is_inside(site))
+    return found
 
 
 def _members(graph: Graph, branch: Branch) -> tuple[str, ...]:

@@ -135,9 +135,8 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     from tersor.core.records import Prices
 
     found = plan if isinstance(plan, Plan) else read_record(Plan, plan)
-    has_widths = any(isinstance(level, int) for level in found.assignment.values())
     settings = Settings(
-        methods="all" if has_widths else _methods_of_formats(),
+        methods=_methods_of(found),
         device=found.choice.device,
         backend=found.choice.backend,
         batch=found.choice.batch,
@@ -169,12 +168,19 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     return result
 
 
-def _methods_of_formats() -> list[str]:
-    """All methods but those of widths: what a plan without kept counts can come from."""
+def _methods_of(plan: Plan) -> list[str]:
+    """All methods that a plan can come from, by the kinds of sites that it names."""
+    from tersor.core.records import WIDTH_PREFIX
     from tersor.graph.contracts import kinds_of
+    from tersor.graph.residuals import BRANCH_PREFIX
 
+    wanted = {
+        "branch" if s.startswith(BRANCH_PREFIX) else "width" if s.startswith(WIDTH_PREFIX) else "format"
+        for s in plan.assignment
+    }  # fmt: skip
     names = registry.names(registry.METHODS)
-    return [n for n in names if "format" in kinds_of(registry.resolve(registry.METHODS, n))]
+    found = [n for n in names if wanted & {*kinds_of(registry.resolve(registry.METHODS, n))}]
+    return found or names
 
 
 def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:

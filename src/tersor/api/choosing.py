@@ -94,6 +94,7 @@ def task_for(
         target=quality.target.budgets(),
         model=session.model_hash,
         size_terms=prices.size_terms,
+        inside=session.inside,
     )
 
 

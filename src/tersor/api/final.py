@@ -17,6 +17,7 @@ from tersor.api.stages import (
     calibration_batches,
 )
 from tersor.build.build import Built
+from tersor.core.levels import gone_with
 from tersor.core.records import (
     BuildChoice,
     Candidate,
@@ -87,14 +88,17 @@ def make_final(session: Session, offered: Offers, plan: Plan, quality: Quality, 
     """The sequential transform; where the stitched changes lose less, those."""
     changed = offered.chosen(plan.assignment)
     chosen = chosen_candidates(offered, plan)
-    base = _narrowed(session, changed, key) if changed.widths else session.graph
-    if not chosen and not changed.widths:
+    chosen = {
+        s: c for s, c in chosen.items() if s not in gone_with(plan.assignment, session.inside)
+    }
+    base = session.graph if changed.keeps_all else _narrowed(session, changed, key)
+    if not chosen and changed.keeps_all:
         return Made(base)
+    cuts = (*changed.branches, *changed.widths)
     if not chosen:
         loss = quality.loss(base)
-        return Made(
-            base, changed.widths, f"widths fitted, loss on the search part {loss:.4g}", loss
-        )
+        what = "widths" if changed.widths else "branches"
+        return Made(base, cuts, f"{what} fitted, loss on the search part {loss:.4g}", loss)
     kept = session.store.get(FinalRecord, "transform", key)
     if kept is not None:
         arrays = session.store.arrays("transform", key)
@@ -106,7 +110,7 @@ def make_final(session: Session, offered: Offers, plan: Plan, quality: Quality, 
     graph = apply(base, changes)
     way = "front to back" if kept.is_sequential else "stitched"
     note = f"weights {way}, loss on the search part {kept.loss:.4g}"
-    return Made(graph, (*changed.widths, *changes), note, kept.loss)
+    return Made(graph, (*cuts, *changes), note, kept.loss)
 
 
 def _narrowed(session: Session, changed: Changes, key: str) -> Graph:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor._version import __version__
+from tersor.analyse.branches import branch_sites, sites_inside
 from tersor.analyse.sites import find_sites
 from tersor.analyse.widths import unit_size, width_sites
 from tersor.build.reference import GraphExecutable
@@ -23,9 +24,10 @@ from tersor.core import registry
 from tersor.core.data import Data, Metric, Split, as_data
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.jsonable import digest
+from tersor.core.levels import Inside
 from tersor.core.machine import describe_machine
 from tersor.core.progress import Printed, Progress, Silent
-from tersor.core.records import BackendInfo, OutputKind, Site
+from tersor.core.records import BackendInfo, Level, OutputKind, Site
 from tersor.core.store import Store
 from tersor.graph.axes import Axes, analyse_axes
 from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
@@ -36,6 +38,7 @@ from tersor.runtime.runner import Runner
 _REFERENCE_BATCH = 16  # of graphs that torch runs
 _LEAST_SHARE = 0.002  # of the multiply-accumulates that widths reach: a smaller one saves nothing
 _MOST_WIDTHS = 96  # beyond, errors and prices take longer than they are worth
+_MOST_BRANCHES = 16
 _MIX = 8  # calls that stand for all sizes of the data, each for as many samples
 
 
@@ -86,6 +89,8 @@ class Session:
     model_hash: str
     key: str  # of everything that the stages before the target read
     axes: Axes | None = None  # where a method may cut widths
+    inside: Inside = field(default_factory=dict)  # branch -> sites that go with it
+    bases: dict[str, tuple[Graph, Axes]] = field(default_factory=dict)  # without some branches
     scores: dict[str, float] = field(default_factory=dict)  # of the original, by metric
     answers: dict[str, list[Tensor]] = field(default_factory=dict)  # its classes, by metric
     fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
@@ -111,6 +116,16 @@ class Session:
     def widths(self) -> tuple[Site, ...]:
         """The sites of widths."""
         return tuple(site for site in self.sites if site.kind == "width")
+
+    @property
+    def branches(self) -> tuple[Site, ...]:
+        """The sites of residual branches."""
+        return tuple(site for site in self.sites if site.kind == "branch")
+
+    @property
+    def native(self) -> dict[str, Level]:
+        """Counts of widths and levels of branches that are left alone."""
+        return {site.name: site.units for site in self.sites if site.kind != "format"}
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -168,10 +183,13 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
     sites = find_sites(graph, tuple(settings.keep))
     methods = pick_methods(settings.methods, info)
-    axes = analyse_axes(graph) if any("width" in kinds_of(m) for m in methods.values()) else None
-    if axes is not None:
+    kinds = {kind for method in methods.values() for kind in kinds_of(method)}
+    axes = analyse_axes(graph) if kinds & {"width", "branch"} else None
+    if axes is not None and "width" in kinds:
         sites += offered_widths(axes, settings.keep)
         methods = {n: with_counts(m, axes, info) for n, m in methods.items()}
+    if "branch" in kinds:
+        sites += offered_branches(graph, settings.keep)
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
     kind = output_kind(wanted.output, outputs)
     model_hash = graph_hash(graph)
@@ -210,6 +228,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         key=key,
         detector=detector,
         axes=axes,
+        inside=sites_inside(graph, sites, axes),
     )
 
 
@@ -261,7 +280,7 @@ def pick_methods(wanted: str | Sequence[str], info: BackendInfo) -> dict[str, Me
     Raises:
         ConfigError: No method of that name.
     """
-    names = registry.names(registry.METHODS) if wanted == "all" else _names(wanted)
+    names = default_methods() if wanted == "all" else _names(wanted)
     found: dict[str, Method] = {}
     for name in names:
         cls = registry.resolve(registry.METHODS, name)
@@ -271,12 +290,27 @@ def pick_methods(wanted: str | Sequence[str], info: BackendInfo) -> dict[str, Me
     return found
 
 
+def default_methods() -> list[str]:
+    """All methods but those that ask to be named."""
+    names = registry.names(registry.METHODS)
+    return [
+        n for n in names if not getattr(registry.resolve(registry.METHODS, n), "by_name", False)
+    ]
+
+
 def offered_widths(axes: Axes, keep: Sequence[str]) -> tuple[Site, ...]:
     """The exact widths that are worth a price: those that matter most, in graph order."""
     found = width_sites(axes, keep=keep)
     total = max(1, sum(site.macs for site in found))
     worth = [s for s in found if s.macs >= _LEAST_SHARE * total]
     largest = sorted(worth, key=lambda s: -s.macs)[:_MOST_WIDTHS]
+    return tuple(site for site in found if site in largest)
+
+
+def offered_branches(graph: Graph, keep: Sequence[str]) -> tuple[Site, ...]:
+    """The branches that are worth a price: those that compute most, in graph order."""
+    found = branch_sites(graph, keep)
+    largest = sorted(found, key=lambda s: -s.macs)[:_MOST_BRANCHES]
     return tuple(site for site in found if site in largest)
 
 

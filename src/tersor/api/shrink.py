@@ -11,27 +11,31 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tersor.analyse.branches import branch_statistics
 from tersor.analyse.tree import sample_macs
 from tersor.analyse.widths import width_statistics
 from tersor.api.session import Session
 from tersor.core.records import Candidate
 from tersor.graph.apply import apply
-from tersor.graph.axes import Axes, keep_units
+from tersor.graph.axes import Axes, analyse_axes, keep_units
 from tersor.graph.axes.gate import require
 from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.axes.slicing import gone_from
+from tersor.graph.branches import REMOVED, BranchStatistics, replace_branches, widths_after
 from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
 from tersor.graph.edit import attribute
 from tersor.graph.facts import NodeFacts, node_facts
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.graph.requantize import requantized
 from tersor.observe.statistics import Observed
+from tersor.propose.branches import measure_branches
 from tersor.propose.propose import chunk_size
 from tersor.propose.widths import measure_widths
 from tersor.transform.narrow import NarrowConfig, narrow
 
 # Samples on which the error of one width is measured, the more the cheaper the model.
 _ERROR_SAMPLES, _MOST_ERROR_SAMPLES, _ERROR_MACS = 32, 256, 2e10
+_BRANCH_SAMPLES = 128  # on which the error of one branch is measured, each a run of the whole model
 # Rows of a fit for each input of the widest op: fewer fit the calibration part itself.
 _ROWS_PER_INPUT = 8
 _LEAST_SAMPLES, _FINAL_SAMPLES = 64, 256
@@ -46,16 +50,21 @@ class Changes:
 
     formats: tuple[SiteChange, ...] = ()
     widths: tuple[SiteChange, ...] = ()
+    branches: tuple[SiteChange, ...] = ()
 
     @property
-    def keep(self) -> dict[str, list[int]]:
-        """Width -> units that stay."""
-        return {c.site.width: c.kept.tolist() for c in self.widths if c.kept is not None}
+    def keeps_all(self) -> bool:
+        """Whether no unit and no branch goes."""
+        return not self.widths and not self.branches
 
     @property
     def key(self) -> str:
-        """Of the widths."""
-        return repr(sorted((c.site.name, c.level) for c in self.widths))
+        """Of the widths and branches."""
+        return _key((*self.widths, *self.branches))
+
+
+def _key(changes: Sequence[SiteChange]) -> str:
+    return repr(sorted((c.site.name, c.level) for c in changes))
 
 
 def fit_samples(session: Session, *, light: bool = False) -> int:
@@ -124,35 +133,93 @@ def width_errors(
     )
 
 
+def branch_sites_statistics(session: Session) -> Mapping[str, BranchStatistics]:
+    """Means of all branches, and the moments of their maps, by site; a pass of its own."""
+    if not session.branches:
+        return {}
+    batches = fit_batches(session, light=True)
+    session.progress.stage("branches", len(batches))
+    return branch_statistics(
+        session.graph,
+        session.branches,
+        batches,
+        seed=session.settings.seed,
+        advance=session.progress.advance,
+    )
+
+
+def branch_errors(
+    session: Session, proposals: Sequence[tuple[Candidate, SiteChange]]
+) -> list[Candidate]:
+    """The candidates of branches with the error that each causes alone."""
+    if not proposals:
+        return []
+    session.progress.stage("branch errors", len(proposals))
+    part = session.parts["search"].limited(_BRANCH_SAMPLES)
+    return measure_branches(
+        session.graph,
+        proposals,
+        list(part.batches(chunk_size(session.graph))),
+        kind=session.kind,
+        advance=session.progress.advance,
+    )
+
+
 def sketched(session: Session, changes: Changes) -> Graph:
     """The graph of some changes with shapes and formats as they will be; for prices."""
-    if not changes.widths:
+    if changes.keeps_all:
         return apply(session.graph, changes.formats)
-    axes = _axes(session)
-    small = keep_units(session.graph, axes, changes.keep)
-    return _formatted(session, changes, small)
+    base, axes = without_branches(session, changes.branches)
+    return _formatted(session, changes, keep_units(base, axes, kept(session, changes)))
 
 
 def facts_of(session: Session, changes: Changes, batch: int) -> dict[str, NodeFacts]:
-    """Sizes of every node of the graph of some widths."""
+    """Sizes of every node of the graph of some widths and branches."""
     graph = session.graph
-    if changes.widths:
-        graph = keep_units(graph, _axes(session), changes.keep)
+    if not changes.keeps_all:
+        base, axes = without_branches(session, changes.branches)
+        graph = keep_units(base, axes, kept(session, changes))
     return node_facts(graph, batch)
+
+
+def without_branches(session: Session, changes: Sequence[SiteChange]) -> tuple[Graph, Axes]:
+    """The graph whose branches were replaced, and its widths; the latest few are at hand."""
+    axes = _axes(session)
+    if not changes:
+        return session.graph, axes
+    key = _key(changes)
+    if key not in session.bases:
+        while len(session.bases) >= _KEPT_FITS:
+            del session.bases[next(iter(session.bases))]
+        graph = replace_branches(session.graph, changes)
+        session.bases[key] = graph, analyse_axes(graph)
+    return session.bases[key]
+
+
+def kept(session: Session, changes: Changes) -> dict[str, list[int]]:
+    """Width of the graph without the branches -> units that stay.
+
+    A width that the replaced branches have joined with others, or taken away, stays whole.
+    """
+    own = {c.site.width: c.kept.tolist() for c in changes.widths if c.kept is not None}
+    if not changes.branches:
+        return own
+    _, axes = without_branches(session, changes.branches)
+    names = widths_after(_axes(session), axes, changes.branches)
+    return {names[width]: units for width, units in own.items() if width in names}
 
 
 def evaluated(session: Session, changes: Changes) -> Graph:
     """The graph of some changes, its widths fitted on few samples; for evaluations."""
-    if not changes.widths:
+    if changes.keeps_all:
         return apply(session.graph, changes.formats)
-    axes = _axes(session)
     if changes.key not in session.fits:
         while len(session.fits) >= _KEPT_FITS:
             del session.fits[next(iter(session.fits))]
+        _, axes = without_branches(session, changes.branches)
         batches = fit_batches(session, light=True)
-        session.fits[changes.key] = narrow(
-            session.graph, axes, changes.keep, batches, _config(session, _LIGHT)
-        ).graph
+        keep, config = kept(session, changes), _config(session, _LIGHT)
+        session.fits[changes.key] = narrow(session.graph, axes, keep, batches, config).graph
     return _formatted(session, changes, session.fits[changes.key])
 
 
@@ -162,26 +229,30 @@ def narrowed(session: Session, changes: Changes) -> Graph:
     Raises:
         ParityError: Cutting the units differs from zeroing them.
     """
-    axes = _axes(session)
-    gone = gone_from(axes, changes.keep)
-    report = require(session.graph, axes, gone)
+    base, axes = without_branches(session, changes.branches)
+    for change in changes.branches:
+        how = "its mean" if change.level == REMOVED else "a linear map"
+        session.progress.note(f"{change.site.name}: {how} in its place")
+    keep = kept(session, changes)
+    if keep:
+        _prove(session, base, axes, keep)
+    batches = fit_batches(session)
+    ops = sum(op.kind != "embedding" for op in weighted_ops(session.graph.module))
+    session.progress.stage("fit", ops)
+    config = _config(session, NarrowConfig())
+    advance = session.progress.advance
+    return narrow(session.graph, axes, keep, batches, config, advance).graph
+
+
+def _prove(session: Session, base: Graph, axes: Axes, keep: Mapping[str, list[int]]) -> None:
+    gone = gone_from(axes, keep)
+    report = require(base, axes, gone)
     session.progress.note(
         f"{sum(map(len, gone.values()))} units of {len(gone)} widths: cutting equals zeroing "
         f"to {report.difference:.1e} at batch {report.batch}, which moves the output by "
         f"{report.effect:.1e}"
         + (f"; nothing depends on {', '.join(report.silent)}" if report.silent else "")
     )
-    batches = fit_batches(session)
-    ops = sum(op.kind != "embedding" for op in weighted_ops(session.graph.module))
-    session.progress.stage("fit", ops)
-    return narrow(
-        session.graph,
-        axes,
-        changes.keep,
-        batches,
-        _config(session, NarrowConfig()),
-        session.progress.advance,
-    ).graph
 
 
 def _config(session: Session, config: NarrowConfig) -> NarrowConfig:
@@ -192,11 +263,11 @@ def _config(session: Session, config: NarrowConfig) -> NarrowConfig:
 
 def formats_on(session: Session, changes: Changes, graph: Graph) -> list[SiteChange]:
     """The formats of some changes for a graph with their widths: as cached, or rounded anew."""
-    if not changes.widths:
+    if changes.keeps_all:
         return list(changes.formats)
-    axes = _axes(session)
-    removed = axes.removed(gone_from(axes, changes.keep))
-    return requantized(changes.formats, axes, removed, graph)
+    _, axes = without_branches(session, changes.branches)
+    removed = axes.removed(gone_from(axes, kept(session, changes)))
+    return requantized(changes.formats, session.graph, axes, removed, graph)
 
 
 def _formatted(session: Session, changes: Changes, graph: Graph) -> Graph:

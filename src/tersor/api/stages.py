@@ -11,6 +11,8 @@ from tersor.api.latency import measure_calls
 from tersor.api.session import Session
 from tersor.api.shrink import (
     Changes,
+    branch_errors,
+    branch_sites_statistics,
     evaluated,
     facts_of,
     fit_samples,
@@ -21,6 +23,7 @@ from tersor.api.shrink import (
 from tersor.build.build import Built, build, shapes_of
 from tersor.core.errors import BackendError, ParityError
 from tersor.core.jsonable import digest
+from tersor.core.levels import Inside, gone_with, settled
 from tersor.core.machine import describe_machine, usable_cores
 from tersor.core.records import (
     BaselineRow,
@@ -63,6 +66,7 @@ class Offers:
 
     candidates: tuple[Candidate, ...]
     changes: Mapping[tuple[str, Level], SiteChange]
+    inside: Inside = field(default_factory=dict)  # branch -> sites that go with it
 
     def levels(self) -> dict[str, tuple[Level, ...]]:
         """Site -> its levels."""
@@ -81,6 +85,7 @@ class Offers:
     def chosen(self, assignment: Mapping[str, Level]) -> Changes:
         """The changes of an assignment that edit the graph."""
         free = {site for site, _ in self.changes}  # the others are pinned
+        free -= gone_with(assignment, self.inside)
         found = [
             self.changes[site, level]
             for site, level in assignment.items()
@@ -89,6 +94,7 @@ class Offers:
         return Changes(
             formats=tuple(c for c in found if c.site.kind == "format"),
             widths=tuple(c for c in found if c.site.kind == "width" and c.level != c.site.units),
+            branches=tuple(c for c in found if c.site.kind == "branch" and c.level != c.site.units),
         )
 
 
@@ -144,27 +150,31 @@ def propose(session: Session) -> Offers:
     kept = session.store.get(_OfferRecord, "propose", session.key)
     if kept is not None:
         arrays = session.store.arrays("propose", session.key)
-        return _offers(kept, unpack(kept.changes, arrays, session.site_by_name))
+        changes = unpack(kept.changes, arrays, session.site_by_name)
+        return _offers(session, kept, changes)
     observed = calibrate(session)
     widths = width_sites_statistics(session, observed)
     statistics = site_statistics(session.graph, session.formats, observed)
+    known: dict[str, Any] = {**statistics, **widths, **branch_sites_statistics(session)}
     session.progress.stage("propose", len(session.sites))
     proposals = offers(
         session.sites,
-        {**statistics, **widths},
+        known,
         session.methods,
         lambda candidate: session.backend.supports(candidate).ok,
         session.progress.advance,
     )
     formats = [offer for offer in proposals if offer.change.site.kind == "format"]
     cuts = [offer for offer in proposals if offer.change.site.kind == "width"]
+    branches = [offer for offer in proposals if offer.change.site.kind == "branch"]
     candidates = _format_errors(session, formats) + _width_errors(session, cuts, widths, observed)
-    changes = [offer.change for offer in (*formats, *cuts)]
+    candidates += branch_errors(session, [(offer.candidate, offer.change) for offer in branches])
+    changes = [offer.change for offer in (*formats, *cuts, *branches)]
     records, arrays = pack(changes)
     record = _OfferRecord(candidates=tuple(candidates), changes=records)
     session.store.put("propose", session.key, record, arrays)
     session.store.remove("calibration", session.key)  # large, and recomputed by the transform
-    return _offers(record, changes)
+    return _offers(session, record, changes)
 
 
 def _width_errors(
@@ -195,11 +205,11 @@ def _format_errors(session: Session, proposals: list[Offer]) -> list[Candidate]:
     )
 
 
-def _offers(record: _OfferRecord, changes: list[SiteChange]) -> Offers:
+def _offers(session: Session, record: _OfferRecord, changes: list[SiteChange]) -> Offers:
     by_level = {
         (c.site, c.level): change for c, change in zip(record.candidates, changes, strict=True)
     }
-    return Offers(candidates=record.candidates, changes=by_level)
+    return Offers(candidates=record.candidates, changes=by_level, inside=session.inside)
 
 
 def stitched(session: Session, offered: Offers, assignment: Mapping[str, Level]) -> Graph:
@@ -315,6 +325,11 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
         reference_ms=baseline.timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
         facts=lambda assignment: facts_of(session, offered.chosen(assignment), base.batch),
+        settle=lambda assignment: settled(
+            assignment,
+            session.inside,
+            {s.name: base.precision for s in session.formats} | session.native,
+        ),
     )
     choices = [replace(base, options=dict(o)) for o in session.info.choices] or [base]
     priced = price_all(choices, session.sites, offered.levels(), tools, config)

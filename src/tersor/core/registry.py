@@ -10,6 +10,7 @@ BACKENDS = "tersor.backends"
 # What this distribution itself brings: found also where it runs without being installed.
 _BUILT_IN = {
     METHODS: {
+        "depth": "tersor.methods.depth:Depth",
         "prune": "tersor.methods.prune:Prune",
         "quantize": "tersor.methods.quantize:Quantize",
     },

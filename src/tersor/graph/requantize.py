@@ -22,15 +22,17 @@ from tersor.ops.grids import round_nearest, weight_steps
 
 
 def requantized(
-    changes: Sequence[SiteChange], axes: Axes, removed: Flags, graph: Graph
+    changes: Sequence[SiteChange], original: Graph, axes: Axes, removed: Flags, graph: Graph
 ) -> list[SiteChange]:
-    """Changes of formats for a graph that has lost some units.
+    """Changes of formats for a graph that has lost some units, and perhaps branches before.
 
     Args:
-        changes: Of format sites, as made for the graph that ``axes`` describes.
-        axes: The widths of the original.
+        changes: Of format sites, as made for the original.
+        original: Whose weights the changes have rounded.
+        axes: Its widths, or those of what replaced branches left of it.
         removed: The labels that are gone, as ``Axes.removed`` gives them.
-        graph: The original without those, with whatever weights; nodes keep their names.
+        graph: What ``axes`` describes without those, with whatever weights; nodes keep their
+            names.
 
     Returns:
         Changes whose ops are still there.
@@ -39,7 +41,7 @@ def requantized(
     work = _Work(
         axes=axes,
         removed=removed,
-        old=parameters_by_name(axes.graph.module),
+        old=parameters_by_name(original.module),
         new=parameters_by_name(graph.module),
         before={op.node.name: op for op in weighted_ops(axes.graph.module)},
         quantizers={},

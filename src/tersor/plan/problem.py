@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from tersor.core.errors import ConfigError
+from tersor.core.levels import Inside, settled
 from tersor.core.records import Candidate, Level, Precision, PriceTable, Term
 
 Objective = Literal["latency", "error", "size"]
@@ -66,6 +67,7 @@ class Problem:
     tensors: Mapping[str, str]  # site -> the tensor that it reads
     fixed_bytes: int = 0  # of everything that is no site
     size_terms: tuple[Term, ...] = ()  # bytes that depend on the levels of several sites
+    inside: Inside = field(default_factory=dict)  # branch -> sites that go with it
     objective: Objective = "latency"
     max_ms: float | None = None
     max_bytes: float | None = None
@@ -121,6 +123,10 @@ class Problem:
     def native_assignment(self) -> dict[str, Level]:
         """Every site left alone."""
         return dict(self._native)
+
+    def settled(self, assignment: Mapping[str, Level]) -> dict[str, Level]:
+        """The same plan without choices for what is gone with a branch."""
+        return settled(assignment, self.inside, self._native)
 
     def levels(self) -> Mapping[str, Mapping[Level, Candidate]]:
         """What each site may choose, in a fixed order: the native level first, counts falling.

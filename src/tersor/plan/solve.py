@@ -102,7 +102,7 @@ def optimise(problem: Problem) -> Solution:
     if x is None:
         return Solution(status="infeasible")
     chosen = [c for c, value in zip(model.columns, x, strict=False) if value > 0.5]
-    assignment: dict[str, Level] = dict(chosen)
+    assignment: dict[str, Level] = problem.settled(dict(chosen))
     totals = problem.totals(assignment)
     return Solution(
         status="optimal" if is_proven else "feasible",

@@ -74,7 +74,7 @@ def neighbours(ledger: Ledger, incumbent: Draft) -> list[Draft]:
         cost = totals.error - here.error
         if limits.max_loss is not None:
             cost /= here.ms - totals.ms
-        draft = draft_of(incumbent.table, assignment | dict(moves))
+        draft = draft_of(incumbent.table, problem.settled(assignment | dict(moves)))
         ranked.append((cost, totals, draft, softened))
     ranked.sort()
     seen: Counter[tuple[str, ...]] = Counter()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tersor.core.errors import ConfigError
+from tersor.core.levels import Inside
 from tersor.core.records import BaselineRow, BuildChoice, Candidate, Level, Plan, PriceTable, Term
 from tersor.plan.problem import Problem, native_levels
 
@@ -42,6 +43,7 @@ class Task:
         tensors: Site -> the tensor that it reads.
         fixed_bytes: Bytes of everything that is no site, pinned sites included.
         size_terms: Bytes that depend on the levels of several sites; see ``Problem``.
+        inside: Branch -> sites that go with it.
         limits: The target's budgets.
         baseline: The best uncompressed build.
         pinned: Pinned site -> why.
@@ -64,6 +66,7 @@ class Task:
     target: Mapping[str, float] = field(default_factory=dict)
     model: str = ""
     size_terms: tuple[Term, ...] = ()
+    inside: Inside = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.tables:
@@ -104,6 +107,7 @@ class Task:
             tensors=self.tensors,
             fixed_bytes=self.fixed_bytes,
             size_terms=self.size_terms,
+            inside=self.inside,
             max_bytes=self.limits.max_bytes,
         )
 

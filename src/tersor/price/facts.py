@@ -3,7 +3,8 @@
 Sizes are affine in a count and a node's numbers are products of sizes, so that each number is a
 polynomial of degree two in one width: the full, the middle and the least count give it at every
 other. Several widths multiply (rows and columns of a weight) or add (parts of a concatenation);
-one graph with all of them at their least tells which, number by number.
+one graph with all of them at their least tells which, number by number. A branch that is gone
+takes its nodes with it whatever their widths are: its ratios always multiply.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,14 +57,16 @@ class WidthFacts:
             ConfigError: A count that is no level of its width.
         """
         native = self.nodes[node]
-        moving = [
-            self._ratio(node, width, assignment.get(width, self.full[width]))
-            for width in self.ratios.get(node, {})
-        ]
-        if not moving:
+        moving: list[tuple[float, ...]] = []
+        whole: list[tuple[float, ...]] = []
+        for width in self.ratios.get(node, {}):
+            ratio = self._ratio(node, width, assignment.get(width, self.full[width]))
+            (whole if width in self.branches else moving).append(ratio)
+        if not moving and not whole:
             return native
-        rules = self.rules.get(node, _PRODUCTS)
-        sizes = zip(native.sizes(), combined(moving, rules), strict=True)
+        own = combined(moving, self.rules.get(node, _PRODUCTS))
+        ratios = combined([own, *whole], _PRODUCTS)
+        sizes = zip(native.sizes(), ratios, strict=True)
         return NodeFacts(
             kind=native.kind,
             window=native.window,
@@ -107,17 +110,19 @@ def learn_facts(
             known[count] = facts({**native_levels, width: count})
         for node, rows in _moved(native, known).items():
             ratios.setdefault(node, {})[width] = {c: _interpolated(rows, c) for c in counts}
-    least = facts({**native_levels, **{w: counts[-1] for w, counts in widths.items()}})
+    branches = frozenset(s.name for s in sites if s.kind == "branch" and s.name in widths)
+    cut = {w: counts[-1] for w, counts in widths.items() if w not in branches}
+    least = facts({**native_levels, **cut})
     several = {
-        node: [row[widths[w][-1]] for w, row in found.items()]
+        node: moving
         for node, found in ratios.items()
-        if len(found) > 1
+        if len(moving := [row[cut[w]] for w, row in found.items() if w in cut]) > 1
     }
     return WidthFacts(
         nodes=native,
         full={w: counts[0] for w, counts in widths.items()},
         levels=widths,
-        branches=frozenset(s.name for s in sites if s.kind == "branch" and s.name in widths),
+        branches=branches,
         ratios=ratios,
         rules={
             node: _rules(moving, _relative(least.get(node), native[node]))

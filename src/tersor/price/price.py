@@ -6,7 +6,7 @@ the session in which the baseline was measured.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
@@ -42,6 +42,8 @@ class PriceTools:
         quantize_nodes: Tensor -> profile names of its quantiser.
         facts: Sizes of every node of the graph of an assignment, in graph order, by the names
             that profiles use; needed where sites are widths.
+        settle: What is really built for an assignment: nothing is chosen inside of a branch that
+            is gone.
     """
 
     build: Callable[[BuildChoice, Mapping[str, Level]], Executable]
@@ -51,6 +53,7 @@ class PriceTools:
     reference_ms: float
     quantize_nodes: QuantizeNodes
     facts: Facts | None = None
+    settle: Callable[[Mapping[str, Level]], Mapping[str, Level]] = lambda assignment: assignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +154,7 @@ def price_choice(
     ``facts`` are those of ``width_facts``, which all tables share; asked for where not given.
     """
     facts = facts or width_facts(sites, levels, tools, choice.precision)
-    variants = draw_variants(
+    drawn = draw_variants(
         sites,
         levels,
         choice.precision,
@@ -159,6 +162,7 @@ def price_choice(
         held_out=config.held_out,
         seed=config.seed,
     )
+    variants = [replace(v, assignment=tools.settle(v.assignment)) for v in drawn]
     observations: list[Observation] = []
     for start in range(0, len(variants), config.batch):
         observations += _observe(choice, variants[start : start + config.batch], tools)

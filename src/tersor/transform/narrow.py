@@ -155,7 +155,7 @@ class _Run:
         self.batches = [_Batch({}, {}, token_mask(graph.signature, flat)) for flat in batches]
         self.steps = _merged(graph.module, self.module)
         self._done = self._last_uses()
-        self._uses = _use_counts(graph)
+        self._uses = _use_counts(self.module)
 
     def step(self, step: _Step) -> None:
         """Run a node; one of the new graph is dirty once it differs from the original."""
@@ -356,9 +356,9 @@ def _others(node: fx.Node) -> list[fx.Node]:
     return [a for a in args if a.op != "get_attr"]
 
 
-def _use_counts(graph: Graph) -> dict[str, int]:
+def _use_counts(module: fx.GraphModule) -> dict[str, int]:
     found: dict[str, int] = {}
-    for node in graph.module.graph.nodes:
+    for node in module.graph.nodes:
         if node.op == "get_attr":
             found[str(node.target)] = found.get(str(node.target), 0) + len(node.users)
     return found

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tersor.analyse.branches import branch_sites, branch_statistics
+from tersor.analyse.branches import branch_sites, branch_statistics, sites_inside
+from tersor.analyse.sites import find_sites
+from tersor.analyse.widths import width_sites
 from tersor.capture.module import capture
+from tersor.graph.axes import analyse_axes
 from tersor.graph.edit import attribute, run_all
 from tersor.graph.residuals import find_branches
 from tests.unit.branching import One, encoder, pictures
@@ -135,3 +138,26 @@ def test_no_map_no_moments() -> None:
     graph = capture(trained(One()), samples((random(3, 4),))).graph
     (found,) = branch_statistics(graph, branch_sites(graph), [graph.example]).values()
     assert found.moments is None
+
+
+def test_what_goes_with_a_branch() -> None:
+    graph = pictures()
+    axes = analyse_axes(graph)
+    sites = (*find_sites(graph), *width_sites(axes), *branch_sites(graph))
+    found = sites_inside(graph, sites, axes)
+    assert {b: set(inside) for b, inside in found.items()} == {
+        f"branch:blocks.{i}": {f"blocks.{i}.a", f"blocks.{i}.b", f"width:blocks.{i}.a"}
+        for i in range(3)
+    }
+
+
+def test_branches_go_with_their_block() -> None:
+    graph = encoder(after=False)
+    sites = (*find_sites(graph), *branch_sites(graph))
+    found = sites_inside(graph, sites)
+    blocks = {name: own for name, own in found.items() if any(s in found for s in own)}
+    assert len(blocks) == 2
+    for own in blocks.values():
+        inner = [name for name in own if name in found]
+        assert len(inner) == 2
+        assert {s for name in inner for s in found[name]} < set(own)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.analyse.branches import branch_sites
 from tersor.analyse.calibration import site_statistics
 from tersor.analyse.sites import find_sites
 from tersor.core.errors import ShapeError
@@ -13,11 +14,15 @@ from tersor.core.records import Level
 from tersor.graph.apply import apply
 from tersor.graph.axes import Axes, analyse_axes, keep_units
 from tersor.graph.axes.slicing import gone_from
+from tersor.graph.branches import replace_branches
 from tersor.graph.contracts import Graph, SiteChange
+from tersor.graph.edit import parameters_by_name
 from tersor.graph.operators import weighted_ops
 from tersor.graph.requantize import requantized
+from tersor.graph.residuals import find_branches
 from tersor.methods.quantize import Quantize
 from tersor.observe.statistics import observe
+from tests.unit.branching import made, pictures
 from tests.unit.capturing import graph_of, random, scale_error, trained
 
 
@@ -72,7 +77,7 @@ def test_formats_follow_a_width(tower: Graph, level: Level) -> None:
     made = changes(tower, [(x,)], level)
     axes, small = cut(tower, {"first": list(range(0, 32, 2))})
     removed = axes.removed(gone_from(axes, {"first": list(range(0, 32, 2))}))
-    found = requantized(made, axes, removed, small)
+    found = requantized(made, axes.graph, axes, removed, small)
     (wanted,) = small.run([x])
     (rounded,) = apply(small, found).run([x])
     assert 0 < scale_error(rounded, wanted) < (0.05 if level == "int8" else 0.02)
@@ -96,7 +101,7 @@ def test_readers_of_a_tensor_share_the_quantiser_that_lost_channels(tower: Graph
     made = [replace(c, quantizer=shared) if c in smooth else c for c in made]
     keep = {"first": list(range(8, 32))}
     axes, small = cut(tower, keep)
-    found = requantized(made, axes, axes.removed(gone_from(axes, keep)), small)
+    found = requantized(made, axes.graph, axes, axes.removed(gone_from(axes, keep)), small)
     own = [c.quantizer for c in found if c.site.name in ("left", "right")]
     assert own[0] is own[1]
     assert own[0] is not None
@@ -116,7 +121,7 @@ def test_weights_that_were_fitted_again_are_rounded_again(tower: Graph) -> None:
         whole.module.get_submodule("first").weight.data * 1.5
     )
     del op
-    found = {c.site.name: c for c in requantized(made, axes, axes.removed({}), whole)}
+    found = {c.site.name: c for c in requantized(made, axes.graph, axes, axes.removed({}), whole)}
     old = {c.site.name: c for c in made}
     assert found["left"] is old["left"]
     assert found["first"].scale is not None
@@ -131,7 +136,7 @@ def test_an_embedding_has_a_step_a_row() -> None:
     made = changes(graph, [(ids,)], "int8_weight")
     keep = {"table": list(range(4, 16))}
     axes, small = cut(graph, keep)
-    found = requantized(made, axes, axes.removed(gone_from(axes, keep)), small)
+    found = requantized(made, axes.graph, axes, axes.removed(gone_from(axes, keep)), small)
     table = next(c for c in found if c.site.name == "table")
     assert table.codes is not None
     assert table.scale is not None
@@ -146,4 +151,23 @@ def test_a_change_without_codes_can_not_follow(tower: Graph) -> None:
     keep = {"first": list(range(16))}
     axes, small = cut(tower, keep)
     with pytest.raises(ShapeError, match=r"left.*without codes.*methods="):
-        requantized([change], axes, axes.removed(gone_from(axes, keep)), small)
+        requantized([change], axes.graph, axes, axes.removed(gone_from(axes, keep)), small)
+
+
+def test_a_projection_that_took_up_a_map_is_rounded_anew() -> None:
+    graph = pictures()
+    made_changes = changes(graph, [(random(32, 2, 8, 8, seed=4),)], "int8")
+    branch = find_branches(graph)[1]
+    site = next(s for s in branch_sites(graph) if s.name == branch.name)
+    small = replace_branches(graph, [made(branch, site, 1)])
+    axes = analyse_axes(small)
+    found = requantized(made_changes, graph, axes, axes.removed({}), small)
+    by_name = {c.site.name: c for c in found}
+    before = {c.site.name: c for c in made_changes}
+    assert set(before) - set(by_name) == {"blocks.1.a", "blocks.1.b"}
+    assert by_name["stem"] is before["stem"]
+    weight = parameters_by_name(small.module)["blocks.1.short.weight"]
+    codes, scale = by_name["blocks.1.short"].codes, by_name["blocks.1.short"].scale
+    assert codes is not None
+    assert scale is not None
+    assert scale_error(codes.flatten(1) * scale[:, None], weight.flatten(1)) < 0.01

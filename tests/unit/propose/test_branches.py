@@ -1,13 +1,17 @@
 """Candidates of branches: what they cost is measured on the graph that they make."""
 
+from collections.abc import Mapping, Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tersor.analyse.branches import branch_sites, branch_statistics
-from tersor.graph.branches import replace_branches
+from tersor.core.records import Site
+from tersor.graph.branches import BranchStatistics, replace_branches
 from tersor.graph.contracts import Graph
 from tersor.graph.geometry import output_error
+from tersor.methods.depth import Depth
 from tersor.propose.branches import Proposal, measure_branches
 from tests.unit.branching import encoder, pictures
 from tests.unit.capturing import graph_of, random, trained
@@ -16,20 +20,32 @@ from tests.unit.capturing import graph_of, random, trained
 EXACT = 1e-4
 
 
+def proposed(sites: Sequence[Site], statistics: Mapping[str, BranchStatistics]) -> list[Proposal]:
+    method = Depth()
+    return [
+        (candidate, method.apply(site, candidate, statistics[site.name]))
+        for site in sites
+        if site.pinned is None
+        for candidate in method.propose(site, statistics[site.name])
+    ]
+
+
 def measured(graph: Graph, search: Tensor, calibration: Tensor) -> dict[tuple[str, int], Proposal]:
     sites = branch_sites(graph)
     statistics = branch_statistics(graph, sites, [(calibration,)])
     ticks: list[int] = []
+    proposals = proposed(sites, statistics)
     found = measure_branches(
         graph,
-        sites,
-        statistics,
+        proposals,
         [(search[:9],), (search[9:],)],
         kind="values",
         advance=lambda: ticks.append(1),
     )
     assert len(ticks) == len(found)
-    return {(c.site.removeprefix("branch:"), int(c.level)): (c, x) for c, x in found}
+    changes = [change for _, change in proposals]
+    pairs = zip(found, changes, strict=True)
+    return {(c.site.removeprefix("branch:"), int(c.level)): (c, x) for c, x in pairs}
 
 
 def test_each_level_has_the_error_of_its_own_graph() -> None:
@@ -91,5 +107,6 @@ def test_pinned_branches_have_no_candidates() -> None:
     graph = pictures()
     sites = branch_sites(graph, keep=["blocks.0", "blocks.2"])
     statistics = branch_statistics(graph, sites, [graph.example])
-    found = measure_branches(graph, sites, statistics, [graph.example], kind="values")
-    assert {c.site for c, _ in found} == {"branch:blocks.1"}
+    proposals = proposed(sites, statistics)
+    found = measure_branches(graph, proposals, [graph.example], kind="values")
+    assert {c.site for c in found} == {"branch:blocks.1"}

@@ -6,20 +6,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.analyse.branches import branch_sites, branch_statistics
 from tersor.analyse.widths import width_of, width_sites, width_statistics
 from tersor.capture.module import capture
 from tersor.capture.samples import Samples, flatten_item
 from tersor.core.errors import ConfigError
 from tersor.graph.axes import Axes, analyse_axes, keep_units
+from tersor.graph.branches import replace_branches
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import parameters_by_name, run_all
 from tersor.graph.geometry import output_error
 from tersor.graph.operators import weighted_ops
+from tersor.graph.residuals import find_branches
+from tersor.methods.depth import Depth
 from tersor.methods.prune import Prune
 from tersor.observe.statistics import Observed, observe
 from tersor.propose.widths import measure_widths, replaced
 from tersor.transform.narrow import NarrowConfig, narrow
 from tests.data.zoo import load_resnet20
+from tests.unit.branching import Pictures
 
 
 class Twins(nn.Module):
@@ -243,3 +248,57 @@ def test_losses_are_in_units_of_the_readers_variance(noise: Tensor):
     (reader,) = width_statistics(axes, site, observed(graph, [(noise,)]), damping=0.0).consumers
     variance = graph.run([noise])[0].double().var((0, 2, 3), correction=0).sum()
     assert reader.scale == pytest.approx(float(variance), rel=1e-4)
+
+
+class Straight(nn.Module):
+    """A branch without a bend: the head behind it can do its work exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 9), nn.Linear(9, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        return self.head(x + self.down(self.up(x)))
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_what_a_branch_did_is_taken_over(level: int) -> None:
+    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+    graph, _ = captured(Straight(), x)
+    (site,) = branch_sites(graph)
+    known = branch_statistics(graph, [site], [(x,)])[site.name]
+    method = Depth()
+    candidate = next(c for c in method.propose(site, known) if c.level == level)
+    small = replace_branches(graph, [method.apply(site, candidate, known)])
+    fitted = narrow(graph, analyse_axes(small), {}, [(x[:100],), (x[100:],)]).graph
+    (wanted,) = graph.run([x])
+    (found,), (unfitted,) = fitted.run([x]), small.run([x])
+    assert float((found - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+    if level == 0:
+        assert float((unfitted - wanted).abs().max()) > 0.1 * float(wanted.abs().max())
+
+
+def test_a_projection_alone_takes_over_its_branch() -> None:
+    """The addition is gone with the branch: what it added is part of what a refit wants."""
+    images = torch.randn(64, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    graph, _ = captured(Pictures(), images)
+    site = branch_sites(graph)[1]
+    known = branch_statistics(graph, [site], [(images,)])[site.name]
+    method = Depth()
+    mapped = next(c for c in method.propose(site, known) if c.level == 1)
+    small = replace_branches(graph, [method.apply(site, mapped, known)])
+    axes = analyse_axes(small)
+    # Widths in front of the projection make what it reads differ, so that it is fitted.
+    keep = {"blocks.0.a": [0, 2, 3]}
+    fitted = narrow(graph, axes, keep, [(images,)]).graph
+    branch = find_branches(graph)[1]
+    assert branch.projection is not None
+    wanted = run_all(graph.module, (images,))[branch.add.name]
+
+    def error(other: Graph) -> float:
+        found = run_all(other.module, (images,))[branch.projection.node.name]
+        return float((found - wanted).square().mean() / wanted.var())
+
+    assert error(fitted) < error(keep_units(small, axes, keep))
