@@ -145,12 +145,12 @@ def improve_kept(
         if not len(gone) or not len(best):
             break
         gains = torch.stack([_gains(part, best, gone) for part in parts]).sum(0)
-        trial = torch.cat([best, gone[gains.argmax()].reshape(1)])
+        trial = torch.cat([best, gone[gains.argmax()].reshape(1)]).sort().values
         costs = torch.stack([scores_of(_state(part, trial)) for part in parts]).sum(0)
         out = int(costs.argmin())
         if float(costs[out]) >= float(gains.max()) * (1 - SWAP_MARGIN):
             break
-        best = trial[trial != trial[out]].sort().values
+        best = trial[trial != trial[out]]
     return best
 
 
@@ -225,7 +225,7 @@ def _batch(parts: Sequence[_Arranged], n_units: int) -> int:
 
 
 def _state(part: _Arranged, alive: Int64[Tensor, " k"]) -> State:
-    """Inverse on what is alive, and the weight refitted to it."""
+    """Inverse on what is alive, ascending, and the weight refitted to it."""
     n_left = len(alive) * part.size
     if len(alive) == part.n_units:
         H, W = part.H, part.W[:, :, :n_left]

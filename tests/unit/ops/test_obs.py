@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -235,6 +235,7 @@ def test_consumers_are_read_only(dtype: torch.dtype) -> None:
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(1, 2))
+@example(seed=149, n_kept=6, size=1)  # the first unit comes back last, so that all are there
 @settings(max_examples=30, deadline=None)
 def test_swaps_reach_a_set_that_no_such_swap_improves(seed: int, n_kept: int, size: int) -> None:
     both = [consumer(seed, 7, size, free=1), consumer(seed + 1, 7)]
