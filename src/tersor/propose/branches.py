@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from tersor.core.levels import KEPT
 from tersor.core.records import Candidate, OutputKind
-from tersor.graph.branches import KEPT, replace_branches
+from tersor.graph.branches import replace_branches
 from tersor.graph.contracts import Graph, SiteChange
-from tersor.graph.geometry import output_error
 from tersor.propose.propose import with_error
+from tersor.propose.suffixes import errors_of
 
 Proposal = tuple[Candidate, SiteChange]
 
@@ -32,24 +32,21 @@ def measure_branches(
         kind: The output's geometry.
         advance: Called once for each candidate.
     """
-    wanted = [graph.run(flat) for flat in batches]
+    edited = {
+        i: replace_branches(graph, [change])
+        for i, (_, change) in enumerate(proposals)
+        if change.level != KEPT
+    }
+    errors = errors_of(graph, edited, batches, kind) if edited else {}
     found: list[Candidate] = []
-    for candidate, change in proposals:
+    for i, (candidate, change) in enumerate(proposals):
         advance()
-        if change.level == KEPT:
-            found.append(candidate)
-            continue
-        edited = replace_branches(graph, [change])
-        errors = torch.cat(
-            [output_error(edited.run(f), w, kind) for f, w in zip(batches, wanted, strict=True)]
-        )
-        found.append(
-            replace(
-                with_error(candidate, errors),
-                size_bytes=change.site.size_bytes
-                + edited.parameter_bytes()
-                - graph.parameter_bytes(),
+        if i in edited:
+            saved = graph.parameter_bytes() - edited[i].parameter_bytes()
+            candidate = replace(  # noqa: PLW2901 - with what was measured
+                with_error(candidate, errors[i]),
+                size_bytes=change.site.size_bytes - saved,
                 detail=dict(change.report),
             )
-        )
+        found.append(candidate)
     return found

@@ -4,24 +4,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from tersor.core.records import Candidate, OutputKind
 from tersor.graph.axes import Axes, keep_units
 from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
 from tersor.graph.edit import (
-    attribute,
     copy_graph,
-    parameters_by_name,
     rebuild,
-    run_all,
-    run_changed,
 )
-from tersor.graph.geometry import output_error
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.ops.kept import kept_columns, refit_columns
 from tersor.ops.moments import Moments, means
 from tersor.propose.propose import with_error
+from tersor.propose.suffixes import errors_of
 
 
 def replaced(
@@ -93,7 +89,7 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
             for i, (candidate, change) in enumerate(rows)
             if candidate.level != change.site.units
         }
-        errors = _errors(axes.graph, cut, batches, kind) if cut else {}
+        errors = errors_of(axes.graph, cut, batches, kind) if cut else {}
         for i, (candidate, _) in enumerate(rows):
             advance()
             found.append(with_error(candidate, errors[i]) if i in errors else candidate)
@@ -107,38 +103,3 @@ def _by_site(
     for candidate, change in proposals:
         rows.setdefault(candidate.site, []).append((candidate, change))
     yield from rows.values()
-
-
-def _errors(
-    graph: Graph,
-    variants: Mapping[int, Graph],
-    batches: Sequence[tuple[Tensor, ...]],
-    kind: OutputKind,
-) -> dict[int, Tensor]:
-    before = {node.name: _literals(node) for node in graph.module.graph.nodes}
-    stored = parameters_by_name(graph.module)
-    output = next(node.name for node in graph.module.graph.nodes if node.op == "output")
-    errors: dict[int, list[Tensor]] = {i: [] for i in variants}
-    for flat in batches:
-        env = run_all(graph.module, flat)
-        wanted = env[output]
-        for i, variant in variants.items():
-
-            def is_changed(node: fx.Node, module: fx.GraphModule = variant.module) -> bool:
-                if node.op == "get_attr":
-                    name = str(node.target)
-                    return name not in stored or _is_other(attribute(module, name), stored[name])
-                return _literals(node) != before.get(node.name)
-
-            errors[i].append(
-                output_error(run_changed(variant.module, env, is_changed), wanted, kind)
-            )
-    return {i: torch.cat(rows) for i, rows in errors.items()}
-
-
-def _literals(node: fx.Node) -> str:
-    return f"{node.target} {node.args} {node.kwargs}"
-
-
-def _is_other(left: Tensor, right: Tensor) -> bool:
-    return left.shape != right.shape or left.data_ptr() != right.data_ptr()
