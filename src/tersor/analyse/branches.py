@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from tersor.analyse.sites import matches
+from tersor.core.levels import KEPT
 from tersor.core.records import Site
 from tersor.graph.axes import Axes
-from tersor.graph.branches import KEPT, BranchStatistics
+from tersor.graph.branches import BranchStatistics
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import attribute, execute, last_uses
 from tersor.graph.operators import as_rows, output_rows, row_count

@@ -169,18 +169,18 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
 
 
 def _methods_of(plan: Plan) -> list[str]:
-    """All methods that a plan can come from, by the kinds of sites that it names."""
+    """The methods that a plan can come from, by the kinds of sites that it names; formats always."""
     from tersor.core.records import WIDTH_PREFIX
     from tersor.graph.contracts import kinds_of
     from tersor.graph.residuals import BRANCH_PREFIX
 
+    kinds = {WIDTH_PREFIX: "width", BRANCH_PREFIX: "branch"}
     wanted = {
-        "branch" if s.startswith(BRANCH_PREFIX) else "width" if s.startswith(WIDTH_PREFIX) else "format"
-        for s in plan.assignment
-    }  # fmt: skip
+        k for prefix, k in kinds.items() if any(s.startswith(prefix) for s in plan.assignment)
+    }
+    wanted.add("format")
     names = registry.names(registry.METHODS)
-    found = [n for n in names if wanted & {*kinds_of(registry.resolve(registry.METHODS, n))}]
-    return found or names
+    return [n for n in names if wanted & {*kinds_of(registry.resolve(registry.METHODS, n))}]
 
 
 def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:

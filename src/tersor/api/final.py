@@ -72,11 +72,12 @@ class Final:
 
 
 def chosen_candidates(offered: Offers, plan: Plan) -> dict[str, Candidate]:
-    """The plan's candidates that edit the graph, with settings that the user may have edited."""
+    """The plan's formats that edit the graph, with settings that the user may have edited."""
     by_level = {(c.site, c.level): c for c in offered.candidates}
+    gone = gone_with(plan.assignment, offered.inside)
     found = {}
     for site, level in plan.assignment.items():
-        if level in NATIVE or isinstance(level, int):
+        if level in NATIVE or isinstance(level, int) or site in gone:
             continue
         candidate = by_level[site, level]
         settings = plan.settings.get(site)
@@ -88,9 +89,6 @@ def make_final(session: Session, offered: Offers, plan: Plan, quality: Quality, 
     """The sequential transform; where the stitched changes lose less, those."""
     changed = offered.chosen(plan.assignment)
     chosen = chosen_candidates(offered, plan)
-    chosen = {
-        s: c for s, c in chosen.items() if s not in gone_with(plan.assignment, session.inside)
-    }
     base = session.graph if changed.keeps_all else _narrowed(session, changed, key)
     if not chosen and changed.keeps_all:
         return Made(base)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tersor.core.jsonable import digest
 from tersor.core.levels import Inside
 from tersor.core.machine import describe_machine
 from tersor.core.progress import Printed, Progress, Silent
-from tersor.core.records import BackendInfo, Level, OutputKind, Site
+from tersor.core.records import BackendInfo, OutputKind, Site
 from tersor.core.store import Store
 from tersor.graph.axes import Axes, analyse_axes
 from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
@@ -123,11 +123,6 @@ class Session:
         return tuple(site for site in self.sites if site.kind == "branch")
 
     @property
-    def native(self) -> dict[str, Level]:
-        """Counts of widths and levels of branches that are left alone."""
-        return {site.name: site.units for site in self.sites if site.kind != "format"}
-
-    @property
     def tensors(self) -> dict[str, str]:
         """Site -> the tensor that it reads."""
         return {s.name: s.tensor for s in self.sites if s.tensor is not None}
@@ -181,15 +176,10 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     captured = capture(opened, parts["calibration"], varying(parts.values()))
     graph = captured.graph
     parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
-    sites = find_sites(graph, tuple(settings.keep))
     methods = pick_methods(settings.methods, info)
-    kinds = {kind for method in methods.values() for kind in kinds_of(method)}
-    axes = analyse_axes(graph) if kinds & {"width", "branch"} else None
-    if axes is not None and "width" in kinds:
-        sites += offered_widths(axes, settings.keep)
+    sites, axes = offered_sites(graph, methods.values(), tuple(settings.keep))
+    if axes is not None:
         methods = {n: with_counts(m, axes, info) for n, m in methods.items()}
-    if "branch" in kinds:
-        sites += offered_branches(graph, settings.keep)
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
     kind = output_kind(wanted.output, outputs)
     model_hash = graph_hash(graph)
@@ -296,6 +286,20 @@ def default_methods() -> list[str]:
     return [
         n for n in names if not getattr(registry.resolve(registry.METHODS, n), "by_name", False)
     ]
+
+
+def offered_sites(
+    graph: Graph, methods: Iterable[Method], keep: Sequence[str]
+) -> tuple[tuple[Site, ...], Axes | None]:
+    """The sites that some methods work on, layers always; and the widths, where those matter."""
+    kinds = {kind for method in methods for kind in kinds_of(method)}
+    sites = find_sites(graph, tuple(keep))
+    axes = analyse_axes(graph) if kinds & {"width", "branch"} else None
+    if axes is not None and "width" in kinds:
+        sites += offered_widths(axes, keep)
+    if "branch" in kinds:
+        sites += offered_branches(graph, keep)
+    return sites, axes
 
 
 def offered_widths(axes: Axes, keep: Sequence[str]) -> tuple[Site, ...]:

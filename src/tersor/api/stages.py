@@ -42,6 +42,7 @@ from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
 from tersor.price.price import PriceConfig, PriceTools, price_all
 from tersor.price.table import fit_error
+from tersor.price.variants import native_assignment
 from tersor.propose.propose import (
     NATIVE,
     Offer,
@@ -313,6 +314,7 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
     base = baseline.choice
     assert base is not None
     config = PriceConfig(seed=session.settings.seed)
+    native = native_assignment(session.sites, base.precision)
     ways = max(1, len(session.info.choices))  # at most: those whose probe is slow are not priced
     builds = config.fitted(session.sites, offered.levels()) + config.held_out + 1
     session.progress.stage("price", ways * builds)
@@ -325,11 +327,7 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
         reference_ms=baseline.timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
         facts=lambda assignment: facts_of(session, offered.chosen(assignment), base.batch),
-        settle=lambda assignment: settled(
-            assignment,
-            session.inside,
-            {s.name: base.precision for s in session.formats} | session.native,
-        ),
+        settle=lambda assignment: settled(assignment, session.inside, native),
     )
     choices = [replace(base, options=dict(o)) for o in session.info.choices] or [base]
     priced = price_all(choices, session.sites, offered.levels(), tools, config)

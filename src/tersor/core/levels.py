@@ -4,21 +4,16 @@ from collections.abc import Mapping
 
 from tersor.core.records import Level
 
+KEPT = 2  # the level of a branch that stays
 Inside = Mapping[str, tuple[str, ...]]  # branch -> all sites that go with it
 
 
-def gone_with(assignment: Mapping[str, Level], inside: Inside, kept: int = 2) -> frozenset[str]:
-    """Sites that are inside of branches which are not kept.
-
-    Args:
-        assignment: Site -> level; branches that it does not list are kept.
-        inside: What goes with each branch.
-        kept: The level of a branch that stays.
-    """
+def gone_with(assignment: Mapping[str, Level], inside: Inside) -> frozenset[str]:
+    """Sites that are inside of branches which are not kept; branches not listed are kept."""
     return frozenset(
         site
         for branch, sites in inside.items()
-        if assignment.get(branch, kept) != kept
+        if assignment.get(branch, KEPT) != KEPT
         for site in sites
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import ShapeError, SiteNotFoundError
+from tersor.core.levels import KEPT
 from tersor.graph.axes.widths import Axes
 from tersor.graph.contracts import Graph, SiteChange
 from tersor.graph.edit import copy_graph, rebuild
@@ -25,7 +26,7 @@ from tersor.ops.moments import Moments
 
 aten = torch.ops.aten
 
-KEPT, MAPPED, REMOVED = 2, 1, 0  # the levels of a branch site
+MAPPED, REMOVED = 1, 0  # the levels of a branch site, besides KEPT
 _CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 _NORM_BIAS: dict[Any, int] = {  # where a norm's bias stands
     aten.layer_norm.default: 3,

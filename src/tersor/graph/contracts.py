@@ -165,7 +165,9 @@ class Method(Protocol):
     """Arithmetic on one site; it never edits the graph.
 
     An attribute ``kinds`` names the kinds of sites that it works on, ("format",) where it has
-    none; it gets ``SiteStatistics`` of a format and ``WidthStatistics`` of a width.
+    none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
+    ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
+    ``methods="all"``.
     """
 
     def propose(self, site: Site, statistics: Any) -> Sequence[Candidate]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tersor.core.levels import KEPT
 from tersor.core.records import Candidate, Site, SiteKind
-from tersor.graph.branches import KEPT, MAPPED, REMOVED, BranchStatistics
+from tersor.graph.branches import MAPPED, REMOVED, BranchStatistics
 from tersor.graph.contracts import SiteChange
 from tersor.ops.linear_map import DAMPING, linear_map
 

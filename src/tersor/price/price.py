@@ -162,11 +162,20 @@ def price_choice(
         held_out=config.held_out,
         seed=config.seed,
     )
-    variants = [replace(v, assignment=tools.settle(v.assignment)) for v in drawn]
+    variants = _settled(drawn, tools)
     observations: list[Observation] = []
     for start in range(0, len(variants), config.batch):
         observations += _observe(choice, variants[start : start + config.batch], tools)
     return fit_table(choice, sites, observations, tools.quantize_nodes, facts)
+
+
+def _settled(drawn: Sequence[Variant], tools: PriceTools) -> list[Variant]:
+    """What is really built, each once: no fit may see what a held-out build is the same as."""
+    found: dict[frozenset[tuple[str, Level]], Variant] = {}
+    for variant in drawn:  # the held-out ones come last
+        assignment = tools.settle(variant.assignment)
+        found.setdefault(frozenset(assignment.items()), replace(variant, assignment=assignment))
+    return list(found.values())
 
 
 def width_facts(
