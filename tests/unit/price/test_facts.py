@@ -158,3 +158,16 @@ def test_a_branch_with_a_linear_map_has_the_sizes_of_the_map() -> None:
     (term,) = spread("down", ["down"], {}, facts, lambda a: facts.at("down", a).macs)
     assert term.sites == ("w", "branch")
     assert facts.pivot(["down"]) == "w"
+
+
+def test_widths_that_add_up_inside_of_a_branch() -> None:
+    """With the branch gone every rule would fit: it is told with the branch kept."""
+
+    def inside(assignment: Mapping[str, Level]) -> dict[str, NodeFacts]:
+        a, b = (int(assignment.get(n, LEVELS[n][0])) for n in "ab")
+        return {"concat": linear(a + b, 5)} if assignment.get("gone", 1) else {}
+
+    sites = [s for s in SITES if s.name in {"a", "b", "gone"}]
+    found = learn_facts(inside, sites, LEVELS, "f32")
+    assert found.at("concat", {"a": 8, "b": 32}) == linear(40, 5)
+    assert found.at("concat", {"a": 8, "b": 32, "gone": 0}).out_elements == 0

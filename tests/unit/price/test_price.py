@@ -1,9 +1,11 @@
+from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 
 from tersor.core.errors import BackendError, ConfigError
+from tersor.core.records import Level
 from tersor.price.price import PriceConfig, measure_interleaved, price_all, price_choice
 from tersor.price.table import fit_error
 
@@ -112,3 +114,21 @@ def test_interleaved_times_speak_of_the_session_of_the_baseline(lab: ModuleType)
 def test_bad_configurations_are_refused(bad: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"wanted k >= 2"):
         PriceConfig(**bad)
+
+
+def test_what_settles_to_the_same_is_built_once(lab: ModuleType) -> None:
+    """Else a held-out build would be one that the fit has seen."""
+    sites = lab.make_sites(9)
+    bench = lab.Bench({"linear": lab.Machine(sites)})
+    free = {s.name for s in sites[:2]}  # of the others nothing is chosen
+
+    def settle(assignment: Mapping[str, Level]) -> dict[str, Level]:
+        return {s: level if s in free else "f32" for s, level in assignment.items()}
+
+    tools = replace(bench.tools(), settle=settle)
+    table = price_choice(lab.CHOICE, sites, lab.all_levels(sites), tools, CONFIG)
+    built = [tuple(sorted(b.assignment.items())) for b in table.builds]
+    assert 2 <= len(built) == len(set(built)) <= 4
+    assert all(
+        level == "f32" for b in table.builds for s, level in b.assignment.items() if s not in free
+    )
