@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import tersor
 from tersor.api.result import Result
+from tersor.price.price import PriceConfig
+from tersor.timing.protocol import Protocol
 
 ROOT = Path(__file__).parents[2]
 # In the order in which they finish; "measured" grows while the plan is made.
@@ -82,6 +86,20 @@ class Finished:
         with torch.no_grad():
             found: Tensor = copy.deepcopy(self.model).eval()(x)
         return found
+
+
+@contextmanager
+def quick_runs(config: PriceConfig) -> Iterator[None]:
+    """Few builds and few runs, and no baseline in the result's place: times do not matter here."""
+    protocol = Protocol(rounds=3, runs=3, max_seconds=3.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tersor.api.stages.PriceConfig", lambda seed: replace(config, seed=seed))
+        for name in ("stages._QUICK", "stages._CAREFUL", "stages._PRICING"):
+            patch.setattr(f"tersor.api.{name}", protocol)
+        for name in ("choosing._FINALISTS", "judging._FINAL"):
+            patch.setattr(f"tersor.api.{name}", protocol)
+        patch.setattr("tersor.api.result.is_slower", lambda _: False)
+        yield
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

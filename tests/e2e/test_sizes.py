@@ -1,6 +1,5 @@
 """Inputs of several sizes, and detectors: compressed, saved and loaded through the public API."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Protocol
 from tests.conformance.zoo.torchvision_shim import import_torchvision
 from tests.data.detectors import OneStage
-from tests.e2e.helpers import error_of
+from tests.e2e.helpers import error_of, quick_runs
 from tests.unit.capturing import random, trained
 
 LENGTHS = (5, 9, 9, 9, 14, 20)  # by how often they occur
@@ -62,15 +61,7 @@ def sentences(count: int, seed: int) -> list[dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def quick() -> Any:
     """Few builds and few runs: what is measured does not matter here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "tersor.api.stages.PriceConfig", partial(PriceConfig, k=3, k_mixed=6, held_out=1)
-        )
-        for name in ("stages._QUICK", "stages._CAREFUL", "stages._PRICING"):
-            patch.setattr(f"tersor.api.{name}", QUICK)
-        for name in ("choosing._FINALISTS", "judging._FINAL"):
-            patch.setattr(f"tersor.api.{name}", QUICK)
-        patch.setattr("tersor.api.result.is_slower", lambda _: False)
+    with quick_runs(PriceConfig(k=3, k_mixed=6, held_out=1)):
         yield
 
 
