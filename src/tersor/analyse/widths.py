@@ -1,14 +1,16 @@
 """Widths as sites, and what one statistics pass knows about the ops that read them."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tersor.analyse.sites import matches
 from tersor.core.records import WIDTH_PREFIX, Site
 from tersor.graph.axes import Axes, Width
 from tersor.graph.axes.macs import node_macs
+from tersor.graph.axes.rulebook import op_name, sizes_of
 from tersor.graph.contracts import WidthStatistics
 from tersor.graph.edit import attribute
 from tersor.graph.operators import WeightedOp, grouped_weight, weighted_ops
@@ -16,6 +18,8 @@ from tersor.observe.statistics import Observed
 from tersor.ops.kept import damped
 from tersor.ops.moments import centred
 from tersor.ops.obs import Consumer
+
+_TAKES = ("index", "index_select", "embedding")
 
 
 def width_sites(
@@ -31,7 +35,7 @@ def width_sites(
     return tuple(
         _site(axes, width, kept_by(width, keep))
         for width in axes.widths
-        if (approximate or width.exactness == "exact") and _readers(axes, width)
+        if (approximate or width.exactness == "exact") and _ops(axes, width)
     )
 
 
@@ -50,7 +54,6 @@ def width_of(axes: Axes, site: Site) -> Width:
 
 
 def _site(axes: Axes, width: Width, pinned: str | None) -> Site:
-    readers = _readers(axes, width)
     tensors = axes.graph.module
     size = sum(
         _bytes(attribute(tensors, c.tensor))
@@ -61,26 +64,65 @@ def _site(axes: Axes, width: Width, pinned: str | None) -> Site:
     return Site(
         name=f"{WIDTH_PREFIX}{width.name}",
         kind="width",
-        ops=tuple(op.node.name for op in readers),
+        ops=tuple(node.name for node in _ops(axes, width)),
         units=width.units,
         unit_kind=width.kind,
         exactness=width.exactness,
         members=tuple(dict.fromkeys(c.tensor for c in width.couplings)),
-        macs=sum(node_macs(axes.graph, op.node) for op in readers),
+        macs=_macs(axes, width),
         size_bytes=size * width.units,
         pinned=pinned,
     )
 
 
 def unit_size(axes: Axes, site: Site) -> int:
-    """Elements that a unit takes of what makes it: 1 of a channel, a head's dimension of a head."""
+    """Elements that a unit takes of what makes it: 1 of a channel, a head's dimension of a head.
+
+    All elements of the maps of an expert: no device pads their number.
+    """
     width = width_of(axes, site)
+    if width.kind == "experts":
+        return max(math.prod(sizes) for sizes in _expert_sizes(axes, width))
     made = [c.per_unit for c in width.couplings if c.role == "producer"]
     return min(made or [c.per_unit for c in width.couplings])
 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _ops(axes: Axes, width: Width) -> list[fx.Node]:
+    """What a width is for: linear maps that sum over it; of experts what takes the chosen maps."""
+    return [op.node for op in _readers(axes, width)] or _takers(axes, width)
+
+
+def _macs(axes: Axes, width: Width) -> int:
+    """Of the linear maps that sum over a width; of experts one for each element of a chosen map."""
+    readers = _readers(axes, width)
+    if readers:
+        return sum(node_macs(axes.graph, op.node) for op in readers)
+    return sum(math.prod(sizes_of(node.meta["val"])) for node in _takers(axes, width))
+
+
+def _takers(axes: Axes, width: Width) -> list[fx.Node]:
+    """Nodes that take the maps of the chosen experts out of stored tensors."""
+    if width.kind != "experts":
+        return []
+    stored = {c.tensor for c in width.couplings if c.role == "follower"}
+    return [
+        node
+        for node in axes.graph.module.graph.nodes
+        if node.op == "call_function"
+        and op_name(node) in _TAKES
+        and any(s.op == "get_attr" and str(s.target) in stored for s in node.all_input_nodes)
+    ]
+
+
+def _expert_sizes(axes: Axes, width: Width) -> list[list[int]]:
+    """Of each stored tensor that holds experts: the sizes of one of them."""
+    module = axes.graph.module
+    shapes = [(list(attribute(module, c.tensor).shape), c.dim) for c in width.couplings]
+    return [shape[:dim] + shape[dim + 1 :] for shape, dim in shapes]
 
 
 def _readers(axes: Axes, width: Width) -> list[WeightedOp]:
@@ -93,6 +135,8 @@ def width_statistics(
     axes: Axes, site: Site, observed: Mapping[str, Observed], *, damping: float = 1e-4
 ) -> WidthStatistics:
     """The second moments of all readers, in units of the variance of their outputs.
+
+    Of experts, which no linear map reads, there are none.
 
     Args:
         axes: The graph's widths.

@@ -325,7 +325,8 @@ def with_counts(method: Method, axes: Axes, info: BackendInfo) -> Method:
     tile = DEFAULT_TILES["bf16" if "bf16" in info.precisions else "f32"]
 
     def counts(site: Site) -> tuple[int, ...]:
-        return kept_counts(site.units, unit_size(axes, site), tile)
+        found = kept_counts(site.units, unit_size(axes, site), tile)
+        return tuple(n for n in found if n >= axes[site.width].least)
 
     return replace(method, counts=counts)  # type: ignore[type-var]
 

@@ -15,6 +15,7 @@ from tersor.analyse.branches import branch_statistics
 from tersor.analyse.tree import sample_macs
 from tersor.analyse.widths import width_statistics
 from tersor.api.session import Session
+from tersor.capture.samples import Samples
 from tersor.core.records import Candidate
 from tersor.graph.apply import apply
 from tersor.graph.axes import Axes, analyse_axes, keep_units
@@ -30,7 +31,7 @@ from tersor.graph.requantize import requantized
 from tersor.observe.statistics import Observed
 from tersor.propose.branches import measure_branches
 from tersor.propose.propose import chunk_size
-from tersor.propose.widths import measure_widths
+from tersor.propose.widths import measure_widths, unit_costs
 from tersor.transform.narrow import NarrowConfig, narrow
 
 # Samples on which the error of one width is measured, the more the cheaper the model.
@@ -103,11 +104,15 @@ def width_sites_statistics(
     """What is known about the readers of every width that may shrink, by site."""
     if session.axes is None:
         return {}
-    return {
-        site.name: width_statistics(session.axes, site, observed)
-        for site in session.widths
-        if site.pinned is None
-    }
+    free = [site for site in session.widths if site.pinned is None]
+    found = {site.name: width_statistics(session.axes, site, observed) for site in free}
+    alone = [site for site in free if not found[site.name].consumers]
+    batches = list(_error_part(session).batches(chunk_size(session.graph))) if alone else []
+    for site in alone:
+        session.progress.note(f"{site.name}: {site.units} runs without one unit each")
+        costs = unit_costs(session.axes, session.axes[site.width], batches, session.kind)
+        found[site.name] = WidthStatistics(costs=costs)
+    return found
 
 
 def width_errors(
@@ -118,19 +123,23 @@ def width_errors(
 ) -> list[Candidate]:
     """The candidates of widths with the error that each causes alone."""
     assert session.axes is not None
-    affordable = int(_ERROR_MACS / max(1, sum(sample_macs(session.graph).values())))
-    count = max(_ERROR_SAMPLES, min(_MOST_ERROR_SAMPLES, affordable))
-    part = session.parts["search"].limited(count)
     session.progress.stage("widths", len(proposals))
     return measure_widths(
         session.axes,
         proposals,
         statistics,
         {name: seen.moments for name, seen in observed.items()},
-        list(part.batches(chunk_size(session.graph))),
+        list(_error_part(session).batches(chunk_size(session.graph))),
         kind=session.kind,
         advance=session.progress.advance,
     )
+
+
+def _error_part(session: Session) -> Samples:
+    """Search samples on which the errors of widths are measured."""
+    affordable = int(_ERROR_MACS / max(1, sum(sample_macs(session.graph).values())))
+    count = max(_ERROR_SAMPLES, min(_MOST_ERROR_SAMPLES, affordable))
+    return session.parts["search"].limited(count)
 
 
 def branch_sites_statistics(session: Session) -> Mapping[str, BranchStatistics]:

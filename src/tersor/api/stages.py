@@ -37,6 +37,7 @@ from tersor.core.records import (
 from tersor.graph.apply import quantize_node_name
 from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
+from tersor.graph.facts import stored_elsewhere
 from tersor.observe import keeping
 from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
@@ -330,7 +331,8 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
         settle=lambda assignment: settled(assignment, session.inside, native),
     )
     choices = [replace(base, options=dict(o)) for o in session.info.choices] or [base]
-    priced = price_all(choices, session.sites, offered.levels(), tools, config)
+    stored = stored_elsewhere(session.graph)
+    priced = price_all(choices, session.sites, offered.levels(), tools, config, stored)
     notes = [
         f"{probe.choice.describe()}: all int8 takes {probe.measured_ms:.2f} ms"
         + (f"; not priced, {probe.reason}" if not probe.priced else "")

@@ -112,9 +112,16 @@ class SiteStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WidthStatistics:
-    """What one pass knows about all linear maps that sum over a width."""
+    """What is known about a width before any unit of it goes.
 
-    consumers: tuple[Consumer, ...]
+    Attributes:
+        consumers: All linear maps that sum over it, from one statistics pass.
+        costs: Where none does (experts): the output's error with only that unit removed, one a
+            unit [units], by real forwards.
+    """
+
+    consumers: tuple[Consumer, ...] = ()
+    costs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,6 +91,25 @@ def node_facts(graph: Graph, batch: int) -> dict[str, NodeFacts]:
     return found
 
 
+def stored_elsewhere(graph: Graph) -> dict[str, int]:
+    """Bytes of stored tensors that are no weight or bias of a weighted op, by their first reader.
+
+    Experts, scales of norms, tables of positions: what no format site counts.
+    """
+    ops = weighted_ops(graph.module)
+    counted = {str(n.target) for op in ops for n in (op.weight, op.bias) if n is not None}
+    found: dict[str, int] = {}
+    for node in graph.module.graph.nodes:
+        names = [str(s.target) for s in node.all_input_nodes if s.op == "get_attr"]
+        for name in names if node.op == "call_function" else ():
+            if name not in counted:
+                counted.add(name)
+                tensor = attribute(graph.module, name)
+                size = tensor.numel() * tensor.element_size()
+                found[node.name] = found.get(node.name, 0) + size
+    return found
+
+
 def _tensors(node: fx.Node) -> list[Tensor]:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]

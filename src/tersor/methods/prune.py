@@ -3,6 +3,8 @@
 The cheapest unit goes first, measured by what its removal costs once all other units have made up
 for it (group OBS over the readers' second moments); removing it changes what the others cost. One
 run gives every kept count. Weights are fitted again by the transform.
+
+Where no linear map sums over a width (experts), units go in the order of what each costs alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ import torch
 from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Site, SiteKind
 from tersor.graph.contracts import SiteChange, WidthStatistics
-from tersor.ops.obs import removal_order
+from tersor.ops.obs import Order, removal_order
 
 Counts = Callable[[Site], Sequence[int]]
 
@@ -36,12 +38,14 @@ class Prune:
     counts: Counts = eighths
 
     def propose(self, site: Site, statistics: WidthStatistics) -> Sequence[Candidate]:
-        """One candidate a count; ``detail`` holds the kept units and the readers' relative loss.
+        """One candidate a count; ``detail`` holds the kept units and the loss of those that go.
+
+        The loss is the readers' relative one, or the sum of the costs of the units.
 
         Raises:
             ConfigError: A count beyond 1 to the width's units.
         """
-        found = removal_order(statistics.consumers)
+        found = _order(statistics)
         candidates = [_whole(site)]
         for count in sorted({*self.counts(site)} - {site.units}, reverse=True):
             if not 1 <= count < site.units:
@@ -70,6 +74,13 @@ class Prune:
             kept=torch.tensor(list(kept), dtype=torch.int64),
             report={"loss": candidate.detail.get("loss", 0.0)},
         )
+
+
+def _order(statistics: WidthStatistics) -> Order:
+    if statistics.costs is None:
+        return removal_order(statistics.consumers)
+    costs, order = statistics.costs.double().sort(stable=True)
+    return Order(order=order, loss=costs.cumsum(0))
 
 
 def _whole(site: Site) -> Candidate:

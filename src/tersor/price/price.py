@@ -112,6 +112,7 @@ def price_all(
     levels: Mapping[str, Sequence[Level]],
     tools: PriceTools,
     config: PriceConfig,
+    stored: Mapping[str, int] | None = None,
 ) -> Priced:
     """Probe every choice by its all-int8 build, price those that may win.
 
@@ -121,6 +122,7 @@ def price_all(
         levels: Site -> levels that method and backend offer; of a width the kept counts.
         tools: What is called.
         config: How many builds.
+        stored: Node -> bytes of what it reads that no format site counts.
 
     Returns:
         At least one table. Where no site offers int8: one, of native entries, for the first
@@ -130,7 +132,7 @@ def price_all(
         BackendError: No choice could be built.
     """
     facts = width_facts(sites, levels, tools, choices[0].precision)
-    terms = () if facts is None else size_terms(facts, sites, levels)
+    terms = () if facts is None else size_terms(facts, sites, levels, stored)
     if not quantizable(sites, levels):
         table = price_choice(choices[0], sites, levels, tools, config, facts)
         return Priced(tables=(table,), probes=(), size_terms=terms)

@@ -52,7 +52,10 @@ def spread(
 
 
 def size_terms(
-    facts: WidthFacts, sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]
+    facts: WidthFacts,
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Level]],
+    stored: Mapping[str, int] | None = None,
 ) -> tuple[Term, ...]:
     """Bytes of each weight and bias that a width moves, by kept counts and format.
 
@@ -63,6 +66,7 @@ def size_terms(
         facts: Of all widths.
         sites: All sites; a format site's first op holds its weight.
         levels: Format site -> formats that it offers.
+        stored: Node -> bytes of what else it reads: tensors that no format site counts.
 
     Returns:
         None for sites whose bytes no width changes: their candidates say them.
@@ -74,7 +78,15 @@ def size_terms(
         offered = levels.get(site.name, ()) if site.pinned is None else ()
         formats = {site.name: tuple(dict.fromkeys(offered))} if offered else {}
         found += spread(site.name, site.ops[:1], formats, facts, _bytes_of(site, facts))
+    for node, size in (stored or {}).items():
+        if facts.widths([node]):
+            found += spread(node, [node], {}, facts, _stored_bytes(node, size, facts))
     return tuple(found)
+
+
+def _stored_bytes(node: str, size: int, facts: WidthFacts) -> Cost:
+    whole = max(1, facts.nodes[node].weight_elements)
+    return lambda assignment: round(size * facts.at(node, assignment).weight_elements / whole)
 
 
 def _bytes_of(site: Site, facts: WidthFacts) -> Cost:

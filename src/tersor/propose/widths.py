@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.records import Candidate, OutputKind
-from tersor.graph.axes import Axes, keep_units
+from tersor.graph.axes import Axes, Width, keep_units
 from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
 from tersor.graph.edit import (
     copy_graph,
@@ -37,7 +37,8 @@ def replaced(
     assert change.kept is not None
     fresh, tensors = copy_graph(axes.graph.module)
     ops = {op.node.name: op for op in weighted_ops(axes.graph.module)}
-    for name, consumer in zip(change.site.ops, statistics.consumers, strict=True):
+    readers = [name for name in change.site.ops if name in ops]  # none of experts
+    for name, consumer in zip(readers, statistics.consumers, strict=True):
         op = ops[name]
         kept = kept_columns(consumer.columns, consumer.weight.shape[2], change.kept)
         fitted, _ = refit_columns(consumer.weight, consumer.second_moment, kept)
@@ -94,6 +95,41 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
             advance()
             found.append(with_error(candidate, errors[i]) if i in errors else candidate)
     return found
+
+
+class _Without(Mapping[int, Graph]):
+    """The original without each unit of a width; made when asked for, as each holds its weights."""
+
+    def __init__(self, axes: Axes, width: Width) -> None:
+        self._axes, self._width = axes, width
+
+    def __getitem__(self, unit: int) -> Graph:
+        rest = [u for u in range(len(self)) if u != unit]
+        return keep_units(self._axes.graph, self._axes, {self._width.name: rest})
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def __len__(self) -> int:
+        return self._width.units
+
+
+def unit_costs(
+    axes: Axes, width: Width, batches: Sequence[tuple[Tensor, ...]], kind: OutputKind
+) -> Tensor:
+    """The output's mean error with only that unit removed, one a unit [units].
+
+    For widths that no linear map sums over, such as experts: a token whose expert is gone goes to
+    its next best, which no second moment tells.
+
+    Args:
+        axes: The original's widths.
+        width: One of them.
+        batches: Flat inputs.
+        kind: The output's geometry.
+    """
+    errors = errors_of(axes.graph, _Without(axes, width), batches, kind)
+    return torch.stack([errors[unit].double().mean() for unit in range(width.units)])
 
 
 def _by_site(
