@@ -46,7 +46,7 @@ from tersor.backends.openvino.failures import conversion_failed  # noqa: E402
 from tersor.backends.openvino.nodes import source_name  # noqa: E402
 from tersor.backends.openvino.probe import FULL_LIMIT, SAFE_LIMIT, weight_limit  # noqa: E402
 from tersor.backends.openvino.skeleton import skeleton_of  # noqa: E402
-from tersor.backends.openvino.split import split  # noqa: E402
+from tersor.graph.split import split  # noqa: E402
 
 STEP = 0.03
 LINEAR = BuildChoice(backend="openvino", options={"int8_linear": "linear"})

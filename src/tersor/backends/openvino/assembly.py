@@ -17,10 +17,10 @@ from tersor.backends.openvino.channels_first import RANKS, Crossings
 from tersor.backends.openvino.executable import WEIGHT_ONLY
 from tersor.backends.openvino.failures import shapes_refused
 from tersor.backends.openvino.skeleton import Skeleton, skeleton_of
-from tersor.backends.openvino.split import Activation, Operation, Weight, split
 from tersor.core.errors import BackendError
 from tersor.core.records import Signature
 from tersor.graph.contracts import Graph, Shapes
+from tersor.graph.split import Activation, Operation, Weight, split
 
 _PRODUCTS = {"linear": ("MatMul",), "conv": ("Convolution", "GroupConvolution")}
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"

@@ -5,13 +5,11 @@ frontend. Every node of the result carries the name of the *graph's* node that i
 the first part of its friendly name, so that measured node times lead back to the graph.
 """
 
-import hashlib
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
@@ -30,8 +28,9 @@ from torch import fx
 from torch.export.decomp_utils import CustomDecompTable
 
 from tersor.backends.openvino.failures import conversion_failed
-from tersor.backends.openvino.split import Split, stored_tensors
 from tersor.graph.contracts import Graph
+from tersor.graph.floats import exported_floats, fingerprint
+from tersor.graph.split import Split
 
 _KEPT = 8  # skeletons in memory: they hold no weights, only the graph's small constants
 
@@ -69,7 +68,7 @@ def skeleton_of(graph: Graph, parts: Split) -> Skeleton:
     Raises:
         BackendError: An op that OpenVINO's frontend does not know; the message names it.
     """
-    key = _fingerprint(graph, parts)
+    key = fingerprint(graph, parts)
     with _lock:
         if key in _cache:
             _cache.move_to_end(key)
@@ -80,21 +79,6 @@ def skeleton_of(graph: Graph, parts: Split) -> Skeleton:
         while len(_cache) > _KEPT:
             _cache.popitem(last=False)
     return fresh
-
-
-def _fingerprint(graph: Graph, parts: Split) -> str:
-    digest = hashlib.sha256()
-    for spec in graph.signature.inputs:
-        digest.update(repr(spec).encode())
-    for node in parts.module.graph.nodes:
-        shape = parts.weight_shapes.get(node.name, "")
-        line = f"{node.op} {node.target} {node.name} {node.args} {node.kwargs} {shape}\n"
-        digest.update(line.encode())
-    for target, tensor in stored_tensors(parts.module).items():
-        digest.update(f"{target} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                      if tensor.dim() else repr(tensor.item()).encode())  # fmt: skip
-    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -129,69 +113,21 @@ def _positions(model: Any, holders: list[str], names: list[str]) -> dict[str, in
     }
 
 
-def _decompose(graph: Graph, parts: Split) -> tuple[fx.GraphModule, dict[str, str]]:
+def _decompose(graph: Graph, parts: Split) -> tuple[fx.GraphModule, Mapping[str, str]]:
     """Export again with open sizes, and decompose what OpenVINO has no converter for.
 
     Returns:
         The decomposed graph, and the graph's names by those of the export, which counts its own.
     """
-    weights = [torch.empty(parts.weight_shapes[o.weight_input]) for o in parts.operations]
-    inputs = (*graph.example, *_in_order(parts, weights))
-    batch = torch.export.Dim("batch", min=1)
-    shapes: list[Any] = [
-        {
-            dim: batch if size is None else torch.export.Dim.AUTO
-            for dim, size in enumerate(spec.shape)
-            if size is None or spec.symbol(dim)
-        }
-        or None
-        for spec in graph.signature.inputs
-    ]
-    shapes += [None] * len(weights)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch's own export internals
-            program = torch.export.export(
-                parts.module, inputs, dynamic_shapes=tuple(shapes), strict=False
-            )
-            names = _graph_names(parts.module, program)
+            program, names = exported_floats(graph, parts)
             decomposed = program.run_decompositions(_decompositions())
             module: fx.GraphModule = decomposed.module(check_guards=False)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise conversion_failed(error) from error
     return module, names
-
-
-def _graph_names(module: fx.GraphModule, program: torch.export.ExportedProgram) -> dict[str, str]:
-    """Nodes of an export -> the graph's; exporting keeps the ops and their order, not the names.
-
-    Ops that it added or dropped (none in the models that were tried) are passed over.
-    """
-    old, new = _ops(module.graph), _ops(program.graph)
-    targets = [[str(n.target) for n in nodes] for nodes in (old, new)]
-    if targets[0] == targets[1]:
-        return {after.name: before.name for before, after in zip(old, new, strict=True)}
-    blocks = SequenceMatcher(None, targets[0], targets[1], autojunk=False).get_matching_blocks()
-    return {
-        new[block.b + i].name: old[block.a + i].name for block in blocks for i in range(block.size)
-    }
-
-
-def _ops(graph: fx.Graph) -> list[fx.Node]:
-    """Ops on tensors, without sizes and checks."""
-    return [
-        node
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)  # noqa: SLF001
-        and node.target is not torch.ops.aten.sym_size.int
-        and not node.target._schema.name.startswith("aten::_assert")  # noqa: SLF001
-    ]
-
-
-def _in_order(parts: Split, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    by_name = dict(zip((o.weight_input for o in parts.operations), weights, strict=True))
-    holders = [n.name for n in parts.module.graph.nodes if n.op == "placeholder"]
-    return [by_name[name] for name in holders if name in by_name]
 
 
 def _name_by_source(model: Any, module: fx.GraphModule, names: Mapping[str, str]) -> None:
