@@ -14,7 +14,10 @@ _BUILT_IN = {
         "prune": "tersor.methods.prune:Prune",
         "quantize": "tersor.methods.quantize:Quantize",
     },
-    BACKENDS: {"openvino": "tersor.backends.openvino:OpenVINOBackend"},
+    BACKENDS: {
+        "onnxruntime": "tersor.backends.onnxruntime:ONNXRuntimeBackend",
+        "openvino": "tersor.backends.openvino:OpenVINOBackend",
+    },
 }
 
 

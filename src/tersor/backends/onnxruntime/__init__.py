@@ -1,0 +1,136 @@
+"""ONNX Runtime on the CPU: one Backend. Importing it loads neither ONNX Runtime nor torch.
+
+``build`` needs torch, onnx and onnxscript; ``load`` and what it returns need ONNX Runtime and
+NumPy only, so artifacts run in an environment without the others.
+"""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tersor.core.errors import ConfigError, MissingDependencyError
+from tersor.core.records import BackendInfo, BuildChoice, Candidate, FormatInfo, Support
+
+if TYPE_CHECKING:  # annotations name these in full, so that run-time type checks find them
+    import tersor.backends.onnxruntime.executable
+    import tersor.graph.contracts
+
+__all__ = ["ONNXRuntimeBackend"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+_NAME = "onnxruntime"
+_REMEDY = "pip install 'tersor[onnx]'"
+_NEEDS = ("onnxruntime", "onnx", "onnxscript")
+_FULL_LIMIT = 127
+
+
+class ONNXRuntimeBackend:
+    """ONNX Runtime's CPU execution provider."""
+
+    def describe(self) -> BackendInfo:
+        """Formats; the weight limit is measured."""
+        missing = [name for name in _NEEDS if find_spec(name) is None]
+        if missing:
+            return BackendInfo(
+                name=_NAME,
+                available=False,
+                reason=f"{missing[0]} is not installed",
+                remedy=_REMEDY,
+            )
+        import onnxruntime
+
+        from tersor.backends.onnxruntime.probe import weight_limit
+
+        limit = weight_limit()
+        note = "" if limit == _FULL_LIMIT else "8-bit products saturate on this device"
+        folded = "expanded to f32 on loading: smaller, not faster"
+        return BackendInfo(
+            name=_NAME,
+            available=True,
+            version=str(onnxruntime.__version__),
+            precisions=("f32",),
+            formats=(
+                FormatInfo(name="f32"),
+                FormatInfo(name="int8", weight_limit=limit, note=note),
+                FormatInfo(name="int8_weight", weight_limit=_FULL_LIMIT, note=folded),
+            ),
+        )
+
+    def supports(self, candidate: Candidate) -> Support:
+        """Whether the runtime has the candidate's format."""
+        info = self.describe()
+        if not info.available:
+            return Support(ok=False, reason=f"{info.reason}; {info.remedy}")
+        if isinstance(candidate.level, int):  # a width: any count is a shape like another
+            return Support(ok=True)
+        if info.format(candidate.level) is None:
+            known = ", ".join(f.name for f in info.formats)
+            return Support(
+                ok=False, reason=f"onnxruntime on this device has no {candidate.level}, only {known}"
+            )
+        return Support(ok=True)
+
+    def build(
+        self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice
+    ) -> "tersor.backends.onnxruntime.executable.ONNXRuntimeExecutable":
+        """Compile a graph; sizes beyond the batch may stay open (``graph.shapes.OPEN``).
+
+        Raises:
+            BackendError: An op without an ONNX form, or a build that ONNX Runtime refuses.
+            ConfigError: A device or an option that this backend does not have.
+            ShapeError: Shapes that the graph can't take.
+        """
+        _check(choice)
+        _require()
+        from tersor.backends.onnxruntime.assembly import assemble
+        from tersor.backends.onnxruntime.executable import ONNXRuntimeExecutable
+
+        return ONNXRuntimeExecutable(assemble(graph, shapes), choice)
+
+    def load(
+        self, sections: Mapping[str, bytes], choice: BuildChoice
+    ) -> "tersor.backends.onnxruntime.executable.ONNXRuntimeExecutable":
+        """Compile what ``serialize`` gave.
+
+        Raises:
+            ArtifactError: A section is missing or damaged.
+        """
+        _check(choice)
+        _require()
+        from tersor.backends.onnxruntime.executable import load
+
+        return load(sections, choice)
+
+    def read_file(
+        self, path: str | Path, shapes: Shapes, choice: BuildChoice
+    ) -> "tersor.backends.onnxruntime.executable.ONNXRuntimeExecutable":
+        """Compile an ONNX file, at the given shapes.
+
+        Raises:
+            BackendError: ONNX Runtime can't read the file or compile the model.
+        """
+        _check(choice)
+        _require()
+        from tersor.backends.onnxruntime.assembly import read_stored
+        from tersor.backends.onnxruntime.executable import ONNXRuntimeExecutable
+
+        return ONNXRuntimeExecutable(read_stored(Path(path), shapes), choice)
+
+
+def _check(choice: BuildChoice) -> None:
+    """Refuse a device, a precision or an option that is not here."""
+    if choice.device != "cpu":
+        raise ConfigError(
+            f"onnxruntime: device {choice.device!r}, wanted cpu; use another backend for that "
+            "device"
+        )
+    if choice.precision != "f32":
+        raise ConfigError(f"onnxruntime: precision {choice.precision}, wanted f32")
+    if choice.options:
+        raise ConfigError(f"onnxruntime: found options {dict(choice.options)}, wanted none")
+
+
+def _require() -> None:
+    if find_spec("onnxruntime") is None:
+        raise MissingDependencyError(f"onnxruntime is not installed; {_REMEDY}")
