@@ -14,6 +14,7 @@ from tersor.core.records import BuildChoice
 from tersor.graph.contracts import Graph
 
 SUFFIXES = (".xml", ".onnx", ".pt2")
+_XML = "openvino"  # whose format it is
 _PARITY = 1e-2  # normalised squared error: a value between two codes may fall to either side
 
 
@@ -29,6 +30,8 @@ def export_graph(graph: Graph, choice: BuildChoice, path: Path, flat: Sequence[T
     if path.suffix == ".pt2":
         write_pt2(graph, path)
         return 0.0
+    if path.suffix == ".xml" and choice.backend != _XML:
+        choice = BuildChoice(backend=_XML, threads=choice.threads, batch=choice.batch)
     backend: Any = registry.resolve(registry.BACKENDS, choice.backend)()
     if path.suffix == ".onnx":
         write_onnx(graph, path)

@@ -73,15 +73,20 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One model with its data on one backend."""
+    """One model with its data on the backends that may run it.
+
+    Attributes:
+        backends: By name; each choice of a build names one.
+        infos: What they can do here, in the order of their names.
+    """
 
     captured: Captured
     parts: Mapping[Split, Samples]
     kind: OutputKind
     sites: tuple[Site, ...]
     methods: Mapping[str, Method]
-    backend: Backend
-    info: BackendInfo
+    backends: Mapping[str, Backend]
+    infos: tuple[BackendInfo, ...]
     store: Store
     progress: Progress
     settings: Settings
@@ -168,7 +173,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     """Check everything that can be checked early, read the data, capture the model."""
     progress = _progress(settings.progress)
     store = Store(settings.cache_dir or Path.home() / ".cache" / "tersor")
-    backend, info = pick_backend(settings.backend, settings.device)
+    backends, infos = pick_backends(settings.backend, settings.device)
     wanted = as_data(data)
     progress.stage("data")
     opened, detector, parts = _read(open_model(model), wanted, settings.seed)
@@ -176,10 +181,10 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     captured = capture(opened, parts["calibration"], varying(parts.values()))
     graph = captured.graph
     parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
-    methods = pick_methods(settings.methods, info)
+    methods = pick_methods(settings.methods, infos)
     sites, axes = offered_sites(graph, methods.values(), tuple(settings.keep))
     if axes is not None:
-        methods = {n: with_counts(m, axes, info) for n, m in methods.items()}
+        methods = {n: with_counts(m, axes, infos) for n, m in methods.items()}
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
     kind = output_kind(wanted.output, outputs)
     model_hash = graph_hash(graph)
@@ -193,8 +198,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         model_hash,
         _data_hash(parts),
         kind,
-        info.name,
-        info.version,
+        [(info.name, info.version) for info in infos],
         settings.device,
         settings.batch,
         settings.seed,
@@ -208,8 +212,8 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         kind=kind,
         sites=sites,
         methods=methods,
-        backend=backend,
-        info=info,
+        backends=backends,
+        infos=infos,
         store=store,
         progress=progress,
         settings=settings,
@@ -242,41 +246,50 @@ def _progress(progress: Any) -> Progress:
     return progress  # type: ignore[no-any-return]
 
 
-def pick_backend(name: str, device: str) -> tuple[Backend, BackendInfo]:
-    """The backend of a name, or the first that is available.
+def pick_backends(name: str, device: str) -> tuple[dict[str, Backend], tuple[BackendInfo, ...]]:
+    """The backend of a name, or all that build for a device; measurement chooses between them.
 
     Raises:
         ConfigError: No backend of that name.
         BackendError: It is not available here, or not for the device.
     """
     names = registry.names(registry.BACKENDS) if name == "auto" else [name]
-    reasons = []
+    backends: dict[str, Backend] = {}
+    infos, reasons = [], []
     for candidate in names:
         backend: Backend = registry.resolve(registry.BACKENDS, candidate)()
         info = backend.describe()
-        if info.available and info.device == device:
-            return backend, info
-        reason = info.reason or f"it runs on {info.device} only"
+        if info.available and info.device == device and info.precisions:
+            backends[candidate] = backend
+            infos.append(info)
+            continue
+        reason = info.reason or (
+            f"it runs on {info.device} only"
+            if info.device != device
+            else "what it needs to build a model is not installed"
+        )
         reasons.append(f"{candidate}: {reason}{f' ({info.remedy})' if info.remedy else ''}")
+    if backends:
+        return backends, tuple(infos)
     raise BackendError(
         f"no backend runs on device {device!r} here: {'; '.join(reasons)}; "
         "see what `tersor doctor` says"
     )
 
 
-def pick_methods(wanted: str | Sequence[str], info: BackendInfo) -> dict[str, Method]:
-    """Methods by name, told what the backend's integer products can take.
+def pick_methods(wanted: str | Sequence[str], infos: Sequence[BackendInfo]) -> dict[str, Method]:
+    """Methods by name, told what the integer products of all backends can take.
 
     Raises:
         ConfigError: No method of that name.
     """
     names = default_methods() if wanted == "all" else _names(wanted)
+    limits = [int8.weight_limit for info in infos if (int8 := info.format("int8"))]
     found: dict[str, Method] = {}
     for name in names:
         cls = registry.resolve(registry.METHODS, name)
-        int8 = info.format("int8")
         takes_limit = "weight_limit" in getattr(cls, "__dataclass_fields__", {})
-        found[name] = cls(weight_limit=int8.weight_limit) if int8 and takes_limit else cls()
+        found[name] = cls(weight_limit=min(limits)) if limits and takes_limit else cls()
     return found
 
 
@@ -318,11 +331,12 @@ def offered_branches(graph: Graph, keep: Sequence[str]) -> tuple[Site, ...]:
     return tuple(site for site in found if site in largest)
 
 
-def with_counts(method: Method, axes: Axes, info: BackendInfo) -> Method:
+def with_counts(method: Method, axes: Axes, infos: Sequence[BackendInfo]) -> Method:
     """A method of widths with the kept counts that fill whole tiles of the device."""
     if "counts" not in getattr(method, "__dataclass_fields__", {}):
         return method
-    tile = DEFAULT_TILES["bf16" if "bf16" in info.precisions else "f32"]
+    has_bf16 = any("bf16" in info.precisions for info in infos)
+    tile = DEFAULT_TILES["bf16" if has_bf16 else "f32"]
 
     def counts(site: Site) -> tuple[int, ...]:
         found = kept_counts(site.units, unit_size(axes, site), tile)

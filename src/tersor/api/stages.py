@@ -1,6 +1,6 @@
 """The stages up to the prices, each found again in the store when it was finished before."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -163,7 +163,7 @@ def propose(session: Session) -> Offers:
         session.sites,
         known,
         session.methods,
-        lambda candidate: session.backend.supports(candidate).ok,
+        lambda candidate: any(b.supports(candidate).ok for b in session.backends.values()),
         session.progress.advance,
     )
     formats = [offer for offer in proposals if offer.change.site.kind == "format"]
@@ -225,7 +225,7 @@ def build_for(session: Session, graph: Graph, choice: BuildChoice) -> Built:
     others = part.others[:: max(1, len(part.others) // _CHECKED_SIZES)]
     return build(
         graph,
-        session.backend,
+        session.backends[choice.backend],
         choice,
         session.flat("calibration", 4),
         [tuple(t[:1] for t in flat) for flat in others],
@@ -237,7 +237,8 @@ def baselines(session: Session) -> tuple[tuple[BaselineRow, ...], int]:
     key = digest(session.key, "baseline")
     kept = session.store.get(_BaselineRecord, "baseline", key)
     if kept is None:
-        choices = baseline_choices(session.info, cores=usable_cores(), batch=session.settings.batch)
+        cores, batch = usable_cores(), session.settings.batch
+        choices = [c for i in session.infos for c in baseline_choices(i, cores=cores, batch=batch)]
         session.progress.stage("baseline", len(choices))
         found = measure_baselines(choices, _baseline_tools(session))
         notes = tuple(f"{d.choice.describe()}: {d.reason}" for d in found.dropped)
@@ -297,7 +298,7 @@ def price(session: Session, offered: Offers) -> Prices:
     key = digest(session.key, "price", sorted((s, list(map(str, v))) for s, v in levels.items()))
     kept = session.store.get(_Tables, "price", key)
     if kept is None:
-        kept = _price(session, offered, rows[best])
+        kept = _price(session, offered, rows, best)
         session.store.put("price", key, kept)
     for note in kept.notes:
         session.progress.note(note)
@@ -311,12 +312,14 @@ def price(session: Session, offered: Offers) -> Prices:
     )
 
 
-def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
+def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best: int) -> _Tables:
+    baseline = rows[best]
     base = baseline.choice
     assert base is not None
+    choices = _ways(session, base)
     config = PriceConfig(seed=session.settings.seed)
     native = native_assignment(session.sites, base.precision)
-    ways = max(1, len(session.info.choices))  # at most: those whose probe is slow are not priced
+    ways = len(choices)  # at most: those whose probe is slow are not priced
     builds = config.fitted(session.sites, offered.levels()) + config.held_out + 1
     session.progress.stage("price", ways * builds)
     reference = build_for(session, session.graph, base)
@@ -329,10 +332,11 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
         facts=lambda assignment: facts_of(session, offered.chosen(assignment), base.batch),
         settle=lambda assignment: settled(assignment, session.inside, native),
+        note=session.progress.note,
+        stored=stored_elsewhere(session.graph),
+        native_ms=_native_ms(rows, base),
     )
-    choices = [replace(base, options=dict(o)) for o in session.info.choices] or [base]
-    stored = stored_elsewhere(session.graph)
-    priced = price_all(choices, session.sites, offered.levels(), tools, config, stored)
+    priced = price_all(choices, session.sites, offered.levels(), tools, config)
     notes = [
         f"{probe.choice.describe()}: all int8 takes {probe.measured_ms:.2f} ms"
         + (f"; not priced, {probe.reason}" if not probe.priced else "")
@@ -349,12 +353,34 @@ def _price(session: Session, offered: Offers, baseline: BaselineRow) -> _Tables:
     return _Tables(tables=priced.tables, size_terms=priced.size_terms, notes=tuple(notes))
 
 
+def _ways(session: Session, base: BuildChoice) -> list[BuildChoice]:
+    """Every way to build in the baseline's precision and with its threads; its backend first."""
+    infos = [info for info in session.infos if base.precision in info.precisions]
+    ordered = sorted(infos, key=lambda info: info.name != base.backend)
+    return [
+        replace(base, backend=info.name, options=dict(options))
+        for info in ordered
+        for options in info.choices or ({},)
+    ]
+
+
+def _native_ms(rows: Sequence[BaselineRow], base: BuildChoice) -> dict[str, float]:
+    """Backend -> latency of its uncompressed build in the baseline's precision and threads."""
+    found: dict[str, float] = {}
+    for row in rows:
+        choice = row.choice
+        if choice and (choice.precision, choice.threads) == (base.precision, base.threads):
+            found[choice.backend] = row.timing.median_ms
+    return found
+
+
 def _priced_build(
     session: Session, offered: Offers, choice: BuildChoice, assignment: Mapping[str, Level]
 ) -> Any:
     session.progress.advance()
     graph = sketched(session, offered.chosen(assignment))
-    built = session.backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
+    backend = session.backends[choice.backend]
+    built = backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
     if session.parts["calibration"].others:  # its profile is of the sizes that it ran at
         session.caller(built, choice.batch)()
     return built

@@ -5,8 +5,9 @@ build in it, and its latencies are divided by the reference's drift, so that all
 the session in which the baseline was measured.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
@@ -25,8 +26,10 @@ from tersor.price.variants import (
 )
 
 REFERENCE = "reference"
-# A choice whose all-int8 build is slower than the best one's by more is not priced further.
+# A choice whose all-int8 build is slower than the best one's of its backend by more is not priced
+# further; nor is a backend whose fastest build, native ones included, is so against all others.
 PROBE_MARGIN = 0.05
+BACKEND_MARGIN = 0.25  # widths and mixtures move backends differently
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,9 @@ class PriceTools:
             that profiles use; needed where sites are widths.
         settle: What is really built for an assignment: nothing is chosen inside of a branch that
             is gone.
+        note: Takes what was dropped, and why.
+        stored: Node -> bytes of what it reads that no format site counts.
+        native_ms: Backend -> latency of its uncompressed build.
     """
 
     build: Callable[[BuildChoice, Mapping[str, Level]], Executable]
@@ -54,6 +60,9 @@ class PriceTools:
     quantize_nodes: QuantizeNodes
     facts: Facts | None = None
     settle: Callable[[Mapping[str, Level]], Mapping[str, Level]] = lambda assignment: assignment
+    note: Callable[[str], object] = str
+    stored: Mapping[str, int] = field(default_factory=dict)
+    native_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +121,6 @@ def price_all(
     levels: Mapping[str, Sequence[Level]],
     tools: PriceTools,
     config: PriceConfig,
-    stored: Mapping[str, int] | None = None,
 ) -> Priced:
     """Probe every choice by its all-int8 build, price those that may win.
 
@@ -122,20 +130,20 @@ def price_all(
         levels: Site -> levels that method and backend offer; of a width the kept counts.
         tools: What is called.
         config: How many builds.
-        stored: Node -> bytes of what it reads that no format site counts.
 
     Returns:
-        At least one table. Where no site offers int8: one, of native entries, for the first
-        choice.
+        At least one table. Where no site offers int8: of native entries, for the first choice
+        and those of other backends that are about as fast.
 
     Raises:
         BackendError: No choice could be built.
     """
     facts = width_facts(sites, levels, tools, choices[0].precision)
-    terms = () if facts is None else size_terms(facts, sites, levels, stored)
+    terms = () if facts is None else size_terms(facts, sites, levels, tools.stored)
     if not quantizable(sites, levels):
-        table = price_choice(choices[0], sites, levels, tools, config, facts)
-        return Priced(tables=(table,), probes=(), size_terms=terms)
+        ways = _first_ways(choices, tools.native_ms)
+        tables = tuple(price_choice(c, sites, levels, tools, config, facts) for c in ways)
+        return Priced(tables=tables, probes=(), size_terms=terms)
     probes = _probe(choices, sites, levels, tools)
     tables = tuple(
         price_choice(p.choice, sites, levels, tools, config, facts) for p in probes if p.priced
@@ -213,7 +221,14 @@ def _observe(
     choice: BuildChoice, variants: Sequence[Variant], tools: PriceTools
 ) -> list[Observation]:
     """Build a batch, profile and measure it; nothing of it outlives this call."""
-    builds = {str(i): tools.build(choice, v.assignment) for i, v in enumerate(variants)}
+    builds: dict[str, Executable] = {}
+    for i, variant in enumerate(variants):
+        try:
+            builds[str(i)] = tools.build(choice, variant.assignment)
+        except BackendError as error:  # the others still make a table
+            tools.note(f"{choice.describe()}: a build was dropped: {error}")
+    if not builds:
+        return []
     profiles = {name: build.profile() for name, build in builds.items()}
     times = measure_interleaved({n: _caller(tools, b) for n, b in builds.items()}, tools)
     return [
@@ -223,12 +238,28 @@ def _observe(
             measured_ms=times[name],
             held_out=variant.held_out,
         )
-        for name, variant in zip(builds, variants, strict=True)
+        for name in builds
+        for variant in [variants[int(name)]]
     ]
 
 
 def _caller(tools: PriceTools, build: Executable) -> Call:
     return lambda: tools.run(build)
+
+
+def _first_ways(
+    choices: Sequence[BuildChoice], native_ms: Mapping[str, float]
+) -> list[BuildChoice]:
+    """The first choice of each backend whose native build is about as fast as the first one's."""
+    firsts: dict[str, BuildChoice] = {}
+    for choice in choices:
+        firsts.setdefault(choice.backend, choice)
+    limit = native_ms.get(choices[0].backend, math.inf) * (1 + BACKEND_MARGIN)
+    return [
+        choice
+        for choice in firsts.values()
+        if choice is choices[0] or native_ms.get(choice.backend, math.inf) <= limit
+    ]
 
 
 def _probe(
@@ -251,17 +282,32 @@ def _probe(
             f"({'; '.join(failures.values())}); leave int8 out with methods="
         )
     times = measure_interleaved(calls, tools)
-    best = min(times.values())
+    bests: dict[str, float] = {}
+    for i, choice in enumerate(choices):
+        ms = times.get(str(i), math.inf)
+        bests[choice.backend] = min(bests.get(choice.backend, math.inf), ms)
+    native = tools.native_ms
+    reached = {name: min(ms, native.get(name, math.inf)) for name, ms in bests.items()}
     return tuple(
-        _probed(choice, times.get(str(i)), best, failures.get(str(i), ""))
+        _probed(choice, times.get(str(i)), bests, reached, failures.get(str(i), ""))
         for i, choice in enumerate(choices)
     )
 
 
-def _probed(choice: BuildChoice, ms: float | None, best: float, failure: str) -> Probe:
+def _probed(
+    choice: BuildChoice,
+    ms: float | None,
+    bests: Mapping[str, float],
+    reached: Mapping[str, float],
+    failure: str,
+) -> Probe:
     if ms is None:
         return Probe(choice=choice, measured_ms=None, priced=False, reason=failure)
-    if ms <= best * (1 + PROBE_MARGIN):
-        return Probe(choice=choice, measured_ms=ms, priced=True)
-    reason = f"its all-int8 build takes {ms / best - 1:.0%} more than the fastest"
-    return Probe(choice=choice, measured_ms=ms, priced=False, reason=reason)
+    best, fastest = bests[choice.backend], min(reached.values())
+    reason = ""
+    if ms > best * (1 + PROBE_MARGIN):
+        reason = f"its all-int8 build takes {ms / best - 1:.0%} more than the fastest"
+    elif reached[choice.backend] > fastest * (1 + BACKEND_MARGIN):
+        more = reached[choice.backend] / fastest - 1
+        reason = f"the best build of {choice.backend} takes {more:.0%} more than the fastest"
+    return Probe(choice=choice, measured_ms=ms, priced=not reason, reason=reason)

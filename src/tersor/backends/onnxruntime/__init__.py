@@ -21,25 +21,26 @@ __all__ = ["ONNXRuntimeBackend"]
 Shapes = Mapping[str, tuple[int, ...]]
 _NAME = "onnxruntime"
 _REMEDY = "pip install 'tersor[onnx]'"
-_NEEDS = ("onnxruntime", "onnx", "onnxscript")
+_WRITERS = ("onnx", "onnxscript")  # what builds need beyond the runtime
 _FULL_LIMIT = 127
+_WAYS = ("floats", "integers")  # how int8 convolutions that can't be fused are computed
+_CHOICES: tuple[Mapping[str, str | int | bool], ...] = tuple({"int8_conv": w} for w in _WAYS)
 
 
 class ONNXRuntimeBackend:
     """ONNX Runtime's CPU execution provider."""
 
     def describe(self) -> BackendInfo:
-        """Formats; the weight limit is measured."""
-        missing = [name for name in _NEEDS if find_spec(name) is None]
-        if missing:
+        """Formats; the weight limit is measured. Without onnx it runs artifacts and builds none."""
+        if find_spec("onnxruntime") is None:
             return BackendInfo(
-                name=_NAME,
-                available=False,
-                reason=f"{missing[0]} is not installed",
-                remedy=_REMEDY,
+                name=_NAME, available=False, reason="onnxruntime is not installed", remedy=_REMEDY
             )
         import onnxruntime
 
+        version = str(onnxruntime.__version__)
+        if any(find_spec(name) is None for name in _WRITERS):
+            return BackendInfo(name=_NAME, available=True, version=version)
         from tersor.backends.onnxruntime.probe import weight_limit
 
         limit = weight_limit()
@@ -48,13 +49,14 @@ class ONNXRuntimeBackend:
         return BackendInfo(
             name=_NAME,
             available=True,
-            version=str(onnxruntime.__version__),
+            version=version,
             precisions=("f32",),
             formats=(
                 FormatInfo(name="f32"),
                 FormatInfo(name="int8", weight_limit=limit, note=note),
                 FormatInfo(name="int8_weight", weight_limit=_FULL_LIMIT, note=folded),
             ),
+            choices=_CHOICES,
         )
 
     def supports(self, candidate: Candidate) -> Support:
@@ -67,7 +69,8 @@ class ONNXRuntimeBackend:
         if info.format(candidate.level) is None:
             known = ", ".join(f.name for f in info.formats)
             return Support(
-                ok=False, reason=f"onnxruntime on this device has no {candidate.level}, only {known}"
+                ok=False,
+                reason=f"onnxruntime on this device has no {candidate.level}, only {known}",
             )
         return Support(ok=True)
 
@@ -86,7 +89,8 @@ class ONNXRuntimeBackend:
         from tersor.backends.onnxruntime.assembly import assemble
         from tersor.backends.onnxruntime.executable import ONNXRuntimeExecutable
 
-        return ONNXRuntimeExecutable(assemble(graph, shapes), choice)
+        in_integers = choice.options.get("int8_conv", _WAYS[0]) == _WAYS[1]
+        return ONNXRuntimeExecutable(assemble(graph, shapes, in_integers=in_integers), choice)
 
     def load(
         self, sections: Mapping[str, bytes], choice: BuildChoice
@@ -127,8 +131,13 @@ def _check(choice: BuildChoice) -> None:
         )
     if choice.precision != "f32":
         raise ConfigError(f"onnxruntime: precision {choice.precision}, wanted f32")
-    if choice.options:
-        raise ConfigError(f"onnxruntime: found options {dict(choice.options)}, wanted none")
+    if choice.options.get("int8_conv", _WAYS[0]) not in _WAYS or set(choice.options) - {
+        "int8_conv"
+    }:
+        raise ConfigError(
+            f"onnxruntime: found options {dict(choice.options)}, wanted int8_conv as one of "
+            f"{list(_WAYS)}"
+        )
 
 
 def _require() -> None:

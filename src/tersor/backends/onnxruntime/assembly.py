@@ -2,8 +2,8 @@
 
 An int8 linear becomes quantised data and weight in front of a MatMul, which ONNX Runtime fuses to
 one integer product. An int8 convolution whose only readers take its result on one grid is written
-in the same way and fused to QLinearConv; any other one is a ConvInteger, as ONNX Runtime would
-compute it in floats.
+in the same way and fused to QLinearConv. ONNX Runtime has no such form for any other one: it is a
+ConvInteger with a scale behind it, or computed in floats from the codes, as a build choice says.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,13 @@ _INLINE_BYTES = 64  # constants up to this size stay in the structure
 _FOLLOWS = ("Relu",)  # what QLinearConv takes in
 
 
-def assemble(graph: Graph, shapes: Shapes) -> Stored:
+def assemble(graph: Graph, shapes: Shapes, *, in_integers: bool) -> Stored:
     """The stored model of a graph: inputs and outputs in the signature's order and by its names.
+
+    Args:
+        graph: Read only.
+        shapes: By input name; inputs that are not listed keep an open batch.
+        in_integers: Convolutions that can't be fused multiply integers, not what they stand for.
 
     Raises:
         BackendError: An op without an ONNX form.
@@ -37,7 +42,7 @@ def assemble(graph: Graph, shapes: Shapes) -> Stored:
     """
     parts = split(graph.module)
     skeleton = skeleton_of(graph, parts)
-    model = _Assembly(skeleton, parts.operations).finish()
+    model = _Assembly(skeleton, parts.operations, in_integers=in_integers).finish()
     _set_shapes(model, shapes)
     return _stored(model, skeleton.sources)
 
@@ -59,7 +64,10 @@ def read_stored(path: Path, shapes: Shapes) -> Stored:
 class _Assembly:
     """One model in the making: the skeleton's nodes with the operations written out."""
 
-    def __init__(self, skeleton: Skeleton, operations: Sequence[Operation]) -> None:
+    def __init__(
+        self, skeleton: Skeleton, operations: Sequence[Operation], *, in_integers: bool
+    ) -> None:
+        self._in_integers = in_integers
         self._model = onnx.ModelProto()
         self._model.CopyFrom(skeleton.model)
         self._old = list(self._model.graph.node)
@@ -136,15 +144,23 @@ class _Assembly:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         activation, scale = operation.activation, operation.weight.scale
         if activation is None or scale is None:
-            inputs = [node.input[0], self._float_weight(operation)]
-            if operation.bias is not None:
-                inputs.append(self._constant(f"{operation.name}/bias", operation.bias))
-            name = f"{operation.name}/Conv"
-            self._add("Conv", inputs, node.output[0], name=name, **attributes)
+            self._float_conv(node, operation, node.input[0], attributes)
         elif self._is_requantized(node.output[0]):
             self._fused_conv(node, operation, activation, attributes)
-        else:
+        elif self._in_integers:
             self._integer_conv(node, operation, activation, attributes)
+        else:
+            data = self._dequantize(node.input[0], activation)
+            self._float_conv(node, operation, data, attributes)
+
+    def _float_conv(
+        self, node: Any, operation: Operation, data: str, attributes: dict[str, Any]
+    ) -> None:
+        inputs = [data, self._float_weight(operation)]
+        if operation.bias is not None:
+            inputs.append(self._constant(f"{operation.name}/bias", operation.bias))
+        name = f"{operation.name}/Conv"
+        self._add("Conv", inputs, node.output[0], name=name, **attributes)
 
     def _fused_conv(
         self, node: Any, operation: Operation, activation: Activation, attributes: dict[str, Any]

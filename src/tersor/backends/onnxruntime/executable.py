@@ -277,7 +277,9 @@ def _warm_ms(spent: list[float], runs: int, calls: int) -> float:
     each = len(spent) / runs  # a node of a loop or a branch runs more or less often
     warm = spent[round(_WARM_RUNS * calls * each) :]
     size = max(1, len(warm) // _BLOCKS)
-    blocks = [mean(warm[i : i + size]) for i in range(0, size * _BLOCKS, size) if warm[i : i + size]]
+    blocks = [
+        mean(warm[i : i + size]) for i in range(0, size * _BLOCKS, size) if warm[i : i + size]
+    ]
     if not blocks:
         return 0.0
     middle = median(blocks)
