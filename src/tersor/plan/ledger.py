@@ -4,6 +4,7 @@ The one stateful part of the stage. Tables move with every measurement, so that 
 are always read from here.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -132,6 +133,8 @@ class Ledger:
         times = self._tools.measure([self.plan(d) for d in fresh])
         for draft, ms in zip(fresh, times, strict=True):
             self.measured[draft] = float(ms)
+            if not math.isfinite(ms):  # it could not be built: no word about the prices
+                continue
             self.tables[draft.table] = self._tools.correct(
                 self.tables[draft.table], draft.assignment, self.task.tensors, float(ms)
             )

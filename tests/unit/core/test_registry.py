@@ -28,7 +28,7 @@ def test_a_plug_in_of_another_distribution_is_found(monkeypatch: pytest.MonkeyPa
 
     assert registry.resolve(registry.METHODS, "fast") is json.JSONDecoder
     assert registry.names(registry.METHODS) == ["depth", "fast", "prune", "quantize"]
-    assert registry.names(registry.BACKENDS) == ["openvino"]
+    assert registry.names(registry.BACKENDS) == ["onnxruntime", "openvino"]
 
 
 def test_a_built_in_name_cannot_be_taken_over(monkeypatch: pytest.MonkeyPatch):

@@ -25,7 +25,9 @@ from tersor.graph.split import Activation, Operation, split
 _BLOCK = "model.bin"
 _LEVELS = 256  # of an 8-bit grid
 _INLINE_BYTES = 64  # constants up to this size stay in the structure
-_FOLLOWS = ("Relu",)  # what QLinearConv takes in
+# What may stand between a fused convolution and its readers' quantiser: ReLUs are taken in, and
+# quantisers move up through the others.
+_FOLLOWS = ("Relu", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 
 
 def assemble(graph: Graph, shapes: Shapes, *, in_integers: bool) -> Stored:
@@ -202,9 +204,9 @@ class _Assembly:
             self._add("Add", [product, bias], node.output[0])
 
     def _is_requantized(self, value: str) -> bool:
-        """Whether all that read a value, behind a ReLU or not, do so on one grid of their own."""
+        """Whether all that read a value, behind a ReLU or a pool, do so on one grid of their own."""
         readers = self._readers.get(value, [])
-        if len(readers) == 1 and readers[0][0].op_type in _FOLLOWS:
+        while len(readers) == 1 and readers[0][0].op_type in _FOLLOWS and readers[0][1] == 0:
             readers = self._readers.get(readers[0][0].output[0], [])
         grids = set()
         for node, place in readers:

@@ -30,6 +30,8 @@ _BLOCKS, _BLOCK_RUNS = 3, 7  # counted after them
 _MIX = 8  # calls of different sizes that a profile runs again
 _ERROR = 3  # severity: warnings about what can't be fused fill the screen
 _KERNEL = "_kernel_time"
+# It rounds float weights to 8 bits, one scale a tensor, wherever their data is quantised.
+_DISABLED = ["WeightBiasQuantization"]
 _SHOWN = 400  # characters of a foreign message
 _DTYPES = {
     "tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16,
@@ -229,7 +231,9 @@ def _session(stored: Stored, choice: BuildChoice, profile: str = "") -> Any:
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
     try:
         options.add_external_initializers([c.name for c in stored.constants], values)
-        return ort.InferenceSession(stored.structure, options, ["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            stored.structure, options, ["CPUExecutionProvider"], disabled_optimizers=_DISABLED
+        )
     except Exception as error:  # its exceptions have no common type of their own
         raise _failed(error, "compiling the model") from error
 
