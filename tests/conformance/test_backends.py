@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.capture.module import capture
-from tersor.capture.samples import Call, Samples
+from tersor.capture.samples import Call, Samples, varying
 from tersor.core.errors import BackendError, ConfigError, DataError, ShapeError
 from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import BackendInfo, BuildChoice, Candidate, Site, Structure
@@ -25,6 +25,7 @@ from tersor.graph.apply import apply
 from tersor.graph.contracts import Backend, Executable, Graph, Quantizer, SiteChange
 from tersor.graph.edit import attribute
 from tersor.graph.operators import WeightedOp, weighted_ops
+from tersor.graph.shapes import OPEN
 
 # Float32 sums of at most 1024 products in another order: sqrt(1024) roundings, twice, of 2**-24.
 FLOAT = 64 * 2.0**-24
@@ -345,6 +346,57 @@ def test_int8_chain(backend: Backend, block: tuple[Graph, tuple[Tensor, ...]]) -
     for choice in choices(backend):
         executable = built(backend, graph, inputs, choice)
         assert_close(graph, executable, inputs, STEP * largest_weight)
+
+
+class Chain(nn.Module):
+    """Convolutions whose results go to one grid (through ReLU and pool), to two, and to a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 16, 3, padding=1)
+        self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.c = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.d = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(self.a(x).relu(), 2)
+        x = (self.c(self.b(x).relu()) + x).relu()
+        return self.d(x.mean((2, 3)))
+
+
+def test_int8_convolutions_in_a_row(backend: Backend) -> None:
+    """Few values fall to the other side of a border: far less than one rounding of all."""
+    inputs = (random(4, 3, 12, 12),)
+    plain = graph_of(seeded(Chain()), *inputs)
+    graph = compressed(plain, "int8", int8_limit(backend))
+    wanted = graph.run(inputs)[0].double()
+    rounding = float((plain.run(inputs)[0].double() - wanted).square().sum())
+    for choice in choices(backend):
+        executable = built(backend, graph, inputs, choice)
+        (found,) = executable.run(named(graph, inputs)).values()
+        off = float((torch.from_numpy(found).double() - wanted).square().sum())
+        assert off <= 0.02 * rounding
+        ops = {op.node.name for op in weighted_ops(graph.module)}
+        assert ops <= set(executable.profile())
+
+
+def test_sizes_that_stay_open(backend: Backend) -> None:
+    """One build for all lengths; the batch is as built."""
+    inputs = (random(4, 9, 16),)
+    leaf, none = Structure(kind="tensor"), Structure(kind="dict")
+    call = Call(Structure(kind="tuple", children=(leaf,)), none)
+    samples = Samples(call, inputs, ((random(4, 5, 16),),))
+    graph = capture(seeded(Block()), samples, varying([samples])).graph
+    spec = graph.signature.inputs[0]
+    assert spec.symbol(1)
+    for choice in choices(backend):
+        executable = backend.build(graph, {spec.name: (2, OPEN, 16)}, choice)
+        for length in (9, 5, 13):
+            some = (random(2, length, 16, seed=length),)
+            assert_close(graph, executable, some, FLOAT)
+        assert {op.node.name for op in weighted_ops(graph.module)} <= set(executable.profile())
+        with pytest.raises(ShapeError, match="wanted"):
+            executable.run(named(graph, (random(3, 9, 16),)))
 
 
 def test_weight_only_int8_is_smaller_and_equal(

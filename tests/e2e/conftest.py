@@ -1,6 +1,6 @@
 """Finished runs of real networks, made once for all end-to-end tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.core import registry
 from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Ratio
 from tests.data.zoo import load_lenet5, load_resnet20
@@ -31,6 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if FOLDER in item.path.parents and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_backend() -> Iterator[None]:
+    """``backend="auto"`` races backends; most of these tests are about something else."""
+    every = registry.names
+
+    def names(group: str) -> list[str]:
+        return [name for name in every(group) if name != "onnxruntime"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "names", names)
+        yield
 
 
 def finish(

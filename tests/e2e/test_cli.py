@@ -79,6 +79,7 @@ def compress_words(source: Path, folder: Path, target: str) -> tuple[str, ...]:
     return (
         "compress", f"{source}:model", f"{source}:data", "--target", target, "--methods", "quantize",
         "--out", str(folder / "model.tersor"), "--cache-dir", str(folder / "warm"),
+        "--backend", "openvino",
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ with np.load(DATA / "fashion_mnist_2k.npz") as packed:
     images = {"train": pixels(packed["train_images"]), "test": pixels(packed["test_images"])}
 target = tersor.Target(size_ratio=3.0)
 result = tersor.compress(load_lenet5(), parts(images), target=target, cache_dir=sys.argv[1],
-                         methods=("quantize",))
+                         methods=("quantize",), backend="openvino")
 print(json.dumps({"assignment": dict(result.plan.assignment),
                   "choice": result.plan.choice.describe()}))
 """

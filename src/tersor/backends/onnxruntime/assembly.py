@@ -1,8 +1,8 @@
 """Skeleton + weights, biases and quantisers -> the stored ONNX model of one graph.
 
-An int8 linear becomes quantised data and weight in front of a MatMul, which ONNX Runtime fuses to
-one integer product. An int8 convolution whose only readers take its result on one grid is written
-in the same way and fused to QLinearConv. ONNX Runtime has no such form for any other one: it is a
+An int8 linear is ONNX Runtime's own MatMulIntegerToFloat: its fusions make a float product of a
+MatMul with a bias before they see that its operands are integers. An int8 convolution whose only readers take its result on one grid is written
+as QLinearConv, from codes to codes, through the ReLU or pool between. ONNX Runtime has no such form for any other one: it is a
 ConvInteger with a scale behind it, or computed in floats from the codes, as a build choice says.
 """
 
@@ -23,10 +23,10 @@ from tersor.graph.shapes import OPEN
 from tersor.graph.split import Activation, Operation, split
 
 _BLOCK = "model.bin"
+_LINEAR, _DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
 _LEVELS = 256  # of an 8-bit grid
 _INLINE_BYTES = 64  # constants up to this size stay in the structure
-# What may stand between a fused convolution and its readers' quantiser: ReLUs are taken in, and
-# quantisers move up through the others.
+# What may stand between a fused convolution and its readers' quantiser, and works on codes.
 _FOLLOWS = ("Relu", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 
 
@@ -78,6 +78,7 @@ class _Assembly:
         self._constants: dict[str, Any] = {}
         self._quantized: dict[tuple[str, str], tuple[str, str, str]] = {}
         self._dequantized: dict[str, str] = {}
+        self._coded: dict[str, tuple[str, Activation]] = {}  # value -> its codes
         self._weights: dict[tuple[int, bool], str] = {}
         self._turned: dict[str, Operation] = {}  # transposed weight -> its operation
         for node in self._old:
@@ -87,12 +88,14 @@ class _Assembly:
         for node in self._old:
             for place, name in enumerate(node.input):
                 self._readers.setdefault(name, []).append((node, place))
+        for value in self._model.graph.output:
+            self._readers.setdefault(value.name, []).append((value, -1))
 
     def finish(self) -> onnx.ModelProto:
         for node in self._old:
             operation = self._operation(node)
             if operation is None:
-                self._copy(node)
+                (self._follow if node.input and node.input[0] in self._coded else self._copy)(node)
             elif operation.kind == "conv":
                 self._conv(node, operation)
             else:
@@ -104,6 +107,8 @@ class _Assembly:
         inputs = [v for v in graph.input if v.name not in self._by_weight]
         del graph.input[:]
         graph.input.extend(inputs)
+        if any(node.domain == _DOMAIN for node in graph.node):
+            self._model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
         return self._model
 
     def _operation(self, node: Any) -> Operation | None:
@@ -127,28 +132,28 @@ class _Assembly:
 
     def _linear(self, node: Any, operation: Operation) -> None:
         base, out = operation.name, node.output[0]
-        product = f"{base}/product" if operation.bias is not None else out
-        if operation.activation is None or operation.weight.scale is None:
-            weight = self._transposed(self._float_weight(operation), base)
-            data = node.input[0]
-        else:
-            data = self._dequantize(node.input[0], operation.activation)
+        bias = "" if operation.bias is None else self._constant(f"{base}/bias", operation.bias)
+        if operation.activation is not None and operation.weight.scale is not None:
+            data, step, zero = self._quantize(node.input[0], operation.activation)
             codes = self._transposed(self._codes(operation), f"{base}/codes")
             scale = self._constant(f"{base}/scale", operation.weight.scale.reshape(-1))
-            weight = f"{base}/weight_dequantized"
-            self._add("DequantizeLinear", [codes, scale], weight, axis=1)
-        self._add("MatMul", [data, weight], product, name=f"{base}/MatMul")
-        if operation.bias is not None:
-            bias = self._constant(f"{base}/bias", operation.bias)
+            inputs = [data, codes, step, scale, zero, "", bias]
+            self._add(_LINEAR, inputs, out, name=f"{base}/{_LINEAR}", domain=_DOMAIN)
+            return
+        product = f"{base}/product" if bias else out
+        weight = self._transposed(self._float_weight(operation), base)
+        self._add("MatMul", [node.input[0], weight], product, name=f"{base}/MatMul")
+        if bias:
             self._add("Add", [product, bias], out, name=f"{base}/Add")
 
     def _conv(self, node: Any, operation: Operation) -> None:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         activation, scale = operation.activation, operation.weight.scale
+        result = self._result_grid(node.output[0])
         if activation is None or scale is None:
             self._float_conv(node, operation, node.input[0], attributes)
-        elif self._is_requantized(node.output[0]):
-            self._fused_conv(node, operation, activation, attributes)
+        elif result is not None:
+            self._fused_conv(node, operation, activation, result, attributes)
         elif self._in_integers:
             self._integer_conv(node, operation, activation, attributes)
         else:
@@ -165,26 +170,50 @@ class _Assembly:
         self._add("Conv", inputs, node.output[0], name=name, **attributes)
 
     def _fused_conv(
-        self, node: Any, operation: Operation, activation: Activation, attributes: dict[str, Any]
+        self,
+        node: Any,
+        operation: Operation,
+        data: Activation,
+        result: Activation,
+        attributes: dict[str, Any],
     ) -> None:
-        base, weight = operation.name, operation.weight
-        assert weight.scale is not None
-        scale = self._constant(f"{base}/scale", weight.scale.reshape(-1))
-        self._add(
-            "DequantizeLinear",
-            [self._codes(operation), scale],
-            f"{base}/weight_dequantized",
-            axis=0,
-        )
-        inputs = [self._dequantize(node.input[0], activation), f"{base}/weight_dequantized"]
+        """Codes in, codes out: what reads the result finds them in place of a quantiser's."""
+        base, scale = operation.name, operation.weight.scale
+        assert scale is not None
+        codes, step, zero = self._quantize(node.input[0], data)
+        inputs = [codes, step, zero, self._codes(operation)]
+        inputs.append(self._constant(f"{base}/scale", scale.reshape(-1)))
+        inputs.append(self._constant(f"{base}/zeros", np.zeros(scale.size, np.int8)))
+        inputs += self._grid(result)
         if operation.bias is not None:
-            steps = (weight.scale.reshape(-1) * activation.step).astype(np.float32)
-            codes = np.clip(np.rint(operation.bias / steps), -(2**31), 2**31 - 1).astype(np.int32)
-            both = [self._constant(f"{base}/bias_codes", codes)]
-            both.append(self._constant(f"{base}/bias_scale", steps))
-            self._add("DequantizeLinear", both, f"{base}/bias_dequantized", axis=0)
-            inputs.append(f"{base}/bias_dequantized")
-        self._add("Conv", inputs, node.output[0], name=f"{base}/Conv", **attributes)
+            steps = scale.reshape(-1).astype(np.float64) * data.step
+            bias = np.clip(np.rint(operation.bias / steps), -(2**31), 2**31 - 1).astype(np.int32)
+            inputs.append(self._constant(f"{base}/bias_codes", bias))
+        out = f"{base}/result_codes"
+        self._add("QLinearConv", inputs, out, name=f"{base}/QLinearConv", **attributes)
+        self._stands_for(node.output[0], out, result)
+
+    def _stands_for(self, value: str, codes: str, activation: Activation) -> None:
+        self._coded[value] = (codes, activation)
+        self._quantized[value, activation.name] = (codes, *self._grid(activation))
+
+    def _follow(self, node: Any) -> None:
+        """What stands between a fused convolution and its readers works on codes, too."""
+        codes, activation = self._coded[node.input[0]]
+        _, zero = self._grid(activation)
+        out = f"{node.name}/codes"
+        if node.op_type == "Relu":
+            if activation.zero_point > activation.low:
+                self._add("Clip", [codes, zero], out, name=f"{node.name}/Clip")
+            else:
+                out = codes  # the grid starts at zero
+        else:
+            node.input[0] = codes
+            value, node.output[0] = node.output[0], out
+            self._nodes.append(node)
+            self._stands_for(value, out, activation)
+            return
+        self._stands_for(node.output[0], out, activation)
 
     def _integer_conv(
         self, node: Any, operation: Operation, activation: Activation, attributes: dict[str, Any]
@@ -203,21 +232,21 @@ class _Assembly:
             bias = self._constant(f"{base}/bias", operation.bias.reshape(1, -1, *trailing))
             self._add("Add", [product, bias], node.output[0])
 
-    def _is_requantized(self, value: str) -> bool:
-        """Whether all that read a value, behind a ReLU or a pool, do so on one grid of their own."""
+    def _result_grid(self, value: str) -> Activation | None:
+        """The one grid on which all read a value, behind a ReLU or a pool; None if not all do."""
         readers = self._readers.get(value, [])
-        while len(readers) == 1 and readers[0][0].op_type in _FOLLOWS and readers[0][1] == 0:
+        while len(readers) == 1 and readers[0][1] == 0 and readers[0][0].op_type in _FOLLOWS:
             readers = self._readers.get(readers[0][0].output[0], [])
-        grids = set()
+        grids: dict[str, Activation] = {}
         for node, place in readers:
-            operation = self._operation(node)
-            activation = operation.activation if operation is not None and place == 0 else None
+            operation = self._operation(node) if place == 0 else None
+            activation = operation.activation if operation is not None else None
             if activation is None or activation.multiply is not None or activation.add:
-                return False
+                return None
             if activation.high - activation.low + 1 != _LEVELS:
-                return False
-            grids.add(activation.name)
-        return len(grids) == 1
+                return None
+            grids[activation.name] = activation
+        return next(iter(grids.values())) if len(grids) == 1 else None
 
     def _quantize(self, value: str, activation: Activation) -> tuple[str, str, str]:
         """Codes of a tensor, one quantiser for all its readers; with its step and zero point."""
@@ -236,12 +265,17 @@ class _Assembly:
                     for e in (activation.low, activation.high)]  # fmt: skip
             limits = [self._constant(f"{base}/end_{i}", np.float32(e)) for i, e in enumerate(ends)]
             source = self._add("Clip", [source, *limits], f"{base}/clipped")
-        step = self._constant(f"{base}/step", np.float32(activation.step))
-        zero = self._constant(f"{base}/zero", np.uint8(activation.zero_point - activation.low))
+        step, zero = self._grid(activation)
         name = f"{base}/QuantizeLinear"
         self._add("QuantizeLinear", [source, step, zero], f"{base}/quantized", name=name)
         self._quantized[key] = (f"{base}/quantized", step, zero)
         return self._quantized[key]
+
+    def _grid(self, activation: Activation) -> tuple[str, str]:
+        """Step and zero point."""
+        base, zero = activation.name, activation.zero_point - activation.low
+        step = self._constant(f"{base}/step", np.float32(activation.step))
+        return step, self._constant(f"{base}/zero", np.uint8(zero))
 
     def _dequantize(self, value: str, activation: Activation) -> str:
         quantized, step, zero = self._quantize(value, activation)
@@ -285,9 +319,17 @@ class _Assembly:
         return name
 
     def _add(
-        self, kind: str, inputs: Sequence[str], output: str, *, name: str = "", **attributes: Any
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        output: str,
+        *,
+        name: str = "",
+        domain: str = "",
+        **attributes: Any,
     ) -> str:
-        fresh = helper.make_node(kind, inputs, [output], name=name or f"{output}/{kind}")
+        name = name or f"{output}/{kind}"
+        fresh = helper.make_node(kind, inputs, [output], name=name, domain=domain)
         fresh.attribute.extend(helper.make_attribute(k, v) for k, v in attributes.items())
         self._nodes.append(fresh)
         return output
