@@ -29,7 +29,6 @@ REFERENCE = "reference"
 # A choice whose all-int8 build is slower than the best one's of its backend by more is not priced
 # further; nor is a backend whose fastest build, native ones included, is so against all others.
 PROBE_MARGIN = 0.05
-BACKEND_MARGIN = 0.25  # widths and mixtures move backends differently
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +253,7 @@ def _first_ways(
     firsts: dict[str, BuildChoice] = {}
     for choice in choices:
         firsts.setdefault(choice.backend, choice)
-    limit = native_ms.get(choices[0].backend, math.inf) * (1 + BACKEND_MARGIN)
+    limit = native_ms.get(choices[0].backend, math.inf) * (1 + PROBE_MARGIN)
     return [
         choice
         for choice in firsts.values()
@@ -307,7 +306,7 @@ def _probed(
     reason = ""
     if ms > best * (1 + PROBE_MARGIN):
         reason = f"its all-int8 build takes {ms / best - 1:.0%} more than the fastest"
-    elif reached[choice.backend] > fastest * (1 + BACKEND_MARGIN):
+    elif reached[choice.backend] > fastest * (1 + PROBE_MARGIN):
         more = reached[choice.backend] / fastest - 1
         reason = f"the best build of {choice.backend} takes {more:.0%} more than the fastest"
     return Probe(choice=choice, measured_ms=ms, priced=not reason, reason=reason)

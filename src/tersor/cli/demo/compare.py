@@ -184,6 +184,7 @@ def compress(case: Case, target: Target, settings: Settings, progress: Progress)
         target=target,
         metric=case.metric,
         test_metric=case.test_metric,
+        backend="openvino",  # where the peers run
         batch=case.batch,
         cache_dir=settings.cache_dir,
         seed=settings.seed,
