@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.api.session import pick_backends
 from tersor.core.errors import ArtifactError, BackendError, ConfigError, MissingDependencyError
 from tersor.core.records import BuildChoice
 from tersor.graph.apply import apply
@@ -133,6 +134,8 @@ def test_a_file_without_onnx_still_loads(graph: Graph, monkeypatch: pytest.Monke
     info = BACKEND.describe()
     assert info.available
     assert info.precisions == ()
+    with pytest.raises(BackendError, match=r"onnx is not installed.*pip install 'tersor\[onnx\]'"):
+        pick_backends("onnxruntime", "cpu")
     x = {"x": np.ones((1, 3, 12, 12), np.float32)}
     (found,) = BACKEND.load(sections, CHOICE).run(x).values()
     (wanted,) = executable(graph).run(x).values()
@@ -162,6 +165,32 @@ def test_a_damaged_list_of_constants_is_refused(graph: Graph, field: int, value:
     sections["tensors.json"] = json.dumps(index).encode()
     with pytest.raises(ArtifactError, match="write the artifact again"):
         BACKEND.load(sections, CHOICE)
+
+
+def test_no_file_outside_is_read(
+    graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A structure may name files; only the constants that are listed are taken."""
+    sections = executable(graph).serialize()
+    index = json.loads(sections["tensors.json"])
+    largest = max(index["tensors"], key=lambda row: row[4])
+    index["tensors"].remove(largest)
+    sections["tensors.json"] = json.dumps(index).encode()
+    (tmp_path / "model.bin").write_bytes(sections["model.bin"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is no model"):
+        BACKEND.load(sections, CHOICE)
+
+
+def test_an_operation_in_another_form_is_refused_not_lost(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bias and its quantiser were taken out of the graph: they must come back."""
+    from tersor.backends.onnxruntime import assembly
+
+    monkeypatch.setattr(assembly._Assembly, "_operation", lambda *_: None)
+    with pytest.raises(BackendError, match=r"conv2d became Conv, wanted .*use another backend"):
+        executable(graph)
 
 
 def test_a_damaged_model_is_refused(graph: Graph) -> None:

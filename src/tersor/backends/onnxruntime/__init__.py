@@ -39,8 +39,12 @@ class ONNXRuntimeBackend:
         import onnxruntime
 
         version = str(onnxruntime.__version__)
-        if any(find_spec(name) is None for name in _WRITERS):
-            return BackendInfo(name=_NAME, available=True, version=version)
+        missing = [name for name in _WRITERS if find_spec(name) is None]
+        if missing:
+            reason = f"{missing[0]} is not installed: it runs artifacts and builds none"
+            return BackendInfo(
+                name=_NAME, available=True, version=version, reason=reason, remedy=_REMEDY
+            )
         from tersor.backends.onnxruntime.probe import weight_limit
 
         limit = weight_limit()

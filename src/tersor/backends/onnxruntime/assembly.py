@@ -127,7 +127,13 @@ class _Assembly:
                 return  # written out with its products
         for place, name in enumerate(node.input):
             if name in self._by_weight:
-                node.input[place] = self._float_weight(self._by_weight[name])
+                operation = self._by_weight[name]
+                if operation.bias is not None or operation.activation is not None:
+                    raise BackendError(
+                        f"onnxruntime: {operation.name} became {node.op_type}, wanted Conv, Gemm or "
+                        "MatMul; use another backend"
+                    )
+                node.input[place] = self._float_weight(operation)
         self._nodes.append(node)
 
     def _linear(self, node: Any, operation: Operation) -> None:
