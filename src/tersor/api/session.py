@@ -253,7 +253,7 @@ def pick_backends(name: str, device: str) -> tuple[dict[str, Backend], tuple[Bac
         ConfigError: No backend of that name.
         BackendError: It is not available here, or not for the device.
     """
-    names = registry.names(registry.BACKENDS) if name == "auto" else [name]
+    names = backend_names() if name == "auto" else [name]
     backends: dict[str, Backend] = {}
     infos, reasons = [], []
     for candidate in names:
@@ -275,6 +275,11 @@ def pick_backends(name: str, device: str) -> tuple[dict[str, Backend], tuple[Bac
         f"no backend runs on device {device!r} here: {'; '.join(reasons)}; "
         "see what `tersor doctor` says"
     )
+
+
+def backend_names() -> list[str]:
+    """The backends that race where none is named."""
+    return registry.names(registry.BACKENDS)
 
 
 def pick_methods(wanted: str | Sequence[str], infos: Sequence[BackendInfo]) -> dict[str, Method]:

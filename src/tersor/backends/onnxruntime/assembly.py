@@ -79,7 +79,7 @@ class _Assembly:
         self._quantized: dict[tuple[str, str], tuple[str, str, str]] = {}
         self._dequantized: dict[str, str] = {}
         self._coded: dict[str, tuple[str, Activation]] = {}  # value -> its codes
-        self._weights: dict[tuple[int, bool], str] = {}
+        self._weights: dict[tuple[int, tuple[int, ...], bool], str] = {}
         self._turned: dict[str, Operation] = {}  # transposed weight -> its operation
         for node in self._old:
             if node.op_type == "Transpose" and node.input[0] in self._by_weight:
@@ -293,7 +293,7 @@ class _Assembly:
         return self._dequantized[quantized]
 
     def _codes(self, operation: Operation) -> str:
-        key = (operation.weight.key, True)
+        key = (operation.weight.key, operation.weight.values.shape, True)
         if key not in self._weights:
             name = f"{operation.name}/weight_codes"
             self._weights[key] = self._constant(name, operation.weight.values)
@@ -302,7 +302,7 @@ class _Assembly:
     def _float_weight(self, operation: Operation) -> str:
         """A weight in float32; integers are expanded once, when a session starts."""
         weight, base = operation.weight, operation.name
-        key = (weight.key, False)
+        key = (weight.key, weight.values.shape, False)
         if key in self._weights:
             return self._weights[key]
         if weight.scale is None:
