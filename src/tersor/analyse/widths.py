@@ -76,13 +76,8 @@ def _site(axes: Axes, width: Width, pinned: str | None) -> Site:
 
 
 def unit_size(axes: Axes, site: Site) -> int:
-    """Elements that a unit takes of what makes it: 1 of a channel, a head's dimension of a head.
-
-    All elements of the maps of an expert: no device pads their number.
-    """
+    """Elements that a unit takes of what makes it: 1 of a channel, a head's dimension of a head."""
     width = width_of(axes, site)
-    if width.kind == "experts":
-        return max(math.prod(sizes) for sizes in _expert_sizes(axes, width))
     made = [c.per_unit for c in width.couplings if c.role == "producer"]
     return min(made or [c.per_unit for c in width.couplings])
 
@@ -116,13 +111,6 @@ def _takers(axes: Axes, width: Width) -> list[fx.Node]:
         and op_name(node) in _TAKES
         and any(s.op == "get_attr" and str(s.target) in stored for s in node.all_input_nodes)
     ]
-
-
-def _expert_sizes(axes: Axes, width: Width) -> list[list[int]]:
-    """Of each stored tensor that holds experts: the sizes of one of them."""
-    module = axes.graph.module
-    shapes = [(list(attribute(module, c.tensor).shape), c.dim) for c in width.couplings]
-    return [shape[:dim] + shape[dim + 1 :] for shape, dim in shapes]
 
 
 def _readers(axes: Axes, width: Width) -> list[WeightedOp]:

@@ -263,11 +263,7 @@ def pick_backends(name: str, device: str) -> tuple[dict[str, Backend], tuple[Bac
             backends[candidate] = backend
             infos.append(info)
             continue
-        reason = info.reason or (
-            f"it runs on {info.device} only"
-            if info.device != device
-            else "what it needs to build a model is not installed"
-        )
+        reason = info.reason or f"it runs on {info.device} only"
         reasons.append(f"{candidate}: {reason}{f' ({info.remedy})' if info.remedy else ''}")
     if backends:
         return backends, tuple(infos)
@@ -344,7 +340,8 @@ def with_counts(method: Method, axes: Axes, infos: Sequence[BackendInfo]) -> Met
     tile = DEFAULT_TILES["bf16" if has_bf16 else "f32"]
 
     def counts(site: Site) -> tuple[int, ...]:
-        found = kept_counts(site.units, unit_size(axes, site), tile)
+        padded = 1 if site.unit_kind == "experts" else tile  # no device pads their number
+        found = kept_counts(site.units, unit_size(axes, site), padded)
         return tuple(n for n in found if n >= axes[site.width].least)
 
     return replace(method, counts=counts)  # type: ignore[type-var]
