@@ -5,15 +5,43 @@ one fingerprint, so that a backend finds what it made of the first of them.
 """
 
 import hashlib
-from collections.abc import Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import fx
 
 from tersor.graph.contracts import Graph
 from tersor.graph.split import Split, stored_tensors
+
+_KEPT = 8  # in memory: they hold no weights, only the graph's small constants
+T = TypeVar("T")
+
+
+class Lowered(Generic[T]):
+    """What a backend made of float graphs, the latest few at hand, by their fingerprints."""
+
+    def __init__(self, make: Callable[[Graph, Split], T]) -> None:
+        self._make = make
+        self._known: OrderedDict[str, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, graph: Graph, parts: Split) -> T:
+        """Made once for graphs that differ only in what was split off."""
+        key = fingerprint(graph, parts)
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        fresh = self._make(graph, parts)
+        with self._lock:
+            self._known[key] = fresh
+            while len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        return fresh
 
 
 def fingerprint(graph: Graph, parts: Split) -> str:
@@ -40,8 +68,8 @@ def exported_floats(
     Returns:
         The program, and the graph's names by those of the export, which counts its own.
     """
-    weights = [torch.empty(parts.weight_shapes[o.weight_input]) for o in parts.operations]
-    inputs = (*graph.example, *_in_order(parts, weights))
+    weights = [torch.empty(parts.weight_shapes[name]) for name in weight_names(parts)]
+    inputs = (*graph.example, *weights)
     batch = torch.export.Dim("batch", min=1)
     shapes: list[Any] = [
         {
@@ -87,9 +115,3 @@ def _ops(graph: fx.Graph) -> list[fx.Node]:
         and node.target is not torch.ops.aten.sym_size.int
         and not node.target._schema.name.startswith("aten::_assert")  # noqa: SLF001
     ]
-
-
-def _in_order(parts: Split, weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    by_name = dict(zip((o.weight_input for o in parts.operations), weights, strict=True))
-    holders = [n.name for n in parts.module.graph.nodes if n.op == "placeholder"]
-    return [by_name[name] for name in holders if name in by_name]

@@ -124,7 +124,8 @@ def test_float_weights_keep_their_values_beside_quantised_data(
 
 
 def test_a_file_without_onnx_still_loads(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    sections = executable(graph).serialize()
+    build = executable(graph)
+    sections = build.serialize()
     from tersor.backends import onnxruntime as package
 
     known = package.find_spec
@@ -138,8 +139,10 @@ def test_a_file_without_onnx_still_loads(graph: Graph, monkeypatch: pytest.Monke
         pick_backends("onnxruntime", "cpu")
     x = {"x": np.ones((1, 3, 12, 12), np.float32)}
     (found,) = BACKEND.load(sections, CHOICE).run(x).values()
-    (wanted,) = executable(graph).run(x).values()
+    (wanted,) = build.run(x).values()
     assert np.array_equal(found, wanted)
+    with pytest.raises(MissingDependencyError, match=r"onnx is not installed.*'tersor\[onnx\]'"):
+        executable(graph)
     monkeypatch.setattr(package, "find_spec", lambda _: None)
     assert BACKEND.describe().reason == "onnxruntime is not installed"
     with pytest.raises(MissingDependencyError, match=r"pip install 'tersor\[onnx\]'"):

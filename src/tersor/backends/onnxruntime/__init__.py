@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tersor.core.errors import ConfigError, MissingDependencyError
 from tersor.core.records import BackendInfo, BuildChoice, Candidate, FormatInfo, Support
+from tersor.core.support import support_of
 
 if TYPE_CHECKING:  # annotations name these in full, so that run-time type checks find them
     import tersor.backends.onnxruntime.executable
@@ -65,18 +66,7 @@ class ONNXRuntimeBackend:
 
     def supports(self, candidate: Candidate) -> Support:
         """Whether the runtime has the candidate's format."""
-        info = self.describe()
-        if not info.available:
-            return Support(ok=False, reason=f"{info.reason}; {info.remedy}")
-        if isinstance(candidate.level, int):  # a width: any count is a shape like another
-            return Support(ok=True)
-        if info.format(candidate.level) is None:
-            known = ", ".join(f.name for f in info.formats)
-            return Support(
-                ok=False,
-                reason=f"onnxruntime on this device has no {candidate.level}, only {known}",
-            )
-        return Support(ok=True)
+        return support_of(self.describe(), candidate)
 
     def build(
         self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice
@@ -89,7 +79,7 @@ class ONNXRuntimeBackend:
             ShapeError: Shapes that the graph can't take.
         """
         _check(choice)
-        _require()
+        _require(_NAME, *_WRITERS)
         from tersor.backends.onnxruntime.assembly import assemble
         from tersor.backends.onnxruntime.executable import ONNXRuntimeExecutable
 
@@ -105,7 +95,7 @@ class ONNXRuntimeBackend:
             ArtifactError: A section is missing or damaged.
         """
         _check(choice)
-        _require()
+        _require(_NAME)
         from tersor.backends.onnxruntime.executable import load
 
         return load(sections, choice)
@@ -119,7 +109,7 @@ class ONNXRuntimeBackend:
             BackendError: ONNX Runtime can't read the file or compile the model.
         """
         _check(choice)
-        _require()
+        _require(_NAME, *_WRITERS)
         from tersor.backends.onnxruntime.assembly import read_stored
         from tersor.backends.onnxruntime.executable import ONNXRuntimeExecutable
 
@@ -144,6 +134,7 @@ def _check(choice: BuildChoice) -> None:
         )
 
 
-def _require() -> None:
-    if find_spec("onnxruntime") is None:
-        raise MissingDependencyError(f"onnxruntime is not installed; {_REMEDY}")
+def _require(*packages: str) -> None:
+    for name in packages:
+        if find_spec(name) is None:
+            raise MissingDependencyError(f"{name} is not installed; {_REMEDY}")

@@ -4,9 +4,7 @@ Every node carries the name of the *graph's* node that it comes from as the firs
 name, so that measured node times lead back to the graph.
 """
 
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,11 +13,10 @@ import torch
 
 from tersor.core.errors import BackendError
 from tersor.graph.contracts import Graph
-from tersor.graph.floats import exported_floats, fingerprint, weight_names
+from tersor.graph.floats import Lowered, exported_floats, weight_names
 from tersor.graph.onnx_form import to_onnx
 from tersor.graph.split import Split
 
-_KEPT = 8  # skeletons in memory: they hold no weights, only the graph's small constants
 _MARK = "tersor:"
 
 
@@ -36,30 +33,12 @@ class Skeleton:
     sources: Mapping[str, str]
 
 
-_cache: OrderedDict[str, Skeleton] = OrderedDict()  # by content: the same key, the same value
-_lock = threading.Lock()
-
-
-def skeleton_of(graph: Graph, parts: Split) -> Skeleton:
-    """The skeleton of a float graph; graphs that differ only in what was split off share it.
+def _convert(graph: Graph, parts: Split) -> Skeleton:
+    """The skeleton of a float graph.
 
     Raises:
         BackendError: An op that ONNX has no form for; the message names it.
     """
-    key = fingerprint(graph, parts)
-    with _lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
-    fresh = _convert(graph, parts)
-    with _lock:
-        _cache[key] = fresh
-        while len(_cache) > _KEPT:
-            _cache.popitem(last=False)
-    return fresh
-
-
-def _convert(graph: Graph, parts: Split) -> Skeleton:
     inputs = [*(s.name for s in graph.signature.inputs), *weight_names(parts)]
     outputs = [s.name for s in graph.signature.outputs]
     try:
@@ -102,3 +81,6 @@ def _name_by_source(model: onnx.ModelProto) -> dict[str, str]:
     del graph.metadata_props[:]
     del model.metadata_props[:]
     return made
+
+
+skeleton_of = Lowered(_convert)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tersor.core.errors import ConfigError, MissingDependencyError
 from tersor.core.records import BackendInfo, BuildChoice, Candidate, FormatInfo, Support
+from tersor.core.support import support_of
 
 if TYPE_CHECKING:  # annotations name these in full, so that run-time type checks find them
     import tersor.backends.openvino.executable
@@ -50,18 +51,7 @@ class OpenVINOBackend:
 
     def supports(self, candidate: Candidate) -> Support:
         """Whether the device runs the candidate's format."""
-        info = self.describe()
-        if not info.available:
-            return Support(ok=False, reason=f"{info.reason}; {info.remedy}")
-        if isinstance(candidate.level, int):  # a width: any count is a shape like another
-            return Support(ok=True)
-        if info.format(candidate.level) is None:
-            known = ", ".join(f.name for f in info.formats)
-            return Support(
-                ok=False,
-                reason=f"openvino on this device has no {candidate.level}, only {known}",
-            )
-        return Support(ok=True)
+        return support_of(self.describe(), candidate)
 
     def build(
         self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice

@@ -5,9 +5,7 @@ frontend. Every node of the result carries the name of the *graph's* node that i
 the first part of its friendly name, so that measured node times lead back to the graph.
 """
 
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,10 +27,8 @@ from torch.export.decomp_utils import CustomDecompTable
 
 from tersor.backends.openvino.failures import conversion_failed
 from tersor.graph.contracts import Graph
-from tersor.graph.floats import exported_floats, fingerprint
+from tersor.graph.floats import Lowered, exported_floats
 from tersor.graph.split import Split
-
-_KEPT = 8  # skeletons in memory: they hold no weights, only the graph's small constants
 
 _KEPT_HINTS = {"fused_names_0"}
 
@@ -58,29 +54,6 @@ class Skeleton:
     parameters: Mapping[str, int]
 
 
-_cache: OrderedDict[str, Skeleton] = OrderedDict()  # by content: the same key, the same value
-_lock = threading.Lock()
-
-
-def skeleton_of(graph: Graph, parts: Split) -> Skeleton:
-    """The skeleton of a float graph; graphs that differ only in what was split off share it.
-
-    Raises:
-        BackendError: An op that OpenVINO's frontend does not know; the message names it.
-    """
-    key = fingerprint(graph, parts)
-    with _lock:
-        if key in _cache:
-            _cache.move_to_end(key)
-            return _cache[key]
-    fresh = _convert(graph, parts)
-    with _lock:
-        _cache[key] = fresh
-        while len(_cache) > _KEPT:
-            _cache.popitem(last=False)
-    return fresh
-
-
 @lru_cache(maxsize=1)
 def _decompositions() -> CustomDecompTable:
     table = CustomDecompTable()
@@ -91,6 +64,11 @@ def _decompositions() -> CustomDecompTable:
 
 
 def _convert(graph: Graph, parts: Split) -> Skeleton:
+    """The skeleton of a float graph.
+
+    Raises:
+        BackendError: An op that OpenVINO's frontend does not know; the message names it.
+    """
     module, names = _decompose(graph, parts)
     decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # SymInt sizes become dynamic
     frontend = FrontEndManager().load_by_framework("pytorch")
@@ -153,3 +131,6 @@ def _origin(node: fx.Node) -> str:
     while chain:
         name, chain = chain[-1].name, chain[-1].from_node
     return name
+
+
+skeleton_of = Lowered(_convert)
