@@ -21,7 +21,11 @@ def check(found: np.ndarray, finished: Finished, batch: Tensor) -> None:
         wanted = finished.result.module(batch).numpy()
     difference = np.square(found - wanted).mean() / np.square(wanted).mean()
     assert difference <= FLIPS
-    assert (found.argmax(1) == wanted.argmax(1)).mean() >= 0.99
+    # A flip may decide between two labels that are as good as equal; it decides no other.
+    second, first = np.sort(wanted, axis=1)[:, -2:].T
+    clear = first - second > 4 * np.sqrt(FLIPS * np.square(wanted).mean())
+    assert clear.any()
+    assert (found.argmax(1) == wanted.argmax(1))[clear].all()
 
 
 @pytest.mark.parametrize("size", [1, 5])
