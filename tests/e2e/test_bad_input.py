@@ -267,6 +267,15 @@ def test_metrics_that_are_no_metrics(refuse: Any, metric: Any, words: tuple[str,
     refuse(MetricError, *words, metric=metric)
 
 
+def test_a_metric_that_is_not_repeatable(refuse: Any) -> None:
+    values = iter([0.91, 0.94])
+    refuse(
+        MetricError,
+        *("metric returned 0.91 and then 0.94 for the same model", "a seed that it sets itself"),
+        metric=lambda _: next(values),
+    )
+
+
 def test_a_metric_that_is_not_callable(refuse: Any) -> None:
     refuse(ConfigError, "metric: found float", "callable", "tersor.Metric", metric=0.9)
 

@@ -1,6 +1,7 @@
 """compress, and everything that can be asked of its result."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.api import undoing
 from tersor.api.final import Made, make_final
 from tersor.api.result import Result
+from tersor.api.stages import build_for
 from tersor.core.errors import ConfigError, SiteNotFoundError, TersorError
 from tersor.core.jsonable import from_json, read_record
 from tersor.core.records import Plan
+from tersor.report.explain import costliest, explain
 from tersor.report.record import Report
 from tests.e2e.conftest import FORMATS, LENET_TARGET, RESNET_TARGET
 from tests.e2e.helpers import (
@@ -422,9 +426,9 @@ def test_another_seed_is_another_run(lenet_run: Finished, images: dict[str, Tens
 
 
 def test_explain_says_price_error_alternatives_and_undo(finished: Finished) -> None:
-    plan = finished.result.plan
+    plan, record = finished.result.plan, finished.result.record
     for site, level in plan.assignment.items():
-        facts = finished.result.explain(site)
+        facts = explain(record, site)
         assert set(facts) == {
             "site", "op_kind", "shape", "macs", "pinned", "level", "method", "error", "error_se",
             "size_bytes", "predicted_ms", "reason", "settings", "alternatives", "undo",
@@ -439,9 +443,35 @@ def test_explain_says_price_error_alternatives_and_undo(finished: Finished) -> N
         if facts["undo"] is not None:
             assert facts["undo"]["size_bytes_change"] > 0
             assert facts["undo"]["error_change"] <= 0
+            assert not facts["undo"]["measured"]
         json.dumps(facts, allow_nan=False)
     with pytest.raises(SiteNotFoundError, match="no site is called 'nothing'; nearest of"):
         finished.result.explain("nothing")
+
+
+def test_undoing_one_of_the_costliest_choices_is_measured(
+    lenet_run: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+
+    def counted(session: Any, graph: Any, choice: Any) -> Any:
+        built.append(graph)
+        return build_for(session, graph, choice)
+
+    monkeypatch.setattr(undoing, "build_for", counted)
+    record = lenet_run.result.record
+    name = costliest(record)[0]
+    site = next(s for s in record.sites if s.name == name)
+    assert record.level(site) != record.native(site)
+    predicted = explain(record, name)["undo"]
+    undo = lenet_run.result.explain(name)["undo"]
+    assert undo["measured"]
+    assert undo["predicted"]["latency_ms_change"] == predicted["latency_ms_change"]
+    assert math.isfinite(undo["latency_ms_change"])
+    assert undo["error_change"] != predicted["error_change"]  # on the whole search part
+    assert len(built) == 2  # the plan, and the plan without it
+    assert lenet_run.result.explain(name)["undo"] == undo
+    assert len(built) == 2
 
 
 def test_pareto_is_sorted_and_marked(finished: Finished) -> None:

@@ -22,6 +22,7 @@ from tersor.propose.propose import chunks
 from tersor.verify.verify import agreement, by_shape
 
 _FRACTION = 0.01  # a point of a metric that is a fraction
+_REPEATS = 1e-3  # two calls on one model differ by less, of a point or of their value
 _LEAST_BUDGET = 1e-6  # a budget of zero allows rounding only
 
 
@@ -52,16 +53,30 @@ def original_score(session: Session, name: str) -> float:
     if name not in session.scores:
         metric = metric_of(getattr(session.settings, name))
         assert metric is not None
-        original = Watched(_with_arrays(session.as_given(session.captured.original)))
+        original_predict = _with_arrays(session.as_given(session.captured.original))
+        original = Watched(original_predict)
         found = score(metric, original, name)
         if metric.points == _FRACTION and not -1e-9 <= found <= 1 + 1e-9:
             raise MetricError(
                 f"{name} returned {found:g}; wanted a fraction from 0 to 1, or "
                 "tersor.Metric(function, points=...) that says what a point is"
             )
+        if name == "metric":  # a test_metric is called once
+            _check_repeats(metric, original_predict, found)
         session.scores[name] = found
         session.answers[name] = original.answers
     return session.scores[name]
+
+
+def _check_repeats(metric: Metric, predict: Callable[..., Any], found: float) -> None:
+    """A search compares many plans by small differences: they must not be the metric's own."""
+    again = score(metric, predict, "metric")
+    if abs(again - found) > _REPEATS * max(metric.points, abs(found)):
+        raise MetricError(
+            f"metric returned {found:.6g} and then {again:.6g} for the same model; wanted the same "
+            "number for the same predictions: use all samples in a fixed order, or draw them with a "
+            "seed that it sets itself"
+        )
 
 
 class Watched:

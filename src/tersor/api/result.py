@@ -17,6 +17,7 @@ from tersor.api.judging import Decision, TestPart, judge, race, runner_for
 from tersor.api.quality import Quality
 from tersor.api.session import Session
 from tersor.api.stages import Offers
+from tersor.api.undoing import measure_undone
 from tersor.capture.detector import Attached
 from tersor.core.errors import BackendError, ConfigError, ParityError
 from tersor.core.jsonable import digest, dumps
@@ -28,11 +29,12 @@ from tersor.core.units import BYTES_PER_MB
 from tersor.graph.modules import GraphModule
 from tersor.plan.resolve import curve
 from tersor.plan.resolve import resolve as resolve_plan
+from tersor.report.explain import costliest
 from tersor.report.explain import explain as explain_site
 from tersor.report.form import report_json
-from tersor.report.record import Report
+from tersor.report.record import Report, Undone
 from tersor.runtime.runner import Runner
-from tersor.verify.verify import is_slower
+from tersor.verify.verify import BUSY, is_slower
 
 _CURVE_POINTS = 12
 _STEPS_BACK = 2  # milder plans that are tried where the final weights lose too much
@@ -64,6 +66,7 @@ class Result:
         self._reason = choice.reason
         self._plan = choice.plan
         self._is_baseline = choice.is_baseline
+        self._undone: dict[str, Undone] = {}
 
     @property
     def plan(self) -> Plan:
@@ -149,7 +152,8 @@ class Result:
                 self._fall_back(kept.reason)
             return kept
         found = self._verify()
-        session.store.put("verdict", key, found)
+        if found.noise <= BUSY:  # else the same command measures again
+            session.store.put("verdict", key, found)
         return found
 
     def _needs_size(self) -> bool:
@@ -234,8 +238,21 @@ class Result:
         return self._choice.evaluations if same == own else ()
 
     def explain(self, site: str) -> dict[str, Any]:
-        """Price, error, alternatives, reason and what undoing would change, for one layer."""
-        return explain_site(self.record, site)
+        """Price, error, alternatives, reason and what undoing would change, for one layer.
+
+        For the ten costliest sites that the plan changed, the last is measured: two builds, once.
+        """
+        report = self.record
+        if site in costliest(report) and site not in self._undone:
+            level = next(report.native(s) for s in report.sites if s.name == site)
+            run = self._run
+            found = measure_undone(
+                run.session, run.offered, self._quality, self._plan, (site, level)
+            )
+            if found is not None:
+                self._undone[site] = found
+                report = self.record
+        return explain_site(report, site)
 
     @property
     def record(self) -> Report:
@@ -257,6 +274,7 @@ class Result:
             pareto=self.pareto,
             versions=_versions(),
             notes=(self._reason,) if self._reason else (),
+            undone=tuple(self._undone.values()),
         )
 
     def report(self, path: str | Path) -> None:
@@ -279,7 +297,7 @@ class Result:
             created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             plan=self._plan,
             verdict=verdict,
-            report=self._report(verdict),
+            report=replace(self._report(verdict), undone=()),  # the verdict says the file's size
         )
 
     def _file_size(self, verdict: Verdict) -> int:

@@ -59,7 +59,7 @@ _ERROR_SAMPLES = 64
 _CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its graph
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
-_PRICING = Protocol(rounds=3, runs=9, max_seconds=15.0)
+PRICING = Protocol(rounds=3, runs=9, max_seconds=15.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +326,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
     tools = PriceTools(
         build=lambda choice, assignment: _priced_build(session, offered, choice, assignment),
         run=lambda executable: session.caller(executable, base.batch)(),
-        measure=lambda calls: measure_calls(session, calls, _PRICING),
+        measure=lambda calls: measure_calls(session, calls, PRICING),
         reference=session.caller(reference.executable, base.batch),
         reference_ms=baseline.timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),

@@ -151,6 +151,9 @@ class Support:
     reason: str = ""
 
 
+OUTSIDE = "outside"  # in profiles: what a call takes beside all its nodes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """One choice.
@@ -443,4 +446,5 @@ class Verdict:
     returned_baseline: bool = False
     reason: str = ""  # why the baseline was returned
     largest_difference: float = 0.0  # built against graph, of the output's scale
+    noise: float = 0.0  # relative spread, from round to round, of the ratio of the latencies
     notes: tuple[str, ...] = ()

@@ -200,7 +200,10 @@ class Executable(Protocol):
         ...
 
     def profile(self) -> dict[str, float]:
-        """Milliseconds a call by graph node (or name of glue), averaged over warm calls."""
+        """Milliseconds a call by graph node (or name of glue), averaged over warm calls.
+
+        What a call takes beside all nodes is ``records.OUTSIDE``.
+        """
         ...
 
     def serialize(self) -> dict[str, bytes]:

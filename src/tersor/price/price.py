@@ -171,11 +171,18 @@ def price_choice(
         held_out=config.held_out,
         seed=config.seed,
     )
-    variants = _settled(drawn, tools)
-    observations: list[Observation] = []
-    for start in range(0, len(variants), config.batch):
-        observations += _observe(choice, variants[start : start + config.batch], tools)
+    observations = observe_builds(choice, _settled(drawn, tools), tools, config.batch)
     return fit_table(choice, sites, observations, tools.quantize_nodes, facts)
+
+
+def observe_builds(
+    choice: BuildChoice, variants: Sequence[Variant], tools: PriceTools, batch: int
+) -> list[Observation]:
+    """Build, profile and measure, ``batch`` builds at a time; what can't be built is left out."""
+    found: list[Observation] = []
+    for start in range(0, len(variants), batch):
+        found += _observe(choice, variants[start : start + batch], tools)
+    return found
 
 
 def _settled(drawn: Sequence[Variant], tools: PriceTools) -> list[Variant]:
@@ -233,13 +240,24 @@ def _observe(
     return [
         Observation(
             assignment=variant.assignment,
-            node_ms=profiles[name],
+            node_ms=_at_speed(profiles[name], times[name]),
             measured_ms=times[name],
             held_out=variant.held_out,
         )
         for name in builds
         for variant in [variants[int(name)]]
     ]
+
+
+def _at_speed(node_ms: Mapping[str, float], measured_ms: float) -> dict[str, float]:
+    """Node times at the speed of the measurement, of which they are then the parts.
+
+    A profile is of one moment and its counters take time themselves; the latency was measured
+    beside the reference.
+    """
+    total = sum(node_ms.values())
+    factor = measured_ms / total if total > 0 else 1.0
+    return {name: ms * factor for name, ms in node_ms.items()}
 
 
 def _caller(tools: PriceTools, build: Executable) -> Call:

@@ -9,6 +9,15 @@ from tersor.core.records import Candidate, Level, Site
 from tersor.report.facts import change_ms, reason, site_bytes, site_ms
 from tersor.report.record import Report
 
+COSTLIEST = 10  # choices that are worth a measurement without them
+
+
+def costliest(report: Report) -> tuple[str, ...]:
+    """The sites that a plan changed and that take most of its predicted time."""
+    changed = [s for s in report.sites if report.level(s) != report.native(s)]
+    times = {s.name: site_ms(report, s, report.level(s)) or 0.0 for s in changed}
+    return tuple(sorted(times, key=lambda name: (-times[name], name))[:COSTLIEST])
+
 
 def explain(report: Report, site: str) -> dict[str, Any]:
     """What the plan does at a site and what else it could do there, as JSON values.
@@ -17,7 +26,8 @@ def explain(report: Report, site: str) -> dict[str, Any]:
         Keys: site, kind, op_kind, shape, units, members, macs, pinned, level, native, method,
         error, error_se, size_bytes, predicted_ms, reason, settings, alternatives and undo. Bytes
         and times of a width are those of all that it meets. Changes (``*_change``) are against
-        the plan as it is, all other sites unchanged, and are predictions.
+        the plan as it is, all other sites unchanged. They are predictions, but for undo where it
+        says ``measured``; ``predicted`` then holds what was predicted.
 
     Raises:
         SiteNotFoundError: No site of that name; the message names the nearest.
@@ -80,12 +90,26 @@ def _undo(report: Report, site: Site, chosen: Candidate | None) -> dict[str, Any
     native = report.native(site)
     before = report.candidate(site.name, native)
     error = 0.0 if before is None else before.error
-    return {
-        "level": native,
+    predicted = {
         "latency_ms_change": change_ms(report, site.name, native),
         "error_change": error - (0.0 if chosen is None else chosen.error),
-        "size_bytes_change": _change_bytes(report, site, native),
     }
+    found: dict[str, Any] = {
+        "level": native,
+        **predicted,
+        "size_bytes_change": _change_bytes(report, site, native),
+        "measured": False,
+    }
+    for undone in report.undone:
+        if (undone.site, undone.level) == (site.name, native):
+            found |= {
+                "latency_ms_change": undone.latency_ms_change,
+                "error_change": undone.error_change,
+                "loss_change": undone.loss_change,
+                "measured": True,
+                "predicted": predicted,
+            }
+    return found
 
 
 def _change_bytes(report: Report, site: Site, level: Level) -> int:

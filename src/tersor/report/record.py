@@ -17,6 +17,24 @@ from tersor.core.records import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Undone:
+    """One choice of a plan undone, all others as they are, measured beside the plan.
+
+    Attributes:
+        site: The site.
+        level: What it had then: its own level if left alone.
+        latency_ms_change, loss_change, error_change: Without the choice less with it; the loss in
+            points or in 1 - agreement, as the target has it.
+    """
+
+    site: str
+    level: Level
+    latency_ms_change: float
+    loss_change: float
+    error_change: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Everything that the JSON, the terminal and ``explain`` say, and nothing derived.
 
@@ -31,6 +49,7 @@ class Report:
         candidates: Every level that was offered, with its measured error.
         pareto: Points on the curve, the result's own among them or not.
         notes: What the reader must know beside the numbers.
+        undone: Choices that were undone and measured.
     """
 
     version: str
@@ -43,6 +62,7 @@ class Report:
     pareto: tuple[ParetoPoint, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    undone: tuple[Undone, ...] = ()
 
     def table(self) -> PriceTable | None:
         """The price table of the plan's build choice; None where it was not priced."""

@@ -25,6 +25,7 @@ SLOW_WARMUPS = 2  # so two of them do what ten short warm-ups do
 MIN_ROUNDS = 3  # fewer show no spread between rounds
 COMPUTE_BOUND = 0.95  # CPU time / wall time of a call that does not wait
 PREEMPTED = 0.9  # CPU time / wall time below which such a call was interrupted
+_NORMAL_QUARTILES = 1.349  # between the quartiles of a normal distribution, in deviations
 RESAMPLES = 2000  # bootstrap; its own error on a bound is a small part of the spread
 CONFIDENCE = 0.95
 # 97.5 % quantiles of Student's t by degrees of freedom, for the small-sample correction; between
@@ -177,6 +178,17 @@ def noise(timing: Timing) -> float:
     if len(timing.rounds_ms) < 2:
         return math.inf
     return statistics.stdev(timing.rounds_ms) / timing.median_ms
+
+
+def paired_noise(a: Timing, b: Timing) -> float:
+    """Relative spread of the ratio of two callables from round to round, of one run.
+
+    The middle half of the ratios, as the standard deviation that it would be of a normal one: a
+    few bad rounds are what medians are for, many say that nothing can be said.
+    """
+    ratios = np.asarray(a.rounds_ms, dtype=np.float64) / np.asarray(b.rounds_ms, dtype=np.float64)
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return float((high - low) / _NORMAL_QUARTILES / middle)
 
 
 def _shrink_runs(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from tersor.core.records import Check, OutputKind, Status, Timing, Verdict
 from tersor.core.target import Target
 from tersor.core.units import BYTES_PER_MB
 from tersor.graph.geometry import sample_agreement
-from tersor.timing.protocol import Ratio, ratio
+from tersor.timing.protocol import Ratio, paired_noise, ratio
 
 # Two medians of one run that are closer than this are equal: what interleaving repeats to.
 _EQUAL = 0.02
+# Rounds whose ratio spreads by more than this certify no speed: something else has the machine.
+BUSY = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,7 @@ def verdict(  # noqa: PLR0913 - what was asked, what was measured, and what the 
         returned_baseline=returned_baseline,
         reason=reason,
         largest_difference=measured.difference,
+        noise=paired_noise(measured.baseline, measured.result),
         notes=tuple(notes),
     )
 
@@ -118,8 +121,8 @@ def is_slower(speed: Ratio) -> bool:
 
 def _checks(target: Target, measured: Measured, speed: Ratio, drop: float) -> list[Check]:
     makers: Mapping[str, Callable[[float], Check]] = {
-        "speedup": lambda wanted: _bounded("speedup", wanted, speed),
-        "latency_ms": lambda wanted: _latency(wanted, measured.result),
+        "speedup": lambda wanted: _in_quiet(_bounded("speedup", wanted, speed), measured),
+        "latency_ms": lambda wanted: _in_quiet(_latency(wanted, measured.result), measured),
         "size_mb": lambda wanted: _at_most("size_mb", wanted, measured.size_bytes / BYTES_PER_MB),
         "size_ratio": lambda wanted: _at_least(
             "size_ratio", wanted, measured.original_bytes / max(1, measured.size_bytes)
@@ -148,6 +151,18 @@ def _latency(wanted: float, found: Timing) -> Check:
     return Check(name="latency_ms", wanted=wanted, found=found.median_ms, status=status, note=note)
 
 
+def _in_quiet(check: Check, measured: Measured) -> Check:
+    """The check, unless the machine was too busy to tell."""
+    spread = paired_noise(measured.baseline, measured.result)
+    if spread <= BUSY:
+        return check
+    note = (
+        f"the machine is busy: rounds of one measurement differ by {spread:.0%}, wanted at most "
+        f"{BUSY:.0%}; stop what else runs on it and call compress again with the same cache_dir"
+    )
+    return replace(check, status="unknown", note=f"{check.note}; {note}")
+
+
 def _peak(wanted: float, found: int | None) -> Check:
     if found is None:
         return Check(
@@ -173,8 +188,6 @@ def _at_least(name: str, wanted: float, found: float) -> Check:
 
 
 def _quality(measured: Measured, check: Check) -> Check:
-    from dataclasses import replace
-
     count = len(measured.agreement)
     if count < ENOUGH_TEST_SAMPLES:
         return replace(

@@ -21,6 +21,7 @@ from tersor.timing.protocol import (
     _bounds,
     measure,
     noise,
+    paired_noise,
     plan_rounds,
     ratio,
 )
@@ -261,6 +262,14 @@ def test_noise_is_the_relative_spread_of_rounds():
     assert noise(timing(9.0, 10.0, 11.0)) == pytest.approx(0.1, rel=1e-12)
     assert noise(timing(90.0, 100.0, 110.0)) == pytest.approx(0.1, rel=1e-12)
     assert noise(timing(1.0)) == float("inf")
+
+
+def test_paired_noise_knows_no_drift_and_no_single_bad_round():
+    slower = timing(1.0, 2.0, 3.0, 4.0, 50.0)
+    assert paired_noise(slower, timing(2.0, 4.0, 6.0, 8.0, 10.0)) == 0.0
+    # Ratios 0.8, 0.9, 1.0, 1.1, 1.2: quartiles 0.9 and 1.1.
+    spread = paired_noise(timing(8.0, 9.0, 10.0, 11.0, 12.0), timing(*[10.0] * 5))
+    assert spread == pytest.approx(0.2 / 1.349, rel=1e-9)
 
 
 @pytest.mark.parametrize(

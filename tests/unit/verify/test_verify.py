@@ -11,7 +11,7 @@ from tersor.core.records import Check, Timing
 from tersor.core.target import Target
 from tersor.timing.protocol import Ratio, ratio
 from tersor.verify.memory import peak_bytes
-from tersor.verify.verify import Measured, agreement, drop_points, is_slower, verdict
+from tersor.verify.verify import BUSY, Measured, agreement, drop_points, is_slower, verdict
 from tests.unit.capturing import random
 
 MB = 1_000_000
@@ -101,6 +101,17 @@ def test_reasons_for_unknown() -> None:
     assert peak.status == "unknown"
     assert math.isnan(peak.found)
     assert peak.note == "this system does not account for peak memory"
+
+
+def test_a_busy_machine_certifies_no_speed() -> None:
+    rounds = timing(4.0, 9.0, 4.0, 8.0, 4.0, 9.0, 5.0)
+    for target in (Target(speedup=1.05), Target(latency_ms=50)):
+        found = verdict(target, measured(result=rounds))
+        assert found.noise > BUSY
+        assert [c.status for c in found.checks] == ["unknown"]
+        assert "the machine is busy: rounds of one" in found.checks[0].note
+    small = verdict(Target(size_mb=3), measured(result=rounds))
+    assert small.status == "pass"  # a size is what it is
 
 
 def test_values_that_are_not_finite_do_not_pass() -> None:

@@ -7,6 +7,7 @@ starts.
 
 import json
 import tempfile
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,13 +21,14 @@ from numpy.typing import NDArray
 
 from tersor.core.errors import ArtifactError, BackendError, DataError, ShapeError
 from tersor.core.jsonable import dumps
-from tersor.core.records import BuildChoice
+from tersor.core.records import OUTSIDE, BuildChoice
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _SECTIONS = ("model.onnx", "model.bin", "tensors.json", "segments.json")
 _WARM_RUNS = 9  # of the profile: left out
-_BLOCKS, _BLOCK_RUNS = 3, 7  # counted after them
+_BLOCKS, _BLOCK_RUNS, _MOST_BLOCK_RUNS = 3, 7, 100  # counted after them
+_BLOCK_MS = 40.0  # of a block, where its runs are so many
 _MIX = 8  # calls of different sizes that a profile runs again
 _ERROR = 3  # severity: warnings about what can't be fused fill the screen
 _KERNEL = "_kernel_time"
@@ -104,6 +106,8 @@ class ONNXRuntimeExecutable:
     def profile(self) -> dict[str, float]:
         """Milliseconds a warm call by graph node; glue by kind (Reorder, Transpose, ...).
 
+        What a call takes outside of all nodes is ``OUTSIDE``.
+
         Starts a second session with the profiler on. It runs on the inputs of the last call to
         ``run``, or on ones; where sizes are open, in turn on those of the last few calls.
 
@@ -111,16 +115,26 @@ class ONNXRuntimeExecutable:
             DataError: Sizes are open, and nothing was run yet.
         """
         calls = list(self._recent) or [self._ones()]
-        runs = (_WARM_RUNS + _BLOCKS * _BLOCK_RUNS) * len(calls)
         with tempfile.TemporaryDirectory() as folder:
             session = _session(self._stored, self._choice, str(Path(folder) / "profile"))
-            for index in range(runs):
-                _called(session, self._outputs, calls[index % len(calls)])
+
+            def spent_ms(count: int) -> float:
+                start = time.perf_counter()
+                for index in range(count * len(calls)):
+                    _called(session, self._outputs, calls[index % len(calls)])
+                return (time.perf_counter() - start) * 1e3
+
+            warm_ms = spent_ms(_WARM_RUNS) / (_WARM_RUNS * len(calls))
+            block = max(_BLOCK_RUNS, min(_MOST_BLOCK_RUNS, round(_BLOCK_MS / max(warm_ms, 1e-3))))
+            call_ms = median(spent_ms(block) for _ in range(_BLOCKS)) / (block * len(calls))
             events = json.loads(Path(session.end_profiling()).read_text())
+        runs = (_WARM_RUNS + _BLOCKS * block) * len(calls)
         times: dict[str, float] = {}
         for (name, kind), spent in _by_node(events).items():
             source = self._source(name, kind)
-            times[source] = times.get(source, 0.0) + _warm_ms(spent, runs, len(calls))
+            ms = _warm_ms(spent, runs, len(calls))
+            times[source] = times.get(source, 0.0) + ms
+        times[OUTSIDE] = max(0.0, call_ms - sum(times.values()))
         return times
 
     def serialize(self) -> dict[str, bytes]:
@@ -291,4 +305,6 @@ def _warm_ms(spent: list[float], runs: int, calls: int) -> float:
     if not blocks:
         return 0.0
     middle = median(blocks)
-    return min(mean(blocks), 1.1 * middle) * each * 1e-3
+    found = min(mean(blocks), 1.1 * middle)
+    # Each time is cut to whole microseconds: half of one is lost on average.
+    return (found + 0.5) * each * 1e-3 if found > 0 else 0.0

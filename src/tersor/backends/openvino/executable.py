@@ -7,6 +7,7 @@ costs no time where a device's own decompression is slower than float32 arithmet
 
 import re
 import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,14 +26,15 @@ from tersor.backends.openvino.failures import compilation_failed, reason
 from tersor.backends.openvino.nodes import source_name
 from tersor.core.errors import ArtifactError, BackendError, ConfigError, DataError, ShapeError
 from tersor.core.jsonable import dumps
-from tersor.core.records import BuildChoice
+from tersor.core.records import OUTSIDE, BuildChoice
 
 Arrays = Mapping[str, NDArray[Any]]
 
 WEIGHT_ONLY = "weight_only"  # last part of the name of a product codes * scale to be expanded
 _DEVICES = {"cpu": "CPU"}
 _WARM_RUNS = 9  # of the profile: left out
-_BLOCKS, _BLOCK_RUNS = 3, 7  # counted after them
+_BLOCKS, _BLOCK_RUNS, _MOST_BLOCK_RUNS = 3, 7, 100  # counted after them
+_BLOCK_MS = 40.0  # of a block, where its runs are so many
 _MICROSECOND = 1e-3  # in milliseconds: counters are cut to whole ones
 _OPEN = -1  # a size that differs from call to call
 _MIX = 8  # calls of different sizes that a profile runs again
@@ -100,6 +102,8 @@ class OpenVINOExecutable:
     def profile(self) -> dict[str, float]:
         """Milliseconds a warm call by graph node; glue by kind (Reorder, Transpose, ...).
 
+        What a call takes outside of all nodes is ``OUTSIDE``.
+
         Compiles the model a second time with counters on. It runs on the inputs of the last call
         to ``run``, or on ones; where sizes are open, in turn on those of the last few calls.
 
@@ -110,18 +114,20 @@ class OpenVINOExecutable:
         with failing_as("profiling the model"):
             compiled = _compile(self._stored, self._choice, {"PERF_COUNT": True})
             request = compiled.create_infer_request()
-            cycles = [_WARM_RUNS + _BLOCK_RUNS * i for i in range(_BLOCKS + 1)]
-            marks = [cycle * len(calls) for cycle in cycles]
-            totals = [
-                _node_totals(request, calls, after - before, after)
-                for before, after in pairwise([0, *marks])
-            ]
+            warm = _WARM_RUNS * len(calls)
+            spent, first = _node_totals(request, calls, warm, warm)
+            block = block_runs(spent / warm) * len(calls)
+            marks = [warm + block * i for i in range(_BLOCKS + 1)]
+            rows = [_node_totals(request, calls, block, mark) for mark in marks[1:]]
+        totals = [first, *(found for _, found in rows)]
         names = _runtime_names(compiled)
         times: dict[str, float] = {}
         for node in totals[-1]:
             name = names.get(node, node)
             spent = _warm_ms([total.get(node, 0.0) for total in totals], marks)
             times[name] = times.get(name, 0.0) + spent
+        call_ms = median(spent / block for spent, _ in rows)
+        times[OUTSIDE] = max(0.0, call_ms - sum(times.values()))
         return times
 
     def serialize(self) -> dict[str, bytes]:
@@ -285,16 +291,23 @@ def _dtype(parameter: Any) -> "np.dtype[Any]":
     return dtype
 
 
+def block_runs(call_ms: float) -> int:
+    """Runs of a block of a profile: enough that a moment of another process is a small part."""
+    return max(_BLOCK_RUNS, min(_MOST_BLOCK_RUNS, round(_BLOCK_MS / max(call_ms, 1e-3))))
+
+
 def _node_totals(
     request: Any, calls: Sequence[Mapping[int, Any]], more: int, runs: int
-) -> dict[str, float]:
-    """Milliseconds by runtime node over all runs of a request, after ``more`` that make ``runs``.
+) -> tuple[float, dict[str, float]]:
+    """Milliseconds that ``more`` runs take, and by runtime node over all ``runs`` so far.
 
     OpenVINO gives the average over all runs so far, cut to whole microseconds.
     """
+    start = time.perf_counter()
     for index in range(more):
         request.infer(calls[index % len(calls)], share_inputs=True, share_outputs=True)
-    return {
+    spent = (time.perf_counter() - start) * 1e3
+    return spent, {
         info.node_name: info.real_time.total_seconds() * 1e3 * runs
         for info in request.get_profiling_info()
         if info.status == info.Status.EXECUTED
@@ -312,7 +325,8 @@ def _warm_ms(totals: Sequence[float], marks: Sequence[int]) -> float:
     mean = (totals[-1] - totals[0]) / (marks[-1] - marks[0])
     middle = median(blocks)
     cut = marks[-1] * _MICROSECOND / (marks[1] - marks[0])
-    return max(middle if mean - middle > cut else mean, 0.0)
+    found = middle if mean - middle > cut else mean
+    return found + _MICROSECOND / 2 if found > 0 else 0.0  # what a cut takes away on average
 
 
 def _runtime_names(compiled: Any) -> dict[str, str]:

@@ -1,0 +1,521 @@
+"""How far prices are off: ``python -m benchmarks.prices [--case ...] [--backend ...]``.
+
+Builds that no fit saw, of random widths (whole tiles and others) and formats, are drawn by seed
+before anything is measured. The table comes from as many builds as ``tersor.compress`` makes, all
+on the grid of kept counts that it offers; most counts of the tests are on no such grid. Latency
+does not depend on the values of weights, so that models of torchvision have random ones, and units
+are cut and weights rounded in the simplest way.
+
+Beside it: the noise floor (the same models compiled three times), and what the literature does, a
+sum of layers measured one by one, which gets the best common scale on the builds of the fit.
+"""
+
+import argparse
+import gc
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import tersor
+from benchmarks import record
+from tersor.api.latency import measure_calls
+from tersor.api.session import Session, Settings, open_session
+from tersor.api.shrink import Changes, facts_of, sketched
+from tersor.api.stages import PRICING
+from tersor.build.build import shapes_of
+from tersor.core.records import BuildChoice, Candidate, Level, PriceTable, Site
+from tersor.graph.apply import quantize_node_name
+from tersor.graph.contracts import Executable, Quantizer, SiteChange
+from tersor.graph.edit import attribute
+from tersor.ops.grids import round_nearest
+from tersor.price.observation import Observation
+from tersor.price.price import PriceConfig, PriceTools, observe_builds, width_facts
+from tersor.price.table import fit_table
+from tersor.price.variants import Variant, counted, draw_variants
+from tersor.timing.protocol import Protocol, measure
+
+NAME = "prices"
+SEED = 0
+TESTS = 24
+EXTRA = 6  # counts of a width beside its grid, half of them on whole tiles
+FULL_SHARE = 0.3  # of the widths of a test, at most about
+COMPILES = 3
+CAREFUL = Protocol(rounds=7, runs=11, max_seconds=20.0)
+ISOLATED = Protocol(rounds=3, runs=15, max_seconds=5.0)
+IMAGES = (3, 224, 224)
+STORE = Path(tempfile.gettempdir()) / "tersor-prices"  # nothing of it is found again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One model on one backend.
+
+    Attributes:
+        median, p90: Of |predicted / measured - 1| over the tests.
+        isolated_median, isolated_p90, isolated_spearman: The same of a sum of single layers.
+        span: The slowest test over the fastest.
+        unseen: Share of the kept counts below full that no build of the fit has.
+        noise: Median and largest difference of a build compiled again, of its latency.
+        seconds: To make the table, without the tests.
+    """
+
+    model: str
+    backend: str
+    choice: str
+    fitted: int
+    tests: int
+    median: float
+    p90: float
+    spearman: float
+    span: float
+    unseen: float
+    noise: tuple[float, float]
+    seconds: float
+    isolated_median: float | None = None
+    isolated_p90: float | None = None
+    isolated_spearman: float | None = None
+    predicted_ms: tuple[float, ...] = ()
+    measured_ms: tuple[float, ...] = ()
+
+
+def resnet18() -> tuple[nn.Module, Any]:
+    """torchvision's, random weights."""
+    from torchvision import models
+
+    return models.resnet18(), torch.randn(40, *IMAGES)
+
+
+def resnet50() -> tuple[nn.Module, Any]:
+    """torchvision's, random weights."""
+    from torchvision import models
+
+    return models.resnet50(), torch.randn(40, *IMAGES)
+
+
+def mobilenet_v2() -> tuple[nn.Module, Any]:
+    """torchvision's, random weights."""
+    from torchvision import models
+
+    return models.mobilenet_v2(), torch.randn(40, *IMAGES)
+
+
+def vit_s() -> tuple[nn.Module, Any]:
+    """ViT-S/16 of torchvision's class, random weights."""
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(
+        image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
+    )
+    return model, torch.randn(40, *IMAGES)
+
+
+def minilm() -> tuple[nn.Module, Any]:
+    """The real one, at a sequence of 128."""
+    from tersor.cli.demo import models
+
+    case = models.minilm({"calibration": 32, "search": 8, "test": 8})
+    return case.model, case.part("calibration")
+
+
+def resnet20() -> tuple[nn.Module, Any]:
+    """The small one for Fashion-MNIST: a fraction of a millisecond a call."""
+    from tersor.cli.demo import models
+
+    return models.resnet20().model, torch.randn(40, 1, 28, 28)
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "resnet18": resnet18,
+    "mobilenet_v2": mobilenet_v2,
+    "resnet50": resnet50,
+    "vit_s": vit_s,
+    "minilm": minilm,
+    "resnet20": resnet20,
+}
+
+
+def opened(name: str, backend: str) -> Session:
+    """A session on a model with a few samples."""
+    torch.manual_seed(SEED)
+    model, inputs = CASES[name]()
+    data = tersor.Data(inputs if isinstance(inputs, list) else [inputs], output="values")
+    settings = Settings(backend=backend, progress=False, cache_dir=STORE)
+    return open_session(model.eval(), data, settings)
+
+
+def format_levels(session: Session, choice: BuildChoice) -> dict[str, tuple[Level, ...]]:
+    """Formats of the layers that this backend runs in int8."""
+    backend = session.backends[choice.backend]
+    found: dict[str, tuple[Level, ...]] = {}
+    for site in session.formats:
+        wanted = Candidate(site=site.name, level="int8", method="quantize", size_bytes=0)
+        if site.pinned is None and site.op_kind != "embedding" and backend.supports(wanted).ok:
+            found[site.name] = (choice.precision, "int8")
+    return found
+
+
+def grid_levels(session: Session) -> dict[str, tuple[Level, ...]]:
+    """The kept counts that ``compress`` offers."""
+    counts = session.methods["prune"].counts  # type: ignore[attr-defined]
+    return {s.name: counts(s) for s in session.widths if s.pinned is None and len(counts(s)) > 1}
+
+
+def other_levels(
+    grid: Mapping[str, Sequence[Level]], rng: np.random.Generator
+) -> dict[str, tuple[int, ...]]:
+    """Counts between the grid's: half on multiples of eight, half on none."""
+    found: dict[str, tuple[int, ...]] = {}
+    for width, counts in grid.items():
+        known = [int(c) for c in counts]
+        rest = sorted(set(range(min(known), max(known))) - set(known))
+        even = [n for n in rest if n % 8 == 0]
+        odd = [n for n in rest if n % 8]
+        picked: list[int] = []
+        for pool in (even, odd):
+            size = min(len(pool), EXTRA // 2)
+            picked += [int(n) for n in rng.choice(pool, size, replace=False)] if size else []
+        found[width] = tuple(sorted(picked)) or tuple(known[1:])
+    return found
+
+
+def draw_tests(
+    session: Session,
+    formats: Mapping[str, Sequence[Level]],
+    grid: Mapping[str, Sequence[Level]],
+    others: Mapping[str, Sequence[int]],
+    choice: BuildChoice,
+) -> list[Variant]:
+    """Formats as pricing draws them, counts from between the grid."""
+    rng = np.random.default_rng([SEED, 77])
+    drawn = draw_variants(
+        session.sites, formats, choice.precision, k=2, held_out=TESTS, seed=SEED + 1000
+    )
+    rows = [v.assignment for v in drawn if v.held_out]
+    pure = [{s: levels[-1] for s, levels in formats.items()}, {}]  # plans often are one of these
+    assignments: list[dict[str, Level]] = []
+    for i in range(TESTS):
+        base: dict[str, Level] = dict(drawn[0].assignment)
+        base |= pure[i % 2] if i % 4 == 0 or not rows else dict(rows[i % len(rows)])
+        for width, counts in others.items():
+            full = int(grid[width][0])  # type: ignore[arg-type]
+            base[width] = full if rng.random() < FULL_SHARE else int(rng.choice(counts))
+        assignments.append(base)
+    return [Variant(assignment=a, held_out=True) for a in assignments]
+
+
+def ranges(session: Session) -> dict[str, tuple[float, float]]:
+    """Smallest and largest value of every node's tensor, on one batch."""
+    found: dict[str, tuple[float, float]] = {}
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            out = super().run_node(n)
+            if isinstance(out, Tensor) and out.is_floating_point() and out.numel():
+                found[n.name] = (float(out.min()), float(out.max()))
+            return out
+
+    with torch.no_grad():
+        Watch(session.graph.module).run(*session.flat("calibration", 2))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simple:
+    """The simplest changes: first units stay, weights are rounded to the nearest."""
+
+    session: Session
+    int8: Mapping[str, SiteChange]
+
+    def changes(self, assignment: Mapping[str, Level]) -> Changes:
+        """Of an assignment."""
+        widths = []
+        for site in self.session.widths:
+            count = assignment.get(site.name, site.units)
+            if count != site.units:
+                units = torch.arange(int(count))  # type: ignore[arg-type]
+                widths.append(SiteChange(site=site, level=count, kept=units))
+        formats = [self.int8[s] for s, level in assignment.items() if level == "int8"]
+        return Changes(formats=tuple(formats), widths=tuple(widths))
+
+
+def simple(session: Session, formats: Mapping[str, Sequence[Level]], limit: int) -> Simple:
+    """Changes with grids from the ranges of one batch."""
+    seen = ranges(session)
+    quantizers: dict[str, Quantizer] = {}
+    int8: dict[str, SiteChange] = {}
+    for site in session.formats:
+        if site.name not in formats:
+            continue
+        assert site.tensor is not None
+        if site.tensor not in quantizers:
+            low, high = seen[site.tensor]
+            widest = max(high / 255, 1e-6) if low >= 0 else max(-low, high) / 127
+            grid = (0, 255) if low >= 0 else (-128, 127)
+            quantizers[site.tensor] = Quantizer(step=widest, low=grid[0], high=grid[1])
+        weight = attribute(session.graph.module, site.weight).detach().double()
+        rows = weight.reshape(1, weight.shape[0], -1)
+        step = (rows.abs().amax(2) / limit).clamp(min=1e-12)
+        int8[site.name] = SiteChange(
+            site=site,
+            level="int8",
+            codes=round_nearest(rows, step, limit).reshape(weight.shape),
+            scale=step.reshape(-1).float(),
+            quantizer=quantizers[site.tensor],
+        )
+    return Simple(session=session, int8=int8)
+
+
+def make_tools(session: Session, made: Simple, choice: BuildChoice) -> PriceTools:
+    """Pricing as ``compress`` does it, with the simple changes."""
+
+    def build(choice: BuildChoice, assignment: Mapping[str, Level]) -> Executable:
+        graph = sketched(session, made.changes(assignment))
+        backend = session.backends[choice.backend]
+        return backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
+
+    reference = session.caller(build(choice, {}), 1)
+    timing = measure_calls(session, {"reference": reference}, CAREFUL)["reference"]
+    return PriceTools(
+        build=build,
+        run=lambda executable: session.caller(executable, 1)(),
+        measure=lambda calls: measure_calls(session, calls, PRICING),
+        reference=reference,
+        reference_ms=timing.median_ms,
+        quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
+        facts=lambda assignment: facts_of(session, made.changes(assignment), 1),
+        note=print,
+    )
+
+
+def noise_floor(
+    tools: PriceTools, choice: BuildChoice, variants: Sequence[Variant]
+) -> tuple[float, float]:
+    """Differences of the latency of one build that was compiled several times."""
+    offs: list[float] = []
+    for variant in variants:
+        builds = [tools.build(choice, variant.assignment) for _ in range(COMPILES)]
+        calls = {str(i): partial(tools.run, b) for i, b in enumerate(builds)}
+        times = [t.median_ms for t in tools.measure(calls).values()]
+        offs += [abs(a / b - 1) for i, a in enumerate(times) for b in times[i + 1 :]]
+    return float(np.median(offs)), float(np.max(offs))
+
+
+def isolated_sums(
+    session: Session,
+    choice: BuildChoice,
+    observations: Sequence[Observation],
+    facts: Any,
+) -> list[float]:
+    """Sum of the latencies of all weighted layers, each built and measured alone.
+
+    A layer is a graph of its own on the same backend, in its format, at the sizes of the build.
+    """
+    known: dict[tuple[Any, ...], float] = {}
+    sums: list[float] = []
+    for o in observations:
+        total = 0.0
+        for site in session.formats:
+            if site.op_kind == "embedding":
+                continue
+            level = o.assignment.get(site.name, choice.precision)
+            for node in site.ops:
+                key = _signature(session, site, node, o.assignment, facts, level)
+                if key not in known:
+                    known[key] = _alone(choice, key)
+                total += known[key]
+        sums.append(total)
+    return sums
+
+
+def _signature(
+    session: Session, site: Site, node: str, assignment: Mapping[str, Level], facts: Any, level: Any
+) -> tuple[Any, ...]:
+    found = next(n for n in session.graph.module.graph.nodes if n.name == node)
+    now = facts.at(node, assignment)
+    before = found.all_input_nodes[0].meta["val"].shape
+    channels = max(1, now.inputs // max(1, now.window))
+    if site.op_kind == "linear":
+        return ("linear", tuple(int(s) for s in before[1:-1]), channels, now.outputs, level)
+    args = dict(zip(("stride", "padding"), (found.args[3], found.args[4]), strict=False))
+    kernel = tuple(site.shape[2:])
+    depthwise = site.groups > 1
+    return (
+        "conv",
+        tuple(int(s) for s in before[2:]),
+        now.outputs if depthwise else channels,
+        now.outputs,
+        kernel,
+        tuple(args["stride"]),
+        tuple(args["padding"]),
+        depthwise,
+        level,
+    )
+
+
+def _alone(choice: BuildChoice, key: tuple[Any, ...]) -> float:
+    """Latency of one layer."""
+    layer: nn.Module
+    if key[0] == "linear":
+        _, positions, inputs, outputs, level = key
+        layer, x = nn.Linear(inputs, outputs), torch.randn(2, *positions, inputs)
+    else:
+        _, size, inputs, outputs, kernel, stride, padding, depthwise, level = key
+        layer = nn.Conv2d(
+            inputs, outputs, kernel, stride, padding, groups=inputs if depthwise else 1
+        )
+        x = torch.randn(2, inputs, *size)
+    data = tersor.Data(calibration=[x], search=[x], test=[x], output="values")
+    settings = Settings(backend=choice.backend, progress=False, cache_dir=STORE, methods="quantize")
+    session = open_session(layer.eval(), data, settings)
+    formats = {s.name: ("f32", "int8") for s in session.formats} if level == "int8" else {}
+    made = simple(session, formats, 63)
+    graph = sketched(session, made.changes(dict.fromkeys(formats, "int8")))
+    backend = session.backends[choice.backend]
+    build = backend.build(graph, shapes_of(graph.signature, 1), choice)
+    call = session.caller(build, 1)
+    return measure({"alone": call}, ISOLATED)["alone"].median_ms
+
+
+def errors(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 90th percentile, rank correlation."""
+    off = np.abs(np.array(predicted) / np.array(measured) - 1)
+    ranks = float(spearmanr(predicted, measured).statistic)
+    return float(np.median(off)), float(np.percentile(off, 90)), ranks
+
+
+def run(name: str, backend: str, options: argparse.Namespace) -> Row:
+    """Draw, fit, predict, measure."""
+    session = opened(name, backend)
+    info = session.infos[0]
+    limit = info.format("int8").weight_limit  # type: ignore[union-attr]
+    choice = BuildChoice(
+        backend=backend,
+        device="cpu",
+        precision="f32",
+        threads=options.threads,
+        batch=1,
+        options=dict(info.choices[0] if info.choices else {}),
+    )
+    formats, grid = format_levels(session, choice), grid_levels(session)
+    others = other_levels(grid, np.random.default_rng([SEED, 5]))
+    tests = draw_tests(session, formats, grid, others, choice)
+    made = simple(session, formats, limit)
+    tools = make_tools(session, made, choice)
+    config = PriceConfig(seed=SEED, held_out=0)
+    levels = {**formats, **grid}
+    start = time.perf_counter()
+    fits = draw_variants(
+        session.sites,
+        levels,
+        choice.precision,
+        k=config.fitted(session.sites, levels),
+        held_out=0,
+        seed=SEED,
+    )
+    seen = observe_builds(choice, fits, tools, config.batch)
+    seconds = time.perf_counter() - start
+    all_levels: dict[str, tuple[Level, ...]] = dict(formats)
+    for width, counts in grid.items():
+        joined = {int(c) for c in counts} | set(others[width])  # type: ignore[arg-type]
+        all_levels[width] = tuple(sorted(joined, reverse=True))
+    start = time.perf_counter()
+    facts = width_facts(session.sites, all_levels, tools, choice.precision)
+    table = fit_table(choice, session.sites, seen, tools.quantize_nodes, facts)
+    seconds += time.perf_counter() - start
+    careful = replace(tools, measure=lambda calls: measure_calls(session, calls, CAREFUL))
+    truth = observe_builds(choice, tests, careful, config.batch)
+    if options.keep:
+        keep = Path(options.keep) / f"{name}-{backend}.pkl"
+        with keep.open("wb") as file:
+            nodes = [(n.name, n.op, str(n.target)) for n in session.graph.module.graph.nodes]
+            pickle.dump((choice, session.sites, seen, truth, facts, all_levels, nodes), file)
+    floor = noise_floor(careful, choice, [*fits[:2], *tests[1:3]])
+    row = summary(name, table, session, truth, facts=facts, noise=floor, seconds=seconds)
+    if options.isolated:
+        every = [*seen, *truth]
+        sums = isolated_sums(session, choice, every, facts)
+        row = with_isolated(row, sums, every)
+    return row
+
+
+def summary(
+    name: str,
+    table: PriceTable,
+    session: Session,
+    truth: Sequence[Observation],
+    *,
+    facts: Any,
+    noise: tuple[float, float],
+    seconds: float,
+) -> Row:
+    """The row of a table on its tests."""
+    predicted = [table.predict_ms(o.assignment, session.tensors) for o in truth]
+    measured = [o.measured_ms for o in truth]
+    median, p90, ranks = errors(predicted, measured)
+    widths = counted(session.sites, facts.levels)
+    shown = {(w, b.assignment.get(w)) for b in table.builds for w in widths}
+    cut = [(w, o.assignment[w]) for o in truth for w in widths if o.assignment[w] != facts.full[w]]
+    return Row(
+        model=name,
+        backend=table.choice.backend,
+        choice=table.choice.describe(),
+        fitted=len(table.builds),
+        tests=len(truth),
+        median=median,
+        p90=p90,
+        spearman=ranks,
+        span=max(measured) / min(measured),
+        unseen=sum(pair not in shown for pair in cut) / max(1, len(cut)),
+        noise=noise,
+        seconds=seconds,
+        predicted_ms=tuple(predicted),
+        measured_ms=tuple(measured),
+    )
+
+
+def with_isolated(row: Row, sums: Sequence[float], every: Sequence[Observation]) -> Row:
+    """The row with what a sum of single layers predicts, scaled on the builds of the fit."""
+    pairs = list(zip(sums, every, strict=True))
+    scale = float(np.median([o.measured_ms / s for s, o in pairs if not o.held_out]))
+    tests = [(s * scale, o.measured_ms) for s, o in pairs if o.held_out]
+    median, p90, ranks = errors(*zip(*tests, strict=True))
+    return replace(row, isolated_median=median, isolated_p90=p90, isolated_spearman=ranks)
+
+
+def main() -> None:
+    """Read the options and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="*", choices=sorted(CASES), default=list(CASES))
+    parser.add_argument("--backend", nargs="*", default=["openvino", "onnxruntime"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--isolated", action="store_true", help="also a sum of single layers")
+    parser.add_argument("--keep", help="a folder for what was measured, to fit again")
+    parser.add_argument("--dry", action="store_true", help="write no results")
+    options = parser.parse_args()
+    for name in options.case:
+        for backend in options.backend:
+            row = run(name, backend, options)
+            print(
+                f"{name} {backend}: median {row.median:.1%}, p90 {row.p90:.1%}, Spearman "
+                f"{row.spearman:.3f}; noise {row.noise[0]:.1%}/{row.noise[1]:.1%}; span "
+                f"{row.span:.2f}; unseen {row.unseen:.0%}; {row.seconds:.0f} s; isolated "
+                f"{row.isolated_median} {row.isolated_p90} {row.isolated_spearman}",
+                flush=True,
+            )
+            if not options.dry:
+                record.append(NAME, [row], seed=SEED, settings=vars(options))
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
