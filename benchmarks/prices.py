@@ -43,6 +43,7 @@ from tersor.price.price import PriceConfig, PriceTools, observe_builds, width_fa
 from tersor.price.table import fit_table
 from tersor.price.variants import Variant, counted, draw_variants
 from tersor.timing.protocol import Protocol, measure
+from tests.conformance.zoo.torchvision_shim import import_torchvision
 
 NAME = "prices"
 SEED = 0
@@ -90,30 +91,28 @@ class Row:
 
 def resnet18() -> tuple[nn.Module, Any]:
     """torchvision's, random weights."""
-    from torchvision import models
+    models = import_torchvision().models
 
     return models.resnet18(), torch.randn(40, *IMAGES)
 
 
 def resnet50() -> tuple[nn.Module, Any]:
     """torchvision's, random weights."""
-    from torchvision import models
+    models = import_torchvision().models
 
     return models.resnet50(), torch.randn(40, *IMAGES)
 
 
 def mobilenet_v2() -> tuple[nn.Module, Any]:
     """torchvision's, random weights."""
-    from torchvision import models
+    models = import_torchvision().models
 
     return models.mobilenet_v2(), torch.randn(40, *IMAGES)
 
 
 def vit_s() -> tuple[nn.Module, Any]:
     """ViT-S/16 of torchvision's class, random weights."""
-    from torchvision.models import VisionTransformer
-
-    model = VisionTransformer(
+    model = import_torchvision().models.VisionTransformer(
         image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536
     )
     return model, torch.randn(40, *IMAGES)

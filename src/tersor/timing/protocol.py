@@ -12,17 +12,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import Timing
+from tersor.timing.speed import factors, probe_ms
 
-SLOW_MS = 200.0  # one call this long already refills caches and settles the clock frequency,
-SLOW_WARMUPS = 2  # so two of them do what ten short warm-ups do
+# Warm-ups refill caches and settle the clock frequency: this long is enough, and where calls are
+# long, at least two of them.
+SETTLED_MS = 100.0
+SLOW_WARMUPS = 2
+SLOW_MS = 200.0  # where time is short, the runs of callables above this are the first to go
 MIN_ROUNDS = 3  # fewer show no spread between rounds
+PROBED_MS = 5.0  # the machine's speed is read again after calls of this long
 COMPUTE_BOUND = 0.95  # CPU time / wall time of a call that does not wait
 PREEMPTED = 0.9  # CPU time / wall time below which such a call was interrupted
 _NORMAL_QUARTILES = 1.349  # between the quartiles of a normal distribution, in deviations
@@ -45,8 +50,8 @@ class Protocol:
     Args:
         rounds: How often every callable gets its turn; at least 3.
         runs: Timed calls of one callable in one round.
-        warmups: Calls before them, after every switch; at least 10. Callables above 200 ms
-            get 2.
+        warmups: Calls before them, after every switch; at least 10. Callables above 10 ms
+            get as many as take 100 ms, but at least 2.
         min_runs: What ``runs`` may sink to where time is short.
         max_seconds: Time for all callables together. It is kept by fewer runs of the callables
             above 200 ms, then fewer rounds, then fewer runs of all; never below ``min_runs``
@@ -72,11 +77,15 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """What is read around a call: nanoseconds, and how often the process was interrupted."""
+    """What is read around a call: nanoseconds, and how often the process was interrupted.
+
+    ``probe_ms`` times a fixed piece of work every few milliseconds; see ``speed``.
+    """
 
     wall_ns: Callable[[], int]
     cpu_ns: Callable[[], int]  # of all threads of the process
     preemptions: Callable[[], int]
+    probe_ms: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +102,7 @@ class _Sample:
     wall_ms: float
     cpu_ms: float
     preemptions: int
+    probe_ms: float = 1.0
 
 
 def _involuntary_switches() -> int:
@@ -103,6 +113,7 @@ SYSTEM_CLOCK = Clock(
     wall_ns=time.perf_counter_ns,
     cpu_ns=time.process_time_ns,
     preemptions=_involuntary_switches,
+    probe_ms=probe_ms,
 )
 
 
@@ -116,7 +127,8 @@ def measure(
     A callable returns when its work is done (on a GPU it synchronises). The order rotates from
     round to round, so that nobody always follows the same neighbour. Runs that the system
     interrupted are dropped and counted, unless that is more than half of a round: then
-    interruption is how the machine is, and the round keeps all its runs.
+    interruption is how the machine is, and the round keeps all its runs. Times are at the machine's
+    median speed during the call, as far as a fixed piece of work tells it (``speed``).
     """
     if not callables:
         raise ConfigError("nothing to measure: found no callables, wanted at least one")
@@ -130,6 +142,8 @@ def measure(
             shift = r % len(names)
             for name in names[shift:] + names[:shift]:
                 samples[name].append(_turn(callables[name], *turns[name], clock))
+    if clock.probe_ms is not None:
+        samples = _at_one_speed(samples)
     return {name: _summarise(rows) for name, rows in samples.items()}
 
 
@@ -138,7 +152,10 @@ def plan_rounds(
 ) -> tuple[int, dict[str, tuple[int, int]]]:
     """Rounds, and (warm-ups, runs) of each callable, so that ``max_seconds`` holds if it can."""
     slow = {name for name, ms in estimates_ms.items() if ms > SLOW_MS}
-    warmups = {n: SLOW_WARMUPS if n in slow else protocol.warmups for n in estimates_ms}
+    warmups = {
+        n: min(protocol.warmups, max(SLOW_WARMUPS, math.ceil(SETTLED_MS / max(ms, 1e-6))))
+        for n, ms in estimates_ms.items()
+    }
     runs = dict.fromkeys(estimates_ms, protocol.runs)
     rounds = protocol.rounds
     if protocol.max_seconds is not None:
@@ -221,7 +238,36 @@ def _estimate_ms(call: Callable[[], object], clock: Clock) -> float:
 def _turn(call: Callable[[], object], warmups: int, runs: int, clock: Clock) -> list[_Sample]:
     for _ in range(warmups):
         call()
-    return [_timed(call, clock) for _ in range(runs)]
+    if clock.probe_ms is None:
+        return [_timed(call, clock) for _ in range(runs)]
+    found: list[_Sample] = []
+    group: list[_Sample] = []
+    before = clock.probe_ms()
+    for i in range(runs):
+        group.append(_timed(call, clock))
+        if i == runs - 1 or sum(s.wall_ms for s in group) >= PROBED_MS:
+            after = clock.probe_ms()
+            found += [replace(s, probe_ms=(before + after) / 2) for s in group]
+            before, group = after, []
+    return found
+
+
+def _at_one_speed(samples: dict[str, list[list[_Sample]]]) -> dict[str, list[list[_Sample]]]:
+    flat = {name: [s for row in rows for s in row] for name, rows in samples.items()}
+    by_name = factors(
+        {name: [s.wall_ms for s in row] for name, row in flat.items()},
+        {name: [s.probe_ms for s in row] for name, row in flat.items()},
+    )
+    adjusted: dict[str, list[list[_Sample]]] = {}
+    for name, rows in samples.items():
+        each = iter(by_name[name])
+        adjusted[name] = [[_scaled(s, float(next(each))) for s in row] for row in rows]
+    return adjusted
+
+
+def _scaled(sample: _Sample, factor: float) -> _Sample:
+    """Both times, so that their ratio still tells who was interrupted."""
+    return replace(sample, wall_ms=sample.wall_ms * factor, cpu_ms=sample.cpu_ms * factor)
 
 
 def _timed(call: Callable[[], object], clock: Clock) -> _Sample:

@@ -14,6 +14,7 @@ from tersor.core.errors import ConfigError
 from tersor.core.records import Timing
 from tersor.timing.protocol import (
     MIN_ROUNDS,
+    SETTLED_MS,
     SLOW_MS,
     SLOW_WARMUPS,
     Clock,
@@ -69,9 +70,9 @@ def test_rounds_are_interleaved_and_rotate_with_warmups_after_every_switch():
 
 def test_the_median_is_over_the_timed_runs_only():
     machine = Machine()
-    # Warm-ups take 100 ms, timed runs 1, 2, 3 ms.
-    estimates = [(100.0,)] * 2
-    turn = [(100.0,)] * 10 + [(1.0,), (2.0,), (3.0,)]
+    # Warm-ups take 10 ms, timed runs 1, 2, 3 ms.
+    estimates = [(10.0,)] * 2
+    turn = [(10.0,)] * 10 + [(1.0,), (2.0,), (3.0,)]
     calls = {"a": machine.callable("a", iter(estimates + turn * 3))}
     found = measure(calls, Protocol(rounds=3, runs=3), machine.clock)["a"]
     assert found == Timing(
@@ -171,7 +172,7 @@ def test_then_rounds_then_all_runs():
     assert turns == {"slow": (SLOW_WARMUPS, 3)}
     rounds, turns = plan_rounds({"fast": 100.0}, Protocol(max_seconds=5.0))
     assert rounds == MIN_ROUNDS
-    assert turns == {"fast": (10, 6)}
+    assert turns == {"fast": (SLOW_WARMUPS, 14)}  # 1.6 s a round
 
 
 @given(
@@ -188,7 +189,9 @@ def test_the_time_limit_holds_unless_the_floor_is_reached(estimates: Any, max_se
     assert MIN_ROUNDS <= rounds <= protocol.rounds
     for name, (warmups, runs) in turns.items():
         assert protocol.min_runs <= runs <= protocol.runs
-        assert warmups == (SLOW_WARMUPS if estimates[name] > SLOW_MS else 10)
+        assert SLOW_WARMUPS <= warmups <= 10
+        assert warmups == 10 or warmups * estimates[name] >= SETTLED_MS
+        assert warmups == SLOW_WARMUPS or (warmups - 1) * estimates[name] < SETTLED_MS
 
 
 def test_a_slow_callable_is_measured_within_its_time():
