@@ -39,7 +39,13 @@ from tersor.graph.contracts import Executable, Quantizer, SiteChange
 from tersor.graph.edit import attribute
 from tersor.ops.grids import round_nearest
 from tersor.price.observation import Observation
-from tersor.price.price import PriceConfig, PriceTools, observe_builds, width_facts
+from tersor.price.price import (
+    PriceConfig,
+    PriceTools,
+    between_offers,
+    observe_builds,
+    width_facts,
+)
 from tersor.price.table import fit_table
 from tersor.price.variants import Variant, counted, draw_variants
 from tersor.timing.protocol import Protocol, measure
@@ -412,6 +418,7 @@ def run(name: str, backend: str, options: argparse.Namespace) -> Row:
     tools = make_tools(session, made, choice)
     config = PriceConfig(seed=SEED, held_out=0)
     levels = {**formats, **grid}
+    between = between_offers(session.sites, levels, SEED)
     start = time.perf_counter()
     fits = draw_variants(
         session.sites,
@@ -420,12 +427,13 @@ def run(name: str, backend: str, options: argparse.Namespace) -> Row:
         k=config.fitted(session.sites, levels),
         held_out=0,
         seed=SEED,
+        between=between,
     )
     seen = observe_builds(choice, fits, tools, config.batch)
     seconds = time.perf_counter() - start
     all_levels: dict[str, tuple[Level, ...]] = dict(formats)
     for width, counts in grid.items():
-        joined = {int(c) for c in counts} | set(others[width])  # type: ignore[arg-type]
+        joined = {int(c) for c in counts} | {*others[width], *between.get(width, ())}  # type: ignore[arg-type]
         all_levels[width] = tuple(sorted(joined, reverse=True))
     start = time.perf_counter()
     facts = width_facts(session.sites, all_levels, tools, choice.precision)

@@ -121,9 +121,12 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
 
 def _padding(n: Matrix, tile: int) -> tuple[Matrix, Matrix]:
-    """Whether a size is not whole tiles, and padded over true size."""
+    """Whether a size is not whole tiles, and padded over true size.
+
+    Less than one tile is not ragged: kernels of a first convolution say nothing about others.
+    """
     padded = np.ceil(n / tile) * tile
-    return (padded != n).astype(np.float64), padded / np.maximum(n, 1)
+    return ((padded != n) & (n > tile)).astype(np.float64), padded / np.maximum(n, 1)
 
 
 def _sizes(facts: Sequence[NodeFacts]) -> Matrix:

@@ -8,6 +8,7 @@ the session in which the baseline was measured.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
@@ -20,6 +21,7 @@ from tersor.price.terms import size_terms
 from tersor.price.variants import (
     Variant,
     counted,
+    counts_between,
     draw_variants,
     full_assignment,
     quantizable,
@@ -29,6 +31,7 @@ REFERENCE = "reference"
 # A choice whose all-int8 build is slower than the best one's of its backend by more is not priced
 # further; nor is a backend whose fastest build, native ones included, is so against all others.
 PROBE_MARGIN = 0.05
+_SINGLE_UNITS = ("channels", "neurons")  # kinds of widths whose units are one element
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,8 +140,8 @@ def price_all(
     Raises:
         BackendError: No choice could be built.
     """
-    facts = width_facts(sites, levels, tools, choices[0].precision)
-    terms = () if facts is None else size_terms(facts, sites, levels, tools.stored)
+    facts = width_facts(sites, levels, tools, choices[0].precision, config.seed)
+    terms = () if facts is None else size_terms(offered(facts, levels), sites, levels, tools.stored)
     if not quantizable(sites, levels):
         ways = _first_ways(choices, tools.native_ms)
         tables = tuple(price_choice(c, sites, levels, tools, config, facts) for c in ways)
@@ -162,7 +165,7 @@ def price_choice(
 
     ``facts`` are those of ``width_facts``, which all tables share; asked for where not given.
     """
-    facts = facts or width_facts(sites, levels, tools, choice.precision)
+    facts = facts or width_facts(sites, levels, tools, choice.precision, config.seed)
     drawn = draw_variants(
         sites,
         levels,
@@ -170,9 +173,38 @@ def price_choice(
         k=config.fitted(sites, levels),
         held_out=config.held_out,
         seed=config.seed,
+        between=between_offers(sites, levels, config.seed),
     )
     observations = observe_builds(choice, _settled(drawn, tools), tools, config.batch)
-    return fit_table(choice, sites, observations, tools.quantize_nodes, facts)
+    table = fit_table(choice, sites, observations, tools.quantize_nodes, facts)
+    return replace(table, terms=tuple(_offered_term(term, levels) for term in table.terms))
+
+
+def between_offers(
+    sites: Sequence[Site], levels: Mapping[str, Sequence[Level]], seed: int
+) -> dict[str, tuple[int, ...]]:
+    """Counts that are not on offer and yet built, to see what they cost; of widths of single units."""
+    widths = counted(sites, levels)
+    names = [s.name for s in sites if s.name in widths and s.unit_kind in _SINGLE_UNITS]
+    return counts_between(widths, names, seed)
+
+
+def offered(facts: WidthFacts, levels: Mapping[str, Sequence[Level]]) -> WidthFacts:
+    """The facts with the levels that are on offer only."""
+    kept = {w: tuple(n for n in own if n in levels[w]) for w, own in facts.levels.items()}
+    return replace(facts, levels=kept)
+
+
+def _offered_term(term: Term, levels: Mapping[str, Sequence[Level]]) -> Term:
+    """The term without counts that are not on offer."""
+    rows = [
+        tuple(n for n in own if not isinstance(n, int) or n in levels[site])
+        for site, own in zip(term.sites, term.levels, strict=True)
+    ]
+    if rows == list(term.levels):
+        return term
+    values = tuple(term.at(dict(zip(term.sites, at, strict=True))) for at in product(*rows))
+    return replace(term, levels=tuple(rows), values=values)
 
 
 def observe_builds(
@@ -199,8 +231,9 @@ def width_facts(
     levels: Mapping[str, Sequence[Level]],
     tools: PriceTools,
     precision: Precision,
+    seed: int = 0,
 ) -> WidthFacts | None:
-    """Sizes of all nodes at any kept counts; None without widths.
+    """Sizes of all nodes at any kept counts, and at some between them; None without widths.
 
     Raises:
         ConfigError: There are widths, and no ``tools.facts`` to ask.
@@ -213,7 +246,9 @@ def width_facts(
             f"found {len(widths)} widths to price and no facts of their graphs; give "
             "PriceTools(facts=...)"
         )
-    return learn_facts(tools.facts, sites, levels, precision)
+    more = between_offers(sites, levels, seed)
+    every = {**levels, **{w: sorted({*widths[w], *more[w]}, reverse=True) for w in more}}
+    return learn_facts(tools.facts, sites, every, precision)
 
 
 def measure_interleaved(calls: Mapping[str, Call], tools: PriceTools) -> dict[str, float]:

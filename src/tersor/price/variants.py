@@ -3,7 +3,8 @@
 A layer's price depends on its neighbours' formats (a boundary costs a quantiser, a fusion saves
 one), so that mixtures are drawn in two ways: coin flips with several shares of int8, which show
 many boundaries, and contiguous blocks, which show few. With widths, the extremes of both are
-crossed, and each mixture keeps a share of the widths full and draws the others' counts.
+crossed, and each mixture keeps a share of the widths full and draws the others' counts. Some lie
+between the counts on offer: what a count off the device's tiles costs is seen, not assumed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,11 @@ from tersor.core.records import Level, Precision, Site
 SHARES = (0.25, 0.5, 0.75)
 # Attempts for each assignment that is wanted, as small models run out of distinct ones.
 ATTEMPTS = 20
-_HELD_OUT_STREAM, _FIT_STREAM = 0, 1
+_HELD_OUT_STREAM, _FIT_STREAM, _BETWEEN_STREAM = 0, 1, 2
 # With widths, this share of the mixtures is all native, and as many are all int8: plans often are.
 PURE = 0.15
+OFF_GRID = 0.3  # of the counts that are drawn for the fit lie between those on offer, about
+BETWEEN = 2  # such counts a width
 
 _Joint = tuple[frozenset[str], tuple[int, ...]]  # int8 sites; kept counts in the widths' order
 
@@ -81,7 +84,7 @@ def full_assignment(
     return {s: "int8" if s in chosen else level for s, level in native.items()}
 
 
-def draw_variants(
+def draw_variants(  # noqa: PLR0913 - one draw, and what it is free to draw from
     sites: Sequence[Site],
     levels: Mapping[str, Sequence[Level]],
     precision: Precision,
@@ -89,6 +92,7 @@ def draw_variants(
     k: int,
     held_out: int,
     seed: int,
+    between: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[Variant, ...]:
     """Distinct assignments: all native, all int8, random mixtures; then the held-out ones.
 
@@ -103,12 +107,13 @@ def draw_variants(
         k: Assignments that the fit sees, at least 2.
         held_out: Assignments that no fit sees. They depend on the seed only, not on ``k``.
         seed: Of the draw.
+        between: Width -> counts that are not on offer, for some builds of the fit.
 
     Returns:
         Fewer than asked for where there are not as many: one if no site may be int8.
     """
     if counted(sites, levels):
-        return _joint_variants(sites, levels, precision, k=k, held_out=held_out, seed=seed)
+        return _joint_variants(sites, levels, precision, (k, held_out, seed), between or {})
     names = quantizable(sites, levels)
     native = native_assignment(sites, precision)
     extremes = [frozenset[str](), frozenset(names)]
@@ -156,11 +161,10 @@ def _joint_variants(
     sites: Sequence[Site],
     levels: Mapping[str, Sequence[Level]],
     precision: Precision,
-    *,
-    k: int,
-    held_out: int,
-    seed: int,
+    numbers: tuple[int, int, int],
+    between: Mapping[str, Sequence[int]],
 ) -> tuple[Variant, ...]:
+    k, held_out, seed = numbers
     names, widths = quantizable(sites, levels), counted(sites, levels)
     branches = {s.name for s in sites if s.kind == "branch"}
     extremes = _joint_extremes(names, widths, branches)
@@ -170,7 +174,7 @@ def _joint_variants(
     )
     extremes = extremes[:k]
     fits = _draw_joint(
-        names, widths, k - len(extremes), np.random.default_rng([seed, _FIT_STREAM]), taken
+        names, widths, k - len(extremes), np.random.default_rng([seed, _FIT_STREAM]), taken, between
     )
     native = native_assignment(sites, precision)
     rows = [(joint, False) for joint in (*extremes, *fits)] + [(joint, True) for joint in tests]
@@ -210,12 +214,13 @@ def _draw_joint(
     n: int,
     rng: np.random.Generator,
     taken: set[_Joint],
+    between: Mapping[str, Sequence[int]] | None = None,
 ) -> list[_Joint]:
     found: list[_Joint] = []
     for attempt in range(ATTEMPTS * n):
         if len(found) == n:
             break
-        joint = (_formats(names, attempt, rng), _counts(widths, rng))
+        joint = (_formats(names, attempt, rng), _counts(widths, rng, between or {}))
         if joint not in taken:
             taken.add(joint)
             found.append(joint)
@@ -229,8 +234,33 @@ def _formats(names: Sequence[str], attempt: int, rng: np.random.Generator) -> fr
     return _flips(names, rng) if attempt % 3 else _block(names, rng)
 
 
-def _counts(widths: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> tuple[int, ...]:
+def _counts(
+    widths: Mapping[str, tuple[int, ...]],
+    rng: np.random.Generator,
+    between: Mapping[str, Sequence[int]],
+) -> tuple[int, ...]:
     share = rng.choice(SHARES)
-    return tuple(
-        counts[0] if rng.random() < share else int(rng.choice(counts)) for counts in widths.values()
-    )
+    found: list[int] = []
+    for width, counts in widths.items():
+        if rng.random() < share:
+            found.append(counts[0])
+            continue
+        others = between.get(width, ())
+        is_between = bool(others) and rng.random() < OFF_GRID
+        found.append(int(rng.choice(others if is_between else counts)))
+    return tuple(found)
+
+
+def counts_between(
+    widths: Mapping[str, tuple[int, ...]], names: Sequence[str], seed: int
+) -> dict[str, tuple[int, ...]]:
+    """A few counts of each width that is named, between the least and the full one, not on offer."""
+    rng = np.random.default_rng([seed, _BETWEEN_STREAM])
+    found: dict[str, tuple[int, ...]] = {}
+    for width in names:
+        counts = widths[width]
+        rest = sorted(set(range(min(counts), max(counts))) - set(counts))
+        if rest:
+            picked = rng.choice(rest, min(BETWEEN, len(rest)), replace=False)
+            found[width] = tuple(sorted(int(n) for n in picked))
+    return found
