@@ -57,7 +57,7 @@ TESTS = 24
 EXTRA = 6  # counts of a width beside its grid, half of them on whole tiles
 FULL_SHARE = 0.3  # of the widths of a test, at most about
 COMPILES = 3
-CAREFUL = Protocol(rounds=7, runs=11, max_seconds=20.0)
+CAREFUL = Protocol(rounds=7, runs=11, max_seconds=14.0)
 ISOLATED = Protocol(rounds=3, runs=15, max_seconds=5.0)
 IMAGES = (3, 224, 224)
 STORE = Path(tempfile.gettempdir()) / "tersor-prices"  # nothing of it is found again
@@ -446,7 +446,7 @@ def run(name: str, backend: str, options: argparse.Namespace) -> Row:
         with keep.open("wb") as file:
             nodes = [(n.name, n.op, str(n.target)) for n in session.graph.module.graph.nodes]
             pickle.dump((choice, session.sites, seen, truth, facts, all_levels, nodes), file)
-    floor = noise_floor(careful, choice, [*fits[:2], *tests[1:3]])
+    floor = noise_floor(careful, choice, [*fits[:2], *tests[1:2]])
     row = summary(name, table, session, truth, facts=facts, noise=floor, seconds=seconds)
     if options.isolated:
         every = [*seen, *truth]

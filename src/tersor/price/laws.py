@@ -20,6 +20,7 @@ Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 TILES = (8, 16, 32, 64)
+RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
 RIDGE = 1e-4
@@ -93,8 +94,8 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
 def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """What a node's time may be made of, a column each.
 
-    A call, MACs, MACs with both sides padded to whole tiles, MACs where a side is not whole,
-    weights read, activations read and written.
+    A call, MACs with both sides padded to whole tiles, MACs where a side is not whole, weights
+    read, activations read and written.
 
     Args:
         sizes: Rows of ``NodeFacts.sizes()`` and the window.
@@ -103,15 +104,13 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """
     macs, weight, read, written, inputs, outputs, window = sizes.T
     channels = inputs / np.maximum(window, 1)
-    ragged_inputs, input_share = _padding(channels, input_tile)
-    ragged_outputs, output_share = _padding(outputs, output_tile)
+    padded = macs * _share(channels, input_tile) * _share(outputs, output_tile)
+    ragged = [macs * _is_ragged(side, tile) for tile in RAGGED for side in (channels, outputs)]
     return np.stack(
         [
             np.ones(len(sizes)),
-            macs,
-            macs * input_share * output_share,
-            macs * ragged_inputs,
-            macs * ragged_outputs,
+            padded,
+            *ragged,
             weight,
             read,
             written,
@@ -120,13 +119,19 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     )
 
 
-def _padding(n: Matrix, tile: int) -> tuple[Matrix, Matrix]:
-    """Whether a size is not whole tiles, and padded over true size.
+def _share(n: Matrix, tile: int) -> Matrix:
+    """Padded over true size."""
+    share: Matrix = np.ceil(n / tile) * tile / np.maximum(n, 1)
+    return share
+
+
+def _is_ragged(n: Matrix, tile: int) -> Matrix:
+    """1 where a size is not whole tiles.
 
     Less than one tile is not ragged: kernels of a first convolution say nothing about others.
     """
-    padded = np.ceil(n / tile) * tile
-    return ((padded != n) & (n > tile)).astype(np.float64), padded / np.maximum(n, 1)
+    ragged: Matrix = ((n % tile != 0) & (n > tile)).astype(np.float64)
+    return ragged
 
 
 def _sizes(facts: Sequence[NodeFacts]) -> Matrix:

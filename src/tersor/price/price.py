@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
+import numpy as np
+
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
 from tersor.graph.contracts import Executable
@@ -27,7 +29,7 @@ from tersor.price.variants import (
     quantizable,
 )
 
-REFERENCE = "reference"
+REFERENCE, _AGAIN = "reference", "reference again"
 # A choice whose all-int8 build is slower than the best one's of its backend by more is not priced
 # further; nor is a backend whose fastest build, native ones included, is so against all others.
 PROBE_MARGIN = 0.05
@@ -210,11 +212,16 @@ def _offered_term(term: Term, levels: Mapping[str, Sequence[Level]]) -> Term:
 def observe_builds(
     choice: BuildChoice, variants: Sequence[Variant], tools: PriceTools, batch: int
 ) -> list[Observation]:
-    """Build, profile and measure, ``batch`` builds at a time; what can't be built is left out."""
-    found: list[Observation] = []
+    """Build, profile and measure, ``batch`` builds at a time; what can't be built is left out.
+
+    Batches are drawn by chance: what one of them is off by must look like no kind of build.
+    """
+    order = np.random.default_rng(len(variants)).permutation(len(variants))
+    found: dict[int, Observation] = {}
     for start in range(0, len(variants), batch):
-        found += _observe(choice, variants[start : start + batch], tools)
-    return found
+        places = [int(i) for i in order[start : start + batch]]
+        found |= _observe(choice, {i: variants[i] for i in places}, tools)
+    return [found[i] for i in sorted(found)]
 
 
 def _settled(drawn: Sequence[Variant], tools: PriceTools) -> list[Variant]:
@@ -253,35 +260,36 @@ def width_facts(
 
 def measure_interleaved(calls: Mapping[str, Call], tools: PriceTools) -> dict[str, float]:
     """Median latencies beside the reference, without its drift since it was chosen."""
-    timings = tools.measure({REFERENCE: tools.reference, **calls})
-    drift = timings[REFERENCE].median_ms / tools.reference_ms
+    timings = tools.measure({REFERENCE: tools.reference, **calls, _AGAIN: tools.reference})
+    # All depends on the reference: it runs at two places of each round.
+    both = (timings[REFERENCE].median_ms + timings[_AGAIN].median_ms) / 2
+    drift = both / tools.reference_ms
     return {name: timings[name].median_ms / drift for name in calls}
 
 
 def _observe(
-    choice: BuildChoice, variants: Sequence[Variant], tools: PriceTools
-) -> list[Observation]:
+    choice: BuildChoice, variants: Mapping[int, Variant], tools: PriceTools
+) -> dict[int, Observation]:
     """Build a batch, profile and measure it; nothing of it outlives this call."""
     builds: dict[str, Executable] = {}
-    for i, variant in enumerate(variants):
+    for i, variant in variants.items():
         try:
             builds[str(i)] = tools.build(choice, variant.assignment)
         except BackendError as error:  # the others still make a table
             tools.note(f"{choice.describe()}: a build was dropped: {error}")
     if not builds:
-        return []
+        return {}
     profiles = {name: build.profile() for name, build in builds.items()}
     times = measure_interleaved({n: _caller(tools, b) for n, b in builds.items()}, tools)
-    return [
-        Observation(
-            assignment=variant.assignment,
+    return {
+        int(name): Observation(
+            assignment=variants[int(name)].assignment,
             node_ms=_at_speed(profiles[name], times[name]),
             measured_ms=times[name],
-            held_out=variant.held_out,
+            held_out=variants[int(name)].held_out,
         )
         for name in builds
-        for variant in [variants[int(name)]]
-    ]
+    }
 
 
 def _at_speed(node_ms: Mapping[str, float], measured_ms: float) -> dict[str, float]:

@@ -21,8 +21,8 @@ ATTEMPTS = 20
 _HELD_OUT_STREAM, _FIT_STREAM, _BETWEEN_STREAM = 0, 1, 2
 # With widths, this share of the mixtures is all native, and as many are all int8: plans often are.
 PURE = 0.15
-OFF_GRID = 0.3  # of the counts that are drawn for the fit lie between those on offer, about
-BETWEEN = 2  # such counts a width
+OFF_GRID = 0.5  # of the counts that are drawn for the fit lie between those on offer, about
+BETWEEN = 4  # such counts a width
 
 _Joint = tuple[frozenset[str], tuple[int, ...]]  # int8 sites; kept counts in the widths' order
 

@@ -346,7 +346,8 @@ def test_profile_names_a_quantiser_that_stands_alone() -> None:
     ],
 )
 def test_warm_time_of_a_node(totals: list[float], wanted: float) -> None:
-    assert executable._warm_ms(totals, [9, 16, 23, 30]) == pytest.approx(wanted, rel=1e-12)
+    half = 0.0005 if wanted else 0.0  # of a microsecond: what a cut takes away on average
+    assert executable._warm_ms(totals, [9, 16, 23, 30]) == pytest.approx(wanted + half, rel=1e-12)
 
 
 @pytest.mark.parametrize(
