@@ -38,6 +38,7 @@ from tersor.graph.apply import quantize_node_name
 from tersor.graph.contracts import Executable, Quantizer, SiteChange
 from tersor.graph.edit import attribute
 from tersor.ops.grids import round_nearest
+from tersor.price.facts import WidthFacts
 from tersor.price.observation import Observation
 from tersor.price.price import (
     PriceConfig,
@@ -47,7 +48,7 @@ from tersor.price.price import (
     width_facts,
 )
 from tersor.price.table import fit_table
-from tersor.price.variants import Variant, counted, draw_variants
+from tersor.price.variants import Variant, draw_variants
 from tersor.timing.protocol import Protocol, measure
 from tests.conformance.zoo.torchvision_shim import import_torchvision
 
@@ -86,8 +87,8 @@ class Row:
     spearman: float
     span: float
     unseen: float
-    noise: tuple[float, float]
-    seconds: float
+    noise: tuple[float, float] = (0.0, 0.0)
+    seconds: float = 0.0
     isolated_median: float | None = None
     isolated_p90: float | None = None
     isolated_spearman: float | None = None
@@ -398,82 +399,105 @@ def errors(predicted: Sequence[float], measured: Sequence[float]) -> tuple[float
     return float(np.median(off)), float(np.percentile(off, 90)), ranks
 
 
-def run(name: str, backend: str, options: argparse.Namespace) -> Row:
-    """Draw, fit, predict, measure."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """One model on one backend, with the tests that were drawn before anything was measured."""
+
+    name: str
+    session: Session
+    choice: BuildChoice
+    formats: Mapping[str, tuple[Level, ...]]
+    grid: Mapping[str, tuple[Level, ...]]
+    others: Mapping[str, tuple[int, ...]]  # counts of the tests
+    between: Mapping[str, tuple[int, ...]]  # counts of the fit beside the grid
+    tests: Sequence[Variant]
+    tools: PriceTools
+
+    def facts(self) -> WidthFacts | None:
+        """Of all counts that any build has."""
+        levels: dict[str, tuple[Level, ...]] = dict(self.formats)
+        for width, counts in self.grid.items():
+            every = {*counts, *self.others[width], *self.between.get(width, ())}
+            levels[width] = tuple(sorted(map(int, every), reverse=True))
+        return width_facts(self.session.sites, levels, self.tools, self.choice.precision)
+
+    def fits(self) -> tuple[Variant, ...]:
+        """As many builds as ``compress`` makes, drawn in the same way."""
+        levels = {**self.formats, **self.grid}
+        k = PriceConfig().fitted(self.session.sites, levels)
+        return draw_variants(
+            self.session.sites,
+            levels,
+            self.choice.precision,
+            k=k,
+            held_out=0,
+            seed=SEED,
+            between=self.between,
+        )
+
+
+def prepare(name: str, backend: str, threads: int) -> Bench:
+    """Draw everything."""
     session = opened(name, backend)
     info = session.infos[0]
-    limit = info.format("int8").weight_limit  # type: ignore[union-attr]
     choice = BuildChoice(
         backend=backend,
         device="cpu",
         precision="f32",
-        threads=options.threads,
+        threads=threads,
         batch=1,
         options=dict(info.choices[0] if info.choices else {}),
     )
     formats, grid = format_levels(session, choice), grid_levels(session)
     others = other_levels(grid, np.random.default_rng([SEED, 5]))
-    tests = draw_tests(session, formats, grid, others, choice)
-    made = simple(session, formats, limit)
-    tools = make_tools(session, made, choice)
-    config = PriceConfig(seed=SEED, held_out=0)
-    levels = {**formats, **grid}
-    between = between_offers(session.sites, levels, SEED)
-    start = time.perf_counter()
-    fits = draw_variants(
-        session.sites,
-        levels,
-        choice.precision,
-        k=config.fitted(session.sites, levels),
-        held_out=0,
-        seed=SEED,
-        between=between,
+    made = simple(session, formats, info.format("int8").weight_limit)  # type: ignore[union-attr]
+    return Bench(
+        name=name,
+        session=session,
+        choice=choice,
+        formats=formats,
+        grid=grid,
+        others=others,
+        between=between_offers(session.sites, {**formats, **grid}, SEED),
+        tests=draw_tests(session, formats, grid, others, choice),
+        tools=make_tools(session, made, choice),
     )
-    seen = observe_builds(choice, fits, tools, config.batch)
-    seconds = time.perf_counter() - start
-    all_levels: dict[str, tuple[Level, ...]] = dict(formats)
-    for width, counts in grid.items():
-        joined = {int(c) for c in counts} | {*others[width], *between.get(width, ())}  # type: ignore[arg-type]
-        all_levels[width] = tuple(sorted(joined, reverse=True))
+
+
+def run(bench: Bench, options: argparse.Namespace) -> Row:
+    """Fit, predict, measure."""
+    session, choice, tools = bench.session, bench.choice, bench.tools
     start = time.perf_counter()
-    facts = width_facts(session.sites, all_levels, tools, choice.precision)
+    fits = bench.fits()
+    seen = observe_builds(choice, fits, tools, PriceConfig().batch)
+    facts = bench.facts()
     table = fit_table(choice, session.sites, seen, tools.quantize_nodes, facts)
-    seconds += time.perf_counter() - start
+    seconds = time.perf_counter() - start
     careful = replace(tools, measure=lambda calls: measure_calls(session, calls, CAREFUL))
-    truth = observe_builds(choice, tests, careful, config.batch)
+    truth = observe_builds(choice, bench.tests, careful, PriceConfig().batch)
     if options.keep:
-        keep = Path(options.keep) / f"{name}-{backend}.pkl"
+        keep = Path(options.keep) / f"{bench.name}-{choice.backend}.pkl"
         with keep.open("wb") as file:
-            nodes = [(n.name, n.op, str(n.target)) for n in session.graph.module.graph.nodes]
-            pickle.dump((choice, session.sites, seen, truth, facts, all_levels, nodes), file)
-    floor = noise_floor(careful, choice, [*fits[:2], *tests[1:2]])
-    row = summary(name, table, session, truth, facts=facts, noise=floor, seconds=seconds)
+            pickle.dump((choice, session.sites, seen, truth, facts), file)
+    floor = noise_floor(careful, choice, [*fits[:2], *bench.tests[1:2]])
+    row = replace(summary(bench, table, truth), noise=floor, seconds=seconds)
     if options.isolated:
         every = [*seen, *truth]
-        sums = isolated_sums(session, choice, every, facts)
-        row = with_isolated(row, sums, every)
+        row = with_isolated(row, isolated_sums(session, choice, every, facts), every)
     return row
 
 
-def summary(
-    name: str,
-    table: PriceTable,
-    session: Session,
-    truth: Sequence[Observation],
-    *,
-    facts: Any,
-    noise: tuple[float, float],
-    seconds: float,
-) -> Row:
+def summary(bench: Bench, table: PriceTable, truth: Sequence[Observation]) -> Row:
     """The row of a table on its tests."""
+    session = bench.session
     predicted = [table.predict_ms(o.assignment, session.tensors) for o in truth]
     measured = [o.measured_ms for o in truth]
     median, p90, ranks = errors(predicted, measured)
-    widths = counted(session.sites, facts.levels)
-    shown = {(w, b.assignment.get(w)) for b in table.builds for w in widths}
-    cut = [(w, o.assignment[w]) for o in truth for w in widths if o.assignment[w] != facts.full[w]]
+    shown = {(w, b.assignment.get(w)) for b in table.builds for w in bench.grid}
+    cut = [(w, o.assignment[w]) for o in truth for w in bench.grid]
+    cut = [(w, count) for w, count in cut if count != bench.grid[w][0]]
     return Row(
-        model=name,
+        model=bench.name,
         backend=table.choice.backend,
         choice=table.choice.describe(),
         fitted=len(table.builds),
@@ -483,8 +507,6 @@ def summary(
         spearman=ranks,
         span=max(measured) / min(measured),
         unseen=sum(pair not in shown for pair in cut) / max(1, len(cut)),
-        noise=noise,
-        seconds=seconds,
         predicted_ms=tuple(predicted),
         measured_ms=tuple(measured),
     )
@@ -511,7 +533,7 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.case:
         for backend in options.backend:
-            row = run(name, backend, options)
+            row = run(prepare(name, backend, options.threads), options)
             print(
                 f"{name} {backend}: median {row.median:.1%}, p90 {row.p90:.1%}, Spearman "
                 f"{row.spearman:.3f}; noise {row.noise[0]:.1%}/{row.noise[1]:.1%}; span "
