@@ -94,7 +94,7 @@ def quick_runs(config: PriceConfig) -> Iterator[None]:
     protocol = Protocol(rounds=3, runs=3, max_seconds=3.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tersor.api.stages.PriceConfig", lambda seed: replace(config, seed=seed))
-        for name in ("stages._QUICK", "stages._CAREFUL", "stages._PRICING"):
+        for name in ("stages._QUICK", "stages._CAREFUL", "stages.PRICING"):
             patch.setattr(f"tersor.api.{name}", protocol)
         for name in ("choosing._FINALISTS", "judging._FINAL"):
             patch.setattr(f"tersor.api.{name}", protocol)

@@ -22,7 +22,7 @@ def half_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
     pictures = images["train"][:200].to(torch.bfloat16)
     data = tersor.Data(list(pictures.split(50)), output="logits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tersor.api.stages._PRICING", Protocol(rounds=3, runs=3, max_seconds=3.0))
+        patch.setattr("tersor.api.stages.PRICING", Protocol(rounds=3, runs=3, max_seconds=3.0))
         result = tersor.compress(
             load_lenet5().to(torch.bfloat16),
             data,

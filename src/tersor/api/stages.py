@@ -85,11 +85,14 @@ class Offers:
         return {site: tuple(rows) for site, rows in found.items()}
 
     def chosen(self, assignment: Mapping[str, Level]) -> Changes:
-        """The changes of an assignment that edit the graph."""
+        """The changes of an assignment that edit the graph.
+
+        A count that is not on offer takes the first units of the next larger one: good for prices.
+        """
         free = {site for site, _ in self.changes}  # the others are pinned
         free -= gone_with(assignment, self.inside)
         found = [
-            self.changes[site, level]
+            self._change(site, level)
             for site, level in assignment.items()
             if level not in NATIVE and site in free
         ]
@@ -98,6 +101,17 @@ class Offers:
             widths=tuple(c for c in found if c.site.kind == "width" and c.level != c.site.units),
             branches=tuple(c for c in found if c.site.kind == "branch" and c.level != c.site.units),
         )
+
+    def _change(self, site: str, level: Level) -> SiteChange:
+        known = self.changes.get((site, level))
+        if known is not None:
+            return known
+        if not isinstance(level, int):
+            raise KeyError((site, level))
+        larger = min(n for s, n in self.changes if s == site and isinstance(n, int) and n > level)
+        near = self.changes[site, larger]
+        kept = torch.arange(larger) if near.kept is None else near.kept
+        return replace(near, level=level, kept=kept[:level])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

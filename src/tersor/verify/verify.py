@@ -152,7 +152,7 @@ def _latency(wanted: float, found: Timing) -> Check:
 
 
 def _in_quiet(check: Check, measured: Measured) -> Check:
-    """The check, unless the machine was too busy to tell."""
+    """The check; nothing passes on a machine that was too busy to tell."""
     spread = paired_noise(measured.baseline, measured.result)
     if spread <= BUSY:
         return check
@@ -160,7 +160,8 @@ def _in_quiet(check: Check, measured: Measured) -> Check:
         f"the machine is busy: rounds of one measurement differ by {spread:.0%}, wanted at most "
         f"{BUSY:.0%}; stop what else runs on it and call compress again with the same cache_dir"
     )
-    return replace(check, status="unknown", note=f"{check.note}; {note}")
+    status: Status = "unknown" if check.status == "pass" else check.status
+    return replace(check, status=status, note=f"{check.note}; {note}")
 
 
 def _peak(wanted: float, found: int | None) -> Check:

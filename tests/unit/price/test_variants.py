@@ -7,6 +7,7 @@ import pytest
 from tersor.core.errors import ConfigError
 from tersor.price.variants import (
     counted,
+    counts_between,
     draw_variants,
     full_assignment,
     native_assignment,
@@ -116,6 +117,28 @@ def test_joint_mixtures_show_many_counts_and_pure_formats(lab: ModuleType) -> No
     assert {"bf16"} in map(formats_of, mixtures)
     assert {"int8"} in map(formats_of, mixtures)
     assert sum(len(formats_of(v)) == 2 for v in mixtures) > 20
+
+
+def test_builds_of_the_fit_have_counts_between_those_on_offer(lab: ModuleType) -> None:
+    net = lab.Network()
+    widths = counted(net.sites, net.levels)
+    between = counts_between(widths, list(widths), seed=0)
+    assert set(between) == set(widths)
+    for width, counts in between.items():
+        assert len(counts) == 4
+        assert not set(counts) & set(widths[width])
+        assert min(widths[width]) < min(counts)
+        assert max(counts) < max(widths[width])
+    variants = draw_joint(lab, k=46, between=between)
+    others = {c for counts in between.values() for c in counts}
+    assert not {c for v in variants[:6] for c in widths_of(v)} & others
+    mixed = [c in others for v in variants[6:46] for c in widths_of(v) if c != 128]
+    assert 0.4 < sum(mixed) / len(mixed) < 0.75
+    assert variants[46:] == draw_joint(lab)[20:]  # held-out ones are on offer, as plans are
+
+
+def test_a_width_without_room_has_no_counts_between() -> None:
+    assert counts_between({"w": (3, 2, 1)}, ["w"], seed=0) == {}
 
 
 def test_branches_stay_in_the_extremes_and_are_drawn_in_mixtures(lab: ModuleType) -> None:

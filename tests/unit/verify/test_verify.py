@@ -110,6 +110,8 @@ def test_a_busy_machine_certifies_no_speed() -> None:
         assert found.noise > BUSY
         assert [c.status for c in found.checks] == ["unknown"]
         assert "the machine is busy: rounds of one" in found.checks[0].note
+    slow = verdict(Target(speedup=50), measured(result=rounds))
+    assert slow.status == "fail"  # by its bounds, however wide
     small = verdict(Target(size_mb=3), measured(result=rounds))
     assert small.status == "pass"  # a size is what it is
 
