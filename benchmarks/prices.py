@@ -58,7 +58,7 @@ TESTS = 24
 EXTRA = 6  # counts of a width beside its grid, half of them on whole tiles
 FULL_SHARE = 0.3  # of the widths of a test, at most about
 COMPILES = 3
-CAREFUL = Protocol(rounds=7, runs=11, max_seconds=14.0)
+CAREFUL = Protocol(rounds=7, runs=11, max_seconds=14.0, one_speed=True)
 ISOLATED = Protocol(rounds=3, runs=15, max_seconds=5.0)
 IMAGES = (3, 224, 224)
 STORE = Path(tempfile.gettempdir()) / "tersor-prices"  # nothing of it is found again

@@ -30,7 +30,7 @@ from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
 from tersor.timing.protocol import Protocol
 
-_FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0)
+_FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0, one_speed=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,7 @@ _ERROR_SAMPLES = 64
 _CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its graph
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
-PRICING = Protocol(rounds=5, runs=6, max_seconds=15.0)
+PRICING = Protocol(rounds=5, runs=6, max_seconds=15.0, one_speed=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from tersor.core.records import Level, Plan
 from tersor.report.record import Undone
 from tersor.timing.protocol import Protocol
 
-_SIDE_BY_SIDE = Protocol(rounds=7, runs=11, max_seconds=12.0)
+_SIDE_BY_SIDE = Protocol(rounds=7, runs=11, max_seconds=12.0, one_speed=True)
 
 
 def measure_undone(

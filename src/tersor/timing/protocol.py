@@ -56,6 +56,9 @@ class Protocol:
         max_seconds: Time for all callables together. It is kept by fewer runs of the callables
             above 200 ms, then fewer rounds, then fewer runs of all; never below ``min_runs``
             and 3 rounds, even if those take longer. None: no limit.
+        one_speed: Take out what follows the machine's own speed (``speed``). Only for callables
+            with the same number of threads: threads that are still awake slow the probe beside
+            their callable, which would then look faster than it is.
     """
 
     rounds: int = 7
@@ -63,6 +66,7 @@ class Protocol:
     warmups: int = 10
     min_runs: int = 3
     max_seconds: float | None = None
+    one_speed: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < MIN_ROUNDS:
@@ -127,12 +131,13 @@ def measure(
     A callable returns when its work is done (on a GPU it synchronises). The order rotates from
     round to round, so that nobody always follows the same neighbour. Runs that the system
     interrupted are dropped and counted, unless that is more than half of a round: then
-    interruption is how the machine is, and the round keeps all its runs. Times are at the machine's
-    median speed during the call, as far as a fixed piece of work tells it (``speed``).
+    interruption is how the machine is, and the round keeps all its runs.
     """
     if not callables:
         raise ConfigError("nothing to measure: found no callables, wanted at least one")
     protocol = protocol or Protocol()
+    if not protocol.one_speed:
+        clock = replace(clock, probe_ms=None)
     with _no_garbage_collection():
         estimates = {name: _estimate_ms(call, clock) for name, call in callables.items()}
         rounds, turns = plan_rounds(estimates, protocol)

@@ -81,6 +81,9 @@ def test_probe_takes_a_fraction_of_a_millisecond_and_measure_reads_it():
         preemptions=SYSTEM_CLOCK.preemptions,
         probe_ms=probe,
     )
-    found = measure({"a": lambda: sum(range(100))}, Protocol(rounds=3, runs=5), clock)["a"]
+    call = {"a": lambda: sum(range(100))}
+    measure(call, Protocol(rounds=3, runs=5), clock)
+    assert not reads  # only where all callables have the same threads
+    found = measure(call, Protocol(rounds=3, runs=5, one_speed=True), clock)["a"]
     assert isinstance(found, Timing)
     assert len(reads) == 6  # before and after each round: its calls are short
