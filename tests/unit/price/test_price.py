@@ -5,9 +5,16 @@ from types import ModuleType
 import pytest
 
 from tersor.core.errors import BackendError, ConfigError
-from tersor.core.records import Level
-from tersor.price.price import PriceConfig, measure_interleaved, price_all, price_choice
+from tersor.core.records import BuildChoice, Level
+from tersor.price.price import (
+    PriceConfig,
+    measure_interleaved,
+    observe_builds,
+    price_all,
+    price_choice,
+)
 from tersor.price.table import fit_error
+from tersor.price.variants import draw_variants
 
 CONFIG = PriceConfig(k=10, held_out=4, batch=3, seed=0)
 
@@ -34,6 +41,27 @@ def test_a_table_of_whole_builds(lab: ModuleType) -> None:
     assert fit_error(table).p90 < 1e-9
     for build in table.builds:
         assert build.measured_ms == pytest.approx(machine.total(build.assignment))
+
+
+def test_node_times_are_parts_of_the_latency_whenever_they_were_profiled(lab: ModuleType) -> None:
+    """A profile of a slow moment says shares, the measurement says how much."""
+    sites = lab.make_sites(9)
+    tools = lab.Bench({"linear": lab.Machine(sites)}).tools()
+    variants = draw_variants(sites, lab.all_levels(sites), "bf16", k=7, held_out=0, seed=0)
+
+    def slowed(choice: BuildChoice, assignment: Mapping[str, Level]) -> object:
+        build = tools.build(choice, assignment)
+        profile = build.profile()
+        factor = 1.0 + sum(level == "int8" for level in assignment.values())
+        build.profile = lambda: {name: ms * factor for name, ms in profile.items()}
+        return build
+
+    plain = observe_builds(lab.CHOICE, variants, tools, 3)
+    found = observe_builds(lab.CHOICE, variants, replace(tools, build=slowed), 3)
+    assert [o.assignment for o in found] == [v.assignment for v in variants]  # in their order
+    for one, other in zip(found, plain, strict=True):
+        assert sum(one.node_ms.values()) == pytest.approx(one.measured_ms)
+        assert one.node_ms == pytest.approx(other.node_ms)
 
 
 def test_drift_of_the_session_is_taken_out(lab: ModuleType) -> None:
