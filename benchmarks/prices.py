@@ -33,7 +33,7 @@ from tersor.api.session import Session, Settings, open_session
 from tersor.api.shrink import Changes, facts_of, sketched
 from tersor.api.stages import PRICING
 from tersor.build.build import shapes_of
-from tersor.core.records import BuildChoice, Candidate, Level, PriceTable, Site
+from tersor.core.records import BuildChoice, Candidate, Level, Precision, PriceTable, Site
 from tersor.graph.apply import quantize_node_name
 from tersor.graph.contracts import Executable, Quantizer, SiteChange
 from tersor.graph.edit import attribute
@@ -126,11 +126,17 @@ def vit_s() -> tuple[nn.Module, Any]:
 
 
 def minilm() -> tuple[nn.Module, Any]:
-    """The real one, at a sequence of 128."""
-    from tersor.cli.demo import models
+    """MiniLM-L6's architecture, random weights, at a sequence of 128."""
+    from transformers import BertConfig, BertModel
 
-    case = models.minilm({"calibration": 32, "search": 8, "test": 8})
-    return case.model, case.part("calibration")
+    from tersor.cli.demo.models import SEQUENCE, SentenceEncoder
+
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    ids = torch.randint(1000, config.vocab_size, (40, SEQUENCE))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return SentenceEncoder(BertModel(config, add_pooling_layer=False)), inputs
 
 
 def resnet20() -> tuple[nn.Module, Any]:
@@ -436,14 +442,14 @@ class Bench:
         )
 
 
-def prepare(name: str, backend: str, threads: int) -> Bench:
+def prepare(name: str, backend: str, threads: int, precision: Precision | None = None) -> Bench:
     """Draw everything."""
     session = opened(name, backend)
     info = session.infos[0]
     choice = BuildChoice(
         backend=backend,
         device="cpu",
-        precision="f32",
+        precision=precision or info.precisions[-1],
         threads=threads,
         batch=1,
         options=dict(info.choices[0] if info.choices else {}),
@@ -527,13 +533,14 @@ def main() -> None:
     parser.add_argument("--case", nargs="*", choices=sorted(CASES), default=list(CASES))
     parser.add_argument("--backend", nargs="*", default=["openvino", "onnxruntime"])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", help="of what is not int8; default: bf16 where it computes")
     parser.add_argument("--isolated", action="store_true", help="also a sum of single layers")
     parser.add_argument("--keep", help="a folder for what was measured, to fit again")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     for name in options.case:
         for backend in options.backend:
-            row = run(prepare(name, backend, options.threads), options)
+            row = run(prepare(name, backend, options.threads, options.precision), options)
             print(
                 f"{name} {backend}: median {row.median:.1%}, p90 {row.p90:.1%}, Spearman "
                 f"{row.spearman:.3f}; noise {row.noise[0]:.1%}/{row.noise[1]:.1%}; span "
