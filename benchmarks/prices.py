@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import tersor
 from benchmarks import record
+from tersor.analyse.additions import own_operands
 from tersor.api.latency import measure_calls
 from tersor.api.session import Session, Settings, open_session
 from tersor.api.shrink import Changes, facts_of, sketched
@@ -166,10 +167,10 @@ def opened(name: str, backend: str) -> Session:
 
 
 def format_levels(session: Session, choice: BuildChoice) -> dict[str, tuple[Level, ...]]:
-    """Formats of the layers that this backend runs in int8."""
+    """Formats of the layers and additions that this backend runs in int8."""
     backend = session.backends[choice.backend]
     found: dict[str, tuple[Level, ...]] = {}
-    for site in session.formats:
+    for site in (*session.formats, *session.additions):
         wanted = Candidate(site=site.name, level="int8", method="quantize", size_bytes=0)
         if site.pinned is None and site.op_kind != "embedding" and backend.supports(wanted).ok:
             found[site.name] = (choice.precision, "int8")
@@ -270,10 +271,7 @@ def simple(session: Session, formats: Mapping[str, Sequence[Level]], limit: int)
             continue
         assert site.tensor is not None
         if site.tensor not in quantizers:
-            low, high = seen[site.tensor]
-            widest = max(high / 255, 1e-6) if low >= 0 else max(-low, high) / 127
-            grid = (0, 255) if low >= 0 else (-128, 127)
-            quantizers[site.tensor] = Quantizer(step=widest, low=grid[0], high=grid[1])
+            quantizers[site.tensor] = _quantizer(*seen[site.tensor])
         weight = attribute(session.graph.module, site.weight).detach().double()
         rows = weight.reshape(1, weight.shape[0], -1)
         step = (rows.abs().amax(2) / limit).clamp(min=1e-12)
@@ -284,7 +282,23 @@ def simple(session: Session, formats: Mapping[str, Sequence[Level]], limit: int)
             scale=step.reshape(-1).float(),
             quantizer=quantizers[site.tensor],
         )
+    own = own_operands(session.graph, session.additions, session.formats)
+    nodes = {node.name: node for node in session.graph.module.graph.nodes}
+    for site in session.additions:
+        read = [a.name for a in nodes[site.ops[0]].all_input_nodes]
+        int8[site.name] = SiteChange(
+            site=site,
+            level="int8",
+            operands={t: quantizers[t] for t in read if t in quantizers}
+            | {t: _quantizer(*seen[t]) for t in own[site.name]},
+        )
     return Simple(session=session, int8=int8)
+
+
+def _quantizer(low: float, high: float) -> Quantizer:
+    step = max(high / 255, 1e-6) if low >= 0 else max(-low, high) / 127
+    grid = (0, 255) if low >= 0 else (-128, 127)
+    return Quantizer(step=step, low=grid[0], high=grid[1])
 
 
 def make_tools(session: Session, made: Simple, choice: BuildChoice) -> PriceTools:
@@ -358,7 +372,8 @@ def _signature(
     channels = max(1, now.inputs // max(1, now.window))
     if site.op_kind == "linear":
         return ("linear", tuple(int(s) for s in before[1:-1]), channels, now.outputs, level)
-    args = dict(zip(("stride", "padding"), (found.args[3], found.args[4]), strict=False))
+    given = dict(zip(("stride", "padding"), found.args[3:5], strict=False))
+    args = {"stride": (1, 1), "padding": (0, 0), **given}  # newer versions of torch write all
     kernel = tuple(site.shape[2:])
     depthwise = site.groups > 1
     return (

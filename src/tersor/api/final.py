@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tersor.analyse.additions import own_operands
 from tersor.analyse.calibration import embedding_statistics, tensor_readers
 from tersor.analyse.sites import find_sites
 from tersor.api.quality import Quality
@@ -134,15 +135,17 @@ def _transform(
     """Formats on the graph of the plan's widths: front to back, and from what is at hand."""
     session.progress.stage("transform", len(chosen))
     sites = find_sites(base)
+    additions = [s for s in session.additions if s.name in chosen]
     done = transform(
         base,
-        sites,
+        (*sites, *additions),
         chosen,
         session.methods,
         calibration_batches(session),
         readers=tensor_readers(base, sites),
         embedding=lambda site: embedding_statistics(attribute(base.module, site.weight)),
         seed=session.settings.seed,
+        own=own_operands(base, additions, sites),
         advance=session.progress.advance,
     )
     at_hand = tuple(formats_on(session, changed, base))

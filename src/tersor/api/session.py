@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor._version import __version__
+from tersor.analyse.additions import addition_sites
 from tersor.analyse.branches import branch_sites, sites_inside
 from tersor.analyse.sites import find_sites
 from tersor.analyse.widths import unit_size, width_sites
@@ -115,7 +116,12 @@ class Session:
     @property
     def formats(self) -> tuple[Site, ...]:
         """The sites of layers."""
-        return tuple(site for site in self.sites if site.kind == "format")
+        return tuple(s for s in self.sites if s.kind == "format" and s.op_kind != "add")
+
+    @property
+    def additions(self) -> tuple[Site, ...]:
+        """The sites of additions."""
+        return tuple(site for site in self.sites if site.op_kind == "add")
 
     @property
     def widths(self) -> tuple[Site, ...]:
@@ -309,6 +315,8 @@ def offered_sites(
     kinds = {kind for method in methods for kind in kinds_of(method)}
     sites = find_sites(graph, tuple(keep))
     axes = analyse_axes(graph) if kinds & {"width", "branch"} else None
+    if "format" in kinds:
+        sites += addition_sites(graph, sites)
     if axes is not None and "width" in kinds:
         sites += offered_widths(axes, keep)
     if "branch" in kinds:

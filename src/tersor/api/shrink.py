@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tersor.analyse.additions import addition_statistics
 from tersor.analyse.branches import branch_statistics
 from tersor.analyse.tree import sample_macs
 from tersor.analyse.widths import width_statistics
@@ -23,7 +24,13 @@ from tersor.graph.axes.gate import require
 from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.axes.slicing import gone_from
 from tersor.graph.branches import REMOVED, BranchStatistics, replace_branches, widths_after
-from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
+from tersor.graph.contracts import (
+    AddStatistics,
+    Graph,
+    SiteChange,
+    SiteStatistics,
+    WidthStatistics,
+)
 from tersor.graph.edit import attribute
 from tersor.graph.facts import NodeFacts, node_facts
 from tersor.graph.operators import WeightedOp, weighted_ops
@@ -36,6 +43,7 @@ from tersor.transform.narrow import NarrowConfig, narrow
 
 # Samples on which the error of one width is measured, the more the cheaper the model.
 _ERROR_SAMPLES, _MOST_ERROR_SAMPLES, _ERROR_MACS = 32, 256, 2e10
+_ADDITION_SAMPLES = 64  # whose ranges its operands' quantisers are chosen from
 _BRANCH_SAMPLES = 128  # on which the error of one branch is measured, each a run of the whole model
 # Rows of a fit for each input of the widest op: fewer fit the calibration part itself.
 _ROWS_PER_INPUT = 8
@@ -113,6 +121,22 @@ def width_sites_statistics(
         costs = unit_costs(session.axes, session.axes[site.width], batches, session.kind)
         found[site.name] = WidthStatistics(costs=costs)
     return found
+
+
+def additions_statistics(
+    session: Session, layers: Mapping[str, SiteStatistics]
+) -> dict[str, AddStatistics]:
+    """What is known about the operands of every addition, by site."""
+    if not session.additions:
+        return {}
+    part = session.parts["calibration"].limited(_ADDITION_SAMPLES)
+    return addition_statistics(
+        session.graph,
+        session.additions,
+        {site.name: site for site in session.formats},
+        layers,
+        list(part.batches(chunk_size(session.graph))),
+    )
 
 
 def width_errors(

@@ -11,6 +11,7 @@ from tersor.api.latency import measure_calls
 from tersor.api.session import Session
 from tersor.api.shrink import (
     Changes,
+    additions_statistics,
     branch_errors,
     branch_sites_statistics,
     evaluated,
@@ -171,7 +172,12 @@ def propose(session: Session) -> Offers:
     observed = calibrate(session)
     widths = width_sites_statistics(session, observed)
     statistics = site_statistics(session.graph, session.formats, observed)
-    known: dict[str, Any] = {**statistics, **widths, **branch_sites_statistics(session)}
+    known: dict[str, Any] = {
+        **statistics,
+        **widths,
+        **branch_sites_statistics(session),
+        **additions_statistics(session, statistics),
+    }
     session.progress.stage("propose", len(session.sites))
     proposals = offers(
         session.sites,
@@ -344,6 +350,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
         reference=session.caller(reference.executable, base.batch),
         reference_ms=baseline.timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
+        runs=lambda choice, site, level: _runs(session, choice, site, level),
         facts=lambda assignment: facts_of(session, offered.chosen(assignment), base.batch),
         settle=lambda assignment: settled(assignment, session.inside, native),
         note=session.progress.note,
@@ -365,6 +372,14 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
                 f"by {off.median:.1%} (median), {off.p90:.1%} (90th percentile)"
             )
     return _Tables(tables=priced.tables, size_terms=priced.size_terms, notes=tuple(notes))
+
+
+def _runs(session: Session, choice: BuildChoice, site: str, level: Level) -> bool:
+    """Whether a way to build takes a level at all; one that it ignores has no price of its own."""
+    if isinstance(level, int) or level in NATIVE:
+        return True
+    wanted = Candidate(site=site, level=level, method="", size_bytes=0)
+    return session.backends[choice.backend].supports(wanted).ok
 
 
 def _ways(session: Session, base: BuildChoice) -> list[BuildChoice]:

@@ -18,6 +18,7 @@ Format = Literal["f32", "bf16", "int8", "int8_weight"]
 Level = Format | int
 Precision = Literal["f32", "bf16"]
 SiteKind = Literal["format", "width", "branch"]
+ADD_PREFIX = "add:"  # of the names of sites that are additions of two activations
 WIDTH_PREFIX = "width:"  # of the names of width sites: layers and widths share one name space
 WidthKind = Literal[
     "channels", "neurons", "heads", "head_dim", "groups", "stream", "experts", "features"
@@ -158,7 +159,8 @@ OUTSIDE = "outside"  # in profiles: what a call takes beside all its nodes
 class Site:
     """One choice.
 
-    Kind ``format``: the number format of the ops that use one weight. Kind ``width``: how many
+    Kind ``format``: the number format of the ops that use one weight, or of what an addition reads
+    (``op_kind`` add, no weight). Kind ``width``: how many
     units of one width are kept; ``members`` names the coupled parameters. Kind ``branch``: a
     residual branch or a whole block; level ``units`` (2) kept, 1 the best linear map, 0 its mean.
     """
@@ -166,7 +168,7 @@ class Site:
     name: str  # format: module path of the first op; width: WIDTH_PREFIX and its first producer
     kind: SiteKind
     ops: tuple[str, ...]  # graph nodes, in graph order; of a width those that read it
-    op_kind: Literal["linear", "conv", "embedding", ""] = ""
+    op_kind: Literal["linear", "conv", "embedding", "add", ""] = ""
     weight: str = ""  # the parameter's name
     shape: tuple[int, ...] = ()  # of the weight
     groups: int = 1

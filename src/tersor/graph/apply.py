@@ -1,10 +1,12 @@
 """The only place that edits a graph: changes at sites become nodes and tensors.
 
 An int8 op reads ``quantize -> dequantize`` of its tensor (one pair for all readers, with the
-channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight.
+channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight. An
+int8 addition reads such pairs of its operands, in the tensors' own units again.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor, fx
 from tersor.core.errors import ShapeError
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import copy_graph, rebuild
-from tersor.graph.operators import WeightedOp, weighted_op
+from tersor.graph.operators import WeightedOp, Window, weighted_op
+
+aten = torch.ops.aten
 
 _INT8_LIMIT = 127
 
@@ -31,12 +35,15 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
     """
     fresh, tensors = copy_graph(graph.module)
     nodes = {node.name: node for node in fresh.nodes}
-    quantized: dict[str, tuple[Quantizer, fx.Node]] = {}
+    pairs = _Pairs(fresh, tensors, {})
     weights: dict[str, fx.Node | None] = {}
     position = {name: i for i, name in enumerate(nodes)}
     # In graph order, so that a tensor's quantiser stands before its first reader.
     work = [(position[name], name, change) for change in changes for name in change.site.ops]
     for _, name, change in sorted(work, key=lambda item: item[0]):
+        if change.site.op_kind == "add":
+            pairs.read_by_add(nodes[name], change)
+            continue
         op = weighted_op(nodes[name], tensors)
         if op is None:
             raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
@@ -45,7 +52,7 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
             weights[site] = _new_weight(fresh, tensors, op, change)
         _connect(fresh, tensors, op, change, weights[site])
         if change.quantizer is not None:
-            _quantize_input(fresh, tensors, op, change.quantizer, quantized)
+            pairs.read_by_op(op, change.quantizer)
     fresh.lint()
     return Graph(rebuild(fresh, tensors), graph.signature, graph.example)
 
@@ -111,24 +118,68 @@ def _connect(
     op.node.args = tuple(args)
 
 
-def _quantize_input(
-    graph: fx.Graph,
-    tensors: dict[str, Tensor],
-    op: WeightedOp,
-    quantizer: Quantizer,
-    done: dict[str, tuple[Quantizer, fx.Node]],
-) -> None:
-    tensor = op.data.name
-    if tensor not in done:
-        done[tensor] = (quantizer, _quantize_pair(graph, tensors, op, quantizer))
-    agreed, node = done[tensor]
-    if not same_quantizer(agreed, quantizer):
-        raise ShapeError(
-            f"{op.node.name}: the readers of {tensor} carry different quantisers; wanted one for all"
-        )
-    args = list(op.node.args)
-    args[0] = node
-    op.node.args = tuple(args)
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Quantisers in the graph: one a tensor, whoever reads it."""
+
+    graph: fx.Graph
+    tensors: dict[str, Tensor]
+    done: dict[str, tuple[Quantizer, fx.Node]]  # tensor -> its quantiser, and the rounded values
+
+    def read_by_op(self, op: WeightedOp, quantizer: Quantizer) -> None:
+        """The op reads its tensor rounded, scaled and shifted: its weight and bias undo that."""
+        node = self._pair(op.node, op.data, quantizer, op.window)
+        op.node.args = (node, *op.node.args[1:])
+
+    def read_by_add(self, add: fx.Node, change: SiteChange) -> None:
+        """An addition reads its operands rounded, in their own units.
+
+        Raises:
+            ShapeError: An operand that the addition does not have.
+        """
+        operands = {a.name: a for a in add.args if isinstance(a, fx.Node)}
+        for name, quantizer in change.operands.items():
+            if name not in operands:
+                raise ShapeError(
+                    f"{change.site.name}: {name} is no operand of {add.name}, which reads "
+                    f"{', '.join(operands)}"
+                )
+            if add.target is aten.add_.Tensor:  # nothing else reads what it would overwrite
+                add.target = aten.add.Tensor
+            node = self._pair(add, operands[name], quantizer, None)
+            add.replace_input_with(operands[name], self._restored(add, node, name, quantizer))
+
+    def _restored(self, add: fx.Node, node: fx.Node, name: str, quantizer: Quantizer) -> fx.Node:
+        with self.graph.inserting_before(add):
+            if quantizer.shift:
+                node = self.graph.create_node(
+                    "call_function", aten.sub.Tensor, (node, quantizer.shift), name=f"{name}_back"
+                )
+            if quantizer.inverse_scale is None:
+                return node
+            scale = f"{name}_scale"
+            self.tensors[scale] = 1.0 / self.tensors[f"{name}_inverse_scale"]
+            factor = self.graph.create_node("get_attr", scale, name=scale)
+            return self.graph.create_node(
+                "call_function", aten.mul.Tensor, (node, factor), name=f"{name}_restored"
+            )
+
+    def _pair(
+        self, reader: fx.Node, data: fx.Node, quantizer: Quantizer, window: Window | None
+    ) -> fx.Node:
+        if data.name not in self.done:
+            scale = quantizer.inverse_scale
+            if scale is not None and window is not None:
+                scale = scale.reshape(-1, *[1] * len(window.kernel))
+            pair = _quantize_pair(self.graph, self.tensors, data, quantizer, scale)
+            self.done[data.name] = (quantizer, pair)
+        agreed, node = self.done[data.name]
+        if not same_quantizer(agreed, quantizer):
+            raise ShapeError(
+                f"{reader.name}: the readers of {data.name} carry different quantisers; wanted one "
+                "for all"
+            )
+        return node
 
 
 def same_quantizer(left: Quantizer, right: Quantizer) -> bool:
@@ -149,15 +200,19 @@ def same_quantizer(left: Quantizer, right: Quantizer) -> bool:
 
 
 def _quantize_pair(
-    graph: fx.Graph, tensors: dict[str, Tensor], op: WeightedOp, quantizer: Quantizer
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    node: fx.Node,
+    quantizer: Quantizer,
+    inverse_scale: Tensor | None,
 ) -> fx.Node:
-    node, tensor = op.data, op.data.name
+    tensor = node.name
     dtype = torch.uint8 if quantizer.low >= 0 else torch.int8
     decomposed = torch.ops.quantized_decomposed
     with graph.inserting_before(_first_reader(graph, node)):
-        if quantizer.inverse_scale is not None:
+        if inverse_scale is not None:
             name = f"{tensor}_inverse_scale"
-            tensors[name] = _broadcastable(quantizer, op).to(torch.float32)
+            tensors[name] = inverse_scale.to(torch.float32)
             factor = graph.create_node("get_attr", name, name=name)
             node = graph.create_node(
                 "call_function", torch.ops.aten.mul.Tensor, (node, factor), name=f"{tensor}_scaled"
@@ -188,11 +243,3 @@ def _first_reader(graph: fx.Graph, tensor: fx.Node) -> fx.Node:
     """Changes come in any order; a quantiser stands before all the readers of its tensor."""
     readers: list[fx.Node] = [node for node in graph.nodes if node in tensor.users]
     return readers[0]
-
-
-def _broadcastable(quantizer: Quantizer, op: WeightedOp) -> Tensor:
-    scale = quantizer.inverse_scale
-    assert scale is not None
-    if op.window is None:
-        return scale
-    return scale.reshape(-1, *[1] * len(op.window.kernel))

@@ -33,6 +33,7 @@ class ChangeRecord:
     site: str
     level: Level
     quantizer: QuantizerRecord | None = None
+    operands: Mapping[str, QuantizerRecord] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -57,22 +58,33 @@ def pack(changes: Sequence[SiteChange]) -> tuple[ChangeRecords, Arrays]:
 
 
 def _record(position: int, change: SiteChange, arrays: Arrays) -> ChangeRecord:
-    quantizer = change.quantizer
-    if quantizer is not None and quantizer.inverse_scale is not None:
-        arrays[f"{position}.inverse_scale"] = quantizer.inverse_scale.contiguous().numpy()
+    quantizers = {_scale_name(position, name): q for name, q in change.operands.items()}
+    if change.quantizer is not None:
+        quantizers[_scale_name(position)] = change.quantizer
+    for name, quantizer in quantizers.items():
+        if quantizer.inverse_scale is not None:
+            arrays[name] = quantizer.inverse_scale.contiguous().numpy()
     return ChangeRecord(
         site=change.site.name,
         level=change.level,
-        quantizer=None
-        if quantizer is None
-        else QuantizerRecord(
-            step=quantizer.step,
-            low=quantizer.low,
-            high=quantizer.high,
-            channel_dim=quantizer.channel_dim,
-            shift=quantizer.shift,
-        ),
+        quantizer=None if change.quantizer is None else _quantizer_record(change.quantizer),
+        operands={tensor: _quantizer_record(q) for tensor, q in change.operands.items()},
         report=dict(change.report),
+    )
+
+
+def _scale_name(position: int, tensor: str = "") -> str:
+    """The array of a quantiser's channel scale; of an operand's it names the tensor."""
+    return f"{position}.{tensor}.inverse_scale" if tensor else f"{position}.inverse_scale"
+
+
+def _quantizer_record(quantizer: Quantizer) -> QuantizerRecord:
+    return QuantizerRecord(
+        step=quantizer.step,
+        low=quantizer.low,
+        high=quantizer.high,
+        channel_dim=quantizer.channel_dim,
+        shift=quantizer.shift,
     )
 
 
@@ -94,16 +106,20 @@ def unpack(
             weight=tensor(i, "weight"),
             bias=tensor(i, "bias"),
             kept=tensor(i, "kept"),
-            quantizer=_quantizer(record.quantizer, tensor(i, "inverse_scale")),
+            quantizer=None
+            if record.quantizer is None
+            else _quantizer(record.quantizer, tensor(i, "inverse_scale")),
+            operands={
+                name: _quantizer(found, tensor(i, f"{name}.inverse_scale"))
+                for name, found in record.operands.items()
+            },
             report=record.report,
         )
         for i, record in enumerate(records.changes)
     ]
 
 
-def _quantizer(record: QuantizerRecord | None, inverse_scale: Tensor | None) -> Quantizer | None:
-    if record is None:
-        return None
+def _quantizer(record: QuantizerRecord, inverse_scale: Tensor | None) -> Quantizer:
     return Quantizer(
         step=record.step,
         low=record.low,

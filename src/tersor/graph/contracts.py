@@ -125,6 +125,19 @@ class WidthStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AddStatistics:
+    """What is known about the operands of an addition that may be quantised.
+
+    Attributes:
+        shared: Tensor -> statistics of a site that reads it too: both find one quantiser.
+        own: Tensor -> (counts, edges) of its histogram, where nothing else reads it.
+    """
+
+    shared: Mapping[str, SiteStatistics]
+    own: Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantizer:
     """How the readers of one tensor see it: (x * inverse_scale + shift) rounded on a grid.
 
@@ -153,6 +166,7 @@ class SiteChange:
         bias: The new bias [c_out], or None to keep it.
         quantizer: The quantiser of the tensor that the ops read, or None.
         kept: Of a width: indices of the units that stay.
+        operands: Of an addition: tensor -> the quantiser through which it is read.
         report: What the method did: damping used, losses, settings; JSON values.
     """
 
@@ -164,6 +178,7 @@ class SiteChange:
     bias: Tensor | None = None
     quantizer: Quantizer | None = None
     kept: Tensor | None = None
+    operands: Mapping[str, Quantizer] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -1,5 +1,7 @@
 """What a quantiser does to a tensor, in torch: the same arithmetic as the edited graph."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,14 @@ def rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
     raw = scaled(x, quantizer) + quantizer.shift
     codes = torch.clamp(torch.round(raw * (1.0 / quantizer.step)), quantizer.low, quantizer.high)
     return codes * quantizer.step - quantizer.shift
+
+
+def restored(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """What an addition sees: rounded, and in the tensor's own units again."""
+    found = rounded(x, quantizer)
+    if quantizer.inverse_scale is None:
+        return found
+    return scaled(found, replace(quantizer, inverse_scale=1.0 / quantizer.inverse_scale))
 
 
 def column_scale(weight: Tensor, quantizer: Quantizer | None) -> Tensor | None:

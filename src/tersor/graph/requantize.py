@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tersor.core.errors import ShapeError
 from tersor.graph.axes.labels import Flags
@@ -46,10 +46,13 @@ def requantized(
         before={op.node.name: op for op in weighted_ops(axes.graph.module)},
         quantizers={},
     )
+    nodes = {n.name for n in graph.module.graph.nodes}
     return [
-        work.carried(change, ops[change.site.ops[0]])
+        work.addition(change)
+        if change.site.op_kind == "add"
+        else work.carried(change, ops[change.site.ops[0]])
         for change in changes
-        if change.site.ops[0] in ops
+        if change.site.ops[0] in (nodes if change.site.op_kind == "add" else ops)
     ]
 
 
@@ -62,8 +65,16 @@ class _Work:
     before: Mapping[str, WeightedOp]
     quantizers: dict[int, Quantizer]  # readers of one tensor share the object
 
+    def addition(self, change: SiteChange) -> SiteChange:
+        data = {n.name: n for n in self.axes.graph.module.graph.nodes}
+        here = {t: q for t, q in change.operands.items() if t in data}  # not gone with a branch
+        operands = {t: self._quantizer(q, data[t]) for t, q in here.items()}
+        return replace(change, operands=operands)
+
     def carried(self, change: SiteChange, op: WeightedOp) -> SiteChange:
-        quantizer = self._quantizer(change)
+        quantizer = change.quantizer
+        if quantizer is not None:
+            quantizer = self._quantizer(quantizer, self.before[change.site.ops[0]].data)
         whole = self.old[str(op.weight.target)]
         now = self.new[str(op.weight.target)]
         same_bias = op.bias is None or str(op.bias.target) in self.old
@@ -107,13 +118,11 @@ class _Work:
             quantizer=quantizer,
         )
 
-    def _quantizer(self, change: SiteChange) -> Quantizer | None:
+    def _quantizer(self, own: Quantizer, data: fx.Node) -> Quantizer:
         """The tensor's quantiser without the channels that are gone."""
-        own = change.quantizer
-        if own is None or own.inverse_scale is None:
+        if own.inverse_scale is None:
             return own
         if id(own) not in self.quantizers:
-            data = self.before[change.site.ops[0]].data
             dim = self.axes.walk.shapes[data][own.channel_dim]
             flags = torch.from_numpy(self.axes.kept(dim, self.removed))
             whole = bool(flags.all())

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from numpy.typing import NDArray
@@ -67,28 +68,44 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
+class Addition:
+    """An addition that reads operands through quantisers, in the tensors' own units.
+
+    Attributes:
+        operands: Position of an operand -> its quantiser.
+    """
+
+    name: str
+    operands: Mapping[int, Activation]
+
+
+@dataclass(frozen=True, slots=True)
 class Split:
     """The float graph and its operations; placeholders of the weights come last, in order."""
 
     module: fx.GraphModule
     operations: tuple[Operation, ...]
+    additions: tuple[Addition, ...] = ()
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def split(module: fx.GraphModule) -> Split:
-    """Take weights, biases and quantisers of linears, convolutions and embeddings out.
+    """Take weights, biases and quantisers of linears, convolutions, embeddings and additions out.
 
     Anything that does not look as ``graph.apply`` writes it stays in the float graph.
     """
     graph, tensors = copy_graph(module)
-    operations = []
+    operations, additions = [], []
     for node in list(graph.nodes):
         node.meta = {}
         operation = _take(graph, node, tensors)
         if operation is not None:
             operations.append(operation)
+        addition = _take_addition(node, tensors)
+        if addition is not None:
+            additions.append(addition)
     shapes = {o.weight_input: tuple(o.weight.values.shape) for o in operations}
-    return Split(rebuild(graph, tensors), tuple(operations), shapes)
+    return Split(rebuild(graph, tensors), tuple(operations), tuple(additions), shapes)
 
 
 def _kind(node: fx.Node) -> str | None:
@@ -114,6 +131,33 @@ def _take(graph: fx.Graph, node: fx.Node, tensors: Mapping[str, Tensor]) -> Oper
         arguments[0], activation = _activation(arguments[0], tensors)
     node.args = tuple(arguments)
     return Operation(node.name, kind, f"{node.name}__weight", weight, bias, activation)
+
+
+def _take_addition(node: fx.Node, tensors: Mapping[str, Tensor]) -> Addition | None:
+    if not _is_call(node, _aten.add.Tensor):
+        return None
+    arguments, found = list(node.args), {}
+    for position, value in enumerate(arguments):
+        source, activation = _restored(value, tensors)
+        if activation is not None:
+            arguments[position], found[position] = source, activation
+    node.args = tuple(arguments)
+    return Addition(node.name, found) if found else None
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Activation | None]:
+    """The float tensor behind a quantiser whose scale and shift are undone, and the quantiser."""
+    inner, factor = _factor(value, tensors)
+    shift = 0.0
+    if _is_private(inner, _aten.sub.Tensor) and isinstance(inner.args[1], float):
+        inner, shift = inner.args[0], inner.args[1]
+    source, activation = _activation(inner, tensors)
+    if activation is None or activation.add != shift:
+        return value, None
+    undone = activation.multiply is None and factor is None
+    if activation.multiply is not None and factor is not None:
+        undone = np.allclose(activation.multiply * factor, 1.0, rtol=1e-5)
+    return (source, activation) if undone else (value, None)
 
 
 def _placeholder(graph: fx.Graph, name: str) -> fx.Node:

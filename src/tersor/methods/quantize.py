@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Level, Site
-from tersor.graph.contracts import Quantizer, SiteChange, SiteStatistics
+from tersor.graph.contracts import AddStatistics, Quantizer, SiteChange, SiteStatistics
 from tersor.graph.quantizer import column_scale, rounded, scaled
 from tersor.ops.feedback import descend, round_with_feedback
 from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
@@ -60,8 +60,12 @@ class Quantize:
         if not 1 <= self.weight_limit <= INT8_LIMIT:
             raise ConfigError(f"weight_limit: found {self.weight_limit}, wanted 1..{INT8_LIMIT}")
 
-    def propose(self, site: Site, statistics: SiteStatistics) -> Sequence[Candidate]:
+    def propose(
+        self, site: Site, statistics: SiteStatistics | AddStatistics
+    ) -> Sequence[Candidate]:
         """All formats that the site may take; errors are measured by the caller."""
+        if isinstance(statistics, AddStatistics):
+            return self._of_addition(site, statistics)
         out = statistics.weight.shape[0] * statistics.weight.shape[1]
         coded = statistics.weight.numel() + _SCALE_BYTES * out
         bias = 0 if site.op_kind == "embedding" else _SCALE_BYTES * out
@@ -89,7 +93,20 @@ class Quantize:
         found.append(offer("int8_weight", coded + (bias if site.op_kind != "embedding" else 0)))
         return found
 
-    def apply(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
+    def _of_addition(self, site: Site, statistics: AddStatistics) -> Sequence[Candidate]:
+        alphas = {
+            tensor: choose_quantizer(own, (None, *self.alphas), self.weight_limit)[1]
+            for tensor, own in statistics.shared.items()
+        }
+        details: dict[Level, dict[str, Any]] = {"f32": {}, "bf16": {}, "int8": {"alphas": alphas}}
+        return [
+            Candidate(site=site.name, level=level, method="quantize", size_bytes=0, detail=detail)
+            for level, detail in details.items()
+        ]
+
+    def apply(
+        self, site: Site, candidate: Candidate, statistics: SiteStatistics | AddStatistics
+    ) -> SiteChange:
         """The change for the current weight and statistics.
 
         Raises:
@@ -97,11 +114,29 @@ class Quantize:
         """
         if candidate.level in ("f32", "bf16"):
             return SiteChange(site=site, level=candidate.level)
+        if isinstance(statistics, AddStatistics):
+            return self._rounded_operands(site, candidate, statistics)
         if candidate.level == "int8_weight":
             return self._stored(site, statistics)
         if candidate.level == "int8":
             return self._computed(site, candidate, statistics)
         raise ConfigError(f"{site.name}: quantize has no level {candidate.level!r}")
+
+    def _rounded_operands(
+        self, site: Site, candidate: Candidate, statistics: AddStatistics
+    ) -> SiteChange:
+        """The operands' quantisers; those of shared tensors as their other readers have them."""
+        alphas = candidate.detail.get("alphas", {})
+        operands = {
+            tensor: choose_quantizer(own, (alphas.get(tensor),), self.weight_limit)[0]
+            for tensor, own in statistics.shared.items()
+        }
+        for tensor, (counts, edges) in statistics.own.items():
+            signed = bool(counts[: len(counts) // 2].sum() > 0)
+            low, high = SIGNED if signed else UNSIGNED
+            step = range_step(counts, edges, signed=signed)
+            operands[tensor] = Quantizer(step=step, low=low, high=high)
+        return SiteChange(site=site, level=candidate.level, operands=operands)
 
     def _stored(self, site: Site, statistics: SiteStatistics) -> SiteChange:
         """Integer weight, expanded before it is used."""

@@ -27,6 +27,7 @@ class NodeCost:
         site: The format site whose level decides too; None where none does.
         formats: Its levels, the native one first.
         shares: (node, native or int8) -> in what part of such builds it stood alone.
+        is_addition: The format is that of an addition's operands.
     """
 
     name: str
@@ -35,13 +36,18 @@ class NodeCost:
     site: str | None
     formats: tuple[Format, ...]
     shares: Mapping[tuple[str, Format], float]
+    is_addition: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slopes:
-    """Glue that ops cause, in milliseconds: an int8 op, and all elements at full counts."""
+    """Glue that ops cause, in milliseconds: an int8 op, and all elements at full counts.
+
+    ``boundary``: of a quantised tensor that an addition reads as floats.
+    """
 
     int8_op: float = 0.0
+    boundary: float = 0.0
     elements: float = 0.0
     int8_elements: float = 0.0
 
@@ -72,7 +78,7 @@ class WidthCosts:
         """What all covered ops, and those in int8, write: shares of what all write at full."""
         total = int8 = 0.0
         for cost in self.costs:
-            if not cost.is_glue:
+            if not cost.is_glue and not cost.is_addition:
                 share = self._elements(cost, assignment)
                 total += share
                 int8 += share * (assignment.get(cost.name) == "int8")
@@ -102,6 +108,8 @@ class WidthCosts:
             total += (ms or 0.0) * cost.shares.get((node, level), 0.0)
         if cost.is_glue:
             return total
+        if cost.is_addition:
+            return total - is_int8 * slopes.boundary
         elements = self._elements(cost, assignment)
         total += slopes.elements * elements
         return total + is_int8 * (slopes.int8_op + slopes.int8_elements * elements)
@@ -149,7 +157,10 @@ def width_costs(
         if node in shown and node not in owners and node not in quantizers
     ]
     written = sum(
-        facts.nodes[node].out_elements for c in costs if not c.is_glue for node in c.nodes
+        facts.nodes[node].out_elements
+        for c in costs
+        if not c.is_glue and not c.is_addition
+        for node in c.nodes
     )
     return WidthCosts(
         costs=tuple(costs),
@@ -177,6 +188,7 @@ def _site_cost(
         site=site.name if site.pinned is None else None,
         formats=formats,
         shares=shares,
+        is_addition=site.op_kind == "add",
     )
 
 

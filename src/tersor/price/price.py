@@ -47,6 +47,7 @@ class PriceTools:
         reference: The best uncompressed build, ready to call.
         reference_ms: Its median when it was chosen.
         quantize_nodes: Tensor -> profile names of its quantiser.
+        runs: Whether a way to build takes a level of a site; else it has no price there.
         facts: Sizes of every node of the graph of an assignment, in graph order, by the names
             that profiles use; needed where sites are widths.
         settle: What is really built for an assignment: nothing is chosen inside of a branch that
@@ -62,6 +63,7 @@ class PriceTools:
     reference: Call
     reference_ms: float
     quantize_nodes: QuantizeNodes
+    runs: Callable[[BuildChoice, str, Level], bool] = lambda *_: True
     facts: Facts | None = None
     settle: Callable[[Mapping[str, Level]], Mapping[str, Level]] = lambda assignment: assignment
     note: Callable[[str], object] = str
@@ -168,6 +170,7 @@ def price_choice(
     ``facts`` are those of ``width_facts``, which all tables share; asked for where not given.
     """
     facts = facts or width_facts(sites, levels, tools, choice.precision, config.seed)
+    levels = _taken(choice, levels, tools)
     drawn = draw_variants(
         sites,
         levels,
@@ -180,6 +183,13 @@ def price_choice(
     observations = observe_builds(choice, _settled(drawn, tools), tools, config.batch)
     table = fit_table(choice, sites, observations, tools.quantize_nodes, facts)
     return replace(table, terms=tuple(_offered_term(term, levels) for term in table.terms))
+
+
+def _taken(
+    choice: BuildChoice, levels: Mapping[str, Sequence[Level]], tools: PriceTools
+) -> dict[str, tuple[Level, ...]]:
+    """The levels that a way to build takes."""
+    return {s: tuple(v for v in row if tools.runs(choice, s, v)) for s, row in levels.items()}
 
 
 def between_offers(
@@ -332,7 +342,8 @@ def _probe(
     failures: dict[str, str] = {}
     for i, choice in enumerate(choices):
         try:
-            build = tools.build(choice, full_assignment(sites, levels, choice.precision))
+            own = _taken(choice, levels, tools)
+            build = tools.build(choice, full_assignment(sites, own, choice.precision))
             calls[str(i)] = _caller(tools, build)
         except BackendError as error:
             failures[str(i)] = str(error)

@@ -7,6 +7,7 @@ to the quantisers and to the int8 entries; the constant stays. What widths decid
 (costs.py). At the end the sums are scaled to the measured latencies.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -78,7 +79,8 @@ def fit_table(
         native={} if facts is None else facts.full,
     )
     glue = [_glue(o, formats, tensors, quantize_nodes, costs) for o in fitted]
-    table, slopes = _with_glue(table, glue)
+    additions = {s.name: s.tensor for s in formats if s.op_kind == "add"}
+    table, slopes = _with_glue(table, glue, additions)
     terms = () if costs is None else costs.terms(slopes)
     table = replace(table, terms=tuple(term for _, term in terms))
     table = _balanced(table, tensors, fitted, [cost for cost, _ in terms])
@@ -208,7 +210,8 @@ def _glue(
 ) -> tuple[list[float], float]:
     """What glue grows with, and the time of the nodes that nothing else owns.
 
-    It grows with quantised tensors and int8 sites, and with widths also with the elements that
+    It grows with quantised tensors, int8 layers and quantised tensors that an addition reads as
+    floats, which are then there twice; and with widths also with the elements that
     the ops write, all and in int8.
     """
     quantized = _quantized(observation, tensors)
@@ -216,29 +219,52 @@ def _glue(
     owned |= {name for tensor in quantized for name in quantize_nodes(tensor)}
     owned |= costs.nodes() if costs else set()
     rest = sum((ms for name, ms in observation.node_ms.items() if name not in owned), 0.0)
-    counts = [1.0, len(quantized), sum(_is_int8(observation, s.name) for s in sites)]
+    int8 = [s for s in sites if _is_int8(observation, s.name) and s.op_kind != "add"]
+    boundaries = [
+        s
+        for s in sites
+        if s.op_kind == "add" and s.tensor in quantized and not _is_int8(observation, s.name)
+    ]
+    counts = [1.0, len(quantized), len(int8), len(boundaries)]
     return [*counts, *(costs.elements(observation.assignment) if costs else ())], rest
 
 
 def _with_glue(
-    table: PriceTable, glue: Sequence[tuple[list[float], float]]
+    table: PriceTable,
+    glue: Sequence[tuple[list[float], float]],
+    additions: Mapping[str, str | None],
 ) -> tuple[PriceTable, Slopes]:
-    """The table with the slopes of its own parts, and the slopes of what widths decide."""
+    """The table with the slopes of its own parts, and the slopes of what widths decide.
+
+    What it costs that an addition reads a quantised tensor as floats goes to the quantiser, and
+    comes back with the addition's own int8: no other term sees both.
+    """
     counts = np.array([row for row, _ in glue])
     rest = np.array([ms for _, ms in glue])
-    (constant, per_tensor, per_site, *by_elements), _ = nnls(counts, rest)
+    (constant, per_tensor, per_site, boundary, *by_elements), _ = nnls(counts, rest)
+    readers = Counter(tensor for tensor in additions.values())
+
+    def caused(site: str) -> float:
+        if site not in additions:
+            return float(per_site)
+        return -float(boundary) if additions[site] is not None else 0.0
+
     table = replace(
         table,
         ops={
-            site: {level: ms + per_site * (level == "int8") for level, ms in row.items()}
+            site: {level: ms + caused(site) * (level == "int8") for level, ms in row.items()}
             for site, row in table.ops.items()
         },
-        quantizers={t: ms + float(per_tensor) for t, ms in table.quantizers.items()},
+        quantizers={
+            t: ms + float(per_tensor) + readers[t] * float(boundary)
+            for t, ms in table.quantizers.items()
+        },
         glue_ms=float(constant),
     )
     per_element, per_int8_element = by_elements or (0.0, 0.0)
     slopes = Slopes(
         int8_op=float(per_site),
+        boundary=float(boundary),
         elements=float(per_element),
         int8_elements=float(per_int8_element),
     )

@@ -73,7 +73,8 @@ def size_terms(
     """
     found: list[Term] = []
     for site in sites:
-        if site.kind != "format" or not facts.widths(site.ops[:1]):
+        has_bytes = site.kind == "format" and site.op_kind != "add"
+        if not has_bytes or not facts.widths(site.ops[:1]):
             continue
         offered = levels.get(site.name, ()) if site.pinned is None else ()
         formats = {site.name: tuple(dict.fromkeys(offered))} if offered else {}

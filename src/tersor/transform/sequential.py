@@ -17,6 +17,7 @@ from tersor.core.errors import NumericalError
 from tersor.core.records import Candidate, Site
 from tersor.graph.apply import apply
 from tersor.graph.contracts import (
+    AddStatistics,
     Graph,
     Method,
     Readers,
@@ -34,7 +35,7 @@ from tersor.graph.operators import (
     row_count,
     weighted_ops,
 )
-from tersor.graph.quantizer import rounded
+from tersor.graph.quantizer import restored, rounded
 from tersor.observe.statistics import channel_rows, op_bias, op_weight, some_rows, token_mask
 from tersor.observe.streams import Histogram, MomentStream, RowSample
 from tersor.ops.moments import Moments, add_moments
@@ -68,9 +69,19 @@ class _Run:
     """Both runs of all batches, and what is known so far."""
 
     def __init__(
-        self, graph: Graph, batches: Sequence[tuple[Tensor, ...]], readers: Mapping[str, Readers]
+        self,
+        graph: Graph,
+        batches: Sequence[tuple[Tensor, ...]],
+        readers: Mapping[str, Readers],
+        sites: Sequence[Site],
     ) -> None:
         self.graph = graph
+        self.sites = {
+            op: s
+            for s in sites
+            if s.pinned is None and s.op_kind in ("linear", "conv") and s.tensor is not None
+            for op in s.ops
+        }
         self.readers = readers
         self.ops = {op.node.name: op for op in weighted_ops(graph.module)}
         self.dirty: set[str] = set()
@@ -202,6 +213,31 @@ class _Run:
             original=original, compressed=compressed, output=output_rows(output, op, pair.mask)
         )
 
+    def addition(self, node: fx.Node, own: Sequence[str], seed: int) -> AddStatistics:
+        """What quantisers of an addition's operands are chosen from, on the compressed prefix."""
+        operands = {a.name for a in node.all_input_nodes}
+        shared: dict[str, SiteStatistics] = {}
+        for name, op in self.ops.items():
+            reader = self.sites.get(name)
+            if op.data.name in operands and reader is not None and op.data.name not in shared:
+                shared[op.data.name] = self.statistics(reader, op, seed)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for tensor in own:
+            histogram = Histogram()
+            for pair in self.pairs:
+                histogram.add_(pair.compressed[tensor])
+            found[tensor] = (histogram.counts, histogram.edges())
+        return AddStatistics(shared=shared, own=found)
+
+    def replace_addition(self, node: fx.Node, change: SiteChange) -> None:
+        """Run an addition: the original in one run, with rounded operands in the other."""
+        for pair in self.pairs:
+            pair.original[node.name] = execute(self.graph.module, node, pair.original)
+            rounded_ones = {t: restored(pair.compressed[t], q) for t, q in change.operands.items()}
+            seen = {**pair.compressed, **rounded_ones}
+            pair.compressed[node.name] = execute(self.graph.module, node, seen)
+        self.dirty.add(node.name)
+
     def replace_op(self, node: fx.Node, op: WeightedOp, change: SiteChange) -> None:
         """Run a changed op: the original in one run, the change in the other."""
         for pair in self.pairs:
@@ -289,6 +325,7 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
     readers: Mapping[str, Readers],
     embedding: Callable[[Site], SiteStatistics],
     seed: int,
+    own: Mapping[str, Sequence[str]] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Transformed:
     """Apply the chosen candidates front to back on the calibration samples.
@@ -302,14 +339,16 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
         readers: What is true of all readers of a tensor, by tensor.
         embedding: Statistics of an embedding site.
         seed: Of the subsampling.
+        own: Addition -> operands that nothing else reads, which get quantisers of their own.
         advance: Called once for each site that is done.
 
     Raises:
         NumericalError: A change gives values that are not finite.
     """
-    run = _Run(graph, batches, readers)
+    run = _Run(graph, batches, readers, sites)
     by_op = {name: site for site in sites if site.name in chosen for name in site.ops}
     changes: dict[str, SiteChange] = {}
+    own = own or {}
     done = last_uses(graph.module)
     position = 0
     with torch.no_grad():
@@ -323,6 +362,15 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
             elif site is None:
                 run.step(node, None)
             else:
+                if site.op_kind == "add":
+                    known = run.addition(node, own.get(site.name, ()), seed)
+                    candidate = chosen[site.name]
+                    made = methods[candidate.method].apply(site, candidate, known)
+                    changes[site.name] = made
+                    run.replace_addition(node, made)
+                    advance()
+                    run.forget(done.get(node.name, ()))
+                    continue
                 op = run.ops[node.name]
                 if site.name not in changes:
                     statistics = (
@@ -342,4 +390,5 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
 
 
 def _edits(change: SiteChange) -> bool:
-    return change.codes is not None or change.weight is not None or change.bias is not None
+    edits_layer = change.codes is not None or change.weight is not None or change.bias is not None
+    return edits_layer or bool(change.operands)

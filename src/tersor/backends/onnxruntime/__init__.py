@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tersor.core.errors import ConfigError, MissingDependencyError
-from tersor.core.records import BackendInfo, BuildChoice, Candidate, FormatInfo, Support
+from tersor.core.records import ADD_PREFIX, BackendInfo, BuildChoice, Candidate, FormatInfo, Support
 from tersor.core.support import support_of
 
 if TYPE_CHECKING:  # annotations name these in full, so that run-time type checks find them
@@ -66,6 +66,8 @@ class ONNXRuntimeBackend:
 
     def supports(self, candidate: Candidate) -> Support:
         """Whether the runtime has the candidate's format."""
+        if candidate.site.startswith(ADD_PREFIX) and candidate.level not in ("f32", "bf16"):
+            return Support(ok=False, reason="onnxruntime computes additions in floats here")
         return support_of(self.describe(), candidate)
 
     def build(

@@ -20,7 +20,7 @@ from tersor.backends.onnxruntime.skeleton import Skeleton, skeleton_of
 from tersor.core.errors import BackendError, ShapeError
 from tersor.graph.contracts import Graph, Shapes
 from tersor.graph.shapes import OPEN
-from tersor.graph.split import Activation, Operation, split
+from tersor.graph.split import Activation, Operation, Split, split
 
 _BLOCK = "model.bin"
 _LINEAR, _DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
@@ -44,7 +44,7 @@ def assemble(graph: Graph, shapes: Shapes, *, in_integers: bool) -> Stored:
     """
     parts = split(graph.module)
     skeleton = skeleton_of(graph, parts)
-    model = _Assembly(skeleton, parts.operations, in_integers=in_integers).finish()
+    model = _Assembly(skeleton, parts, in_integers=in_integers).finish()
     _set_shapes(model, shapes)
     return _stored(model, skeleton.sources)
 
@@ -66,9 +66,9 @@ def read_stored(path: Path, shapes: Shapes) -> Stored:
 class _Assembly:
     """One model in the making: the skeleton's nodes with the operations written out."""
 
-    def __init__(
-        self, skeleton: Skeleton, operations: Sequence[Operation], *, in_integers: bool
-    ) -> None:
+    def __init__(self, skeleton: Skeleton, parts: Split, *, in_integers: bool) -> None:
+        operations = parts.operations
+        self._additions = {a.name: a for a in parts.additions}
         self._in_integers = in_integers
         self._model = onnx.ModelProto()
         self._model.CopyFrom(skeleton.model)
@@ -134,7 +134,22 @@ class _Assembly:
                         "MatMul; use another backend"
                     )
                 node.input[place] = self._float_weight(operation)
+        addition = self._additions.get(node.name.partition("/")[0])
+        if addition is not None and node.op_type == "Add":
+            for place, activation in addition.operands.items():
+                node.input[place] = self._restored(node.input[place], activation)
         self._nodes.append(node)
+
+    def _restored(self, value: str, activation: Activation) -> str:
+        """A tensor through its quantiser, in its own units again."""
+        base, found = activation.name, self._dequantize(value, activation)
+        if activation.add:
+            shift = self._constant(f"{base}/shift", np.float32(activation.add))
+            found = self._add("Sub", [found, shift], f"{base}/shifted_back")
+        if activation.multiply is not None:
+            factor = self._constant(f"{base}/inverse", (1 / activation.multiply).astype(np.float32))
+            found = self._add("Mul", [found, factor], f"{base}/restored")
+        return found
 
     def _linear(self, node: Any, operation: Operation) -> None:
         base, out = operation.name, node.output[0]

@@ -6,7 +6,7 @@ integers carries a marker in its name, by which the loading half expands it (``e
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,11 @@ from tersor.backends.openvino.skeleton import Skeleton, skeleton_of
 from tersor.core.errors import BackendError
 from tersor.core.records import Signature
 from tersor.graph.contracts import Graph, Shapes
-from tersor.graph.split import Activation, Operation, Weight, split
+from tersor.graph.split import Activation, Addition, Operation, Weight, split
 
 _PRODUCTS = {"linear": ("MatMul",), "conv": ("Convolution", "GroupConvolution")}
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
+_ALIGNING = ("Convert", "ConvertLike")
 _AUTOMATIC = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")  # names that count what a process has made
 
 
@@ -37,7 +38,7 @@ def assemble(graph: Graph, shapes: Shapes, *, linear_as_convolution: bool) -> An
     parts = split(graph.module)
     skeleton = skeleton_of(graph, parts)
     assembly = Assembly(skeleton, linear_as_convolution=linear_as_convolution)
-    model = assembly.finish(parts.operations)
+    model = assembly.finish(parts.operations, parts.additions)
     _name_ends(model, graph.signature)
     positions = {spec.name: i for i, spec in enumerate(graph.signature.inputs)}
     try:
@@ -59,7 +60,7 @@ class Assembly:
         self._quantized: dict[tuple[str, str], Any] = {}
         self._crossings = Crossings()
 
-    def finish(self, operations: Iterable[Operation]) -> Any:
+    def finish(self, operations: Iterable[Operation], additions: Iterable[Addition] = ()) -> Any:
         """Put every operation's parts in; returns the ov.Model."""
         products = _by_source(self._model)
         for operation in operations:
@@ -68,6 +69,10 @@ class Assembly:
             else:
                 self._product(operation, products)
             self._model.remove_parameter(self._parameters[operation.weight_input])
+        adds = _by_source(self._model, {"Add"})
+        for addition in additions:
+            self._add(addition, adds)
+        self._round_before_pools()
         self._crossings.cancel(self._model)
         self._model.validate_nodes_and_infer_types()
         _settle_names(self._model)
@@ -101,6 +106,45 @@ class Assembly:
             reader.replace_source_output(self._quantize(source, activation))
         if operation.bias is not None:
             _add_bias(operation.bias, node)
+
+    def _add(self, addition: Addition, adds: Mapping[str, list[Any]]) -> None:
+        found = adds.get(addition.name, [])
+        if len(found) != 1:
+            raise BackendError(
+                f"openvino: {addition.name} became {len(found)} additions, wanted one; keep it in "
+                "floats, or use another backend"
+            )
+        for position, activation in addition.operands.items():
+            reader = found[0].input(position)
+            source = reader.get_source_output()
+            while source.get_node().get_type_name() in _ALIGNING:  # to types that are equal here
+                source = source.get_node().input_value(0)
+            values = self._quantize(source, activation)
+            base = f"{activation.name}/{_QUANTIZE}"
+            if activation.add:
+                shift = op.constant(np.float32(activation.add))
+                values = _named(op.subtract(values, shift), f"{base}/Subtract")
+            if activation.multiply is not None:
+                factor = op.constant((1.0 / activation.multiply).astype(np.float32))
+                values = _named(op.multiply(values, factor), f"{base}/Restore")
+            reader.replace_source_output(values)
+
+    def _round_before_pools(self) -> None:
+        """Quantisers in front of the max pools that only they read: the same numbers.
+
+        The largest of rounded values is the rounded largest one; a pool of integers moves a
+        quarter of the bytes, and the layer in front of it writes integers.
+        """
+        for values in self._quantized.values():
+            rounding = values.get_node()
+            pool = rounding.input_value(0).get_node()
+            alone = len(pool.output(0).get_target_inputs()) == 1
+            if pool.get_type_name() != "MaxPool" or not alone:
+                continue
+            source = pool.input_value(0)
+            _redirect(values, pool.output(0))
+            rounding.input(0).replace_source_output(source)
+            pool.input(0).replace_source_output(values)
 
     def _becomes_convolution(self, operation: Operation, node: Any) -> bool:
         rank = node.get_input_partial_shape(0).rank
@@ -228,8 +272,8 @@ def _base(node: Any) -> str:
     return str(node.get_friendly_name().rpartition("/")[0])
 
 
-def _by_source(model: Any) -> dict[str, list[Any]]:
-    kinds = {kind for kinds in _PRODUCTS.values() for kind in kinds}
+def _by_source(model: Any, kinds: Collection[str] | None = None) -> dict[str, list[Any]]:
+    kinds = kinds or {kind for kinds in _PRODUCTS.values() for kind in kinds}
     found: dict[str, list[Any]] = {}
     for node in model.get_ops():
         if node.get_type_name() in kinds:
