@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.analyse.additions import addition_sites
+from tersor.analyse.sites import find_sites
 from tersor.capture.module import capture
 from tersor.capture.samples import Call, Samples, varying
 from tersor.core.errors import BackendError, ConfigError, DataError, ShapeError
@@ -380,6 +383,66 @@ def test_int8_convolutions_in_a_row(backend: Backend) -> None:
         assert off <= 0.02 * rounding
         ops = {op.node.name for op in weighted_ops(graph.module)}
         assert ops <= set(executable.profile())
+
+
+def added(plain: Graph, *, scaled: bool) -> list[SiteChange]:
+    """Every addition's operands on the layers' grid, or on one with a factor a channel."""
+    sites = addition_sites(plain, find_sites(plain))
+    nodes = {n.name: n for n in plain.module.graph.nodes}
+    found = []
+    for site in sites:
+        grid = Quantizer(step=STEP, low=-128, high=127)
+        if scaled:
+            grid = replace(grid, inverse_scale=torch.linspace(0.5, 2.0, 16), shift=0.25)
+        read = [a.name for a in nodes[site.ops[0]].all_input_nodes]
+        operands = {name: grid for name in read if not scaled or name == site.tensor}
+        found.append(SiteChange(site=site, level="int8", operands=operands))
+    return found
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_int8_additions(backend: Backend, *, layers: bool) -> None:
+    """Those of convolutions and pools, beside integer layers and alone."""
+    inputs = (random(4, 3, 12, 12),)
+    plain = graph_of(seeded(Chain()), *inputs)
+    changes = added(plain, scaled=False)
+    assert len(changes) == 1
+    if layers:
+        limit = int8_limit(backend)
+        changes += [change(op, plain, "int8", limit) for op in weighted_ops(plain.module)]
+    graph = apply(plain, changes)
+    wanted = graph.run(inputs)[0].double()
+    rounding = float((plain.run(inputs)[0].double() - wanted).square().sum())
+    assert rounding > 0
+    for choice in choices(backend):
+        (found,) = built(backend, graph, inputs, choice).run(named(graph, inputs)).values()
+        off = float((torch.from_numpy(found).double() - wanted).square().sum())
+        assert off <= 0.02 * rounding
+
+
+class Residual(nn.Module):
+    """A linear layer beside what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return (self.layer(y) + y).relu()
+
+
+def test_int8_additions_with_a_factor_a_channel(backend: Backend) -> None:
+    inputs = (random(4, 5, 16),)
+    plain = graph_of(seeded(Residual()), *inputs)
+    graph = apply(plain, added(plain, scaled=True))
+    wanted = graph.run(inputs)[0].double()
+    rounding = float((plain.run(inputs)[0].double() - wanted).square().sum())
+    assert rounding > 0
+    for choice in choices(backend):
+        (found,) = built(backend, graph, inputs, choice).run(named(graph, inputs)).values()
+        off = float((torch.from_numpy(found).double() - wanted).square().sum())
+        assert off <= 0.02 * rounding
 
 
 def test_sizes_that_stay_open(backend: Backend) -> None:

@@ -110,18 +110,12 @@ def _is_own(node: fx.Node, shared: Mapping[str, str], convs: set[str]) -> bool:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
-    """Both operands of an addition of two computed tensors of one shape; () of anything else.
-
-    One in place counts where nothing else reads what it overwrites.
-    """
-    if node.target not in (aten.add.Tensor, aten.add_.Tensor) or node.kwargs or len(node.args) != 2:
+    """Both operands of an addition of two computed tensors of one shape; () of anything else."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return ()
     pair = [a for a in node.args if isinstance(a, fx.Node) and a.op == "call_function"]
     shapes = {tuple(sizes_of(a.meta["val"])) for a in pair}
-    if len(pair) != 2 or pair[0] is pair[1] or len(shapes) != 1:
-        return ()
-    in_place = node.target is aten.add_.Tensor
-    return () if in_place and len(pair[0].users) > 1 else tuple(pair)
+    return tuple(pair) if len(pair) == 2 and pair[0] is not pair[1] and len(shapes) == 1 else ()
 
 
 def _histograms(

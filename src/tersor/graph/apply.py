@@ -144,8 +144,6 @@ class _Pairs:
                     f"{change.site.name}: {name} is no operand of {add.name}, which reads "
                     f"{', '.join(operands)}"
                 )
-            if add.target is aten.add_.Tensor:  # nothing else reads what it would overwrite
-                add.target = aten.add.Tensor
             node = self._pair(add, operands[name], quantizer, None)
             add.replace_input_with(operands[name], self._restored(add, node, name, quantizer))
 

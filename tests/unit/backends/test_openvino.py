@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tersor.analyse.additions import addition_sites
+from tersor.analyse.sites import find_sites
 from tersor.backends.openvino import (
     OpenVINOBackend,
     executable_from_model,
@@ -33,11 +35,14 @@ from tersor.core.errors import (
     StoreError,
 )
 from tersor.core.records import BuildChoice, Signature, Structure, TensorSpec
-from tersor.graph.contracts import Graph
+from tersor.graph.apply import apply
+from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import attribute, copy_graph, rebuild
+from tersor.graph.floats import fingerprint
 from tersor.graph.normalise import normalise
 from tersor.graph.operators import weighted_ops
 from tersor.graph.shapes import OPEN
+from tersor.graph.split import split
 
 ov = pytest.importorskip("openvino")
 
@@ -46,7 +51,6 @@ from tersor.backends.openvino.failures import conversion_failed  # noqa: E402
 from tersor.backends.openvino.nodes import source_name  # noqa: E402
 from tersor.backends.openvino.probe import FULL_LIMIT, SAFE_LIMIT, weight_limit  # noqa: E402
 from tersor.backends.openvino.skeleton import skeleton_of  # noqa: E402
-from tersor.graph.split import split  # noqa: E402
 
 STEP = 0.03
 LINEAR = BuildChoice(backend="openvino", options={"int8_linear": "linear"})
@@ -531,3 +535,55 @@ def test_names_survive_a_node_that_is_gone() -> None:
     found = set(build.profile())  # what takes less than a microsecond is not in it
     assert found & names
     assert products[0].name not in found
+
+
+class Pooled(nn.Module):
+    """A stem with a pool whose result a convolution and a residual addition read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.max_pool2d(self.stem(x).relu(), 2)
+        return self.b(self.a(y).relu()) + y
+
+
+def integers(graph: Graph, *, additions: bool) -> Graph:
+    """All layers in int8, and perhaps the additions."""
+    grid = Quantizer(step=0.02, low=0, high=255)
+    changes = []
+    for site in find_sites(graph):
+        weight = attribute(graph.module, site.weight).detach()
+        step = weight.abs().flatten(1).amax(1) / 63
+        codes = (weight / step.reshape(-1, 1, 1, 1)).round().to(torch.int8)
+        changes.append(SiteChange(site=site, level="int8", codes=codes, scale=step, quantizer=grid))
+    for site in addition_sites(graph, find_sites(graph)) if additions else ():
+        node = next(n for n in graph.module.graph.nodes if n.name == site.ops[0])
+        operands = {a.name: grid for a in node.all_input_nodes}
+        changes.append(SiteChange(site=site, level="int8", operands=operands))
+    return apply(graph, changes)
+
+
+def test_a_pool_whose_readers_are_integers_is_one_of_integers() -> None:
+    plain = graph_of(Pooled(), random(4, 3, 8, 8))
+    for additions in (True, False):
+        graph = integers(plain, additions=additions)
+        model = to_openvino_model(graph, shapes_of(graph), BuildChoice(backend="openvino"))
+        (pool,) = [n for n in model.get_ops() if n.get_type_name() == "MaxPool"]
+        before = pool.input_value(0).get_node().get_type_name()
+        assert (before == "FakeQuantize") == additions  # else a float addition reads it, too
+        rounded = [n for n in model.get_ops() if n.get_type_name() == "FakeQuantize"]
+        names = [n.get_friendly_name().partition("/")[0] for n in rounded]
+        assert len(names) == len(set(names))  # one a tensor, whoever reads it
+
+
+def test_additions_share_the_skeleton_of_the_float_graph() -> None:
+    """Else pricing would convert the model again for every combination."""
+    plain = graph_of(Pooled(), random(4, 3, 8, 8))
+    keys = {
+        fingerprint(graph, split(graph.module))
+        for graph in (plain, integers(plain, additions=False), integers(plain, additions=True))
+    }
+    assert len(keys) == 1

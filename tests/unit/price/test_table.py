@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import PricedBuild, PriceTable
+from tersor.core.records import PricedBuild, PriceTable, Site
+from tersor.price.observation import Observation
 from tersor.price.table import correct_table, fit_error, fit_table
 from tersor.price.variants import draw_variants
 
@@ -210,3 +211,34 @@ def test_bad_input_is_refused(lab: ModuleType) -> None:
     table = fit_table(lab.CHOICE, machine.sites, [seen], lab.quantize_nodes)
     with pytest.raises(ConfigError, match=r"found a latency of nan ms"):
         correct_table(table, {}, {}, math.nan)
+
+
+def test_a_quantised_tensor_that_an_addition_reads_as_floats_costs_more(lab: ModuleType) -> None:
+    """It is there twice; the addition's own int8 gives back what its quantiser was charged."""
+    extra = 0.2
+    layers = lab.make_sites(6)
+    sums = tuple(
+        Site(name=f"add:{i}", kind="format", ops=(f"sum{i}",), op_kind="add", tensor=f"t{i}")
+        for i in range(2)
+    )
+    machine = lab.Machine(layers, overhead=1.0)
+    tensors = {s.name: s.tensor for s in (*layers, *sums)}
+
+    def observe(assignment: dict[str, str], *, held_out: bool) -> Observation:
+        seen = machine.observe(assignment, held_out=held_out)
+        quantized = {tensors[s] for s, level in assignment.items() if level == "int8"}
+        boundaries = sum(s.tensor in quantized and assignment[s.name] != "int8" for s in sums)
+        fresh = quantized - {s.tensor for s in layers if assignment[s.name] == "int8"}
+        nodes = {**seen.node_ms, "reorder": extra * boundaries, "sum0": 0.1, "sum1": 0.1}
+        nodes |= {f"{t}_quantize": machine.quantizer[t] for t in fresh}
+        total = sum(nodes.values())
+        return replace(seen, node_ms=nodes, measured_ms=total)
+
+    sites = (*layers, *sums)
+    variants = draw_variants(sites, lab.all_levels(sites), "bf16", k=16, held_out=8, seed=2)
+    seen = [observe(dict(v.assignment), held_out=v.held_out) for v in variants]
+    table = fit_table(lab.CHOICE, sites, seen, lab.quantize_nodes)
+    assert fit_error(table).p90 < 1e-6
+    one = {"s0": "int8"}
+    beside = table.predict_ms({**one, "add:0": "int8"}, tensors)
+    assert table.predict_ms(one, tensors) - beside == pytest.approx(extra, rel=1e-6)
