@@ -19,7 +19,7 @@ from tersor.core.jsonable import digest
 from tersor.core.records import BaselineRow, Bucket, BuildChoice, PriceTable, ShapeMode, Timing
 from tersor.graph.contracts import Executable, Reshapable
 from tersor.graph.routed import unpaddable
-from tersor.graph.shapes import Sizes, built_sizes, input_shapes, sizes_of
+from tersor.graph.shapes import Sizes, built_sizes, input_shapes, limits_of, sizes_of
 from tersor.price.buckets import as_buckets, fit_curve, worthwhile
 from tersor.timing.protocol import Protocol, measure, ratio
 
@@ -193,11 +193,7 @@ def _padded_buckets(
     best = worthwhile(counts, single, opened_cost, most)
     if not best.sizes:
         return "no bucket would save 1 % of the open build's time"
-    limits = next(
-        spec.limits[spec.dynamic.index(symbol)]
-        for spec in signature.inputs
-        if symbol in spec.dynamic
-    )
+    limits = limits_of(signature, symbol)
     found = as_buckets(symbol, best.sizes, (single, opened_cost), limits)
     return _unproven(session, replace(base, shapes="padded", buckets=found), groups) or found
 
