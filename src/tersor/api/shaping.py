@@ -105,16 +105,20 @@ def _measured(
         mode: session.caller(build, batch, _CALLS) for mode, build in builds.items()
     }
     timings = measure_calls(session, calls, _RACE, _CALLS)
-    fresh = list(rows)
-    fresh[best] = replace(rows[best], timing=timings["open"])
-    places = {}
-    for mode, choice in choices.items():
-        row = replace(rows[best], name=choice.describe(), choice=choice, timing=timings[mode])
-        places[mode] = len(fresh)
-        fresh.append(row)
+    fresh = [
+        replace(row, timing=timings["open"]) if i == best else row for i, row in enumerate(rows)
+    ]
+    fresh += [
+        replace(rows[best], name=choice.describe(), choice=choice, timing=timings[mode])
+        for mode, choice in choices.items()
+    ]
     surely = [mode for mode in choices if is_faster(timings[mode], timings["open"])]
     chosen = min(surely, key=lambda mode: timings[mode].median_ms, default=None)
-    return ShapesRecord(rows=tuple(fresh), best=best if chosen is None else places[chosen])
+    name = rows[best].name if chosen is None else choices[chosen].describe()
+    order = sorted(fresh, key=lambda row: (row.choice is not None, row.timing.median_ms))
+    return ShapesRecord(
+        rows=tuple(order), best=next(i for i, row in enumerate(order) if row.name == name)
+    )
 
 
 def is_faster(timing: Timing, opened: Timing) -> bool:
