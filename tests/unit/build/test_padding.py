@@ -1,7 +1,7 @@
 """Padding is tried, not assumed: what masks it passes, everything else is refused."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -78,6 +78,15 @@ def test_integers_have_to_be_the_same() -> None:
     above = [(x.abs(), mask) for x, mask in GROUPS]
     assert padding_error(graph, PADDED, above) < EXACT
     assert padding_error(graph, PADDED, [(-x, mask) for x, mask in above]) == math.inf
+
+
+def test_an_output_that_is_not_cut_back_is_another_shape() -> None:
+    """Its specification does not say that it follows the length."""
+    graph = graph_of(Attention())
+    outputs = tuple(replace(spec, dynamic=()) for spec in graph.signature.outputs)
+    silent = replace(graph, signature=replace(graph.signature, outputs=outputs))
+    assert padding_error(silent, PADDED, [GROUPS[0]]) == 0
+    assert padding_error(silent, PADDED, [GROUPS[1]]) == math.inf
 
 
 def test_samples_at_other_sizes() -> None:

@@ -96,7 +96,7 @@ class ONNXRuntimeExecutable:
         """
         self._stored, self._choice, self._fixed = stored, choice, dict(sizes or {})
         values = _values(stored) if values is None else values
-        self._session = _session(stored, choice, values, self._fixed)
+        self._session = _session(stored, choice, values=values, sizes=self._fixed)
         self._inputs = {i.name: (_sizes(i), _dtype(i)) for i in self._session.get_inputs()}
         if any(None in shape[:1] for shape, _ in self._inputs.values()):
             raise ShapeError(
@@ -151,8 +151,7 @@ class ONNXRuntimeExecutable:
         calls = list(self._recent) or [self._ones()]
         with tempfile.TemporaryDirectory() as folder:
             prefix = str(Path(folder) / "profile")
-            values = _values(self._stored)
-            session = _session(self._stored, self._choice, values, self._fixed, prefix)
+            session = _session(self._stored, self._choice, prefix, sizes=self._fixed)
 
             def spent_ms(count: int) -> float:
                 start = time.perf_counter()
@@ -281,22 +280,24 @@ def _values(stored: Stored) -> list[Any]:
 def _session(
     stored: Stored,
     choice: BuildChoice,
-    values: Sequence[Any],
-    sizes: Mapping[str, int],
     profile: str = "",
+    *,
+    values: Sequence[Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = choice.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERROR
     options.add_session_config_entry(_FOLDER, _NOWHERE)
-    for name, size in sizes.items():
+    for name, size in (sizes or {}).items():
         options.add_free_dimension_override_by_name(name, size)
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = profile
+    held = list(_values(stored) if values is None else values)
     try:
-        options.add_external_initializers([c.name for c in stored.constants], list(values))
+        options.add_external_initializers([c.name for c in stored.constants], held)
         return ort.InferenceSession(
             stored.structure, options, ["CPUExecutionProvider"], disabled_optimizers=_DISABLED
         )
