@@ -25,7 +25,14 @@ from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import OUTSIDE, BackendInfo, BuildChoice, Candidate, Site, Structure
 from tersor.core.registry import BACKENDS, names, resolve
 from tersor.graph.apply import apply
-from tersor.graph.contracts import Backend, Executable, Graph, Quantizer, SiteChange
+from tersor.graph.contracts import (
+    Backend,
+    Executable,
+    Graph,
+    Quantizer,
+    Reshapable,
+    SiteChange,
+)
 from tersor.graph.edit import attribute
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.graph.shapes import OPEN
@@ -44,6 +51,18 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if not info.available:
         pytest.skip(info.reason)
     return instance
+
+
+class Weighted(nn.Module):
+    """A mean over the length, with the caller's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        y: Tensor = (self.inner(x) * weights.unsqueeze(-1)).sum(1) / weights.shape[1]
+        return y
 
 
 def graph_of(module: nn.Module, *inputs: Tensor) -> Graph:
@@ -462,6 +481,33 @@ def test_sizes_that_stay_open(backend: Backend) -> None:
         assert {op.node.name for op in weighted_ops(graph.module)} <= set(executable.profile())
         with pytest.raises(ShapeError, match="wanted"):
             executable.run(named(graph, (random(3, 9, 16),)))
+
+
+def test_one_model_at_single_sizes(backend: Backend) -> None:
+    """From a build with open sizes, and from what it wrote; the sizes are then the only ones."""
+    inputs = (random(4, 9, 16), random(4, 9))
+    others = [(random(4, n, 16), random(4, n)) for n in (5, 13)]
+    leaf, none = Structure(kind="tensor"), Structure(kind="dict")
+    samples = Samples(
+        Call(Structure(kind="tuple", children=(leaf, leaf)), none), inputs, tuple(others)
+    )
+    graph = capture(seeded(Weighted()), samples, varying([samples])).graph
+    x, weights = (spec.name for spec in graph.signature.inputs)
+    for choice in choices(backend):
+        opened = backend.build(graph, {x: (2, OPEN, 16), weights: (2, OPEN)}, choice)
+        loaded = backend.load(opened.serialize(), choice)
+        for executable in (opened, loaded):
+            assert isinstance(executable, Reshapable)
+            for length in (5, 13):
+                some = (random(2, length, 16, seed=length), random(2, length, seed=1))
+                single = executable.at({x: (2, length, 16), weights: (2, length)})
+                assert_close(graph, single, some, FLOAT)
+                assert_close(graph, executable, some, FLOAT)  # still takes every size
+                assert {op.node.name for op in weighted_ops(graph.module)} <= set(single.profile())
+            with pytest.raises(ShapeError, match="for which this model was built"):
+                single.run(named(graph, (random(2, 9, 16), random(2, 9))))
+            with pytest.raises((ShapeError, BackendError)):
+                executable.at({x: (2, 5, 16), weights: (2, 6)})
 
 
 def test_weight_only_int8_is_smaller_and_equal(

@@ -96,6 +96,8 @@ def quick_runs(config: PriceConfig) -> Iterator[None]:
         patch.setattr("tersor.api.stages.PriceConfig", lambda seed: replace(config, seed=seed))
         for name in ("stages._QUICK", "stages._CAREFUL", "stages.PRICING"):
             patch.setattr(f"tersor.api.{name}", protocol)
+        for name in ("shaping._CURVE", "shaping._RACE"):
+            patch.setattr(f"tersor.api.{name}", protocol)
         for name in ("choosing._FINALISTS", "judging._FINAL"):
             patch.setattr(f"tersor.api.{name}", protocol)
         patch.setattr("tersor.api.result.is_slower", lambda _: False)

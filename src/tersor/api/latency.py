@@ -7,16 +7,19 @@ is the mean over the examples.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from tersor.api.session import Session
+from tersor.api.session import MIX, Session
 from tersor.core.records import Timing
 from tersor.timing.protocol import Protocol, measure
 
 
 def measure_calls(
-    session: Session, calls: Mapping[str, Callable[[], object]], protocol: Protocol
+    session: Session,
+    calls: Mapping[str, Callable[[], object]],
+    protocol: Protocol,
+    mix: int = MIX,
 ) -> dict[str, Timing]:
-    """Latencies of a session's callers, interleaved, for one call each."""
-    count = len(session.examples(session.settings.batch))
+    """Latencies of a session's callers, of a mix of that many calls, interleaved, for one call."""
+    count = len(session.examples(session.settings.batch, mix))
     return {name: _one(found, count) for name, found in measure(calls, protocol).items()}
 
 

@@ -273,9 +273,13 @@ class Result:
             candidates=run.offered.candidates,
             pareto=self.pareto,
             versions=_versions(),
-            notes=(self._reason,) if self._reason else (),
+            notes=tuple(filter(None, (self._reason, self._shapes_note()))),
             undone=tuple(self._undone.values()),
         )
+
+    def _shapes_note(self) -> str:
+        choice = self._plan.choice
+        return "" if choice.shapes == "open" else f"built as {choice.describe()}; else open sizes"
 
     def report(self, path: str | Path) -> None:
         """Write the report as JSON.

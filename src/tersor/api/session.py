@@ -40,7 +40,7 @@ _REFERENCE_BATCH = 16  # of graphs that torch runs
 _LEAST_SHARE = 0.002  # of the multiply-accumulates that widths reach: a smaller one saves nothing
 _MOST_WIDTHS = 96  # beyond, errors and prices take longer than they are worth
 _MOST_BRANCHES = 16
-_MIX = 8  # calls that stand for all sizes of the data, each for as many samples
+MIX = 8  # calls that stand for all sizes of the data, each for as many samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Session:
     answers: dict[str, list[Tensor]] = field(default_factory=dict)  # its classes, by metric
     fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
     detector: Detector | None = None  # whose core the captured model is
-    drawn: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # examples by batch
+    drawn: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)  # examples
 
     @property
     def graph(self) -> Graph:
@@ -142,24 +142,26 @@ class Session:
         """Flat inputs of a part, of its largest shape."""
         return tuple(t[:limit] for t in self.parts[part].tensors)
 
-    def examples(self, batch: int) -> list[dict[str, Any]]:
+    def examples(self, batch: int, mix: int = MIX) -> list[dict[str, Any]]:
         """Named arrays for one call at a batch size, from real samples.
 
-        One, or several where sizes vary: at the middles of as many equal shares of the samples by
+        One, or ``mix`` where sizes vary: at the middles of as many equal shares of the samples by
         size, the largest first.
         """
-        if batch not in self.drawn:
+        if (batch, mix) not in self.drawn:
             samples = self.parts["calibration"]
-            names = [spec.name for spec in self.graph.signature.inputs]
-            self.drawn[batch] = [
-                {name: t.contiguous().numpy() for name, t in zip(names, flat, strict=True)}
-                for flat in samples.drawn(_MIX if samples.others else 1, batch)
-            ]
-        return self.drawn[batch]
+            drawn = samples.drawn(mix if samples.others else 1, batch)
+            self.drawn[batch, mix] = [self.named(flat) for flat in drawn]
+        return self.drawn[batch, mix]
 
-    def caller(self, executable: Executable, batch: int) -> Callable[[], object]:
+    def named(self, flat: Sequence[Tensor]) -> dict[str, Any]:
+        """Flat inputs as arrays by name."""
+        specs = self.graph.signature.inputs
+        return {s.name: t.contiguous().numpy() for s, t in zip(specs, flat, strict=True)}
+
+    def caller(self, executable: Executable, batch: int, mix: int = MIX) -> Callable[[], object]:
         """A call of a build on each of the examples."""
-        examples = self.examples(batch)
+        examples = self.examples(batch, mix)
 
         def run() -> object:
             return [executable.run(inputs) for inputs in examples]

@@ -9,6 +9,7 @@ import torch
 from tersor.analyse.calibration import self_check, site_statistics
 from tersor.api.latency import measure_calls
 from tersor.api.session import Session
+from tersor.api.shaping import open_baseline, reshaped, with_shapes
 from tersor.api.shrink import (
     Changes,
     additions_statistics,
@@ -253,7 +254,10 @@ def build_for(session: Session, graph: Graph, choice: BuildChoice) -> Built:
 
 
 def baselines(session: Session) -> tuple[tuple[BaselineRow, ...], int]:
-    """Every uncompressed build, measured interleaved, and which is the best."""
+    """Every uncompressed build, measured interleaved, and which is the best.
+
+    Where sizes vary, the best one's shape choices are among them.
+    """
     key = digest(session.key, "baseline")
     kept = session.store.get(_BaselineRecord, "baseline", key)
     if kept is None:
@@ -264,11 +268,14 @@ def baselines(session: Session) -> tuple[tuple[BaselineRow, ...], int]:
         notes = tuple(f"{d.choice.describe()}: {d.reason}" for d in found.dropped)
         kept = _BaselineRecord(rows=found.rows, best=found.best, notes=notes)
         session.store.put("baseline", key, kept)
-    for note in kept.notes:
+    shaped = with_shapes(
+        session, kept.rows, kept.best, lambda choice: build_for(session, session.graph, choice)
+    )
+    for note in (*kept.notes, *shaped.notes):
         session.progress.note(note)
-    best = kept.rows[kept.best]
+    best = shaped.rows[shaped.best]
     session.progress.note(f"best uncompressed build: {best.name}, {best.timing.median_ms:.2f} ms")
-    return kept.rows, kept.best
+    return shaped.rows, shaped.best
 
 
 def _baseline_tools(session: Session) -> BaselineTools:
@@ -318,7 +325,7 @@ def price(session: Session, offered: Offers) -> Prices:
     key = digest(session.key, "price", sorted((s, list(map(str, v))) for s, v in levels.items()))
     kept = session.store.get(_Tables, "price", key)
     if kept is None:
-        kept = _price(session, offered, rows, best)
+        kept = _price(session, offered, rows, open_baseline(rows, best))
         session.store.put("price", key, kept)
     for note in kept.notes:
         session.progress.note(note)
@@ -327,7 +334,7 @@ def price(session: Session, offered: Offers) -> Prices:
         machine=machine,
         baselines=rows,
         best=best,
-        tables=kept.tables,
+        tables=reshaped(kept.tables, rows, best),
         size_terms=kept.size_terms,
     )
 
@@ -398,7 +405,11 @@ def _native_ms(rows: Sequence[BaselineRow], base: BuildChoice) -> dict[str, floa
     found: dict[str, float] = {}
     for row in rows:
         choice = row.choice
-        if choice and (choice.precision, choice.threads) == (base.precision, base.threads):
+        if choice and (choice.precision, choice.threads, choice.shapes) == (
+            base.precision,
+            base.threads,
+            base.shapes,
+        ):
             found[choice.backend] = row.timing.median_ms
     return found
 

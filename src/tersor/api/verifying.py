@@ -19,6 +19,7 @@ from tersor.core.records import Check, OutputKind, Structure
 from tersor.core.structure import unflatten
 from tersor.graph.contracts import Graph
 from tersor.graph.geometry import sample_agreement
+from tersor.graph.shapes import Sizes
 from tersor.runtime.runner import Runner
 
 _SAMPLES = 4
@@ -26,13 +27,18 @@ _SAMPLES = 4
 _ROUNDED = 1e-2
 
 
-def drawn_inputs(artifact: ArtifactFile, seed: int = 0) -> tuple[Tensor, ...]:
-    """Random flat inputs within the calibrated ranges."""
+def drawn_inputs(
+    artifact: ArtifactFile, seed: int = 0, sizes: Sizes | None = None
+) -> tuple[Tensor, ...]:
+    """Random flat inputs within the calibrated ranges, at the example's sizes or others."""
     generator = np.random.default_rng(seed)
     ranges = artifact.manifest.ranges.inputs
     drawn = []
     for spec in artifact.manifest.signature.inputs:
-        shape = [_SAMPLES if size is None else size for size in spec.shape]
+        shape = [
+            _SAMPLES if size is None else (sizes or {}).get(spec.symbol(dim), size)
+            for dim, size in enumerate(spec.shape)
+        ]
         dtype = getattr(torch, spec.carrier)
         known = ranges.get(spec.name)
         if dtype.is_floating_point:
@@ -53,14 +59,19 @@ def compare_build(
     flat = drawn_inputs(artifact) if inputs is None else _given(graph, inputs)
     wanted = graph.run(flat)
     found = _run(runner, graph, flat)
-    checks = [_difference("build against graph", found, wanted)]
+    pairs = [(found, wanted)]
+    if inputs is None:  # every build that the file asks for
+        for bucket in (b for c in artifact.manifest.choices.values() for b in c.buckets):
+            own = drawn_inputs(artifact, sizes=bucket.least)
+            pairs.append((_run(runner, graph, own), graph.run(own)))
+    checks = [_difference("build against graph", pairs)]
     if model is not None:
         kind = _kind(artifact)
         leaves: list[Tensor] = []
         original = as_module(_captured(model, graph))
         dtype = float_type(original)
-        own = tuple(t.to(dtype) if t.is_floating_point() else t for t in flat)
-        args, kwargs = _arguments(graph, own)
+        given = tuple(t.to(dtype) if t.is_floating_point() else t for t in flat)
+        args, kwargs = _arguments(graph, given)
         with evaluation_mode(original), torch.no_grad():
             describe(original(*args, **kwargs), leaves)
         agreement = float(sample_agreement(found, leaves, kind).mean())
@@ -124,9 +135,9 @@ def _arguments(graph: Graph, flat: tuple[Tensor, ...]) -> tuple[tuple[Any, ...],
     return tuple(args), dict(kwargs)
 
 
-def _difference(name: str, found: list[Tensor], wanted: tuple[Tensor, ...]) -> Check:
+def _difference(name: str, pairs: list[tuple[list[Tensor], tuple[Tensor, ...]]]) -> Check:
     worst = 0.0
-    for new, old in zip(found, wanted, strict=True):
+    for new, old in ((new, old) for pair in pairs for new, old in zip(*pair, strict=True)):
         if old.is_floating_point():
             spread = float(old.double().square().mean()) + 1e-30
             worst = max(worst, float((new.double() - old.double()).square().mean()) / spread)

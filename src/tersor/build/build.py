@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tersor.build.padding import EXACT, resized
 from tersor.core.errors import ParityError
 from tersor.core.records import BuildChoice, Signature
 from tersor.graph.contracts import Backend, Executable, Graph, Shapes
+from tersor.graph.routed import routed
 from tersor.graph.shapes import Sizes, input_shapes, open_sizes
 
 # Normalised squared error of the build against the graph, in float32. Without quantisers only the
 # order of sums differs; with them a value at the border of two codes may fall to either side.
-_EXACT = 1e-6
 _ROUNDED = 1e-2
 _SAMPLES = 4
 
@@ -47,17 +48,20 @@ def build(
         backend: Builds it.
         choice: Precision, threads, batch and options.
         flat: Flat inputs of a few samples, at the sizes of the graph's example.
-        others: The same at other sizes, where the signature leaves some open.
+        others: The same at other sizes, where the signature leaves some open. Every bucket of
+            the choice is compared as well, at its size and at the smallest that is padded to it.
 
     Raises:
         BackendError: The backend can't build it.
+        ConfigError: Buckets that do not fit the graph.
         ParityError: The build computes something else than the graph.
     """
-    executable = backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
-    groups = (flat, *others)
+    shapes = shapes_of(graph.signature, choice.batch)
+    executable: Executable = routed(backend.build(graph, shapes, choice), graph.signature, choice)
+    groups = (flat, *others, *_bucketed(graph.signature, choice, flat))
     difference = max(parity(graph, executable, choice.batch, group) for group in groups)
     rounds = choice.precision != "f32" or _is_quantized(graph)
-    limit = _ROUNDED if rounds else _EXACT
+    limit = _ROUNDED if rounds else EXACT
     if not difference <= limit:
         raise ParityError(
             f"the {choice.describe()} build differs from its graph: normalised squared error "
@@ -65,6 +69,15 @@ def build(
             "otherwise on this machine"
         )
     return Built(executable, choice, difference)
+
+
+def _bucketed(
+    signature: Signature, choice: BuildChoice, flat: Sequence[Tensor]
+) -> Iterable[tuple[Tensor, ...]]:
+    for bucket in choice.buckets:
+        yield resized(flat, signature, bucket.sizes)
+        if bucket.pads:
+            yield resized(flat, signature, bucket.least)
 
 
 def parity(graph: Graph, executable: Executable, batch: int, flat: Sequence[Tensor]) -> float:

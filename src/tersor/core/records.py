@@ -17,6 +17,9 @@ Format = Literal["f32", "bf16", "int8", "int8_weight"]
 # What a site may be set to: a number format, a width's kept units, or what is left of a branch.
 Level = Format | int
 Precision = Literal["f32", "bf16"]
+# open: one build for all sizes; exact: frequent sizes have builds of their own; padded: some sizes
+# have builds, to which smaller ones are padded. What has none goes to the open build.
+ShapeMode = Literal["open", "exact", "padded"]
 SiteKind = Literal["format", "width", "branch"]
 ADD_PREFIX = "add:"  # of the names of sites that are additions of two activations
 WIDTH_PREFIX = "width:"  # of the names of width sites: layers and widths share one name space
@@ -93,9 +96,58 @@ class Signature:
     parameter_names: tuple[str, ...] = ()  # of forward(), in order
 
 
+MAX_BUCKETS = 16  # of one choice: each is compiled, and keeps weights in memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Sizes that have a build of their own, and the smaller ones that are padded to them.
+
+    Attributes:
+        sizes: Symbol of the signature -> the size that is built.
+        least: Symbol -> the smallest size of a call that goes to this build.
+
+    Raises:
+        ConfigError: Other symbols in one than in the other, or not 1 <= least <= size.
+    """
+
+    sizes: Mapping[str, int]
+    least: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        fits = self.sizes.keys() == self.least.keys() and len(self.sizes) > 0
+        if not fits or any(not 1 <= self.least[s] <= size for s, size in self.sizes.items()):
+            raise ConfigError(
+                f"bucket: found sizes {dict(self.sizes)} and least {dict(self.least)}, wanted "
+                "the same symbols in both and 1 <= least <= size for each"
+            )
+
+    @property
+    def pads(self) -> bool:
+        """Whether any size but the built one goes there."""
+        return any(self.least[s] < size for s, size in self.sizes.items())
+
+    def takes(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a call of these sizes goes there."""
+        return all(low <= sizes[s] <= self.sizes[s] for s, low in self.least.items())
+
+    def describe(self) -> str:
+        """The built sizes, in the order of their symbols' names: 224x320."""
+        return "x".join(str(size) for _, size in sorted(self.sizes.items()))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildChoice:
-    """What a backend may decide for a whole build."""
+    """What a backend may decide for a whole build.
+
+    Attributes:
+        shapes: How sizes that differ from call to call are built.
+        buckets: Of "exact" and "padded": the sizes that have a build; a call goes to the first
+            that takes it, else to the open build.
+
+    Raises:
+        ConfigError: Fewer than one thread or sample, or buckets that do not fit ``shapes``.
+    """
 
     backend: str
     device: str = "cpu"
@@ -103,17 +155,29 @@ class BuildChoice:
     threads: int = 1
     batch: int = 1
     options: Mapping[str, str | int | bool] = field(default_factory=dict)
+    shapes: ShapeMode = "open"
+    buckets: tuple[Bucket, ...] = ()
 
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ConfigError(f"threads: found {self.threads}, wanted at least 1")
         if self.batch < 1:
             raise ConfigError(f"batch: found {self.batch}, wanted at least 1")
+        wanted = "no bucket" if self.shapes == "open" else f"1 to {MAX_BUCKETS} buckets"
+        if (self.shapes == "open") != (not self.buckets) or len(self.buckets) > MAX_BUCKETS:
+            raise ConfigError(f"shapes={self.shapes}: found {len(self.buckets)}, wanted {wanted}")
+        if self.shapes == "exact" and any(b.pads for b in self.buckets):
+            raise ConfigError("shapes=exact: found a bucket that pads, wanted least == sizes")
 
     def describe(self) -> str:
         """One short line for a table."""
         extra = "".join(f" {k}={v}" for k, v in sorted(self.options.items()))
-        return f"{self.backend} {self.precision}, {self.threads} thread(s){extra}"
+        sizes = " | ".join(b.describe() for b in self.buckets)
+        shapes = f", {_SHAPE_WORDS[self.shapes]} {sizes}" if sizes else ""
+        return f"{self.backend} {self.precision}, {self.threads} thread(s){extra}{shapes}"
+
+
+_SHAPE_WORDS: Mapping[ShapeMode, str] = {"open": "", "exact": "exact at", "padded": "padded to"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -227,6 +227,15 @@ class Executable(Protocol):
 
 
 @runtime_checkable
+class Reshapable(Protocol):
+    """What an executable with open sizes offers where its backend builds for single sizes, too."""
+
+    def at(self, shapes: Shapes) -> Executable:
+        """The same model compiled for one shape an input; none is open."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A compiler or runtime on a device."""
 

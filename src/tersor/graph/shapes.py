@@ -86,4 +86,14 @@ def check_limits(spec: TensorSpec, shape: tuple[int, ...]) -> None:
             )
 
 
+def limits_of(signature: Signature, symbol: str) -> tuple[int, int, int]:
+    """(smallest, largest, step) of a symbol; anything from 1 where no limits are known."""
+    known = (
+        spec.limits[spec.dynamic.index(symbol)]
+        for spec in signature.inputs
+        if symbol in spec.dynamic and spec.limits
+    )
+    return next(known, (1, LARGEST, 1))
+
+
 LARGEST = 1 << 31  # stands for no upper limit

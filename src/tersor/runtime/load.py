@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tersor.artifact.file import ArtifactFile, read_artifact
-from tersor.core.errors import BackendError, ConfigError
+from tersor.core.errors import ArtifactError, BackendError, ConfigError, DataError
 from tersor.core.records import BackendInfo, BuildChoice
+from tersor.graph.routed import routed
 from tersor.runtime.guards import Guards
 from tersor.runtime.runner import Runner
 
@@ -34,7 +35,11 @@ def load_runner(
     artifact = read_artifact(path)
     manifest = artifact.manifest
     choice, backend = _pick(artifact, device, resolve_backend, str(path))
-    executable = backend.load(artifact.sections(choice.backend), choice)
+    opened = backend.load(artifact.sections(choice.backend), choice)
+    try:
+        executable = routed(opened, manifest.signature, choice)
+    except (ConfigError, DataError) as error:  # buckets that no writer made
+        raise ArtifactError(f"{path}: {error}") from error
     return Runner(executable, manifest.signature, choice.batch, guards, manifest.ranges)
 
 

@@ -371,9 +371,11 @@ def _set_shapes(model: onnx.ModelProto, shapes: Shapes) -> None:
                 f"onnxruntime: the graph can't take {value.name} as {tuple(wanted)}; wanted "
                 f"{[d.dim_value or d.dim_param for d in dims]}"
             )
-        for dim, size in zip(dims, wanted, strict=True):
+        for place, (dim, size) in enumerate(zip(dims, wanted, strict=True)):
             if size != OPEN:
                 dim.dim_value = size
+            elif not dim.dim_param:  # by its name a session can be started for one size
+                dim.dim_param = f"{value.name}_{place}"
     for value in model.graph.output:  # follow from the inputs'
         value.type.tensor_type.ClearField("shape")
 

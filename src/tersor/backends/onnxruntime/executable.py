@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -78,9 +78,25 @@ class ONNXRuntimeExecutable:
         is_dynamic: Sizes beyond the batch differ from call to call.
     """
 
-    def __init__(self, stored: Stored, choice: BuildChoice) -> None:
-        self._stored, self._choice = stored, choice
-        self._session = _session(stored, choice)
+    def __init__(
+        self,
+        stored: Stored,
+        choice: BuildChoice,
+        *,
+        sizes: Mapping[str, int] | None = None,
+        values: Sequence[Any] | None = None,
+    ) -> None:
+        """Start a session.
+
+        Args:
+            stored: The model.
+            choice: Threads.
+            sizes: Name of an open size in the model -> the one that is built.
+            values: The constants of another session of the same model, to be shared with it.
+        """
+        self._stored, self._choice, self._fixed = stored, choice, dict(sizes or {})
+        values = _values(stored) if values is None else values
+        self._session = _session(stored, choice, values=values, sizes=self._fixed)
         self._inputs = {i.name: (_sizes(i), _dtype(i)) for i in self._session.get_inputs()}
         if any(None in shape[:1] for shape, _ in self._inputs.values()):
             raise ShapeError(
@@ -88,6 +104,7 @@ class ONNXRuntimeExecutable:
                 "sizes in dimension 0, the batch; wanted a concrete one"
             )
         self.is_dynamic = any(None in shape for shape, _ in self._inputs.values())
+        self._shared = values if self.is_dynamic else None  # by the sessions of single sizes
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._recent: deque[dict[str, NDArray[Any]]] = deque(maxlen=_MIX if self.is_dynamic else 1)
 
@@ -103,6 +120,23 @@ class ONNXRuntimeExecutable:
         self._recent.append(arrays)
         return dict(zip(self._outputs, results, strict=True))
 
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> "ONNXRuntimeExecutable":
+        """The same model in a session for one shape an input; constants are shared.
+
+        Raises:
+            BackendError: ONNX Runtime can't take the shapes.
+            ShapeError: Two sizes for what the model knows as one.
+        """
+        sizes: dict[str, int] = {}
+        for value in self._session.get_inputs():
+            for name, size in zip(value.shape, shapes[value.name], strict=True):
+                if isinstance(name, str) and sizes.setdefault(name, size) != size:
+                    raise ShapeError(
+                        f"onnxruntime: input {value.name}: found size {size} where another input "
+                        f"has {sizes[name]}, wanted one size: the model knows both as {name!r}"
+                    )
+        return ONNXRuntimeExecutable(self._stored, self._choice, sizes=sizes, values=self._shared)
+
     def profile(self) -> dict[str, float]:
         """Milliseconds a warm call by graph node; glue by kind (Reorder, Transpose, ...).
 
@@ -116,7 +150,8 @@ class ONNXRuntimeExecutable:
         """
         calls = list(self._recent) or [self._ones()]
         with tempfile.TemporaryDirectory() as folder:
-            session = _session(self._stored, self._choice, str(Path(folder) / "profile"))
+            prefix = str(Path(folder) / "profile")
+            session = _session(self._stored, self._choice, prefix, sizes=self._fixed)
 
             def spent_ms(count: int) -> float:
                 start = time.perf_counter()
@@ -231,24 +266,38 @@ def _check_constant(constant: Constant, size: int) -> None:
         )
 
 
-def _session(stored: Stored, choice: BuildChoice, profile: str = "") -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = choice.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _ERROR
-    options.add_session_config_entry(_FOLDER, _NOWHERE)
-    if profile:
-        options.enable_profiling = True
-        options.profile_file_prefix = profile
+def _values(stored: Stored) -> list[Any]:
+    """The constants of a model, which several sessions may share."""
     arrays = [
         np.frombuffer(stored.block, c.dtype, c.size // np.dtype(c.dtype).itemsize, c.offset)
         .reshape(c.shape)
         .copy()
         for c in stored.constants
     ]
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+    return [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+
+
+def _session(
+    stored: Stored,
+    choice: BuildChoice,
+    profile: str = "",
+    *,
+    values: Sequence[Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = choice.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERROR
+    options.add_session_config_entry(_FOLDER, _NOWHERE)
+    for name, size in (sizes or {}).items():
+        options.add_free_dimension_override_by_name(name, size)
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    held = list(_values(stored) if values is None else values)
     try:
-        options.add_external_initializers([c.name for c in stored.constants], values)
+        options.add_external_initializers([c.name for c in stored.constants], held)
         return ort.InferenceSession(
             stored.structure, options, ["CPUExecutionProvider"], disabled_optimizers=_DISABLED
         )

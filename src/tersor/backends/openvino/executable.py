@@ -99,6 +99,17 @@ class OpenVINOExecutable:
         self._recent.append(arrays)
         return {name: results[i] for i, name in enumerate(self._outputs)}
 
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> "OpenVINOExecutable":
+        """The same model compiled for one shape an input; constants are shared until they are packed.
+
+        Raises:
+            BackendError: OpenVINO can't take the shapes.
+        """
+        model = self._stored.clone()
+        with failing_as(f"reshaping the model to {dict(shapes)}"):
+            model.reshape({self._inputs[name][0]: list(shape) for name, shape in shapes.items()})
+        return OpenVINOExecutable(model, self._choice)
+
     def profile(self) -> dict[str, float]:
         """Milliseconds a warm call by graph node; glue by kind (Reorder, Transpose, ...).
 
