@@ -207,7 +207,8 @@ class Timing:
     high_ms: float
     rounds_ms: tuple[float, ...]  # median of each round, in order: the interleaved comparison
     runs: int
-    dropped: int = 0  # runs during which the process was preempted
+    dropped: int = 0  # runs that the system interrupted
+    disturbed: int = 0  # interrupted runs that count, as more than half of their round were
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
