@@ -21,7 +21,7 @@ _ROUNDS = 20  # of weighted least squares
 _LEAST = 1e-4  # of the median time: errors below count alike
 FEWEST_SIZES, FEWEST_SWEEPS = 8, 3
 
-Matrix = np.ndarray[Any, np.dtype[Any]]
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def kept_counts(units: int, unit_size: int, tile: int, n: int = 8) -> tuple[int, ...]:
@@ -126,7 +126,10 @@ def discover_tile(sizes: Sequence[int], sweeps_ms: Sequence[Sequence[float]], de
     # What a whole sweep is off by is no step.
     times = times / np.median(times, axis=1, keepdims=True)
     without = [np.delete(times, i, axis=0) for i in range(len(times))]
-    found = {_staircase(np.asarray(sizes), np.median(rows, axis=0)) for rows in (times, *without)}
+    found = {
+        _staircase(np.asarray(sizes, dtype=np.float64), np.median(rows, axis=0))
+        for rows in (times, *without)
+    }
     tile = found.pop() if len(found) == 1 else None
     return Tile(
         tile=default if tile is None else tile,
@@ -162,10 +165,10 @@ def _misfit(columns: Matrix, times: Matrix) -> float:
     """
     scaled = columns / np.abs(columns).max(axis=0)
     weights = np.ones(len(times))
-    off = times
+    off: Matrix = times
     for _ in range(_ROUNDS):
         fit, *_ = np.linalg.lstsq(scaled * weights[:, None], times * weights, rcond=None)
         off = np.abs(scaled @ fit - times)
         weights = 1 / np.sqrt(np.maximum(off, _LEAST))
     trusted = np.sort(off)[: math.ceil(_TRUSTED * len(off))]
-    return float(np.sum(trusted)) / (len(trusted) - columns.shape[1])
+    return float(np.sum(trusted)) / (len(trusted) - int(columns.shape[1]))

@@ -150,9 +150,10 @@ def _shares(
     table: PriceTable, observations: Sequence[Observation], tensors: Mapping[str, str]
 ) -> Matrix:
     parts = np.array([table.parts(o.assignment, tensors) for o in observations], dtype=np.float64)
-    return parts / parts.sum(axis=1, keepdims=True)
+    shares: Matrix = parts / parts.sum(axis=1, keepdims=True)
+    return shares
 
 
 def _inverse(shares: Matrix) -> Matrix:
-    found: Matrix = np.linalg.inv(shares.T @ shares + RIDGE**2 * np.eye(shares.shape[1]))
-    return found
+    held = shares.T @ shares + RIDGE**2 * np.eye(shares.shape[1])
+    return np.asarray(np.linalg.inv(held), dtype=np.float64)
