@@ -41,14 +41,10 @@ from tersor.graph.edit import attribute
 from tersor.ops.grids import round_nearest
 from tersor.price.facts import WidthFacts
 from tersor.price.observation import Observation
-from tersor.price.price import (
-    PriceConfig,
-    PriceTools,
-    between_offers,
-    observe_builds,
-    width_facts,
-)
+from tersor.price.observing import observe_builds
+from tersor.price.price import PriceConfig, between_offers, width_facts
 from tersor.price.table import fit_table
+from tersor.price.tools import PriceTools
 from tersor.price.variants import Variant, draw_variants
 from tersor.timing.protocol import Protocol, measure
 from tests.conformance.zoo.torchvision_shim import import_torchvision

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.api.tiles import Tiles
 from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Ratio
 from tests.data.zoo import load_lenet5, load_resnet20
@@ -31,6 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if FOLDER in item.path.parents and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(WAIT_SECONDS))
+
+
+# Of AVX2: the kept counts of these tests are the same on every machine.
+TILES = Tiles(native={"linear": (8,), "conv": (8,)})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _known_tiles() -> Iterator[None]:
+    """Measuring them takes seconds for every store; ``test_reuse`` does it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tersor.api.session.device_tiles", lambda *_: TILES)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

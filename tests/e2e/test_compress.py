@@ -432,7 +432,7 @@ def test_explain_says_price_error_alternatives_and_undo(finished: Finished) -> N
         facts = explain(record, site)
         assert set(facts) == {
             "site", "op_kind", "shape", "macs", "pinned", "level", "method", "error", "error_se",
-            "size_bytes", "predicted_ms", "reason", "settings", "alternatives", "undo",
+            "size_bytes", "predicted_ms", "predicted_ms_se", "reason", "settings", "alternatives", "undo",
             "kind", "units", "members", "native",
         }  # fmt: skip
         assert (facts["site"], facts["level"]) == (site, level)

@@ -290,6 +290,7 @@ def bench(
             batch=batch,
             cache_dir=cache_dir or folder,
             progress=False,
+            methods=(),  # nothing is changed here
         )
         rows, _ = baselines(open_session(model, data, settings))
     return rows

@@ -209,8 +209,9 @@ def _measurer(
         found = [timings[str(i)].median_ms / drift if str(i) in timings else float("inf")
                  for i in range(len(plans))]  # fmt: skip
         for plan, ms in zip(plans, found, strict=True):
+            se = "" if plan.predicted_ms_se is None else f" +- {plan.predicted_ms_se:.2f}"
             session.progress.note(
-                f"plan predicted {plan.predicted_ms:.2f} ms, measured {ms:.2f} ms"
+                f"plan predicted {plan.predicted_ms:.2f}{se} ms, measured {ms:.2f} ms"
             )
         return found
 

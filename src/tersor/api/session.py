@@ -15,6 +15,7 @@ from tersor.analyse.additions import addition_sites
 from tersor.analyse.branches import branch_sites, sites_inside
 from tersor.analyse.sites import find_sites
 from tersor.analyse.widths import unit_size, width_sites
+from tersor.api.tiles import Tiles, device_tiles
 from tersor.build.reference import GraphExecutable
 from tersor.capture.detector import Detector, Intake, split_detector
 from tersor.capture.module import Captured, capture
@@ -33,7 +34,7 @@ from tersor.core.store import Store
 from tersor.graph.axes import Axes, analyse_axes
 from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
 from tersor.graph.serial import structure_text
-from tersor.price.grid import DEFAULT_TILES, kept_counts
+from tersor.price.grid import kept_counts
 from tersor.runtime.runner import Runner
 
 _REFERENCE_BATCH = 16  # of graphs that torch runs
@@ -191,8 +192,10 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
     methods = pick_methods(settings.methods, infos)
     sites, axes = offered_sites(graph, methods.values(), tuple(settings.keep))
-    if axes is not None:
-        methods = {n: with_counts(m, axes, infos) for n, m in methods.items()}
+    tiles = None
+    if axes is not None and any(site.kind == "width" for site in sites):
+        tiles = device_tiles(backends, infos, store, progress)
+        methods = {n: with_counts(m, axes, tiles) for n, m in methods.items()}
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
     kind = output_kind(wanted.output, outputs)
     model_hash = graph_hash(graph)
@@ -212,6 +215,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         settings.seed,
         list(settings.keep),
         sorted(methods),
+        tiles,
         describe_machine().fingerprint(),
     )
     return Session(
@@ -342,16 +346,16 @@ def offered_branches(graph: Graph, keep: Sequence[str]) -> tuple[Site, ...]:
     return tuple(site for site in found if site in largest)
 
 
-def with_counts(method: Method, axes: Axes, infos: Sequence[BackendInfo]) -> Method:
+def with_counts(method: Method, axes: Axes, tiles: Tiles) -> Method:
     """A method of widths with the kept counts that fill whole tiles of the device."""
     if "counts" not in getattr(method, "__dataclass_fields__", {}):
         return method
-    has_bf16 = any("bf16" in info.precisions for info in infos)
-    tile = DEFAULT_TILES["bf16" if has_bf16 else "f32"]
 
     def counts(site: Site) -> tuple[int, ...]:
-        padded = 1 if site.unit_kind == "experts" else tile  # no device pads their number
-        found = kept_counts(site.units, unit_size(axes, site), padded)
+        size = unit_size(axes, site)
+        # No device pads the number of experts.
+        tile = 1 if site.unit_kind == "experts" else tiles.step(site.units, size, site.unit_kind)
+        found = kept_counts(site.units, size, tile)
         return tuple(n for n in found if n >= axes[site.width].least)
 
     return replace(method, counts=counts)  # type: ignore[type-var]

@@ -8,6 +8,7 @@ import torch
 
 from tersor.analyse.calibration import self_check, site_statistics
 from tersor.api.latency import measure_calls
+from tersor.api.memory import price_memory
 from tersor.api.session import Session
 from tersor.api.shaping import open_baseline, reshaped, with_shapes
 from tersor.api.shrink import (
@@ -43,8 +44,9 @@ from tersor.graph.facts import stored_elsewhere
 from tersor.observe import keeping
 from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
-from tersor.price.price import PriceConfig, PriceTools, price_all
+from tersor.price.price import PriceConfig, price_all
 from tersor.price.table import fit_error
+from tersor.price.tools import PriceTools
 from tersor.price.variants import native_assignment
 from tersor.propose.propose import (
     NATIVE,
@@ -61,7 +63,9 @@ _ERROR_SAMPLES = 64
 _CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its graph
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
-PRICING = Protocol(rounds=5, runs=6, max_seconds=15.0, one_speed=True)
+# A build's own noise of 1 % is little beside what prices are off by; quiet runs need three rounds.
+PRICING = Protocol(rounds=7, runs=6, max_seconds=15.0, turn_ms=120.0, enough=0.01, one_speed=True)
+_DRAW_SEED = 0  # of the builds that prices are fitted on: the same ones, whatever the seed of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +348,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
     base = baseline.choice
     assert base is not None
     choices = _ways(session, base)
-    config = PriceConfig(seed=session.settings.seed)
+    config = PriceConfig(seed=_DRAW_SEED)
     native = native_assignment(session.sites, base.precision)
     ways = len(choices)  # at most: those whose probe is slow are not priced
     builds = config.fitted(session.sites, offered.levels()) + config.held_out + 1
@@ -363,6 +367,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
         note=session.progress.note,
         stored=stored_elsewhere(session.graph),
         native_ms=_native_ms(rows, base),
+        memory=price_memory(session, offered.chosen),
     )
     priced = price_all(choices, session.sites, offered.levels(), tools, config)
     notes = [

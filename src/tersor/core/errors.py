@@ -65,6 +65,12 @@ class BackendError(TersorError):
     exit_code: ClassVar[int] = 3
 
 
+class MeasurementError(TersorError):
+    """A time that can't be: the clock stood still or went back."""
+
+    exit_code: ClassVar[int] = 3
+
+
 class StoreError(TersorError):
     """The cache directory can't be read or written."""
 

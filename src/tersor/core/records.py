@@ -273,7 +273,8 @@ class Timing:
     high_ms: float
     rounds_ms: tuple[float, ...]  # median of each round, in order: the interleaved comparison
     runs: int
-    dropped: int = 0  # runs during which the process was preempted
+    dropped: int = 0  # runs that the system interrupted
+    disturbed: int = 0  # interrupted runs that count, as more than half of their round were
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,6 +346,30 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Uncertainty:
+    """How far predictions of a price table may be off, as shares of what is predicted.
+
+    Attributes:
+        deviation: Standard deviation of the error on a build whose parts are well known.
+        covariance: What is not known of the parts of a price, by ``PriceTable.parts``; it adds to
+            the square of ``deviation`` by the shares of a build's parts.
+        entries: Entry of ``ops`` or name of a term -> standard deviation of what it costs in one
+            build.
+    """
+
+    deviation: float
+    covariance: tuple[tuple[float, ...], ...]
+    entries: Mapping[str, float] = field(default_factory=dict)
+
+    def share(self, parts: tuple[float, ...]) -> float:
+        """Standard error of a prediction of some parts, as a share of their sum."""
+        total = sum(parts)
+        shares = [part / total for part in parts]
+        rows = [sum(c * s for c, s in zip(row, shares, strict=True)) for row in self.covariance]
+        return math.sqrt(self.deviation**2 + sum(r * s for r, s in zip(rows, shares, strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PriceTable:
     """What a plan costs on one build choice: sum of the entries, times ``scale``.
 
@@ -353,6 +378,7 @@ class PriceTable:
         terms: What depends on widths, formats of those ops included.
         native: Width or branch -> its level when left alone: the full count. Format sites are
             left alone in the precision of ``choice``.
+        uncertainty: Of what is predicted; None where too few builds show it.
 
     Raises:
         ConfigError: A term that has no price for its sites left alone.
@@ -367,6 +393,7 @@ class PriceTable:
     corrections: int = 0  # how often measured finalists moved the scale
     terms: tuple[Term, ...] = ()
     native: Mapping[str, int] = field(default_factory=dict)
+    uncertainty: Uncertainty | None = None
 
     def __post_init__(self) -> None:
         for term in self.terms:
@@ -406,6 +433,33 @@ class PriceTable:
             levels = self.complete(assignment)
             total += sum(term.at(levels) for term in self.terms)
         return total * self.scale
+
+    def predict_se_ms(
+        self, assignment: Mapping[str, Level], tensors: Mapping[str, str]
+    ) -> float | None:
+        """Standard error of ``predict_ms``; None where it is not known."""
+        if self.uncertainty is None:
+            return None
+        parts = self.parts(assignment, tensors)
+        return sum(parts) * self.uncertainty.share(parts)
+
+    def parts(
+        self, assignment: Mapping[str, Level], tensors: Mapping[str, str]
+    ) -> tuple[float, float, float, float]:
+        """What ``predict_ms`` adds up: native entries, int8 ones, quantisers, constant glue."""
+        native = int8 = 0.0
+        for site, row in self.ops.items():
+            level = str(assignment.get(site, self.choice.precision))
+            ms = row.get(level, row.get(self.choice.precision, 0.0))
+            native, int8 = (native, int8 + ms) if level == "int8" else (native + ms, int8)
+        levels = self.complete(assignment)
+        for term in self.terms:
+            ms, is_int8 = term.at(levels), any(levels[site] == "int8" for site in term.sites)
+            native, int8 = (native, int8 + ms) if is_int8 else (native + ms, int8)
+        chosen = {tensors[s] for s, level in assignment.items() if level == "int8" and s in tensors}
+        quantizers = sum(self.quantizers.get(t, 0.0) for t in sorted(chosen))
+        found = (native, int8, quantizers, self.glue_ms)
+        return tuple(ms * self.scale for ms in found)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,6 +506,7 @@ class Plan:
     model: str = ""  # content hash of the captured graph
     measured_ms: float | None = None
     measured_error: float | None = None
+    predicted_ms_se: float | None = None  # standard error of predicted_ms; None: not known
 
     def save(self, path: str | Path) -> None:
         """Write the plan as indented JSON, whole or not at all."""

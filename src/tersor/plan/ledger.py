@@ -168,6 +168,9 @@ class Ledger:
             model=self.task.model,
             measured_ms=self.measured.get(draft),
             measured_error=self._losses.get(draft.levels),
+            predicted_ms_se=self.tables[draft.table].predict_se_ms(
+                draft.assignment, self.task.tensors
+            ),
         )
 
     def baseline_plan(self, binding: str = "") -> Plan:

@@ -8,8 +8,11 @@ widths alone. What grows with the elements of all these ops without being any no
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from math import prod
 
 from tersor.core.records import Format, Level, Precision, Site, Term
+from tersor.graph.facts import NodeFacts
 from tersor.price.facts import WidthFacts
 from tersor.price.laws import Laws, NodeTime, fit_laws
 from tersor.price.observation import Observation
@@ -17,6 +20,9 @@ from tersor.price.terms import spread
 
 # A gate must tell at least this part of the variance of a node's presence.
 GATE_SHARE = 0.5
+_MOST_ROWS = (
+    4096  # of a node that are worked out at once: more widths than two are seldom asked for
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,7 @@ class WidthCosts:
 
     def terms(self, slopes: Slopes) -> tuple[tuple[NodeCost, Term], ...]:
         """Every cost written out, with the glue that it causes."""
+        known = _Known(self.facts, self.laws)
         return tuple(
             (cost, term)
             for cost in self.costs
@@ -94,29 +101,63 @@ class WidthCosts:
                 cost.nodes,
                 {} if cost.site is None else {cost.site: cost.formats},
                 self.facts,
-                lambda assignment, cost=cost: self._ms(cost, assignment, slopes),  # type: ignore[misc]
+                lambda assignment, cost=cost: self._ms(cost, assignment, slopes, known),  # type: ignore[misc]
             )
         )
 
-    def _ms(self, cost: NodeCost, assignment: Mapping[str, Level], slopes: Slopes) -> float:
+    def _ms(
+        self, cost: NodeCost, assignment: Mapping[str, Level], slopes: Slopes, known: "_Known"
+    ) -> float:
         is_int8 = cost.site is not None and assignment.get(cost.site) == "int8"
         level: Format = "int8" if is_int8 else self.precision
         law_format = self.precision if cost.is_glue else level
-        total = 0.0
+        total = elements = 0.0
         for node in cost.nodes:
-            ms = self.laws.ms(node, law_format, self.facts.at(node, assignment))
-            total += (ms or 0.0) * cost.shares.get((node, level), 0.0)
+            ms, written = known.at(node, law_format, assignment)
+            total += ms * cost.shares.get((node, level), 0.0)
+            elements += written / self.full_elements
         if cost.is_glue:
             return total
         if cost.is_addition:
             return total - is_int8 * slopes.boundary
-        elements = self._elements(cost, assignment)
         total += slopes.elements * elements
         return total + is_int8 * (slopes.int8_op + slopes.int8_elements * elements)
 
     def _elements(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
         own = sum(self.facts.at(node, assignment).out_elements for node in cost.nodes)
         return own / self.full_elements
+
+
+class _Known:
+    """Times and written elements of nodes at all counts of their widths: a law at a time."""
+
+    def __init__(self, facts: WidthFacts, laws: Laws) -> None:
+        self._facts, self._laws = facts, laws
+        self._nodes: dict[str, dict[tuple[Level, ...], NodeFacts]] = {}
+        self._times: dict[tuple[str, Format], dict[tuple[Level, ...], float]] = {}
+
+    def at(self, node: str, level: Format, assignment: Mapping[str, Level]) -> tuple[float, int]:
+        """Milliseconds in a format, nothing where no build showed it; and elements written."""
+        widths = tuple(self._facts.ratios.get(node, {}))
+        counts = tuple(assignment.get(w, self._facts.full[w]) for w in widths)
+        rows = self._rows(node, widths)
+        if counts not in rows:
+            found = self._facts.at(node, assignment)
+            return self._laws.ms(node, level, found) or 0.0, found.out_elements
+        if (node, level) not in self._times:
+            times = self._laws.times(node, level, list(rows.values()))
+            self._times[node, level] = dict(zip(rows, times, strict=True))
+        return self._times[node, level][counts], rows[counts].out_elements
+
+    def _rows(self, node: str, widths: Sequence[str]) -> dict[tuple[Level, ...], NodeFacts]:
+        if node not in self._nodes:
+            levels = [self._facts.levels[w] for w in widths]
+            every = product(*levels) if prod(map(len, levels)) <= _MOST_ROWS else ()
+            self._nodes[node] = {
+                counts: self._facts.at(node, dict(zip(widths, counts, strict=True)))
+                for counts in every
+            }
+        return self._nodes[node]
 
 
 def width_costs(

@@ -76,6 +76,14 @@ class Laws:
         own = self.levels.get((node, level))
         return None if own is None else own * self.laws[facts.kind, level].ms(facts)
 
+    def times(self, node: str, level: Format, facts: Sequence[NodeFacts]) -> list[float]:
+        """The same at many sizes; nothing in a format in which no build showed the node."""
+        own = self.levels.get((node, level))
+        if own is None or not facts:
+            return [0.0] * len(facts)
+        found = own * self.laws[facts[0].kind, level].times(_sizes(facts))
+        return [float(ms) for ms in found]
+
 
 def fit_laws(times: Iterable[NodeTime]) -> Laws:
     """Fit all laws; what took no time (fused into a neighbour, or cut to zero) is left out."""

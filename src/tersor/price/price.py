@@ -6,20 +6,20 @@ the session in which the baseline was measured.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-
-import numpy as np
 
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
-from tersor.graph.contracts import Executable
-from tersor.price.baseline import Call, Meter
-from tersor.price.facts import Facts, WidthFacts, learn_facts
+from tersor.price.baseline import Call
+from tersor.price.facts import WidthFacts, learn_facts
+from tersor.price.memory import KeptTable, covers, drift, narrowed
 from tersor.price.observation import Observation
-from tersor.price.table import QuantizeNodes, fit_table
+from tersor.price.observing import caller, measure_builds, measure_interleaved, observe_builds
+from tersor.price.table import fit_table
 from tersor.price.terms import size_terms
+from tersor.price.tools import PriceTools
 from tersor.price.variants import (
     Variant,
     counted,
@@ -29,46 +29,10 @@ from tersor.price.variants import (
     quantizable,
 )
 
-REFERENCE, _AGAIN = "reference", "reference again"
 # A choice whose all-int8 build is slower than the best one's of its backend by more is not priced
 # further; nor is a backend whose fastest build, native ones included, is so against all others.
 PROBE_MARGIN = 0.05
 _SINGLE_UNITS = ("channels", "neurons")  # kinds of widths whose units are one element
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PriceTools:
-    """What pricing calls.
-
-    Args:
-        build: Makes the build of an assignment (site -> level) on a choice.
-        run: One call of a build on example inputs, at the built shapes.
-        measure: Measures callables interleaved.
-        reference: The best uncompressed build, ready to call.
-        reference_ms: Its median when it was chosen.
-        quantize_nodes: Tensor -> profile names of its quantiser.
-        runs: Whether a way to build takes a level of a site; else it has no price there.
-        facts: Sizes of every node of the graph of an assignment, in graph order, by the names
-            that profiles use; needed where sites are widths.
-        settle: What is really built for an assignment: nothing is chosen inside of a branch that
-            is gone.
-        note: Takes what was dropped, and why.
-        stored: Node -> bytes of what it reads that no format site counts.
-        native_ms: Backend -> latency of its uncompressed build.
-    """
-
-    build: Callable[[BuildChoice, Mapping[str, Level]], Executable]
-    run: Callable[[Executable], object]
-    measure: Meter
-    reference: Call
-    reference_ms: float
-    quantize_nodes: QuantizeNodes
-    runs: Callable[[BuildChoice, str, Level], bool] = lambda *_: True
-    facts: Facts | None = None
-    settle: Callable[[Mapping[str, Level]], Mapping[str, Level]] = lambda assignment: assignment
-    note: Callable[[str], object] = str
-    stored: Mapping[str, int] = field(default_factory=dict)
-    native_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,9 +144,83 @@ def price_choice(
         seed=config.seed,
         between=between_offers(sites, levels, config.seed),
     )
-    observations = observe_builds(choice, _settled(drawn, tools), tools, config.batch)
+    variants = _settled(drawn, tools)
+    known = _known_table(choice, sites, levels, variants, tools)
+    if known is not None:
+        return known
+    observations = observe_builds(choice, variants, tools, config.batch)
     table = fit_table(choice, sites, observations, tools.quantize_nodes, facts)
-    return replace(table, terms=tuple(_offered_term(term, levels) for term in table.terms))
+    table = replace(table, terms=tuple(_offered_term(term, levels) for term in table.terms))
+    _keep_table(table, sites, levels, variants, observations, tools)
+    return table
+
+
+def free_levels(
+    sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]
+) -> dict[str, tuple[Level, ...]]:
+    """The levels of the sites that are not pinned."""
+    return {s.name: tuple(levels[s.name]) for s in sites if s.pinned is None and s.name in levels}
+
+
+def _known_table(
+    choice: BuildChoice,
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Level]],
+    variants: Sequence[Variant],
+    tools: PriceTools,
+) -> PriceTable | None:
+    """The table of an earlier session in which more was free: nothing has to be built for fewer.
+
+    None where it had the same levels: then its builds are at hand, and are fitted anew.
+    """
+    free = free_levels(sites, levels)
+    kept = None if tools.memory is None else tools.memory.table(choice)
+    if tools.memory is None or kept is None or not covers(kept, free):
+        return None
+    reference = tools.memory.key(choice, variants[0].assignment)
+    is_same = {s: set(own) for s, own in kept.levels.items()} == {
+        s: set(n) for s, n in free.items()
+    }
+    if is_same or kept.reference != reference:
+        return None
+    now = measure_builds(choice, {0: variants[0]}, tools)
+    factor = drift(now[0], kept.reference_ms) if now else None
+    if factor is None:
+        return None
+    tools.note(f"{choice.describe()}: the table of an earlier run with more choices holds here")
+    table = narrowed(kept.table, sites, free)
+    builds = tuple(
+        replace(b, measured_ms=b.measured_ms * factor, predicted_ms=b.predicted_ms * factor)
+        for b in table.builds
+    )
+    return replace(table, scale=table.scale * factor, builds=builds)
+
+
+def _keep_table(
+    table: PriceTable,
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Level]],
+    variants: Sequence[Variant],
+    observations: Sequence[Observation],
+    tools: PriceTools,
+) -> None:
+    native = [o.measured_ms for o in observations if o.assignment == variants[0].assignment]
+    if tools.memory is None or not native:
+        return
+    kept = KeptTable(
+        table=table,
+        levels=free_levels(sites, levels),
+        reference=tools.memory.key(table.choice, variants[0].assignment),
+        reference_ms=native[0],
+    )
+    before = tools.memory.table(table.choice)
+    if (
+        before is None
+        or before.reference != kept.reference
+        or dict(before.levels) != kept.levels
+        or drift(native[0], before.reference_ms) is None
+    ):
+        tools.memory.keep_table(table.choice, kept)
 
 
 def _taken(
@@ -219,21 +257,6 @@ def _offered_term(term: Term, levels: Mapping[str, Sequence[Level]]) -> Term:
     return replace(term, levels=tuple(rows), values=values)
 
 
-def observe_builds(
-    choice: BuildChoice, variants: Sequence[Variant], tools: PriceTools, batch: int
-) -> list[Observation]:
-    """Build, profile and measure, ``batch`` builds at a time; what can't be built is left out.
-
-    Batches are drawn by chance: what one of them is off by must look like no kind of build.
-    """
-    order = np.random.default_rng(len(variants)).permutation(len(variants))
-    found: dict[int, Observation] = {}
-    for start in range(0, len(variants), batch):
-        places = [int(i) for i in order[start : start + batch]]
-        found |= _observe(choice, {i: variants[i] for i in places}, tools)
-    return [found[i] for i in sorted(found)]
-
-
 def _settled(drawn: Sequence[Variant], tools: PriceTools) -> list[Variant]:
     """What is really built, each once: no fit may see what a held-out build is the same as."""
     found: dict[frozenset[tuple[str, Level]], Variant] = {}
@@ -268,55 +291,6 @@ def width_facts(
     return learn_facts(tools.facts, sites, every, precision)
 
 
-def measure_interleaved(calls: Mapping[str, Call], tools: PriceTools) -> dict[str, float]:
-    """Median latencies beside the reference, without its drift since it was chosen."""
-    timings = tools.measure({REFERENCE: tools.reference, **calls, _AGAIN: tools.reference})
-    # All depends on the reference: it runs at two places of each round.
-    both = (timings[REFERENCE].median_ms + timings[_AGAIN].median_ms) / 2
-    drift = both / tools.reference_ms
-    return {name: timings[name].median_ms / drift for name in calls}
-
-
-def _observe(
-    choice: BuildChoice, variants: Mapping[int, Variant], tools: PriceTools
-) -> dict[int, Observation]:
-    """Build a batch, profile and measure it; nothing of it outlives this call."""
-    builds: dict[str, Executable] = {}
-    for i, variant in variants.items():
-        try:
-            builds[str(i)] = tools.build(choice, variant.assignment)
-        except BackendError as error:  # the others still make a table
-            tools.note(f"{choice.describe()}: a build was dropped: {error}")
-    if not builds:
-        return {}
-    profiles = {name: build.profile() for name, build in builds.items()}
-    times = measure_interleaved({n: _caller(tools, b) for n, b in builds.items()}, tools)
-    return {
-        int(name): Observation(
-            assignment=variants[int(name)].assignment,
-            node_ms=_at_speed(profiles[name], times[name]),
-            measured_ms=times[name],
-            held_out=variants[int(name)].held_out,
-        )
-        for name in builds
-    }
-
-
-def _at_speed(node_ms: Mapping[str, float], measured_ms: float) -> dict[str, float]:
-    """Node times at the speed of the measurement, of which they are then the parts.
-
-    A profile is of one moment and its counters take time themselves; the latency was measured
-    beside the reference.
-    """
-    total = sum(node_ms.values())
-    factor = measured_ms / total if total > 0 else 1.0
-    return {name: ms * factor for name, ms in node_ms.items()}
-
-
-def _caller(tools: PriceTools, build: Executable) -> Call:
-    return lambda: tools.run(build)
-
-
 def _first_ways(
     choices: Sequence[BuildChoice], native_ms: Mapping[str, float]
 ) -> list[BuildChoice]:
@@ -344,7 +318,7 @@ def _probe(
         try:
             own = _taken(choice, levels, tools)
             build = tools.build(choice, full_assignment(sites, own, choice.precision))
-            calls[str(i)] = _caller(tools, build)
+            calls[str(i)] = caller(tools, build)
         except BackendError as error:
             failures[str(i)] = str(error)
     if not calls:

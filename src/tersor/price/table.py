@@ -22,13 +22,11 @@ from tersor.core.records import BuildChoice, Level, PricedBuild, PriceTable, Sit
 from tersor.price.costs import NodeCost, Slopes, WidthCosts, width_costs
 from tersor.price.facts import WidthFacts
 from tersor.price.observation import Observation
+from tersor.price.uncertainty import RIDGE, uncertain, with_entries
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 QuantizeNodes = Callable[[str], Sequence[str]]  # tensor -> profile names of its quantiser
 
-# How strongly the parts of a price are held to one common scale, in units of one build's relative
-# error: profiling may slow many short nodes more than a few long ones, but no part moves freely.
-RIDGE = 0.3
 MIN_FOR_RANKS = 4  # a rank correlation of fewer builds says nothing
 
 
@@ -67,8 +65,38 @@ def fit_table(
         ConfigError: Nothing to fit on, or a latency that is not positive.
     """
     fitted = _fitted(choice, observations)
-    tensors = {s.name: s.tensor for s in sites if s.tensor is not None}
     formats = [s for s in sites if s.kind == "format"]
+    tensors = {s.name: s.tensor for s in formats if s.tensor is not None}
+
+    def fit(seen: Sequence[Observation]) -> tuple[PriceTable, list[tuple[NodeCost, Term]]]:
+        return _fit(choice, formats, seen, quantize_nodes, facts)
+
+    table, owners = fit(fitted)
+    builds = tuple(
+        PricedBuild(
+            assignment=o.assignment,
+            measured_ms=o.measured_ms,
+            predicted_ms=table.predict_ms(o.assignment, tensors),
+            held_out=o.held_out,
+        )
+        for o in observations
+    )
+    uncertainty = uncertain(table, observations, tensors, lambda seen: fit(seen)[0])
+    if uncertainty is not None:
+        ops = {s.name: s.ops for s in formats}
+        uncertainty = with_entries(uncertainty, table, owners, ops, fitted)
+    return replace(table, builds=builds, uncertainty=uncertainty)
+
+
+def _fit(
+    choice: BuildChoice,
+    formats: Sequence[Site],
+    fitted: Sequence[Observation],
+    quantize_nodes: QuantizeNodes,
+    facts: WidthFacts | None,
+) -> tuple[PriceTable, list[tuple[NodeCost, Term]]]:
+    """A table, and whose costs its terms are."""
+    tensors = {s.name: s.tensor for s in formats if s.tensor is not None}
     costs = _costs(choice, formats, fitted, tensors, quantize_nodes, facts)
     moved = costs.sites() if costs else set[str]()
     table = PriceTable(
@@ -81,21 +109,11 @@ def fit_table(
     glue = [_glue(o, formats, tensors, quantize_nodes, costs) for o in fitted]
     additions = {s.name: s.tensor for s in formats if s.op_kind == "add"}
     table, slopes = _with_glue(table, glue, additions)
-    terms = () if costs is None else costs.terms(slopes)
+    terms = [] if costs is None else list(costs.terms(slopes))
     table = replace(table, terms=tuple(term for _, term in terms))
     table = _balanced(table, tensors, fitted, [cost for cost, _ in terms])
     ratios = [o.measured_ms / table.predict_ms(o.assignment, tensors) for o in fitted]
-    table = replace(table, scale=float(np.median(ratios)))
-    builds = tuple(
-        PricedBuild(
-            assignment=o.assignment,
-            measured_ms=o.measured_ms,
-            predicted_ms=table.predict_ms(o.assignment, tensors),
-            held_out=o.held_out,
-        )
-        for o in observations
-    )
-    return replace(table, builds=builds)
+    return replace(table, scale=float(np.median(ratios))), terms
 
 
 def fit_error(table: PriceTable) -> FitError | None:

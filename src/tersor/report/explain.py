@@ -6,7 +6,7 @@ from typing import Any
 from tersor.core.errors import SiteNotFoundError
 from tersor.core.jsonable import to_json
 from tersor.core.records import Candidate, Level, Site
-from tersor.report.facts import change_ms, reason, site_bytes, site_ms
+from tersor.report.facts import change_ms, reason, site_bytes, site_ms, site_ms_se
 from tersor.report.record import Report
 
 COSTLIEST = 10  # choices that are worth a measurement without them
@@ -24,10 +24,10 @@ def explain(report: Report, site: str) -> dict[str, Any]:
 
     Returns:
         Keys: site, kind, op_kind, shape, units, members, macs, pinned, level, native, method,
-        error, error_se, size_bytes, predicted_ms, reason, settings, alternatives and undo. Bytes
-        and times of a width are those of all that it meets. Changes (``*_change``) are against
-        the plan as it is, all other sites unchanged. They are predictions, but for undo where it
-        says ``measured``; ``predicted`` then holds what was predicted.
+        error, error_se, size_bytes, predicted_ms, predicted_ms_se, reason, settings, alternatives
+        and undo. Bytes and times of a width are those of all that it meets. Changes (``*_change``)
+        are against the plan as it is, all other sites unchanged. They are predictions, but for undo
+        where it says ``measured``; ``predicted`` then holds what was predicted.
 
     Raises:
         SiteNotFoundError: No site of that name; the message names the nearest.
@@ -52,6 +52,7 @@ def explain(report: Report, site: str) -> dict[str, Any]:
         "error_se": 0.0 if chosen is None else chosen.error_se,
         "size_bytes": site_bytes(report, found, level),
         "predicted_ms": site_ms(report, found, level),
+        "predicted_ms_se": site_ms_se(report, found, level),
         "reason": reason(report, found),
         "settings": to_json(report.plan.settings.get(found.name, {})),
         "alternatives": [_alternative(report, found, chosen, c) for c in options],

@@ -181,6 +181,25 @@ def site_ms(report: Report, site: Site, level: Level) -> float | None:
     return ((own or 0.0) + sum(term.at(levels) for term in terms)) * table.scale
 
 
+def site_ms_se(report: Report, site: Site, level: Level) -> float | None:
+    """Standard error of ``site_ms``: its entries vary around their prices, each by itself.
+
+    None where that is not known of one of them.
+    """
+    table = report.table()
+    if table is None or table.uncertainty is None or site_ms(report, site, level) is None:
+        return None
+    levels = table.complete(report.assignment() | {site.name: level})
+    costs = {term.name: term.at(levels) for term in _terms_of(table.terms, site.name)}
+    if site.name in table.ops:
+        costs[site.name] = table.ops[site.name].get(str(level), 0.0)
+    shares = [table.uncertainty.entries.get(name) for name, ms in costs.items() if ms]
+    if any(share is None for share in shares):
+        return None
+    values = zip([ms for ms in costs.values() if ms], shares, strict=True)
+    return table.scale * math.sqrt(sum((ms * (share or 0.0)) ** 2 for ms, share in values))
+
+
 def _terms_of(terms: Sequence[Term], site: str) -> list[Term]:
     return [term for term in terms if site in term.sites]
 

@@ -229,7 +229,7 @@ def explained(facts: Mapping[str, Any]) -> RenderableType:
     """One site as ``explain`` gives it: what it is, its alternatives, and the way back."""
     head = Text(
         f"{facts['site']}: {facts['level']}, {_megabytes(facts['size_bytes'])}, "
-        f"predicted {_number(facts['predicted_ms'], ' ms')}, "
+        f"predicted {_with_error(facts['predicted_ms'], facts['predicted_ms_se'])}, "
         f"error {facts['error']:.2g} +- {facts['error_se']:.2g}\n{facts['reason']}"
     )
     columns = ("alternative", "method", "latency change", "error change", "size change")
@@ -255,6 +255,10 @@ def _changes(change: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _number(value: float | None, unit: str, sign: str = "") -> str:
     return "unknown" if value is None else f"{value:{sign}.3f}{unit}"
+
+
+def _with_error(ms: float | None, se: float | None) -> str:
+    return _number(ms, " ms") if se is None else f"{_number(ms, '')} +- {_number(se, ' ms')}"
 
 
 def notes_list(notes: Iterable[str]) -> Text:

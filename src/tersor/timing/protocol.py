@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.core.errors import ConfigError
+from tersor.core.errors import ConfigError, MeasurementError
 from tersor.core.records import Timing
+from tersor.timing.interruptions import Sample, interrupted
 from tersor.timing.speed import factors, probe_ms
 
 # Warm-ups refill caches and settle the clock frequency: this long is enough, and where calls are
@@ -28,8 +29,6 @@ SLOW_WARMUPS = 2
 SLOW_MS = 200.0  # where time is short, the runs of callables above this are the first to go
 MIN_ROUNDS = 3  # fewer show no spread between rounds
 PROBED_MS = 5.0  # the machine's speed is read again after calls of this long
-COMPUTE_BOUND = 0.95  # CPU time / wall time of a call that does not wait
-PREEMPTED = 0.9  # CPU time / wall time below which such a call was interrupted
 _NORMAL_QUARTILES = 1.349  # between the quartiles of a normal distribution, in deviations
 RESAMPLES = 2000  # bootstrap; its own error on a bound is a small part of the spread
 CONFIDENCE = 0.95
@@ -56,6 +55,11 @@ class Protocol:
         max_seconds: Time for all callables together. It is kept by fewer runs of the callables
             above 200 ms, then fewer rounds, then fewer runs of all; never below ``min_runs``
             and 3 rounds, even if those take longer. None: no limit.
+        turn_ms: Timed calls of one turn, after its warm-ups, need not take longer: long calls get
+            fewer, but at least ``min_runs``. None: always ``runs``.
+        enough: Standard error, as a share of the latency, at which no more rounds are needed; at
+            least 3. It is that of a callable beside the others of the run, so that drift which
+            all of them share does not count. None: always ``rounds``.
         one_speed: Take out what follows the machine's own speed (``speed``). Only for callables
             with the same number of threads: threads that are still awake slow the probe beside
             their callable, which would then look faster than it is.
@@ -66,6 +70,8 @@ class Protocol:
     warmups: int = 10
     min_runs: int = 3
     max_seconds: float | None = None
+    turn_ms: float | None = None
+    enough: float | None = None
     one_speed: bool = False
 
     def __post_init__(self) -> None:
@@ -75,8 +81,10 @@ class Protocol:
             raise ConfigError(f"min_runs: found {self.min_runs}, wanted 1 to runs={self.runs}")
         if self.warmups < 10:
             raise ConfigError(f"warmups: found {self.warmups}, wanted at least 10")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise ConfigError(f"max_seconds: found {self.max_seconds}, wanted more than 0")
+        for name in ("max_seconds", "turn_ms", "enough"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}: found {value}, wanted more than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +109,6 @@ class Ratio:
     high: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    wall_ms: float
-    cpu_ms: float
-    preemptions: int
-    probe_ms: float = 1.0
-
-
 def _involuntary_switches() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
@@ -131,7 +131,11 @@ def measure(
     A callable returns when its work is done (on a GPU it synchronises). The order rotates from
     round to round, so that nobody always follows the same neighbour. Runs that the system
     interrupted are dropped and counted, unless that is more than half of a round: then
-    interruption is how the machine is, and the round keeps all its runs.
+    interruption is how the machine is, the round keeps all its runs, and those are counted.
+
+    Raises:
+        ConfigError: No callables.
+        MeasurementError: A call took no time, or less: the clock can't tell.
     """
     if not callables:
         raise ConfigError("nothing to measure: found no callables, wanted at least one")
@@ -141,12 +145,14 @@ def measure(
     with _no_garbage_collection():
         estimates = {name: _estimate_ms(call, clock) for name, call in callables.items()}
         rounds, turns = plan_rounds(estimates, protocol)
-        samples: dict[str, list[list[_Sample]]] = {name: [] for name in callables}
+        samples: dict[str, list[list[Sample]]] = {name: [] for name in callables}
         names = list(callables)
         for r in range(rounds):
             shift = r % len(names)
             for name in names[shift:] + names[:shift]:
                 samples[name].append(_turn(callables[name], *turns[name], clock))
+            if protocol.enough is not None and standard_error(_medians(samples)) <= protocol.enough:
+                break
     if clock.probe_ms is not None:
         samples = _at_one_speed(samples)
     return {name: _summarise(rows) for name, rows in samples.items()}
@@ -161,7 +167,7 @@ def plan_rounds(
         n: min(protocol.warmups, max(SLOW_WARMUPS, math.ceil(SETTLED_MS / max(ms, 1e-6))))
         for n, ms in estimates_ms.items()
     }
-    runs = dict.fromkeys(estimates_ms, protocol.runs)
+    runs = {n: _turn_runs(ms, protocol) for n, ms in estimates_ms.items()}
     rounds = protocol.rounds
     if protocol.max_seconds is not None:
         limit_ms = protocol.max_seconds * 1e3
@@ -171,6 +177,44 @@ def plan_rounds(
             rounds = max(MIN_ROUNDS, min(rounds, math.floor(limit_ms / round_ms)))
         _shrink_runs(runs, set(runs), estimates_ms, warmups, (limit_ms / rounds, protocol.min_runs))
     return rounds, {name: (warmups[name], runs[name]) for name in estimates_ms}
+
+
+def _turn_runs(estimate_ms: float, protocol: Protocol) -> int:
+    if protocol.turn_ms is None:
+        return protocol.runs
+    enough = math.ceil(protocol.turn_ms / max(estimate_ms, 1e-6))
+    return max(protocol.min_runs, min(protocol.runs, enough))
+
+
+def standard_error(rounds_ms: FloatArray) -> float:
+    """Relative standard error of each callable's latency beside the others', pooled over all.
+
+    What a round makes of all callables together is taken out first: what is left is noise.
+
+    Args:
+        rounds_ms: Medians [rounds, callables], above 0.
+
+    Returns:
+        Infinite for fewer rounds than ``MIN_ROUNDS``. A single callable has no others: its own
+        spread counts.
+    """
+    rounds, count = rounds_ms.shape
+    if rounds < MIN_ROUNDS:
+        return math.inf
+    logs = np.log(rounds_ms)
+    logs = logs - logs.mean(axis=0)
+    if count > 1:
+        logs = logs - logs.mean(axis=1, keepdims=True)
+    freedom = (rounds - 1) * max(1, count - 1)
+    return math.sqrt(float(np.sum(np.square(logs))) / freedom / rounds)
+
+
+def _medians(samples: Mapping[str, Sequence[Sequence[Sample]]]) -> FloatArray:
+    """Medians of the rounds so far [rounds, callables]."""
+    columns = [
+        [float(np.median([s.wall_ms for s in row])) for row in rows] for rows in samples.values()
+    ]
+    return np.asarray(columns, dtype=np.float64).T
 
 
 def ratio(a: Timing, b: Timing, seed: int = 0) -> Ratio:
@@ -240,13 +284,13 @@ def _estimate_ms(call: Callable[[], object], clock: Clock) -> float:
     return (clock.wall_ns() - start) / 1e6
 
 
-def _turn(call: Callable[[], object], warmups: int, runs: int, clock: Clock) -> list[_Sample]:
+def _turn(call: Callable[[], object], warmups: int, runs: int, clock: Clock) -> list[Sample]:
     for _ in range(warmups):
         call()
     if clock.probe_ms is None:
         return [_timed(call, clock) for _ in range(runs)]
-    found: list[_Sample] = []
-    group: list[_Sample] = []
+    found: list[Sample] = []
+    group: list[Sample] = []
     before = clock.probe_ms()
     for i in range(runs):
         group.append(_timed(call, clock))
@@ -257,25 +301,25 @@ def _turn(call: Callable[[], object], warmups: int, runs: int, clock: Clock) -> 
     return found
 
 
-def _at_one_speed(samples: dict[str, list[list[_Sample]]]) -> dict[str, list[list[_Sample]]]:
+def _at_one_speed(samples: dict[str, list[list[Sample]]]) -> dict[str, list[list[Sample]]]:
     flat = {name: [s for row in rows for s in row] for name, rows in samples.items()}
     by_name = factors(
         {name: [s.wall_ms for s in row] for name, row in flat.items()},
         {name: [s.probe_ms for s in row] for name, row in flat.items()},
     )
-    adjusted: dict[str, list[list[_Sample]]] = {}
+    adjusted: dict[str, list[list[Sample]]] = {}
     for name, rows in samples.items():
         each = iter(by_name[name])
         adjusted[name] = [[_scaled(s, float(next(each))) for s in row] for row in rows]
     return adjusted
 
 
-def _scaled(sample: _Sample, factor: float) -> _Sample:
+def _scaled(sample: Sample, factor: float) -> Sample:
     """Both times, so that their ratio still tells who was interrupted."""
     return replace(sample, wall_ms=sample.wall_ms * factor, cpu_ms=sample.cpu_ms * factor)
 
 
-def _timed(call: Callable[[], object], clock: Clock) -> _Sample:
+def _timed(call: Callable[[], object], clock: Clock) -> Sample:
     # Wall time is read innermost: the other two readings cost CPU time, never latency.
     preemptions = clock.preemptions()
     cpu = clock.cpu_ns()
@@ -283,36 +327,40 @@ def _timed(call: Callable[[], object], clock: Clock) -> _Sample:
     call()
     wall = clock.wall_ns() - start
     cpu = clock.cpu_ns() - cpu
-    return _Sample(wall / 1e6, cpu / 1e6, clock.preemptions() - preemptions)
+    if wall <= 0:
+        raise MeasurementError(
+            f"a timed call took {wall} ns by the clock, wanted more than 0: the clock stood still or "
+            "went back; measure more work in one call, or on a machine with a steady clock"
+        )
+    return Sample(wall / 1e6, cpu / 1e6, clock.preemptions() - preemptions)
 
 
-def _summarise(rows: Sequence[Sequence[_Sample]]) -> Timing:
+def _summarise(rows: Sequence[Sequence[Sample]]) -> Timing:
     everything = [s for row in rows for s in row]
-    shares = [s.cpu_ms / s.wall_ms for s in everything if s.wall_ms > 0]
-    compute_bound = bool(shares) and statistics.median(shares) >= COMPUTE_BOUND
-    kept = [np.asarray(_kept_ms(row, compute_bound=compute_bound)) for row in rows]
+    flags = iter(interrupted(everything))
+    marked = [[(s.wall_ms, next(flags)) for s in row] for row in rows]
+    kept = [_kept_ms(row) for row in marked]
     pool = np.concatenate(kept)
     picks = _resample(len(kept), seed=0)
     medians = np.asarray([np.median(np.concatenate([kept[i] for i in p])) for p in picks])
     low, high = _bounds(medians, len(kept))
     median = float(np.median(pool))
+    dropped = len(everything) - int(pool.size)
     return Timing(
         median_ms=median,
         low_ms=min(low, median),
         high_ms=max(high, median),
         rounds_ms=tuple(float(np.median(k)) for k in kept),
         runs=int(pool.size),
-        dropped=len(everything) - int(pool.size),
+        dropped=dropped,
+        disturbed=sum(flag for row in marked for _, flag in row) - dropped,
     )
 
 
-def _kept_ms(row: Sequence[_Sample], *, compute_bound: bool) -> list[float]:
-    kept = [
-        s.wall_ms
-        for s in row
-        if not s.preemptions and not (compute_bound and s.cpu_ms < PREEMPTED * s.wall_ms)
-    ]
-    return kept if 2 * len(kept) >= len(row) else [s.wall_ms for s in row]
+def _kept_ms(row: Sequence[tuple[float, bool]]) -> FloatArray:
+    """Times of a round without the interrupted runs, or all where those are more than half."""
+    kept = [ms for ms, is_interrupted in row if not is_interrupted]
+    return np.asarray(kept if 2 * len(kept) >= len(row) else [ms for ms, _ in row])
 
 
 def _resample(n: int, seed: int) -> NDArray[np.int64]:

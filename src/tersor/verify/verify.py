@@ -98,8 +98,18 @@ def verdict(  # noqa: PLR0913 - what was asked, what was measured, and what the 
         reason=reason,
         largest_difference=measured.difference,
         noise=paired_noise(measured.baseline, measured.result),
-        notes=tuple(notes),
+        notes=(*notes, *_interruptions(measured)),
     )
+
+
+def _interruptions(measured: Measured) -> list[str]:
+    """What to say where most timed calls of the comparison were interrupted and yet count."""
+    timings = (measured.baseline, measured.result)
+    runs, disturbed = sum(t.runs for t in timings), sum(t.disturbed for t in timings)
+    if 2 * disturbed <= runs:
+        return []
+    said = f"the machine was busy: the system interrupted {disturbed} of the {runs} timed calls"
+    return [f"{said}; latencies are those of a busy machine"]
 
 
 def _is_held_out(measured: Measured) -> bool:

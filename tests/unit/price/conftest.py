@@ -13,8 +13,9 @@ from tersor.core.errors import BackendError
 from tersor.core.records import BuildChoice, Format, Level, Site, Timing
 from tersor.graph.facts import NodeFacts
 from tersor.price.facts import Facts
+from tersor.price.memory import PriceMemory
 from tersor.price.observation import Observation
-from tersor.price.price import PriceTools
+from tersor.price.tools import PriceTools
 
 CHOICE = BuildChoice(backend="fake", precision="bf16")
 
@@ -147,7 +148,12 @@ class Bench:
         factor = self.drift(self.runs)
         return {name: timing(float(str(call())) * factor) for name, call in calls.items()}
 
-    def tools(self, reference_ms: float = 5.0, facts: Facts | None = None) -> PriceTools:
+    def tools(
+        self,
+        reference_ms: float = 5.0,
+        facts: Facts | None = None,
+        memory: PriceMemory | None = None,
+    ) -> PriceTools:
         return PriceTools(
             build=self.build,
             run=lambda b: b.machine.total(b.assignment),  # type: ignore[attr-defined]
@@ -156,6 +162,7 @@ class Bench:
             reference_ms=reference_ms,
             quantize_nodes=quantize_nodes,
             facts=facts,
+            memory=memory,
         )
 
 

@@ -6,13 +6,8 @@ import pytest
 
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.records import BuildChoice, Level
-from tersor.price.price import (
-    PriceConfig,
-    measure_interleaved,
-    observe_builds,
-    price_all,
-    price_choice,
-)
+from tersor.price.observing import measure_interleaved, observe_builds
+from tersor.price.price import PriceConfig, price_all, price_choice
 from tersor.price.table import fit_error
 from tersor.price.variants import draw_variants
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from tersor.core.errors import SiteNotFoundError
 from tersor.core.jsonable import from_json, to_json
-from tersor.core.records import Candidate, Site, Term
+from tersor.core.records import Candidate, Site, Term, Uncertainty
 from tersor.report.explain import explain
 from tersor.report.facts import (
     all_notes,
@@ -290,6 +291,23 @@ def test_sizes_and_times_of_sites_that_share_terms(report: Report) -> None:
     assert (width.predicted_ms_before, width.predicted_ms) == (2.0, 1.58)
     assert (first.predicted_ms_before, first.predicted_ms) == (3.2, 1.58)
     assert lines["width:stream"].predicted_ms is None
+
+
+def test_explain_says_how_certain_a_price_is(report: Report) -> None:
+    joint = with_widths(report)
+    assert explain(joint, "encoder.0")["predicted_ms_se"] is None
+    (table,) = joint.prices.tables
+    second = dataclasses.replace(table.terms[0], name="down", values=(1.0, 0.5, 0.8, 0.3))
+    sure = Uncertainty(deviation=0.02, covariance=(), entries={"up": 0.1, "down": 0.2})
+    table = dataclasses.replace(table, terms=(*table.terms, second), uncertainty=sure)
+    joint = dataclasses.replace(joint, prices=dataclasses.replace(joint.prices, tables=(table,)))
+    facts = explain(joint, "width:ffn")
+    # At 1024 and int8: 0.79 and 0.3 ms, each by itself, scale 2.
+    assert facts["predicted_ms"] == pytest.approx(2 * 1.09)
+    assert facts["predicted_ms_se"] == pytest.approx(2 * math.hypot(0.079, 0.06))
+    assert "predicted 2.180 +- 0.198 ms" in shown(explained(facts))
+    # One entry that is not known: none of it is.
+    assert explain(joint, "branch:block.1")["predicted_ms_se"] is None
 
 
 def test_explain_of_a_width(report: Report) -> None:

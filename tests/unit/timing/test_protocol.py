@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tersor.core.errors import ConfigError
+from tersor.core.errors import ConfigError, MeasurementError
 from tersor.core.records import Timing
 from tersor.timing.protocol import (
     MIN_ROUNDS,
@@ -25,6 +25,7 @@ from tersor.timing.protocol import (
     paired_noise,
     plan_rounds,
     ratio,
+    standard_error,
 )
 
 
@@ -99,7 +100,7 @@ def test_round_medians_come_in_order_and_bound_the_median():
 
 
 @pytest.mark.parametrize(
-    "preempted", [(9.0, 9.0, 1), (9.0, 1.0, 0)], ids=["switched", "cpu below wall"]
+    "preempted", [(9.0, 1.0, 1), (9.0, 1.0, 0)], ids=["switched", "cpu below wall"]
 )
 def test_preempted_runs_are_dropped_and_counted(preempted: Any):
     machine = Machine()
@@ -113,9 +114,10 @@ def test_preempted_runs_are_dropped_and_counted(preempted: Any):
 @pytest.mark.parametrize("n_bad", [3, 4])
 def test_a_round_that_is_mostly_preempted_keeps_all_its_runs(n_bad: Any):
     machine = Machine()
-    rounds = [[(2.0, 2.0, 1)] * n_bad + [(1.0,)] * (4 - n_bad)] * 3
+    rounds = [[(2.0, 1.0, 1)] * n_bad + [(1.0,)] * (4 - n_bad)] * 3
     found = measure(rounds_of(machine, rounds), Protocol(rounds=3, runs=4), machine.clock)["a"]
     assert found.dropped == 0
+    assert found.disturbed == 3 * n_bad  # and says so
     assert found.runs == 12
     assert found.median_ms == 2.0
 
@@ -130,6 +132,58 @@ def test_cpu_time_says_nothing_about_a_call_that_waits_or_has_threads(runs: Any)
     calls = {"a": machine.callable("a", cycle(runs))}
     found = measure(calls, Protocol(rounds=3, runs=4), machine.clock)["a"]
     assert found.dropped == 0
+
+
+@pytest.mark.parametrize("backwards", [0, -5])
+def test_a_clock_that_stands_or_goes_back_is_refused(backwards: int):
+    machine = Machine()
+    calls = {"a": machine.callable("a", iter([(1.0,)] * 12 + [(backwards * 1e-6,)]))}
+    with pytest.raises(MeasurementError, match=f"took {backwards} ns by the clock, wanted more"):
+        measure(calls, Protocol(rounds=3, runs=4), machine.clock)
+
+
+def test_rounds_stop_when_callables_beside_each_other_are_settled():
+    """Drift of the whole machine is no reason to go on; noise of one callable is."""
+    drift = [1.0, 1.5, 1.2, 2.0, 1.1, 1.7, 1.3]
+    noisy = [1.0, 1.3, 0.9, 1.2, 0.8, 1.1, 1.0]
+    for own, wanted in (([1.0] * 7, 3), (noisy, 7)):
+        machine = Machine()
+        script = [d * o for d, o in zip(drift, own, strict=True)]
+        calls = {
+            "a": machine.callable(
+                "a", iter([(1.0,)] * 2 + [(d,) for d in script for _ in "x" * 13])
+            ),
+            "b": machine.callable(
+                "b", iter([(1.0,)] * 2 + [(d,) for d in drift for _ in "x" * 13])
+            ),
+        }
+        found = measure(calls, Protocol(rounds=7, runs=3, enough=0.01), machine.clock)
+        assert len(found["a"].rounds_ms) == len(found["b"].rounds_ms) == wanted
+
+
+def test_the_standard_error_is_that_of_means_beside_each_other():
+    """4,000 runs of 5 rounds: the spread of a callable's mean log time around the true one."""
+    rng = np.random.default_rng(0)
+    errors, means = [], []
+    for _ in range(4000):
+        logs = 0.1 * rng.standard_normal((5, 1)) + 0.02 * rng.standard_normal((5, 6))
+        errors.append(standard_error(np.exp(logs)))
+        own = logs.mean(axis=0)
+        means.append(own[0] - own[1])
+    # A difference of two has twice the variance; 3 % is three standard errors of a deviation.
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means) / 2**0.5, rel=0.04)
+    assert standard_error(np.ones((2, 3))) == np.inf
+    assert standard_error(np.array([[1.0], [1.0], [1.0]])) == 0.0
+
+
+def test_long_calls_have_fewer_runs_in_a_turn():
+    protocol = Protocol(turn_ms=100.0, min_runs=3)
+    _, turns = plan_rounds({"short": 1.0, "long": 25.0, "longer": 90.0}, protocol)
+    assert {name: runs for name, (_, runs) in turns.items()} == {
+        "short": 15,
+        "long": 4,
+        "longer": 3,
+    }
 
 
 @pytest.mark.parametrize("was_enabled", [True, False])
@@ -284,6 +338,8 @@ def test_paired_noise_knows_no_drift_and_no_single_bad_round():
         ({"runs": 2}, "min_runs: found 3, wanted 1 to runs=2"),
         ({"max_seconds": 0.0}, "max_seconds: found 0.0, wanted more than 0"),
         ({"max_seconds": float("nan")}, "max_seconds: found nan"),
+        ({"turn_ms": 0.0}, "turn_ms: found 0.0, wanted more than 0"),
+        ({"enough": -1.0}, "enough: found -1.0, wanted more than 0"),
     ],
 )
 def test_a_bad_protocol_is_refused(options: Any, message: str):

@@ -1,6 +1,7 @@
 """Verdicts: every budget passes, fails or is unknown, and the reasons for the last."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,16 @@ def test_a_busy_machine_certifies_no_speed() -> None:
     assert slow.status == "fail"  # by its bounds, however wide
     small = verdict(Target(size_mb=3), measured(result=rounds))
     assert small.status == "pass"  # a size is what it is
+
+
+def test_calls_that_were_interrupted_and_count_are_said() -> None:
+    quiet = replace(STEADY, runs=20, disturbed=9)
+    assert not any(
+        "interrupted" in n for n in verdict(Target(size_mb=3), measured(result=quiet)).notes
+    )
+    busy = replace(STEADY, runs=20, disturbed=20)
+    found = verdict(Target(size_mb=3), measured(result=busy, baseline=replace(busy, disturbed=15)))
+    assert any("interrupted 35 of the 40 timed calls" in note for note in found.notes)
 
 
 def test_values_that_are_not_finite_do_not_pass() -> None:

@@ -5,6 +5,7 @@ integers. The *compiled* one has weight-only integers expanded to float32, so th
 costs no time where a device's own decompression is slower than float32 arithmetic.
 """
 
+import math
 import re
 import tempfile
 import time
@@ -32,8 +33,9 @@ Arrays = Mapping[str, NDArray[Any]]
 
 WEIGHT_ONLY = "weight_only"  # last part of the name of a product codes * scale to be expanded
 _DEVICES = {"cpu": "CPU"}
-_WARM_RUNS = 9  # of the profile: left out
-_BLOCKS, _BLOCK_RUNS, _MOST_BLOCK_RUNS = 3, 7, 100  # counted after them
+_WARM_RUNS, _FEWEST_WARM_RUNS = 9, 2  # of the profile: left out
+_WARM_MS = 100.0  # settles caches and clock, where calls are long
+_BLOCKS, _BLOCK_RUNS, _MOST_BLOCK_RUNS = 3, 3, 100  # counted after them
 _BLOCK_MS = 40.0  # of a block, where its runs are so many
 _MICROSECOND = 1e-3  # in milliseconds: counters are cut to whole ones
 _OPEN = -1  # a size that differs from call to call
@@ -125,9 +127,9 @@ class OpenVINOExecutable:
         with failing_as("profiling the model"):
             compiled = _compile(self._stored, self._choice, {"PERF_COUNT": True})
             request = compiled.create_infer_request()
-            warm = _WARM_RUNS * len(calls)
-            spent, first = _node_totals(request, calls, warm, warm)
-            block = block_runs(spent / warm) * len(calls)
+            warm, call_ms = _warmed(request, calls)
+            _, first = _node_totals(request, calls, 0, warm)
+            block = block_runs(call_ms) * len(calls)
             marks = [warm + block * i for i in range(_BLOCKS + 1)]
             rows = [_node_totals(request, calls, block, mark) for mark in marks[1:]]
         totals = [first, *(found for _, found in rows)]
@@ -305,6 +307,21 @@ def _dtype(parameter: Any) -> "np.dtype[Any]":
 def block_runs(call_ms: float) -> int:
     """Runs of a block of a profile: enough that a moment of another process is a small part."""
     return max(_BLOCK_RUNS, min(_MOST_BLOCK_RUNS, round(_BLOCK_MS / max(call_ms, 1e-3))))
+
+
+def warm_runs(call_ms: float) -> int:
+    """Runs of a profile that do not count."""
+    return min(_WARM_RUNS, max(_FEWEST_WARM_RUNS, math.ceil(_WARM_MS / max(call_ms, 1e-3))))
+
+
+def _warmed(request: Any, calls: Sequence[Mapping[int, Any]]) -> tuple[int, float]:
+    """Run until caches and clock have settled; how many runs that took, and how long one takes."""
+    first = _FEWEST_WARM_RUNS * len(calls)
+    spent, _ = _node_totals(request, calls, first, first)
+    rest = warm_runs(spent / first) * len(calls) - first
+    if rest:
+        spent, _ = _node_totals(request, calls, rest, first + rest)
+    return first + rest, spent / (rest or first)
 
 
 def _node_totals(
