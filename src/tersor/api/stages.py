@@ -8,6 +8,7 @@ import torch
 
 from tersor.analyse.calibration import self_check, site_statistics
 from tersor.api.latency import measure_calls
+from tersor.api.proxies import with_proxies
 from tersor.api.session import Session
 from tersor.api.shrink import (
     Changes,
@@ -179,6 +180,7 @@ def propose(session: Session) -> Offers:
         lambda candidate: any(b.supports(candidate).ok for b in session.backends.values()),
         session.progress.advance,
     )
+    proposals = with_proxies(session, proposals, known)
     formats = [offer for offer in proposals if offer.change.site.kind == "format"]
     cuts = [offer for offer in proposals if offer.change.site.kind == "width"]
     branches = [offer for offer in proposals if offer.change.site.kind == "branch"]

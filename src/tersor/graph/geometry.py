@@ -108,6 +108,27 @@ def constant_error(batches: Sequence[Sequence[Tensor]], kind: OutputKind) -> flo
     return total
 
 
+def sample_sensitivity(outputs: Sequence[Tensor], kind: OutputKind, count: int) -> Tensor:
+    """How much a change of the outputs counts on each sample [count], up to a common factor.
+
+    Logits: 1 - sum p^2, mean over positions: twice the divergence for logits that all move by
+    themselves, to second order. Squared errors count the same on all samples.
+
+    Args:
+        outputs: Of the original.
+        kind: What they mean.
+        count: Samples in the batch.
+    """
+    total = torch.zeros(count, dtype=torch.float64)
+    if kind != "logits":
+        return total + 1.0
+    for logits in outputs:
+        if logits.is_floating_point() and logits.dim() > 1:
+            p = _classes_last(logits.double()).softmax(-1)
+            total += (1.0 - p.square().sum(-1)).reshape(count, -1).mean(1)
+    return total
+
+
 def _entropy_of_the_mean(column: Sequence[Tensor]) -> float:
     """H(mean p) - mean H(p): the mean divergence of each answer from the mean answer."""
     mean, entropy, count = torch.zeros((), dtype=torch.float64), 0.0, 0

@@ -1,7 +1,8 @@
 """Errors of edited graphs by real forwards: what an edit does not change is the original's."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,13 +10,29 @@ from torch import Tensor
 from tersor.core.records import Candidate, OutputKind
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import run_all
-from tersor.graph.geometry import constant_error, output_error, output_spreads
+from tersor.graph.geometry import (
+    constant_error,
+    output_error,
+    output_spreads,
+    sample_sensitivity,
+)
 from tersor.graph.suffix import Original, Suffix
-from tersor.propose.sampling import Flat, Precision, mean_error, plan_scale, rounds
+from tersor.propose.sampling import (
+    Flat,
+    Precision,
+    by_shape,
+    draw,
+    gathered,
+    mean_error,
+    plan_scale,
+    spread_order,
+)
 
 _ACTIVATION_BYTES = 1 << 29  # of all intermediate results of one chunk of samples
 _MOST_SAMPLES = 16  # in a chunk
 _EDIT_BYTES = 1 << 28  # of the tensors of all edits that are at hand at a time
+_OUTPUT_BYTES = 1 << 28  # of the outputs from which spreads are taken
+_POOL = 4  # times as many samples as may be read are those among which they are drawn
 
 
 def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
@@ -42,37 +59,74 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
         advance: Called once for each variant, when it is done.
 
     Returns:
-        Variant -> errors, one a sample [t], of the same samples in the same order.
+        Variant -> errors, one a draw [t], of the same samples in the same order, each times what
+        it counts for: their mean is the error.
     """
-    original = Original(graph)
-    rule = precision or Precision(most=max(2, _count(batches)), least=max(2, _count(batches)))
-    found: dict[int, list[Tensor]] = {i: [] for i in variants}
+    original, groups = Original(graph), by_shape(batches)
+    count, size = sum(len(flat[0]) for flat in groups), chunk_size(graph)
+    rule = precision or Precision(least=max(2, count), most=max(2, count))
+    survey = _survey(graph, groups, kind, rule, size)
+    read = {i: torch.full((count,), math.nan, dtype=torch.float64) for i in variants}
+    found: dict[int, Tensor] = {}
     active = list(variants)
-    spreads: tuple[float, ...] | None = None
-    useless = 0.0
-    for chunks, is_last in rounds(batches, rule, chunk_size(graph)):
-        if spreads is None:  # of the first round, for all: errors must not depend on the chunk
-            outputs = [graph.run(tuple(t.clone() for t in flat)) for flat in chunks]
-            spreads, useless = output_spreads(outputs), constant_error(outputs, kind)
+    looks = draw(survey.sensitivity, rule)
+    for look in looks:
+        fresh = survey.pool[look.fresh]
         for suffixes in _at_hand(original, variants, active):
             wanted = {name for suffix in suffixes.values() for name in suffix.reads}
-            for flat in chunks:
+            for flat, rows in gathered(groups, fresh, size):
                 before = original.values(flat, wanted)
                 for i, suffix in suffixes.items():
                     new, old = suffix.run(flat, before), before[original.output]
-                    found[i].append(output_error(new, old, kind, spreads))
-        means = {i: mean_error(torch.cat(rows))[0] for i, rows in found.items()}
-        scale = plan_scale(means, sites)
+                    read[i][rows] = output_error(new, old, kind, survey.spreads).double()
+        for i in active:
+            found[i] = read[i][survey.pool[look.draws]] * look.weights
+        scale = plan_scale({i: float(errors.mean()) for i, errors in found.items()}, sites)
         done = {
             i for i in active
-            if is_last or i in few or rule.is_enough(torch.cat(found[i]), scale, useless)
+            if look is looks[-1] or i in few or rule.is_enough(found[i], scale, survey.useless)
         }  # fmt: skip
         for _ in done:
             advance()
         active = [i for i in active if i not in done]
         if not active:
             break
-    return {i: torch.cat(rows) for i, rows in found.items()}
+    return {i: found[i] for i in variants}
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What the original says of the samples before anything is changed.
+
+    Attributes:
+        pool: Samples among which those that are read are drawn.
+        sensitivity: How much a change shows on each of them.
+        spreads: What squared errors are divided by.
+        useless: The error of an answer that does not look at the input.
+    """
+
+    pool: Tensor
+    sensitivity: Tensor
+    spreads: tuple[float, ...]
+    useless: float
+
+
+def _survey(
+    graph: Graph, groups: Sequence[Flat], kind: OutputKind, rule: Precision, size: int
+) -> _Survey:
+    """One pass of the original; of squared errors, which know no sure samples, over the first ones."""
+    count = sum(len(flat[0]) for flat in groups)
+    pool = spread_order(count)[: _POOL * rule.most].sort().values
+    asked = pool if kind == "logits" else spread_order(count)[: rule.least]
+    sensitivity = torch.ones(count, dtype=torch.float64)
+    kept, room = [], _OUTPUT_BYTES
+    for flat, rows in gathered(groups, asked, size):
+        outputs = graph.run(tuple(t.clone() for t in flat))
+        sensitivity[rows] = sample_sensitivity(outputs, kind, len(rows))
+        if not kept or room > 0:
+            kept.append(outputs)
+            room -= sum(t.numel() * t.element_size() for t in outputs)
+    return _Survey(pool, sensitivity[pool], output_spreads(kept), constant_error(kept, kind))
 
 
 def _at_hand(
@@ -89,10 +143,6 @@ def _at_hand(
             found, size = {}, 0
     if found:
         yield found
-
-
-def _count(batches: Sequence[Flat]) -> int:
-    return sum(len(flat[0]) for flat in batches)
 
 
 def chunks(graph: Graph, flat: Flat, others: Sequence[Flat] = ()) -> list[Flat]:

@@ -89,7 +89,8 @@ def measure_errors(  # noqa: PLR0913 - the stage's inputs
         kind: The output's geometry.
         advance: Called once for each proposal that edits the graph.
         others: Flat inputs of the samples of each other shape.
-        precision: When an error is known well enough.
+        precision: When an error is known well enough. Candidates with a note are not worth more
+            samples than the least.
     """
     changes = {
         i: offer.change for i, offer in enumerate(proposals) if offer.candidate.level not in NATIVE
@@ -103,6 +104,7 @@ def measure_errors(  # noqa: PLR0913 - the stage's inputs
         kind,
         sites={i: change.site.name for i, change in changes.items()},
         precision=precision or Precision(),
+        few=frozenset(i for i in changes if proposals[i].candidate.note),
         advance=advance,
     )
     return [

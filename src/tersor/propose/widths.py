@@ -48,7 +48,7 @@ def replaced(
         tensors[str(op.weight.target)] = weight.reshape(old.shape).to(old.dtype)
         _move_bias(tensors, op, consumer.weight - weight, means(moments[name])[0])
     graph = replace(axes.graph, module=rebuild(fresh, tensors))
-    return keep_units(graph, axes, {change.site.width: change.kept.tolist()})
+    return keep_units(graph, axes, {change.site.width: change.kept.tolist()}, meta=False)
 
 
 def _move_bias(tensors: dict[str, Tensor], op: WeightedOp, delta: Tensor, mean: Tensor) -> None:
@@ -104,7 +104,8 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
         moments: By op name.
         batches: Flat inputs of the search part.
         kind: The output's geometry.
-        precision: When an error is known well enough.
+        precision: When an error is known well enough. Candidates with a note are not worth more
+            samples than the least.
         advance: Called once for each candidate.
     """
     cuts = {i: c for i, (_, c) in enumerate(proposals) if c.level != c.site.units}
@@ -117,6 +118,7 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
             kind,
             sites={i: change.site.name for i, change in cuts.items()},
             precision=precision or Precision(),
+            few=frozenset(i for i in cuts if proposals[i][0].note),
             advance=advance,
         )
     for _ in range(len(proposals) - len(cuts)):
@@ -135,7 +137,7 @@ class _Without(Mapping[int, Graph]):
 
     def __getitem__(self, unit: int) -> Graph:
         rest = [u for u in range(len(self)) if u != unit]
-        return keep_units(self._axes.graph, self._axes, {self._width.name: rest})
+        return keep_units(self._axes.graph, self._axes, {self._width.name: rest}, meta=False)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self)))

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from tersor.core.errors import ConfigError
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
-from tersor.graph.geometry import constant_error, output_error, output_spreads
+from tersor.graph.geometry import constant_error, output_error, output_spreads, sample_sensitivity
 from tersor.propose.errors import sampled_errors
 from tersor.propose.sampling import (
     Precision,
     by_shape,
+    draw,
+    gathered,
     mean_error,
     plan_scale,
-    rounds,
     spread_order,
 )
 from tests.unit.capturing import graph_of, random
@@ -82,19 +83,54 @@ def test_every_beginning_is_spread_over_all(count: int) -> None:
         assert float(gaps.max()) <= 3 * count / start  # three-distance theorem: 2.6, and rounding
 
 
-def test_rounds_hold_every_sample_once_and_shapes_in_their_shares() -> None:
+def test_chunks_hold_every_wanted_sample_once_by_shape() -> None:
     long, short = torch.arange(60.0).reshape(60, 1), torch.arange(60.0, 90.0).repeat(2, 1).mT
-    pieces = [(long[:25],), (short,), (long[25:],)]
-    assert [len(flat[0]) for flat in by_shape(pieces)] == [60, 30]
-    found = list(rounds(pieces, Precision(least=18, most=80), 7))
-    assert [is_last for _, is_last in found] == [False, False, False, True]
-    seen: list[float] = []
-    for chunks, stop in zip((c for c, _ in found), (18, 36, 72, 80), strict=True):
-        assert all(0 < len(flat[0]) <= 7 for flat in chunks)
-        seen += [float(v) for flat in chunks for v in flat[0][:, 0]]
-        assert len(seen) == len(set(seen)) == stop
-        assert sum(v >= 60 for v in seen) == pytest.approx(stop / 3, abs=2)
-    assert set(seen) <= set(range(90))
+    groups = by_shape([(long[:25],), (short,), (long[25:],)])
+    assert [len(flat[0]) for flat in groups] == [60, 30]
+    index = spread_order(90)[:47]
+    found = list(gathered(groups, index, 7))
+    assert all(torch.equal(flat[0][:, 0].long(), rows) for flat, rows in found)
+    assert all(0 < len(rows) <= 7 for _, rows in found)
+    assert sorted(torch.cat([r for _, r in found]).tolist()) == sorted(index.tolist())
+    for stop in (18, 36, 72):  # shapes in their shares
+        assert int((spread_order(90)[:stop] >= 60).sum()) == pytest.approx(stop / 3, abs=2)
+
+
+def test_equally_sensitive_samples_are_drawn_once() -> None:
+    looks = draw(torch.ones(90), Precision(least=18, most=80))
+    order = spread_order(90)
+    for look, (start, stop) in zip(looks, ((0, 18), (18, 36), (36, 72), (72, 80)), strict=True):
+        assert torch.equal(look.draws, order[:stop])
+        assert look.fresh.tolist() == sorted(order[start:stop].tolist())
+        assert bool((look.weights == 1).all())
+    assert torch.equal(draw(torch.zeros(9), Precision())[0].draws, spread_order(9))
+
+
+def test_sensitive_samples_are_drawn_more_often_and_count_for_less() -> None:
+    """Errors in proportion to the sensitivity, of which a few samples hold nearly all."""
+    sensitivity = torch.rand(400, generator=torch.Generator().manual_seed(3)).double() ** 30
+    noise = torch.rand(400, generator=torch.Generator().manual_seed(4)).double() + 0.5
+    errors = sensitivity * noise
+    looks = draw(sensitivity, Precision(least=16, most=256))
+    assert [len(look.draws) for look in looks] == [16, 32, 64, 128, 256]
+    read: list[int] = []
+    for look in looks:
+        read += look.fresh.tolist()
+        assert len(read) == len(set(read))
+        assert set(read) == set(look.draws.tolist())
+        assert float(look.weights.max()) <= 2.0
+    p = 0.5 / 400 + 0.5 * sensitivity / sensitivity.sum()
+    torch.testing.assert_close(looks[-1].weights, 1 / (400 * p[looks[-1].draws]))
+    drawn = torch.bincount(looks[-1].draws, minlength=400).double() / 256
+    assert float((drawn.cumsum(0) - p.cumsum(0)).abs().max()) < 3 / 256  # evenly spread
+    wanted = float(errors.mean())
+    for look, even in zip(looks, draw(torch.ones(400), Precision(least=16, most=256)), strict=True):
+        mean, deviation = mean_error(errors[look.draws] * look.weights)
+        assert abs(mean - wanted) < 2 * deviation
+        assert deviation < 0.5 * mean_error(errors[even.draws])[1] or len(look.draws) < 64
+    whole = draw(sensitivity, Precision(most=512))[-1]  # as many draws as samples: all of them
+    assert sorted(whole.draws.tolist()) == list(range(400))
+    assert float((errors[whole.draws] * whole.weights).mean()) == pytest.approx(wanted)
 
 
 class Answers(nn.Module):
@@ -254,3 +290,15 @@ def test_spreads_do_not_depend_on_batches_and_constants_err_by_one() -> None:
         wanted, rel=1e-5
     )
     assert constant_error([(torch.arange(3),)], "logits") == 0.0
+
+
+def test_sensitivity_is_twice_the_divergence_of_independent_logits() -> None:
+    logits = random(6, 4, seed=8).double() * 2
+    moved = logits + 1e-3 * random(20000, 6, 4, seed=9).double()
+    divergence = torch.stack([output_error([m], [logits], "logits") for m in moved[:4000]]).mean(0)
+    found = sample_sensitivity([logits], "logits", 6)
+    torch.testing.assert_close(found * 0.5e-6, divergence, rtol=0.08, atol=0)
+    dense = logits.reshape(2, 3, 4).movedim(2, 1).unsqueeze(3)  # [n, classes, h, w]
+    wanted = found.reshape(2, 3).mean(1)
+    torch.testing.assert_close(sample_sensitivity([dense, torch.arange(2)], "logits", 2), wanted)
+    assert sample_sensitivity([logits], "values", 6).tolist() == [1.0] * 6
