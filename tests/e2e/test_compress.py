@@ -431,7 +431,7 @@ def test_explain_says_price_error_alternatives_and_undo(finished: Finished) -> N
     for site, level in plan.assignment.items():
         facts = explain(record, site)
         assert set(facts) == {
-            "site", "op_kind", "shape", "macs", "pinned", "level", "method", "error", "error_se",
+            "site", "op_kind", "shape", "macs", "pinned", "level", "method", "error", "error_se", "samples",
             "size_bytes", "predicted_ms", "predicted_ms_se", "reason", "settings", "alternatives", "undo",
             "kind", "units", "members", "native",
         }  # fmt: skip

@@ -52,6 +52,11 @@ class Run:
     test: TestPart
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Curve:
+    points: tuple[ParetoPoint, ...]
+
+
 class Result:
     """One compressed model.
 
@@ -211,8 +216,17 @@ class Result:
         run = self._run
         if not self._choice.tables:  # a plan that was given, not found, has no prices
             return ()
-        task = task_for(run.session, run.offered, run.prices, self._choice.tables, self._quality)
-        return curve(task, self._choice.evaluations, _CURVE_POINTS, self._choice.finalists)
+        choice, store = self._choice, run.session.store
+        # Dozens of programs to solve: minutes where widths and formats are many.
+        base = plan_key(run.session, run.prices, self.target)
+        key = digest(base, choice.tables, choice.evaluations, choice.finalists)
+        kept = store.get(_Curve, "pareto", key)
+        if kept is None:
+            task = task_for(run.session, run.offered, run.prices, choice.tables, self._quality)
+            points = curve(task, choice.evaluations, _CURVE_POINTS, choice.finalists)
+            kept = _Curve(points=points)
+            store.put("pareto", key, kept)
+        return kept.points
 
     def resolve(self, target: Target) -> "Result":
         """Another result from the same tables, in seconds; its numbers are predicted."""

@@ -16,7 +16,6 @@ from tersor.analyse.branches import branch_statistics
 from tersor.analyse.tree import sample_macs
 from tersor.analyse.widths import width_statistics
 from tersor.api.session import Session
-from tersor.capture.samples import Samples
 from tersor.core.records import Candidate
 from tersor.graph.apply import apply
 from tersor.graph.axes import Axes, analyse_axes, keep_units
@@ -37,14 +36,15 @@ from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.graph.requantize import requantized
 from tersor.observe.statistics import Observed
 from tersor.propose.branches import measure_branches
-from tersor.propose.propose import chunk_size
+from tersor.propose.errors import chunk_size
+from tersor.propose.sampling import Precision
 from tersor.propose.widths import measure_widths, unit_costs
 from tersor.transform.narrow import NarrowConfig, narrow
 
-# Samples on which the error of one width is measured, the more the cheaper the model.
-_ERROR_SAMPLES, _MOST_ERROR_SAMPLES, _ERROR_MACS = 32, 256, 2e10
+# Samples on which the error of one candidate is measured at most, the more the cheaper the model.
+_ERROR_SAMPLES, _MOST_ERROR_SAMPLES, _ERROR_MACS = 64, 256, 2e10
+_UNIT_SAMPLES = 32  # on which each unit of a width is removed, where no second moment tells
 _ADDITION_SAMPLES = 64  # whose ranges its operands' quantisers are chosen from
-_BRANCH_SAMPLES = 128  # on which the error of one branch is measured, each a run of the whole model
 # Rows of a fit for each input of the widest op: fewer fit the calibration part itself.
 _ROWS_PER_INPUT = 8
 _LEAST_SAMPLES, _FINAL_SAMPLES = 64, 256
@@ -115,10 +115,10 @@ def width_sites_statistics(
     free = [site for site in session.widths if site.pinned is None]
     found = {site.name: width_statistics(session.axes, site, observed) for site in free}
     alone = [site for site in free if not found[site.name].consumers]
-    batches = list(_error_part(session).batches(chunk_size(session.graph))) if alone else []
+    part = session.parts["search"].limited(_affordable(session, _UNIT_SAMPLES))
     for site in alone:
         session.progress.note(f"{site.name}: {site.units} runs without one unit each")
-        costs = unit_costs(session.axes, session.axes[site.width], batches, session.kind)
+        costs = unit_costs(session.axes, session.axes[site.width], part.groups, session.kind)
         found[site.name] = WidthStatistics(costs=costs)
     return found
 
@@ -153,17 +153,21 @@ def width_errors(
         proposals,
         statistics,
         {name: seen.moments for name, seen in observed.items()},
-        list(_error_part(session).batches(chunk_size(session.graph))),
+        session.parts["search"].groups,
         kind=session.kind,
+        precision=error_precision(session),
         advance=session.progress.advance,
     )
 
 
-def _error_part(session: Session) -> Samples:
-    """Search samples on which the errors of widths are measured."""
+def error_precision(session: Session) -> Precision:
+    """How well errors have to be known, on as many search samples as the model's cost allows."""
+    return Precision(most=_affordable(session, _ERROR_SAMPLES))
+
+
+def _affordable(session: Session, least: int) -> int:
     affordable = int(_ERROR_MACS / max(1, sum(sample_macs(session.graph).values())))
-    count = max(_ERROR_SAMPLES, min(_MOST_ERROR_SAMPLES, affordable))
-    return session.parts["search"].limited(count)
+    return max(least, min(_MOST_ERROR_SAMPLES, affordable))
 
 
 def branch_sites_statistics(session: Session) -> Mapping[str, BranchStatistics]:
@@ -188,12 +192,12 @@ def branch_errors(
     if not proposals:
         return []
     session.progress.stage("branch errors", len(proposals))
-    part = session.parts["search"].limited(_BRANCH_SAMPLES)
     return measure_branches(
         session.graph,
         proposals,
-        list(part.batches(chunk_size(session.graph))),
+        session.parts["search"].groups,
         kind=session.kind,
+        precision=error_precision(session),
         advance=session.progress.advance,
     )
 

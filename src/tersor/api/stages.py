@@ -9,6 +9,7 @@ import torch
 from tersor.analyse.calibration import self_check, site_statistics
 from tersor.api.latency import measure_calls
 from tersor.api.memory import price_memory
+from tersor.api.proxies import with_proxies
 from tersor.api.session import Session
 from tersor.api.shaping import open_baseline, reshaped, with_shapes
 from tersor.api.shrink import (
@@ -16,6 +17,7 @@ from tersor.api.shrink import (
     additions_statistics,
     branch_errors,
     branch_sites_statistics,
+    error_precision,
     evaluated,
     facts_of,
     fit_samples,
@@ -51,7 +53,6 @@ from tersor.price.variants import native_assignment
 from tersor.propose.propose import (
     NATIVE,
     Offer,
-    chunk_count,
     chunk_size,
     measure_errors,
     offers,
@@ -59,7 +60,6 @@ from tersor.propose.propose import (
 from tersor.timing.protocol import Protocol
 
 _CALIBRATION_SAMPLES = 256  # more change no statistics that matter here (ALGORITHMS 8.2)
-_ERROR_SAMPLES = 64
 _CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its graph
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
@@ -191,6 +191,7 @@ def propose(session: Session) -> Offers:
         lambda candidate: any(b.supports(candidate).ok for b in session.backends.values()),
         session.progress.advance,
     )
+    proposals = with_proxies(session, proposals, known)
     formats = [offer for offer in proposals if offer.change.site.kind == "format"]
     cuts = [offer for offer in proposals if offer.change.site.kind == "width"]
     branches = [offer for offer in proposals if offer.change.site.kind == "branch"]
@@ -222,13 +223,18 @@ def _width_errors(
 
 
 def _format_errors(session: Session, proposals: list[Offer]) -> list[Candidate]:
-    part = session.parts["search"].limited(_ERROR_SAMPLES)
+    part = session.parts["search"]
     edits = sum(offer.candidate.level not in NATIVE for offer in proposals)
-    count = chunk_count(session.graph, part.tensors, part.others)
-    session.progress.stage("errors", edits * count)
-    advance = session.progress.advance
+    session.progress.stage("errors", edits)
+    advance, precision = session.progress.advance, error_precision(session)
     return measure_errors(
-        session.graph, proposals, part.tensors, session.kind, advance, part.others
+        session.graph,
+        proposals,
+        part.tensors,
+        session.kind,
+        advance,
+        part.others,
+        precision=precision,
     )
 
 

@@ -261,6 +261,9 @@ class Candidate:
     size_bytes: int
     error: float = 0.0  # change of the output in its own geometry, mean over samples
     error_se: float = 0.0  # standard error of that mean
+    samples: int = 0  # that the error was measured on; 0: it was not measured
+    proxy: float | None = None  # what one layer's own error and the output's gradient predict
+    note: str = ""  # why it was measured on few samples
     detail: Mapping[str, Any] = field(default_factory=dict)  # the method's own settings
 
 

@@ -1,7 +1,7 @@
 """Small tools for graphs: copies, attributes, and running some of the nodes."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,45 +83,6 @@ def run_all(module: fx.GraphModule, inputs: Iterable[Tensor]) -> Environment:
                 next(stream) if node.op == "placeholder" else execute(module, node, env)
             )
     return env
-
-
-def run_changed(
-    module: fx.GraphModule, env: Mapping[str, Any], changed: Callable[[fx.Node], bool]
-) -> Any:
-    """The outputs of an edited graph, from a full run of the graph before the edit.
-
-    Only nodes for which ``changed`` holds, and what follows from them, are computed; everything
-    else is taken from ``env`` by name. A graph that writes in place is run whole.
-    """
-    if has_mutation(module.graph):
-        inputs = [env[node.name].clone() for node in module.graph.nodes if node.op == "placeholder"]
-        with torch.no_grad():
-            return module(*inputs)
-    fresh: Environment = {}
-    dirty: set[str] = set()
-    result: Any = None
-    with torch.no_grad():
-        for node in module.graph.nodes:
-            if changed(node) or any(source.name in dirty for source in node.all_input_nodes):
-                overlay = _Overlay(fresh, env)
-                value = execute(module, node, overlay)
-                fresh[node.name] = value
-                dirty.add(node.name)
-            if node.op == "output":
-                result = fresh.get(node.name, env.get(node.name))
-    return result
-
-
-class _Overlay(dict[str, Any]):
-    """New values first, then those of the run before."""
-
-    def __init__(self, fresh: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._fresh = fresh
-        self._before = before
-
-    def __missing__(self, key: str) -> Any:
-        return self._fresh[key] if key in self._fresh else self._before[key]
 
 
 def last_uses(module: fx.GraphModule) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """What a residual branch costs in quality: one real forward without it, or with a linear map."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -9,8 +9,8 @@ from tersor.core.levels import KEPT
 from tersor.core.records import Candidate, OutputKind
 from tersor.graph.branches import replace_branches
 from tersor.graph.contracts import Graph, SiteChange
-from tersor.propose.propose import with_error
-from tersor.propose.suffixes import errors_of
+from tersor.propose.errors import sampled_errors, with_errors
+from tersor.propose.sampling import Precision
 
 Proposal = tuple[Candidate, SiteChange]
 
@@ -21,6 +21,7 @@ def measure_branches(
     batches: Sequence[tuple[Tensor, ...]],
     *,
     kind: OutputKind,
+    precision: Precision | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Candidate]:
     """The candidates with the error that each causes alone, its standard error and its bytes.
@@ -30,6 +31,7 @@ def measure_branches(
         proposals: Candidates of branches with their changes.
         batches: Flat inputs of the search part.
         kind: The output's geometry.
+        precision: When an error is known well enough.
         advance: Called once for each candidate.
     """
     edited = {
@@ -37,14 +39,25 @@ def measure_branches(
         for i, (_, change) in enumerate(proposals)
         if change.level != KEPT
     }
-    errors = errors_of(graph, edited, batches, kind) if edited else {}
+    errors: Mapping[int, Tensor] = {}
+    if edited:
+        errors = sampled_errors(
+            graph,
+            edited,
+            batches,
+            kind,
+            sites={i: proposals[i][0].site for i in edited},
+            precision=precision or Precision(),
+            advance=advance,
+        )
     found: list[Candidate] = []
     for i, (candidate, change) in enumerate(proposals):
-        advance()
-        if i in edited:
+        if i not in edited:
+            advance()
+        else:
             saved = graph.parameter_bytes() - edited[i].parameter_bytes()
             candidate = replace(  # noqa: PLW2901 - with what was measured
-                with_error(candidate, errors[i]),
+                with_errors(candidate, errors[i]),
                 size_bytes=change.site.size_bytes - saved,
                 detail=dict(change.report),
             )

@@ -4,11 +4,8 @@ The error is one real forward pass with only that site replaced: what stands bef
 taken from one pass of the original, so that a change costs only what follows from it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
 
 from tersor.core.records import Candidate, OutputKind, Site
 from tersor.graph.apply import apply
@@ -20,13 +17,10 @@ from tersor.graph.contracts import (
     WidthStatistics,
     kinds_of,
 )
-from tersor.graph.edit import run_all, run_changed
-from tersor.graph.geometry import output_error
+from tersor.propose.errors import chunk_size, chunks, sampled_errors, with_errors
+from tersor.propose.sampling import Flat, Precision
 
-_ACTIVATION_BYTES = 1 << 29  # of all intermediate results of one chunk of samples
 NATIVE = ("f32", "bf16")  # levels that no edit of the graph expresses
-# Rounding weights alone to 8 bits changes the output so little that a few samples rank it.
-_SAMPLES_OF_STORAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,88 +54,63 @@ def offers(
     return found
 
 
-def measure_errors(
+class _Edited(Mapping[int, Graph]):
+    """The original with one offer in effect each; made when asked for."""
+
+    def __init__(self, graph: Graph, changes: Mapping[int, SiteChange]) -> None:
+        self._graph, self._changes = graph, changes
+
+    def __getitem__(self, position: int) -> Graph:
+        return apply(self._graph, [self._changes[position]])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._changes)
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+
+def measure_errors(  # noqa: PLR0913 - the stage's inputs
     graph: Graph,
     proposals: Sequence[Offer],
-    flat: tuple[Tensor, ...],
+    flat: Flat,
     kind: OutputKind,
     advance: Callable[[], None] = lambda: None,
-    others: Sequence[tuple[Tensor, ...]] = (),
+    others: Sequence[Flat] = (),
+    *,
+    precision: Precision | None = None,
 ) -> list[Candidate]:
-    """The candidates with mean error and its standard error over the samples.
+    """The candidates with mean error, its standard error, and on how many samples.
 
     Args:
         graph: The original.
         proposals: As ``offers`` gives them.
         flat: Flat inputs of the search samples.
         kind: The output's geometry.
-        advance: Called once for each proposal and chunk.
+        advance: Called once for each proposal that edits the graph.
         others: Flat inputs of the samples of each other shape.
+        precision: When an error is known well enough. Candidates with a note are not worth more
+            samples than the least.
     """
-    edited = {
-        i: apply(graph, [offer.change])
-        for i, offer in enumerate(proposals)
-        if offer.candidate.level not in NATIVE
+    changes = {
+        i: offer.change for i, offer in enumerate(proposals) if offer.candidate.level not in NATIVE
     }
-    before = {node.name for node in graph.module.graph.nodes}
-    output = next(node.name for node in graph.module.graph.nodes if node.op == "output")
-    errors: dict[int, list[Tensor]] = {i: [] for i in edited}
-    seen = 0
-    for chunk in chunks(graph, flat, others):
-        env = run_all(graph.module, chunk)
-        wanted = env[output]
-        for i, variant in edited.items():
-            if proposals[i].candidate.level == "int8_weight" and seen >= _SAMPLES_OF_STORAGE:
-                advance()
-                continue
-            touched = set(proposals[i].change.site.ops)
-            found = run_changed(
-                variant.module,
-                env,
-                lambda node, t=touched: node.name in t or node.name not in before,  # type: ignore[misc]
-            )
-            errors[i].append(output_error(found, wanted, kind))
-            advance()
-        seen += chunk[0].shape[0]
+    if not changes:
+        return [offer.candidate for offer in proposals]
+    errors = sampled_errors(
+        graph,
+        _Edited(graph, changes),
+        (flat, *others),
+        kind,
+        sites={i: change.site.name for i, change in changes.items()},
+        precision=precision or Precision(),
+        few=frozenset(i for i in changes if proposals[i].candidate.note),
+        advance=advance,
+    )
     return [
-        with_error(offer.candidate, torch.cat(errors[i])) if i in errors else offer.candidate
+        with_errors(offer.candidate, errors[i]) if i in errors else offer.candidate
         for i, offer in enumerate(proposals)
     ]
 
 
-def chunk_count(
-    graph: Graph, flat: tuple[Tensor, ...], others: Sequence[tuple[Tensor, ...]] = ()
-) -> int:
-    """How many chunks ``measure_errors`` runs."""
-    return len(chunks(graph, flat, others))
-
-
-def chunks(
-    graph: Graph, flat: tuple[Tensor, ...], others: Sequence[tuple[Tensor, ...]] = ()
-) -> list[tuple[Tensor, ...]]:
-    """The samples in chunks of one shape whose intermediate results fit in memory."""
-    size = chunk_size(graph)
-    return [
-        tuple(t[i : i + size] for t in group)
-        for group in (flat, *others)
-        for i in range(0, group[0].shape[0], size)
-    ]
-
-
-def chunk_size(graph: Graph) -> int:
-    """Samples whose intermediate results take at most half a gigabyte."""
-    env = run_all(graph.module, graph.example)
-    computed = (env[n.name] for n in graph.module.graph.nodes if n.op == "call_function")
-    size = sum(v.numel() * v.element_size() for v in computed if isinstance(v, Tensor))
-    per_sample = size / graph.example[0].shape[0]
-    return max(1, min(_SAMPLES_OF_STORAGE, int(_ACTIVATION_BYTES / max(per_sample, 1.0))))
-
-
-def with_error(candidate: Candidate, errors: Tensor) -> Candidate:
-    """A candidate with the mean of its errors over samples [t] and that mean's standard error."""
-    deviation = float(errors.std()) if len(errors) > 1 else 0.0
-    return replace(
-        candidate,
-        error=float(errors.mean()),
-        error_se=deviation / max(1, len(errors)) ** 0.5,
-    )
+__all__ = ["NATIVE", "Offer", "chunk_size", "chunks", "measure_errors", "offers"]

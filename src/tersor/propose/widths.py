@@ -16,8 +16,8 @@ from tersor.graph.edit import (
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.ops.kept import kept_columns, refit_columns
 from tersor.ops.moments import Moments, means
-from tersor.propose.propose import with_error
-from tersor.propose.suffixes import errors_of
+from tersor.propose.errors import sampled_errors, with_errors
+from tersor.propose.sampling import Precision
 
 
 def replaced(
@@ -48,7 +48,7 @@ def replaced(
         tensors[str(op.weight.target)] = weight.reshape(old.shape).to(old.dtype)
         _move_bias(tensors, op, consumer.weight - weight, means(moments[name])[0])
     graph = replace(axes.graph, module=rebuild(fresh, tensors))
-    return keep_units(graph, axes, {change.site.width: change.kept.tolist()})
+    return keep_units(graph, axes, {change.site.width: change.kept.tolist()}, meta=False)
 
 
 def _move_bias(tensors: dict[str, Tensor], op: WeightedOp, delta: Tensor, mean: Tensor) -> None:
@@ -60,6 +60,30 @@ def _move_bias(tensors: dict[str, Tensor], op: WeightedOp, delta: Tensor, mean: 
     tensors[name] = (tensors[name].double() + shift).to(tensors[name].dtype)
 
 
+class _Cut(Mapping[int, Graph]):
+    """The original with one width cut each; made when asked for, as each holds its weights."""
+
+    def __init__(
+        self,
+        axes: Axes,
+        changes: Mapping[int, SiteChange],
+        statistics: Mapping[str, WidthStatistics],
+        moments: Mapping[str, Moments],
+    ) -> None:
+        self._axes, self._changes = axes, changes
+        self._statistics, self._moments = statistics, moments
+
+    def __getitem__(self, position: int) -> Graph:
+        change = self._changes[position]
+        return replaced(self._axes, change, self._statistics[change.site.name], self._moments)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._changes)
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+
 def measure_widths(  # noqa: PLR0913 - the stage's inputs
     axes: Axes,
     proposals: Sequence[tuple[Candidate, SiteChange]],
@@ -68,11 +92,10 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
     batches: Sequence[tuple[Tensor, ...]],
     *,
     kind: OutputKind,
+    precision: Precision | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Candidate]:
     """The candidates with the error that each causes alone, and its standard error.
-
-    What stands before a width is taken from a pass of the original, one for each width and batch.
 
     Args:
         axes: The original's widths.
@@ -81,20 +104,29 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
         moments: By op name.
         batches: Flat inputs of the search part.
         kind: The output's geometry.
+        precision: When an error is known well enough. Candidates with a note are not worth more
+            samples than the least.
         advance: Called once for each candidate.
     """
-    found: list[Candidate] = []
-    for rows in _by_site(proposals):
-        cut = {
-            i: replaced(axes, change, statistics[candidate.site], moments)
-            for i, (candidate, change) in enumerate(rows)
-            if candidate.level != change.site.units
-        }
-        errors = errors_of(axes.graph, cut, batches, kind) if cut else {}
-        for i, (candidate, _) in enumerate(rows):
-            advance()
-            found.append(with_error(candidate, errors[i]) if i in errors else candidate)
-    return found
+    cuts = {i: c for i, (_, c) in enumerate(proposals) if c.level != c.site.units}
+    errors: Mapping[int, Tensor] = {}
+    if cuts:
+        errors = sampled_errors(
+            axes.graph,
+            _Cut(axes, cuts, statistics, moments),
+            batches,
+            kind,
+            sites={i: change.site.name for i, change in cuts.items()},
+            precision=precision or Precision(),
+            few=frozenset(i for i in cuts if proposals[i][0].note),
+            advance=advance,
+        )
+    for _ in range(len(proposals) - len(cuts)):
+        advance()
+    return [
+        with_errors(candidate, errors[i]) if i in errors else candidate
+        for i, (candidate, _) in enumerate(proposals)
+    ]
 
 
 class _Without(Mapping[int, Graph]):
@@ -105,7 +137,7 @@ class _Without(Mapping[int, Graph]):
 
     def __getitem__(self, unit: int) -> Graph:
         rest = [u for u in range(len(self)) if u != unit]
-        return keep_units(self._axes.graph, self._axes, {self._width.name: rest})
+        return keep_units(self._axes.graph, self._axes, {self._width.name: rest}, meta=False)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self)))
@@ -128,14 +160,6 @@ def unit_costs(
         batches: Flat inputs.
         kind: The output's geometry.
     """
-    errors = errors_of(axes.graph, _Without(axes, width), batches, kind)
+    sites = dict.fromkeys(range(width.units), width.name)
+    errors = sampled_errors(axes.graph, _Without(axes, width), batches, kind, sites=sites)
     return torch.stack([errors[unit].double().mean() for unit in range(width.units)])
-
-
-def _by_site(
-    proposals: Sequence[tuple[Candidate, SiteChange]],
-) -> Iterator[list[tuple[Candidate, SiteChange]]]:
-    rows: dict[str, list[tuple[Candidate, SiteChange]]] = {}
-    for candidate, change in proposals:
-        rows.setdefault(candidate.site, []).append((candidate, change))
-    yield from rows.values()

@@ -24,10 +24,11 @@ def explain(report: Report, site: str) -> dict[str, Any]:
 
     Returns:
         Keys: site, kind, op_kind, shape, units, members, macs, pinned, level, native, method,
-        error, error_se, size_bytes, predicted_ms, predicted_ms_se, reason, settings, alternatives
-        and undo. Bytes and times of a width are those of all that it meets. Changes (``*_change``)
-        are against the plan as it is, all other sites unchanged. They are predictions, but for undo
-        where it says ``measured``; ``predicted`` then holds what was predicted.
+        error, error_se, samples, size_bytes, predicted_ms, predicted_ms_se, reason, settings,
+        alternatives and undo. Bytes and times of a width are those of all that it meets. Changes
+        (``*_change``) are against the plan as it is, all other sites unchanged. They are
+        predictions, but for undo where it says ``measured``; ``predicted`` then holds what was
+        predicted.
 
     Raises:
         SiteNotFoundError: No site of that name; the message names the nearest.
@@ -50,6 +51,7 @@ def explain(report: Report, site: str) -> dict[str, Any]:
         "method": None if chosen is None else chosen.method,
         "error": 0.0 if chosen is None else chosen.error,
         "error_se": 0.0 if chosen is None else chosen.error_se,
+        "samples": 0 if chosen is None else chosen.samples,
         "size_bytes": site_bytes(report, found, level),
         "predicted_ms": site_ms(report, found, level),
         "predicted_ms_se": site_ms_se(report, found, level),
@@ -80,6 +82,8 @@ def _alternative(
         "method": other.method,
         "error": other.error,
         "error_se": other.error_se,
+        "samples": other.samples,
+        "note": other.note,
         "size_bytes": site_bytes(report, site, other.level),
         "latency_ms_change": change_ms(report, site.name, other.level),
         "error_change": other.error - error,

@@ -51,6 +51,7 @@ class SiteLine:
     predicted_ms: float | None
     error: float
     reason: str
+    error_se: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,7 @@ def _site_line(report: Report, site: Site) -> SiteLine:
         predicted_ms_before=site_ms(report, site, before),
         predicted_ms=site_ms(report, site, after),
         error=0.0 if candidate is None else candidate.error,
+        error_se=0.0 if candidate is None else candidate.error_se,
         reason=reason(report, site),
     )
 

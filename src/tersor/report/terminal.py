@@ -138,7 +138,7 @@ def sites_table(lines: Sequence[SiteLine]) -> Table:
             _arrow(str(line.before), str(line.after)),
             _arrow(_megabytes(line.size_before), _megabytes(line.size_after)),
             _NONE if line.predicted_ms is None else f"{line.predicted_ms:.3f}",
-            f"{line.error:.2g}",
+            f"{line.error:.2g}" + (f" +- {line.error_se:.1g}" if line.error_se else ""),
             line.reason,
         )
     return table
@@ -230,7 +230,7 @@ def explained(facts: Mapping[str, Any]) -> RenderableType:
     head = Text(
         f"{facts['site']}: {facts['level']}, {_megabytes(facts['size_bytes'])}, "
         f"predicted {_with_error(facts['predicted_ms'], facts['predicted_ms_se'])}, "
-        f"error {facts['error']:.2g} +- {facts['error_se']:.2g}\n{facts['reason']}"
+        f"error {_uncertain(facts)}\n{facts['reason']}"
     )
     columns = ("alternative", "method", "latency change", "error change", "size change")
     table = _table(Text("instead, all else unchanged"), columns, numeric={2, 3, 4})
@@ -242,6 +242,12 @@ def explained(facts: Mapping[str, Any]) -> RenderableType:
     latency, error, size = _changes(undo)
     back = Text(f"undo this (back to {undo['level']}): {latency}, {error} error, {size}")
     return Group(head, table, back)
+
+
+def _uncertain(facts: Mapping[str, Any]) -> str:
+    """An error, its standard error, and on how many samples they were measured."""
+    measured = f" ({facts['samples']} samples)" if facts["samples"] else ""
+    return f"{facts['error']:.2g} +- {facts['error_se']:.2g}{measured}"
 
 
 def _changes(change: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -335,3 +335,27 @@ def test_inspection_shows_units_of_a_width(report: Report) -> None:
     text = shown(inspected_table(with_widths(report).sites))
     assert "neurons" in text
     assert "1536 units" in text
+
+
+def test_errors_come_with_their_confidence(report: Report) -> None:
+    measured = tuple(
+        dataclasses.replace(c, error_se=c.error / 8, samples=64, note="why") if c.error else c
+        for c in report.candidates
+    )
+    known = dataclasses.replace(report, candidates=measured)
+    (line, *_) = site_lines(known)
+    assert (line.error, line.error_se) == (0.003, 0.003 / 8)
+    facts = explain(known, "encoder.0")
+    assert (facts["error_se"], facts["samples"]) == (0.003 / 8, 64)
+    assert "error 0.003 +- 0.00037 (64 samples)" in shown(explained(facts))
+    assert "0.003 +- 0.0004" in shown(sites_view(site_lines(known)))
+    noted = explain(known, "encoder.1")["alternatives"][0]
+    assert (noted["samples"], noted["note"]) == (64, "why")
+
+
+def test_candidates_of_older_records_can_be_read() -> None:
+    old = {"site": "a", "level": "int8", "method": "m", "size_bytes": 1, "error": 0.5,
+           "error_se": 0.1, "detail": {}}  # fmt: skip
+    found = from_json(Candidate, old)
+    assert (found.samples, found.proxy, found.note) == (0, None, "")
+    assert from_json(Candidate, to_json(found)) == found

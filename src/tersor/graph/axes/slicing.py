@@ -43,7 +43,9 @@ def gone_from(axes: Axes, keep: Units) -> dict[str, list[int]]:
     return gone
 
 
-def keep_units(graph: Graph, axes: Axes, keep: Units, *, exact_norms: bool = False) -> Graph:
+def keep_units(
+    graph: Graph, axes: Axes, keep: Units, *, exact_norms: bool = False, meta: bool = True
+) -> Graph:
     """A new graph in which only some units of some widths are left.
 
     Args:
@@ -51,12 +53,15 @@ def keep_units(graph: Graph, axes: Axes, keep: Units, *, exact_norms: bool = Fal
         axes: Its widths.
         keep: Width -> indices of the units that stay; widths not named stay whole.
         exact_norms: As for ``cut``.
+        meta: As for ``cut``.
     """
     removed = axes.removed(gone_from(axes, keep))
-    return cut(graph, axes, removed, exact_norms=exact_norms)
+    return cut(graph, axes, removed, exact_norms=exact_norms, meta=meta)
 
 
-def cut(graph: Graph, axes: Axes, removed: Flags, *, exact_norms: bool = False) -> Graph:
+def cut(
+    graph: Graph, axes: Axes, removed: Flags, *, exact_norms: bool = False, meta: bool = True
+) -> Graph:
     """A new graph without the elements of some labels.
 
     Args:
@@ -66,6 +71,8 @@ def cut(graph: Graph, axes: Axes, removed: Flags, *, exact_norms: bool = False) 
         exact_norms: Layer and group norms over a width keep the statistics of the whole width,
             removed units as zeros: the cut equals the mask on approximate widths, too, for two more
             passes over the tensor a norm. Otherwise they normalise what is left.
+        meta: Whether nodes get the shapes that they have now. A graph that is only run needs none,
+            and they take longer than a run.
     """
     memory: dict[int, Flags] = {}
 
@@ -87,7 +94,8 @@ def cut(graph: Graph, axes: Axes, removed: Flags, *, exact_norms: bool = False) 
                 rewrite(Edit(fresh, node, old, axes.walk.shapes, kept, exact_norms))
     fresh.lint()
     module = rebuild(fresh, tensors)
-    refresh(module)
+    if meta:
+        refresh(module)
     return replace(graph, module=module)
 
 
