@@ -45,7 +45,7 @@ class Codebooks:
 
 def optimal_codebooks(
     values: Float[Tensor, "t n"],
-    weights: Float[Tensor, "t n"] | None,
+    weights: Float[Tensor, "rows columns"] | None,
     entries: int,
     exact_work: int = EXACT_WORK,
 ) -> Codebooks:

@@ -137,9 +137,7 @@ def split_curve(problem: SplitProblem) -> SplitCurve:
     whole = layer_loss(problem.weight.flatten(2), metric_full).unsqueeze(1)
     left = torch.cat([whole, whole - by_rank.cumsum(1)], 1)
     errors = problem.objective.floor.unsqueeze(1) + left.clamp(min=0)
-    return SplitCurve(
-        problem=problem, first=first, errors=errors.cummin(1).values, damping=used
-    )
+    return SplitCurve(problem=problem, first=first, errors=errors.cummin(1).values, damping=used)
 
 
 def fit_split(
@@ -150,7 +148,7 @@ def fit_split(
     Args:
         curve: Of the convolution.
         rank: Channels after the first convolution, 1 .. min(u, m k).
-        rank_out: Channels before a 1 x 1 convolution behind the core (Tucker-2), 1 .. m; None: no such
+        rank_out: Channels before a 1 x 1 convolution behind the core (Tucker-2), 1 .. min(m, r k); None: no such
             convolution.
         sweeps: Refits of the first factor, each followed by one of all others, >= 0; 2 to 3 gain nearly
             all, unless the rank is very low.
@@ -310,10 +308,13 @@ def _loss(
 def _check(curve: SplitCurve, rank: int, rank_out: int | None, sweeps: int) -> None:
     weight = curve.problem.objective.weight
     what = f"split {curve.problem.split!r} of weight"
-    check_rank(rank, curve.first.shape[1], what, weight)
-    if rank == 0 or rank_out == 0:
-        raise ConfigError(f"{what} {tuple(weight.shape)}: rank 0, wanted at least one channel")
+    limits = [(what, rank, curve.first.shape[1])]
     if rank_out is not None:
-        check_rank(rank_out, weight.shape[1], f"outputs of {what}", weight)
+        reachable = min(weight.shape[1], rank * curve.problem.H.shape[2])
+        limits.append((f"outputs of {what}", rank_out, reachable))
+    for name, value, limit in limits:
+        check_rank(value, limit, name, weight)
+        if value == 0:
+            raise ConfigError(f"{name} {tuple(weight.shape)}: rank 0, wanted at least one channel")
     if sweeps < 0:
         raise ConfigError(f"sweeps must be >= 0, got {sweeps}; 2 or 3 are enough")
