@@ -239,7 +239,8 @@ def _own_covariance(
 
 
 def _block(maps: Float64[Tensor, "h r d"], sharing: int) -> Float64[Tensor, "qr qd"]:
-    return torch.block_diag(*maps.repeat_interleave(sharing, 0))
+    whole: Tensor = torch.block_diag(*maps.repeat_interleave(sharing, 0))
+    return whole
 
 
 def _projection(

@@ -183,7 +183,7 @@ def _next_row(before: _Floats, sums: _Floats) -> tuple[_Floats, NDArray[np.int32
 def _search_level(
     before: _Floats,
     sums: _Floats,
-    ranges: tuple[_Ints, NDArray[np.int32], NDArray[np.int64 | np.int32]],
+    ranges: tuple[_Ints, NDArray[np.integer], NDArray[np.integer]],
     result: tuple[_Floats, NDArray[np.int32]],
 ) -> None:
     """Best cut of each target within its range, for all tables at once; writes into the result."""

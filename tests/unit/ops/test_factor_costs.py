@@ -1,5 +1,7 @@
 """Counts are those of the tensors that the chains have; break-even is where they cross."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from tersor.core.errors import ConfigError
 from tersor.ops.factor_costs import (
+    Cost,
     LayerSizes,
     dense_cost,
     height_cost,
@@ -61,7 +64,9 @@ def test_a_linear_layer_breaks_even_at_mn_over_m_plus_n() -> None:
     st.sampled_from([output_cost, input_cost, height_cost, width_cost]),
     st.floats(0.05, 1.5),
 )
-def test_the_largest_rank_is_the_last_that_is_below(m, c, cost, share) -> None:  # type: ignore[no-untyped-def]
+def test_the_largest_rank_is_the_last_that_is_below(
+    m: int, c: int, cost: Callable[[LayerSizes, int], Cost], share: float
+) -> None:
     layer = LayerSizes(
         outputs=m, inputs=c, kernel=(3, 3), positions_in=(8, 8), positions_out=(4, 4)
     )

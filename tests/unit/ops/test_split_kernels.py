@@ -1,5 +1,7 @@
 """Chains are what they stand for, their errors the definition, and every step an exact least squares."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +25,7 @@ from tersor.ops.split_kernels import (
 )
 
 EPS = torch.finfo(torch.float64).eps
+DAMPING = 1e-3
 SPLITS = ["input", "height", "width"]
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -45,16 +48,15 @@ def convolution(
     channels: int = 4,
     kernel: tuple[int, int] = (3, 2),
     groups: int = 1,
-    damping: float = 1e-4,
     behind: bool = False,
 ) -> tuple[Objective, Tensor, Tensor]:
     """Objective, unfolded weight and rows of a small convolution."""
     W = normal(seed, groups, outputs // groups, channels // groups * kernel[0] * kernel[1])
     rows = unfold(smooth(seed, 6, channels, 7, 6), kernel, (1, 1), (1, 0), (1, 1), groups)
     if not behind:
-        return objective_of(W, moments_of(rows), damping), W, rows
+        return objective_of(W, moments_of(rows), DAMPING), W, rows
     other = rows + 0.3 * normal(seed + 5, *rows.shape)
-    return objective_of(W, moments_of(other, rows), damping), W, other
+    return objective_of(W, moments_of(other, rows), DAMPING), W, other
 
 
 def damped_loss(problem: SplitProblem, first: Tensor, core: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def test_errors_are_the_definition_and_sweeps_never_raise_them(
         floor = float(objective.floor.sum())
         now = floor + float(damped_loss(problem, found.first, core))
         assert found.losses[-1] == pytest.approx(now, rel=1e-9, abs=1e-12)
-        for before, after in zip(found.losses, found.losses[1:], strict=False):
+        for before, after in pairwise(found.losses):
             assert after <= before * (1 + 1e-9) + 1e-12
         if rank_out is None:
             assert found.losses[0] == pytest.approx(
@@ -142,11 +144,11 @@ def test_errors_are_the_definition_and_sweeps_never_raise_them(
 
 
 @given(SEEDS, st.sampled_from(SPLITS), st.sampled_from([None, 2]), st.booleans())
-@settings(max_examples=12)
+@settings(max_examples=12, deadline=None)
 def test_no_factor_has_a_gradient_left_after_its_refit(
     seed: int, split: str, rank_out: int | None, behind: bool
 ) -> None:
-    objective, _, _ = convolution(seed, behind=behind, damping=1e-3)
+    objective, _, _ = convolution(seed, behind=behind)
     problem = split_problem(objective, (3, 2), split)  # type: ignore[arg-type]
     found = fit_split(split_curve(problem), 2, rank_out, sweeps=1)
     last = torch.eye(6, dtype=torch.float64)[None] if found.last is None else found.last
@@ -172,31 +174,33 @@ def test_no_factor_has_a_gradient_left_after_its_refit(
 
 def test_tucker_with_a_fixed_first_factor_is_reduced_rank_regression() -> None:
     """Against many steps of gradient descent on core and last together, from several starts."""
-    objective, _, _ = convolution(4, damping=1e-3)
+    objective, _, _ = convolution(4)
     problem = split_problem(objective, (3, 2), "input")
     curve = split_curve(problem)
     best = fit_split(curve, 2, 2, sweeps=0).losses[0]
-    for seed in range(2):
-        core = normal(seed, 1, 2, 2, 6).requires_grad_()
-        last = normal(seed + 9, 1, 6, 2).requires_grad_()
-        optimizer = torch.optim.LBFGS([core, last], max_iter=120, line_search_fn="strong_wolfe")
+    found = [descended(problem, curve.first[:, :2], seed) for seed in range(2)]
+    assert min(found) >= best * (1 - 1e-9)
+    assert min(found) == pytest.approx(best, rel=1e-3)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = damped_loss(
-                problem, curve.first[:, :2], torch.einsum("gms,gsrk->gmrk", last, core)
-            )
-            loss.backward()
-            return loss
 
-        optimizer.step(closure)
-        assert float(closure().detach()) >= best * (1 - 1e-9)
-        if seed == 0:
-            assert float(closure().detach()) == pytest.approx(best, rel=1e-3)
+def descended(problem: SplitProblem, first: Tensor, seed: int) -> float:
+    """Loss after L-BFGS on core and last factor, ranks 2 and 2."""
+    core = normal(seed, 1, 2, 2, 6).requires_grad_()
+    last = normal(seed + 9, 1, 6, 2).requires_grad_()
+    optimizer = torch.optim.LBFGS([core, last], max_iter=120, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = damped_loss(problem, first, torch.einsum("gms,gsrk->gmrk", last, core))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(closure().detach())
 
 
 def test_lots_of_rows_reach_what_one_system_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective, _, _ = convolution(5, outputs=8, damping=1e-2)
+    objective, _, _ = convolution(5, outputs=8)
     problem = split_problem(objective, (3, 2), "height")
     curve = split_curve(problem)
     start = curve.first[:, :3]
@@ -207,7 +211,7 @@ def test_lots_of_rows_reach_what_one_system_does(monkeypatch: pytest.MonkeyPatch
     for _ in range(100):
         rows, _ = refit_first(problem, rows, core)
         losses.append(float(damped_loss(problem, rows, core)))
-    for before, after in zip(losses, losses[1:], strict=False):
+    for before, after in pairwise(losses):
         assert after <= before * (1 + 1e-12)
     assert torch.allclose(rows, whole, atol=1e-3)
 
@@ -249,7 +253,7 @@ def test_degenerate_convolutions(split: str) -> None:
         assert bool(found.error.isfinite().all())
         assert bool(found.bias.isfinite().all())
         assert float(found.error.sum()) <= float(objective.variance.sum())
-        for before, after in zip(found.losses, found.losses[1:], strict=False):
+        for before, after in pairwise(found.losses):
             assert after <= before * (1 + 1e-6) + 1e-12
     nothing = objective_of(torch.zeros(1, 3, 24), moments_of(rows))
     curve = split_curve(split_problem(nothing, (3, 2), split))  # type: ignore[arg-type]
