@@ -145,6 +145,7 @@ def test_behind_a_change_the_error_is_against_the_original_outputs(seed: int) ->
         # The bias shift is what the original bias lacks; that of W is part of both outputs.
         wanted = (wanted_output - output - found.bias).square().mean(0).sum(1)
         assert torch.allclose(found.error, wanted, rtol=1e-8)
+        assert torch.allclose(objective.error(new), wanted, rtol=1e-8)
         assert torch.allclose(found.bias, (wanted_output - output).mean(0), rtol=1e-8, atol=1e-10)
         share = float(found.error.sum() / objective.variance.sum())
         assert relative_error(W, new, moments) == pytest.approx(share, rel=1e-8)
