@@ -1,10 +1,9 @@
 """Codes and tables of a weight for the layer's output: the best tables, codes, and tables again.
 
-The tables begin as exact k-means of the
-weights. Codes are then given column by column, the nearest entry each, and every later column absorbs
-what it can of the error (as ``feedback`` does for grids). What then counts of an input is not its mean
-square but what later inputs can't make up for, 1 / U_jj^2, its variance given those: k-means weights
-by that. After that three steps take turns, none of which raises tr(D (H + lam I) D^T), D = W - W':
+The tables begin as exact k-means of the weights. Codes are then given column by column, the nearest
+entry each, and every later column absorbs what it can of the error (as ``feedback`` does for grids).
+What then counts of an input is not its mean square but what later inputs can't make up for, 1 / U_jj^2,
+its variance given those: k-means weights by that. After that three steps take turns, none of which raises tr(D (H + lam I) D^T), D = W - W':
 
 * entries: the least squares over all entries of a table, in the full metric, codes as they are;
 * codes: coordinate descent, the best entry of a column while all others stand still;

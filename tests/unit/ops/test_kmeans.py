@@ -117,6 +117,18 @@ def test_more_entries_than_distinct_values() -> None:
     assert one.tables.tolist() == [[4, 4, 4]]
 
 
+def test_many_tables_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = normal(3, 8, 2000)
+    exact = optimal_codebooks(values, None, 16)
+    monkeypatch.setattr(kmeans, "TOTAL_WORK", 8 * 256 * 16)
+    shared = optimal_codebooks(values, None, 16)
+    assert not bool(exact.merged.any())
+    assert bool((shared.merged > 0).all())
+    for t in range(8):
+        reached = error_of(values[t], torch.ones_like(values[t]), shared.tables[t])
+        assert float(exact.errors[t, -1]) <= reached <= 1.02 * float(exact.errors[t, -1])
+
+
 @pytest.mark.parametrize("entries", [4, 16])
 @pytest.mark.parametrize("tail", [False, True])
 def test_merging_costs_little_and_says_how_much(entries: int, tail: bool) -> None:
