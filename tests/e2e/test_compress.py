@@ -475,6 +475,14 @@ def test_undoing_one_of_the_costliest_choices_is_measured(
     assert len(built) == 2
 
 
+def test_the_curve_is_found_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = finished.result
+    points = result.pareto
+    monkeypatch.delattr("tersor.api.result.curve")
+    again = Result(result._run, result.target, result._choice)
+    assert again.pareto == points
+
+
 def test_pareto_is_sorted_and_marked(finished: Finished) -> None:
     points = finished.result.pareto
     assert len(points) >= 2
