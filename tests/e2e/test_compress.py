@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.api import undoing
+from tersor.api.choosing import ChoiceRecord
 from tersor.api.final import Made, make_final
 from tersor.api.result import Result
 from tersor.api.stages import build_for
 from tersor.core.errors import ConfigError, SiteNotFoundError, TersorError
-from tersor.core.jsonable import from_json, read_record
+from tersor.core.jsonable import dumps, from_json, read_record
 from tersor.core.records import Plan
 from tersor.report.explain import costliest, explain
 from tersor.report.record import Report
@@ -473,6 +474,16 @@ def test_undoing_one_of_the_costliest_choices_is_measured(
     assert len(built) == 2  # the plan, and the plan without it
     assert lenet_run.result.explain(name)["undo"] == undo
     assert len(built) == 2
+
+
+def test_the_curve_is_found_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = finished.result
+    whole = {name: int(value) for name, value in result.plan.target.items()}  # as many write them
+    choice = replace(result._choice, finalists=(replace(result.plan, target=whole),))
+    points = Result(result._run, result.target, choice).pareto
+    kept = from_json(ChoiceRecord, json.loads(dumps(choice)))  # as the store gives it
+    monkeypatch.delattr("tersor.api.result.curve")
+    assert Result(result._run, result.target, kept).pareto == points
 
 
 def test_pareto_is_sorted_and_marked(finished: Finished) -> None:

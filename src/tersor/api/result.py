@@ -20,7 +20,7 @@ from tersor.api.stages import Offers
 from tersor.api.undoing import measure_undone
 from tersor.capture.detector import Attached
 from tersor.core.errors import BackendError, ConfigError, ParityError
-from tersor.core.jsonable import digest, dumps
+from tersor.core.jsonable import digest, dumps, from_json, to_json
 from tersor.core.machine import describe_machine
 from tersor.core.records import ParetoPoint, Plan, Prices, Verdict
 from tersor.core.store import write_atomic
@@ -219,7 +219,8 @@ class Result:
         choice, store = self._choice, run.session.store
         # Dozens of programs to solve: minutes where widths and formats are many.
         base = plan_key(run.session, run.prices, self.target)
-        key = digest(base, choice.tables, choice.evaluations, choice.finalists)
+        read = from_json(ChoiceRecord, to_json(choice))  # 2 or 2.0: as the store gives it
+        key = digest(base, read.tables, read.evaluations, read.finalists)
         kept = store.get(_Curve, "pareto", key)
         if kept is None:
             task = task_for(run.session, run.offered, run.prices, choice.tables, self._quality)

@@ -50,7 +50,8 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
 
     Args:
         graph: The original.
-        variants: Edits of it, where nodes that stay keep their names; asked for anew in each round.
+        variants: Edits of it, where nodes that stay keep their names; made when asked for, and
+            again in a later look where not all fit in memory.
         batches: Flat inputs of all samples.
         kind: The output's geometry.
         sites: Variant -> the site that it changes.
@@ -69,10 +70,11 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
     read = {i: torch.full((count,), math.nan, dtype=torch.float64) for i in variants}
     found: dict[int, Tensor] = {}
     active = list(variants)
+    edits = _Suffixes(original, variants)
     looks = draw(survey.sensitivity, rule)
     for look in looks:
         fresh = survey.pool[look.fresh]
-        for suffixes in _at_hand(original, variants, active):
+        for suffixes in edits.of(active):
             wanted = {name for suffix in suffixes.values() for name in suffix.reads}
             for flat, rows in gathered(groups, fresh, size):
                 before = original.values(flat, wanted)
@@ -86,6 +88,7 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
             i for i in active
             if look is looks[-1] or i in few or rule.is_enough(found[i], scale, survey.useless)
         }  # fmt: skip
+        edits.drop(done)
         for _ in done:
             advance()
         active = [i for i in active if i not in done]
@@ -119,7 +122,8 @@ def _survey(
     pool = spread_order(count)[: _POOL * rule.most].sort().values
     asked = pool if kind == "logits" else spread_order(count)[: rule.least]
     sensitivity = torch.ones(count, dtype=torch.float64)
-    kept, room = [], _OUTPUT_BYTES
+    kept: list[tuple[Tensor, ...]] = []
+    room = _OUTPUT_BYTES
     for flat, rows in gathered(groups, asked, size):
         outputs = graph.run(tuple(t.clone() for t in flat))
         sensitivity[rows] = sample_sensitivity(outputs, kind, len(rows))
@@ -129,20 +133,38 @@ def _survey(
     return _Survey(pool, sensitivity[pool], output_spreads(kept), constant_error(kept, kind))
 
 
-def _at_hand(
-    original: Original, variants: Mapping[int, Graph], wanted: Iterable[int]
-) -> Iterator[dict[int, Suffix]]:
-    """What the edits change, as many at a time as fit in memory."""
-    found: dict[int, Suffix] = {}
-    size = 0
-    for i in wanted:
-        found[i] = original.suffix(variants[i])
-        size += found[i].own_bytes
-        if size > _EDIT_BYTES:
+class _Suffixes:
+    """What the edits change; as many as fit in memory stay at hand from one look to the next."""
+
+    def __init__(self, original: Original, variants: Mapping[int, Graph]) -> None:
+        self._original, self._variants = original, variants
+        self._kept: dict[int, Suffix] = {}
+        self._room = _EDIT_BYTES
+
+    def of(self, wanted: Iterable[int]) -> Iterator[dict[int, Suffix]]:
+        """Those of some variants, as many at a time as fit in memory."""
+        found: dict[int, Suffix] = {}
+        size = 0
+        for i in wanted:
+            suffix = self._kept.get(i)
+            if suffix is None:
+                suffix = self._original.suffix(self._variants[i])
+                if suffix.own_bytes <= self._room:
+                    self._kept[i] = suffix
+                    self._room -= suffix.own_bytes
+            found[i] = suffix
+            size += 0 if i in self._kept else suffix.own_bytes
+            if size > _EDIT_BYTES:
+                yield found
+                found, size = {}, 0
+        if found:
             yield found
-            found, size = {}, 0
-    if found:
-        yield found
+
+    def drop(self, done: Iterable[int]) -> None:
+        """Make room."""
+        for i in done:
+            suffix = self._kept.pop(i, None)
+            self._room += 0 if suffix is None else suffix.own_bytes
 
 
 def chunks(graph: Graph, flat: Flat, others: Sequence[Flat] = ()) -> list[Flat]:

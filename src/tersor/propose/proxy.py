@@ -12,6 +12,7 @@ Source: Hassibi and Stork 1993; Dong et al. 2020 (HAWQ-V2), arXiv:1911.03852, th
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def _backward(
     values: dict[str, Tensor] = {}
     env: dict[str, object] = {}
     stream = iter(flat)
-    result: Sequence[Tensor] = ()
+    result: Any = ()
     with torch.enable_grad():
         for node in graph.module.graph.nodes:
             is_input = node.op == "placeholder"

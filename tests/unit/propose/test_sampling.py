@@ -211,12 +211,27 @@ def test_constant_errors_stop_first_and_wide_ones_last(graph: Graph, data: Tenso
     assert counts == [16, 256, 256]
     assert len(ticks) == 3
     # (type checks look at the first one, too)
-    assert [i for i in variants.asked if i] == [1, 2] * 5
+    assert [i for i in variants.asked if i] == [1, 2]
     mean, deviation = mean_error(found[2])
     assert deviation <= 0.1 * mean
     assert mean_error(found[2][:128])[1] > 0.1 * mean_error(found[2][:128])[0]
     mean, deviation = mean_error(found[1])
     assert deviation > 0.1 * mean  # as many as there may be
+
+
+def test_edits_that_do_not_fit_in_memory_are_made_again(
+    graph: Graph, data: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {i: scaled(0, 0, 0.1 * (i + 1)) for i in range(4)}
+    rule = Precision(share=0.0, least=32, most=64)
+    plenty = measure(Variants(graph, weights), data, precision=rule)
+    own = 4 * 3 * 3
+    for room, asked in ((own, [1, 2, 3] * 2), (2 * own, [1, 2, 3, 2, 3]), (0, [1, 2, 3] * 2)):
+        monkeypatch.setattr("tersor.propose.errors._EDIT_BYTES", room)
+        variants = Variants(graph, weights)
+        found = measure(variants, data, precision=rule)
+        assert [i for i in variants.asked if i] == asked
+        assert all(torch.equal(found[i], plenty[i]) for i in weights)
 
 
 def test_samples_are_the_same_for_all_in_the_same_order(graph: Graph, data: Tensor) -> None:

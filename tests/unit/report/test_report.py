@@ -32,6 +32,7 @@ from tersor.report.terminal import (
     inspected_table,
     render_report,
     render_summary,
+    sites_view,
 )
 
 SAMPLE = Path(__file__).with_name("sample.json")
@@ -339,16 +340,16 @@ def test_inspection_shows_units_of_a_width(report: Report) -> None:
 
 def test_errors_come_with_their_confidence(report: Report) -> None:
     measured = tuple(
-        dataclasses.replace(c, error_se=c.error / 8, samples=64, note="why") if c.error else c
+        dataclasses.replace(c, error_se=c.error / 10, samples=64, note="why") if c.error else c
         for c in report.candidates
     )
     known = dataclasses.replace(report, candidates=measured)
     (line, *_) = site_lines(known)
-    assert (line.error, line.error_se) == (0.003, 0.003 / 8)
+    assert (line.error, line.error_se) == (0.003, 0.003 / 10)
     facts = explain(known, "encoder.0")
-    assert (facts["error_se"], facts["samples"]) == (0.003 / 8, 64)
-    assert "error 0.003 +- 0.00037 (64 samples)" in shown(explained(facts))
-    assert "0.003 +- 0.0004" in shown(sites_view(site_lines(known)))
+    assert (facts["error_se"], facts["samples"]) == (0.003 / 10, 64)
+    assert "error 0.003 +- 0.0003 (64 samples)" in shown(explained(facts))
+    assert "0.003 +- 0.0003" in shown(sites_view(site_lines(known)))
     noted = explain(known, "encoder.1")["alternatives"][0]
     assert (noted["samples"], noted["note"]) == (64, "why")
 

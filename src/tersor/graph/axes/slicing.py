@@ -5,7 +5,7 @@ tensors lose the elements of removed units; literals that were a width (shapes o
 sizes of splits) become the count that is left; means are rescaled. Nodes keep their names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -86,17 +86,28 @@ def cut(
     for name, shape in axes.walk.stored.items():
         if name in tensors:
             tensors[name] = _selected(tensors[name], [kept(d) for d in shape])
+    _rewrite_literals(fresh, axes, before, kept, exact_norms=exact_norms)
+    fresh.lint()
+    module = rebuild(fresh, tensors)
+    if meta:
+        refresh(module)
+    return replace(graph, module=module)
+
+
+def _rewrite_literals(
+    fresh: fx.Graph,
+    axes: Axes,
+    before: Mapping[str, fx.Node],
+    kept: Callable[[Dim], Flags],
+    *,
+    exact_norms: bool,
+) -> None:
     for node in list(fresh.nodes):
         rewrite = REWRITES.get(op_name(node)) if node.op == "call_function" else None
         if rewrite is not None and node.name in before:
             old = before[node.name]
             if old in axes.walk.shapes and _touches(axes, old, kept):
                 rewrite(Edit(fresh, node, old, axes.walk.shapes, kept, exact_norms))
-    fresh.lint()
-    module = rebuild(fresh, tensors)
-    if meta:
-        refresh(module)
-    return replace(graph, module=module)
 
 
 def _selected(tensor: Tensor, kept: Sequence[Flags]) -> Tensor:
