@@ -18,11 +18,11 @@ from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import Candidate, Level, PriceTable, Term
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES, Model
+from tersor.plan.moves import next_levels, single_moves
 from tersor.plan.problem import CONSTRAINTS, Problem, Totals
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import choose
 from tersor.plan.solve import JOINT_GAP, TOLERANCE, Solution, optimise, solve
-from tersor.plan.swaps import neighbours
 from tersor.plan.sweep import pareto
 from tersor.plan.task import Choice, Limits
 
@@ -291,23 +291,18 @@ def test_the_baseline_keeps_every_unit(lab: ModuleType) -> None:
     assert not ledger.is_baseline(fewer)
 
 
-def test_a_width_moves_one_level_at_a_time(lab: ModuleType) -> None:
+def test_a_width_moves_to_the_next_levels(lab: ModuleType) -> None:
     world = lab.make_world(0, joint=True)
-    limits = Limits(max_ms=10 * world.baseline_ms)
     here = {**world.problem.native_assignment(), "width:v": 64}
-    around = neighbours(Ledger(world.task(limits), world.tools()), draft_of(0, here))
-    single = [
-        changed
-        for draft in around
-        if len(changed := dict(draft.assignment.items() - here.items())) == 1
-    ]
     by_site: dict[str, set[Level]] = {}
-    for ((site, level),) in (changed.items() for changed in single):
+    for site, level in single_moves(world.problem, here):
         by_site.setdefault(site, set()).add(level)
     assert by_site["width:v"] == {96, 32}
-    assert by_site["width:w"] == {48}  # from 64, never to 32
+    assert by_site["width:w"] == {48, 32}
     assert by_site["branch:b"] == {0}
     assert by_site["a"] == {"int8", "int8_weight"}
+    assert list(next_levels(range(10, 70, 10), 10)) == [20, 30]
+    assert list(next_levels(range(10, 70, 10), 40)) == [20, 30, 50, 60]
 
 
 def test_words_name_ops_widths_and_weights(lab: ModuleType) -> None:
