@@ -13,20 +13,20 @@ rounds without a gain.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from scipy.special import ndtr
 
 from tersor.core.records import Level
 from tersor.plan.moves import moved
 from tersor.plan.problem import Problem
+from tersor.plan.ranks import Array, Grid, Ranks
 from tersor.plan.solve import optimise
-from tersor.plan.surrogate import Array, Sizes, Surrogate
+from tersor.plan.surrogate import Sizes, Surrogate
 
 Assignment = Mapping[str, Level]
-Key = tuple[tuple[str, Level], ...]
-
 # Shares of the samples of each stage of a round, and how many plans take part in it.
 SHARES = (0.25, 0.5, 1.0)
 TAKEN = (6, 3, 2)
@@ -34,8 +34,11 @@ TAKEN = (6, 3, 2)
 DRAWS = 3
 # Rounds without a gain after which the search ends.
 PATIENCE = 4
-# A gain below this share is not worth a look.
-LEAST_GAIN = 5e-4
+# An expected gain below this share is not worth a look; nor is a latency that measures as equal.
+LEAST_GAIN = 1e-4
+SMALLEST_GAIN = 5e-3
+ROUNDING, TINY = 1e-9, 1e-30
+USED, EXHAUSTED = "the looks are used up", "no plan is left that should gain anything"
 # Plans of a round that are compared again after each choice.
 LISTED = 200
 # Steps from neighbour to neighbour, by what the surrogate says.
@@ -74,224 +77,235 @@ class Aim:
     seed: int = 0
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    row: Ranks  # [sites]
+    losses: Array  # [n]
+    share: float
+
+
 class Explorer:
-    """One search; ``best`` moves, and ``found`` keeps every plan that was the best, in order."""
+    """One search.
 
-    aim: Aim
-    judge: Judge
-    best: Assignment
-    seen: dict[Key, "_Seen"] = field(default_factory=dict)
-    found: list[Assignment] = field(default_factory=list)
-    rounds: int = 0
-    reason: str = ""
+    Attributes:
+        best: The best plan so far.
+        found: Every plan that was the best after the first one, in order.
+        rounds: How many were raced.
+        reason: Why it ended.
+    """
 
-    def run(self) -> list[Assignment]:
+    def __init__(self, aim: Aim, judge: Judge, start: Assignment) -> None:
+        self.aim, self.judge = aim, judge
+        self.found: list[dict[str, Level]] = []
+        self.rounds = 0
+        self.reason = ""
+        self._grid = Grid(aim.problem)
+        self._best = self._grid.encode([start])[0]
+        self._seen: dict[bytes, _Seen] = {}
+
+    @property
+    def best(self) -> dict[str, Level]:
+        """Every site's level."""
+        return self._grid.decode(self._best)
+
+    def run(self) -> list[dict[str, Level]]:
         """The plans that were better than all before, the best last; empty where none was."""
-        self._look(self.best, 1.0)
+        self._look(self._best, 1.0)
         idle = 0
-        while True:
-            if self.judge.looks_left <= 0:
-                self.reason = "the looks are used up"
-                return self.found
-            pool = self._ranked()
-            if not pool:
-                self.reason = "no plan is left that should gain anything"
-                return self.found
-            idle = 0 if self._race(pool) else idle + 1
+        while not self.reason:
+            rows = self._ranked() if self.judge.looks_left > 0 else []
+            if not rows:
+                used = self.judge.looks_left <= 0
+                self.reason = USED if used else EXHAUSTED
+                break
+            idle = 0 if self._race(rows) else idle + 1
             self.rounds += 1
             if idle >= PATIENCE:
                 self.reason = f"nothing was gained in {PATIENCE} rounds"
-                return self.found
+        return self.found
 
     # What to look at
 
-    def _ranked(self) -> list[Assignment]:
+    def _ranked(self) -> list[Ranks]:
         """Unseen plans that should gain, the most promising first, each told of those before."""
-        pool = self._pool()
-        wanted = min(TAKEN[0], self.judge.looks_left)
-        chosen: list[Assignment] = []
-        observed = self._observed()
-        first = surrogate = self._surrogate(observed)
-        if pool:
-            order = np.argsort(-self._gains(pool, first), kind="stable")[:LISTED]
-            pool = [pool[int(i)] for i in order]
-        while pool and len(chosen) < wanted:
+        rows, losses, errors = self._observed()
+        first = surrogate = Surrogate(self._grid, rows, losses, errors)
+        pool = self._pool(first)
+        pool = pool[np.argsort(-self._gains(pool, first), kind="stable")[:LISTED]]
+        chosen: list[Ranks] = []
+        while len(pool) and len(chosen) < min(TAKEN[0], self.judge.looks_left):
             if chosen:  # as if they were what is expected of them
-                means, _ = first.predict(chosen)
-                told = [_Point(p, float(m), 0.0) for p, m in zip(chosen, means, strict=True)]
-                surrogate = self._surrogate([*observed, *told], first.sizes)
+                told = np.stack(chosen)
+                surrogate = self._told(first.sizes, told, first.predict(told)[0])
             gains = self._gains(pool, surrogate)
             place = int(np.argmax(gains))
             if gains[place] <= LEAST_GAIN * self._scale():
                 break
-            chosen.append(pool.pop(place))
+            chosen.append(pool[place])
+            pool = np.delete(pool, place, axis=0)
         return chosen
 
-    def _pool(self) -> list[Assignment]:
-        problem, surrogate = self.aim.problem, self._surrogate(self._observed())
+    def _told(self, sizes: Sizes, x: Ranks, y: Array) -> Surrogate:
+        """The surrogate of what was observed and of some beliefs."""
+        rows, losses, errors = self._observed()
+        return Surrogate(
+            self._grid,
+            np.concatenate([rows, x]),
+            np.concatenate([losses, y]),
+            np.concatenate([errors, np.zeros(len(y))]),
+            sizes,
+        )
+
+    def _pool(self, surrogate: Surrogate) -> Ranks:
+        """Plans that hold the budgets: the program's, their neighbours, and so on."""
         rng = np.random.default_rng([self.aim.seed, self.rounds])
-        found: dict[Key, Assignment] = {}
-        for generator in (None, *[rng] * DRAWS):
-            errors, elsewhere = surrogate.around(self.best, generator)
-            budget = None if math.isinf(self.judge.max_loss) else self.judge.max_loss - elsewhere
+        starts = [self._best, *self._programs(surrogate, rng)]
+        rows = [np.stack(starts)]
+        for start in starts:
+            rows += self._climb(start, surrogate, rng)
+        pool: Ranks = np.unique(np.concatenate(rows), axis=0)
+        unseen = np.array([row.tobytes() not in self._seen for row in pool])
+        held: Ranks = pool[unseen & self._fits(pool)]
+        return held
+
+    def _programs(self, surrogate: Surrogate, generator: np.random.Generator) -> list[Ranks]:
+        """Solutions with the surrogate's errors around the best plan: means, and some draws."""
+        problem, found = self.aim.problem, []
+        for drawn in (None, *[generator] * DRAWS):
+            errors, elsewhere = surrogate.around(self._best, drawn)
+            limit = self.judge.max_loss
+            budget = None if math.isinf(limit) else limit - elsewhere
             solution = optimise(replace(problem, candidates=errors, max_error=budget))
             if solution.is_feasible:
-                found[key_of(solution.assignment)] = solution.assignment
-        for start in [self.best, *list(found.values())]:
-            for plan in self._climb(start, surrogate, rng):
-                found.setdefault(key_of(plan), plan)
-        return [plan for key, plan in found.items() if key not in self.seen and self._fits(plan)]
-
-    def _climb(
-        self, start: Assignment, surrogate: Surrogate, generator: np.random.Generator
-    ) -> list[Assignment]:
-        """The neighbours of a plan, of the most promising of them, and so on."""
-        found: list[Assignment] = []
-        here = start
-        for _ in range(CLIMB):
-            near = [p for p in moved(self.aim.problem, here, generator) if self._fits(p)]
-            if not near:
-                break
-            found += near
-            gains = self._gains(near, surrogate)
-            place = int(np.argmax(gains))
-            if gains[place] <= self._gains([here], surrogate)[0] and here is not start:
-                break
-            here = near[place]
+                found.append(self._grid.encode([solution.assignment])[0])
         return found
 
-    def _fits(self, plan: Assignment) -> bool:
-        problem = self.aim.problem
-        totals, here = problem.totals(plan), problem.totals(self.best)
-        if problem.max_bytes is not None and totals.size_bytes > problem.max_bytes:
-            return False
-        if problem.objective == "latency":
-            return totals.ms < here.ms * (1 - LEAST_GAIN)
-        return problem.max_ms is None or totals.ms <= problem.max_ms * (1 + 1e-9)
+    def _climb(
+        self, start: Ranks, surrogate: Surrogate, generator: np.random.Generator
+    ) -> list[Ranks]:
+        """The neighbours of a plan, of the most promising of them, and so on."""
+        found: list[Ranks] = []
+        here, gain = start, -math.inf
+        for _ in range(CLIMB):
+            near = moved(self._grid, here, generator)
+            near = near[self._fits(near)]
+            if not len(near):
+                break
+            found.append(near)
+            gains = self._gains(near, surrogate)
+            place = int(np.argmax(gains))
+            if gains[place] <= gain:
+                break
+            here, gain = near[place], float(gains[place])
+        return found
 
-    def _gains(self, pool: Sequence[Assignment], surrogate: Surrogate) -> Array:
-        """Expected gain in what the aim minimises."""
-        means, deviations = surrogate.predict(pool)
-        deviations = np.maximum(deviations, 1e-12)
-        if self.aim.problem.objective == "error":
-            z = (self._mean(self.best) - means) / deviations
-            gain: Array = deviations * (z * _normal(z) + _density(z))
-            return gain
-        here = self.aim.problem.totals(self.best).ms
-        saved = np.array([here - self.aim.problem.totals(p).ms for p in pool])
-        held: Array = saved * _normal((self.judge.max_loss - means) / deviations)
+    def _fits(self, x: Ranks) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which plans hold the budgets; with the objective ``latency``, and are faster."""
+        problem = self.aim.problem
+        held: np.ndarray[Any, np.dtype[np.bool_]] = np.ones(len(x), dtype=bool)
+        if problem.max_bytes is not None:
+            held &= self._grid.size_bytes(x) <= problem.max_bytes
+        if problem.objective == "latency":
+            held &= self._grid.ms(x) < self._ms(self._best) * (1 - SMALLEST_GAIN)
+        elif problem.max_ms is not None:
+            held &= self._grid.ms(x) <= problem.max_ms * (1 + ROUNDING)
         return held
+
+    def _ms(self, row: Ranks) -> float:
+        return float(self._grid.ms(row[None])[0])
+
+    def _gains(self, pool: Ranks, surrogate: Surrogate) -> Array:
+        """Expected gain in what the aim minimises [n]."""
+        if not len(pool):
+            return np.zeros(0)
+        means, deviations = surrogate.predict(pool)
+        deviations = np.maximum(deviations, ROUNDING * np.abs(means) + TINY)
+        if self.aim.problem.objective == "latency":
+            saved = self._ms(self._best) - self._grid.ms(pool)
+            held: Array = saved * ndtr((self.judge.max_loss - means) / deviations)
+            return held
+        z = (self._mean(self._best) - means) / deviations
+        density = np.exp(-0.5 * np.square(z)) / math.sqrt(2 * math.pi)
+        gain: Array = deviations * (z * ndtr(z) + density)
+        return gain
 
     def _scale(self) -> float:
         if self.aim.problem.objective == "latency":
-            return self.aim.problem.totals(self.best).ms
-        return abs(self._mean(self.best))
+            return self._ms(self._best)
+        return abs(self._mean(self._best))
 
     # Looking
 
-    def _race(self, pool: Sequence[Assignment]) -> bool:
+    def _race(self, rows: Sequence[Ranks]) -> bool:
         """Whether one of the plans is the new best."""
-        left = list(pool)
+        left = list(rows)
         for share, taken in zip(SHARES, TAKEN, strict=True):
             left = left[:taken]
-            for plan in left:
-                self._look(plan, share)
-            left = sorted((p for p in left if self._is_open(p)), key=self._order)
-        for plan in left:
-            if self._is_better(plan) and self.judge.accepts(plan):
-                self.best = plan
+            for row in left:
+                self._look(row, share)
+            left = sorted((row for row in left if self._is_open(row)), key=self._order)
+        for row in left:
+            plan = self._grid.decode(row)
+            if self._is_better(row) and self.judge.accepts(plan):
+                self._best = row
                 self.found.append(plan)
                 return True
         return False
 
-    def _look(self, plan: Assignment, share: float) -> None:
-        losses = np.atleast_1d(np.asarray(self.judge.look(plan, share), dtype=np.float64))
-        key = key_of(plan)
-        old = self.seen.get(key)
-        if old is None or len(losses) > len(old.losses) or share > old.share:
-            self.seen[key] = _Seen(plan, losses, share)
+    def _look(self, row: Ranks, share: float) -> None:
+        losses = np.atleast_1d(self.judge.look(self._grid.decode(row), share)).astype(np.float64)
+        old = self._seen.get(row.tobytes())
+        if old is None or share > old.share:
+            self._seen[row.tobytes()] = _Seen(row, losses, share)
 
-    def _order(self, plan: Assignment) -> float:
+    def _order(self, row: Ranks) -> float:
         if self.aim.problem.objective == "latency":
-            return self.aim.problem.totals(plan).ms
-        return self._mean(plan)
+            return self._ms(row)
+        return self._mean(row)
 
-    def _is_open(self, plan: Assignment) -> bool:
+    def _is_open(self, row: Ranks) -> bool:
         """Whether more samples may still show a plan to be good."""
         if self.aim.problem.objective == "latency":
-            mean, error = self._estimate(plan)
+            mean, error = self._estimate(row)
             return mean - error <= self.judge.max_loss
-        gain, error = self._difference(plan)
+        gain, error = self._difference(row)
         return gain + error > 0
 
-    def _is_better(self, plan: Assignment) -> bool:
+    def _is_better(self, row: Ranks) -> bool:
         if self.aim.problem.objective == "latency":
-            return self._mean(plan) <= self.judge.max_loss
-        gain, error = self._difference(plan)
+            return self._mean(row) <= self.judge.max_loss
+        gain, error = self._difference(row)
         return gain > error
 
-    def _difference(self, plan: Assignment) -> tuple[float, float]:
+    def _difference(self, row: Ranks) -> tuple[float, float]:
         """How much less a plan loses than the best, on the samples that both saw, +- its error."""
-        mine, its = self.seen[key_of(plan)].losses, self.seen[key_of(self.best)].losses
+        mine = self._seen[row.tobytes()].losses
+        its = self._seen[self._best.tobytes()].losses
         n = min(len(mine), len(its))
         off = its[:n] - mine[:n]
         error = float(off.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
         return float(off.mean()), error
 
-    def _estimate(self, plan: Assignment) -> tuple[float, float]:
-        """The loss on all samples, and its standard error where it saw only some.
+    def _estimate(self, row: Ranks) -> tuple[float, float]:
+        """The loss on all samples, and its standard error where the plan saw only some.
 
         From the best plan's own loss, times the ratio of both on the samples that both saw.
         """
-        seen, best = self.seen[key_of(plan)], self.seen[key_of(self.best)]
+        seen, best = self._seen[row.tobytes()], self._seen[self._best.tobytes()]
         if seen.share >= 1:
             return float(seen.losses.mean()), 0.0
         n = min(len(seen.losses), len(best.losses))
-        gain, error = self._difference(plan)
+        gain, error = self._difference(row)
         whole, part = float(best.losses.mean()), float(best.losses[:n].mean())
         factor = whole / part if part > 0 else 1.0
         return (part - gain) * factor, error * factor
 
-    def _mean(self, plan: Assignment) -> float:
-        return self._estimate(plan)[0]
+    def _mean(self, row: Ranks) -> float:
+        return self._estimate(row)[0]
 
-    def _observed(self) -> list["_Point"]:
-        return [_Point(s.plan, *self._estimate(s.plan)) for s in self.seen.values()]
-
-    def _surrogate(self, points: Sequence["_Point"], sizes: Sizes | None = None) -> Surrogate:
-        return Surrogate(
-            self.aim.problem.levels(),
-            [(p.plan, p.loss) for p in points],
-            [p.error for p in points],
-            sizes,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    plan: Assignment
-    losses: Array
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Point:
-    plan: Assignment
-    loss: float
-    error: float
-
-
-def key_of(plan: Assignment) -> Key:
-    """What tells one plan from another."""
-    return tuple(sorted(plan.items()))
-
-
-def _normal(z: Array) -> Array:
-    values: Array = np.array([0.5 * (1 + math.erf(x / math.sqrt(2))) for x in z])
-    return values
-
-
-def _density(z: Array) -> Array:
-    density: Array = np.exp(-0.5 * np.square(z)) / math.sqrt(2 * math.pi)
-    return density
+    def _observed(self) -> tuple[Ranks, Array, Array]:
+        """Plans that were seen, their losses and those losses' standard errors."""
+        rows = np.stack([seen.row for seen in self._seen.values()])
+        found = [self._estimate(row) for row in rows]
+        losses, errors = np.array(found, dtype=np.float64).T
+        return rows, losses, errors

@@ -1,54 +1,32 @@
-"""Plans one or two moves away from one, that hold the budgets.
+"""Plans one or two moves away from one; whether they hold the budgets is not asked.
 
-A move sets one site to another level: any format, the two next counts below and above. Pairs are one
-move that softens and one that hardens, so that the latency stays about what it was.
+A move sets one site to another level: any format, or one of the two next counts below and above.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
 
 import numpy as np
 
-from tersor.core.records import Level
-from tersor.plan.problem import Problem
+from tersor.plan.ranks import Grid, Ranks
 
-# Pairs that are priced a round; where there are more a sample stands for all.
-MAX_PAIRS = 300
+# Pairs that are priced; where there are more a sample stands for all.
+MAX_PAIRS = 1000
 REACH = 2  # counts below and above
 
-Move = tuple[str, Level]
 
-
-def moved(
-    problem: Problem, plan: Mapping[str, Level], generator: np.random.Generator
-) -> list[dict[str, Level]]:
-    """Every plan one move away, and plans two moves away; budgets are not checked."""
-    singles = single_moves(problem, plan)
-    found = [problem.settled({**plan, **dict([move])}) for move in singles]
+def moved(grid: Grid, row: Ranks, generator: np.random.Generator) -> Ranks:
+    """Every plan one move away from a row, then plans of two moves."""
+    singles = grid.near(row, REACH)
     pairs = [
-        (i, j)
-        for i in range(len(singles))
-        for j in range(i + 1, len(singles))
-        if singles[i][0] != singles[j][0]
-    ]
+        (a, b) for a, b in itertools.combinations(range(len(singles)), 2)
+        if singles[a][0] != singles[b][0]
+    ]  # fmt: skip
     if len(pairs) > MAX_PAIRS:
         picked = generator.choice(len(pairs), MAX_PAIRS, replace=False)
         pairs = [pairs[int(k)] for k in np.sort(picked)]
-    return found + [problem.settled({**plan, **dict([singles[i], singles[j]])}) for i, j in pairs]
-
-
-def single_moves(problem: Problem, plan: Mapping[str, Level]) -> list[Move]:
-    """Sites with another level."""
-    return [
-        (site, level)
-        for site, row in problem.levels().items()
-        for level in next_levels(row, plan[site])
-    ]
-
-
-def next_levels(levels: Iterable[Level], here: Level, reach: int = REACH) -> Sequence[Level]:
-    """Every other format; of a count the next few below and above."""
-    if not isinstance(here, int):
-        return [level for level in levels if level != here]
-    counts = sorted(level for level in levels if isinstance(level, int))
-    place = counts.index(here)
-    return [*counts[max(0, place - reach) : place], *counts[place + 1 : place + 1 + reach]]
+    moves = [(k,) for k in range(len(singles))] + pairs
+    found = np.repeat(row[None], len(moves), axis=0)
+    for place, taken in enumerate(moves):
+        for k in taken:
+            found[place, singles[k][0]] = singles[k][1]
+    return grid.settle_(found)

@@ -8,25 +8,21 @@ program minimises; its covariance says how that sum may be wrong:
 
 The first term is one common factor, the second a factor for each (site, level) of which near levels
 have similar ones, the third a product for each pair of sites: errors that point the same way add
-more than their squares. What is left is noise in proportion to the loss. The four sizes are those
-of the greatest likelihood on a small grid. Around a plan the posterior is a sum again, so that the
+more than their squares. What is left is noise in proportion to the loss. T, P and the noise are
+those of the greatest likelihood on a small grid. Around a plan the posterior is a sum again, so that the
 program can be solved with it.
 
 Source: Rasmussen and Williams 2006, algorithm 2.1 and section 5.4.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+from scipy.linalg import cho_solve, solve_triangular
 
-from tersor.core.records import Candidate, Level
-
-Assignment = Mapping[str, Level]
-Array = np.ndarray[Any, np.dtype[np.float64]]
-Ranks = np.ndarray[Any, np.dtype[np.int64]]
+from tersor.core.records import Candidate
+from tersor.plan.ranks import Array, Grid, Ranks
 
 # Relative sizes of what may be off: of all errors together, of one (site, level), of a pair, of a
 # single plan. The first is wide: losses may be in other units than errors.
@@ -36,6 +32,7 @@ PAIRS = (0.0, 0.1, 0.3, 1.0)
 NOISES = (0.01, 0.03, 0.1)
 # How much of its correction the next level of a site shares.
 NEAR = 0.7
+SMALL, TINY = 0.1, 1e-12  # of the median loss, and where that is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,114 +59,90 @@ class Surrogate:
     """The loss of any plan, as far as some evaluated plans tell.
 
     Args:
-        levels: Site -> level -> candidate, the errors' source; the native level first.
-        seen: Evaluated plans and their losses; at least one.
-        errors: Standard error of each loss, where it was estimated on few samples.
+        grid: Levels and their errors.
+        x: Plans that were seen, at least one.
+        y: Their losses [n].
+        errors: Standard error of each loss [n], above 0 where it was estimated on few samples.
         sizes: Of the covariance's terms; None: the most likely ones.
     """
 
     def __init__(
-        self,
-        levels: Mapping[str, Mapping[Level, Candidate]],
-        seen: Sequence[tuple[Assignment, float]],
-        errors: Sequence[float] | None = None,
-        sizes: "Sizes | None" = None,
+        self, grid: Grid, x: Ranks, y: Array, errors: Array, sizes: Sizes | None = None
     ) -> None:
-        self._sites = sorted(levels)
-        self._ranks = {s: {v: i for i, v in enumerate(levels[s])} for s in self._sites}
-        self._errors = [
-            np.array([max(0.0, c.error) for c in levels[s].values()]) for s in self._sites
-        ]
-        self._levels = levels
-        self._x = self._encoded([assignment for assignment, _ in seen])
-        y = np.array([loss for _, loss in seen], dtype=np.float64)
-        sums = self._sums(self._x)
+        self._grid, self._x = grid, x
+        sums = self._sums(x)
         known = sums > 0
         ratios = y[known] / sums[known]
-        self._factor = max(float(np.median(ratios)), 0.0) if known.any() else 0.0
-        if self._factor <= 0:  # nothing was lost so far, or nothing is known
-            self._factor = 1.0
+        factor = float(np.median(ratios)) if known.any() else 0.0
+        self._factor = factor if factor > 0 else 1.0  # nothing was lost so far
         self._off = y - self._factor * sums
         # A loss of next to nothing is not known to a share of itself.
-        floor = float(np.median(np.abs(y))) * 0.1
-        self._spread = np.maximum(np.maximum(np.abs(y), self._factor * sums), floor or 1e-12)
-        self._measured = np.zeros(len(y)) if errors is None else np.array(errors, dtype=np.float64)
-        self._known = self._parts(self._x, self._x)
+        floor = float(np.median(np.abs(y))) * SMALL
+        self._spread = np.maximum(np.maximum(np.abs(y), self._factor * sums), floor or TINY)
+        self._measured = errors
+        self._known = self._parts(x, x)
         if sizes is None and len(y) >= ENOUGH:
-            grid = itertools.product(TERMS, PAIRS, NOISES)
-            sizes = max((Sizes(*row) for row in grid), key=self._likelihood)
-        self._sizes = sizes or FIRST
-        self._posterior = self._conditioned(self._sizes)
+            every = itertools.product(TERMS, PAIRS, NOISES)
+            sizes = max((Sizes(*row) for row in every), key=self._likelihood)
+        self.sizes = sizes or FIRST
+        self._posterior = self._conditioned(self.sizes)
 
-    @property
-    def sizes(self) -> Sizes:
-        """Of the covariance's terms."""
-        return self._sizes
-
-    def predict(self, plans: Sequence[Assignment]) -> tuple[Array, Array]:
+    def predict(self, x: Ranks) -> tuple[Array, Array]:
         """Mean and standard deviation of the losses of some plans, [n] each."""
-        x = self._encoded(plans)
-        cross = self._kernel(x, self._x, self._sizes)
+        cross = self._kernel(x, self._x)
         mean = self._factor * self._sums(x) + cross @ self._posterior.weights
-        half = np.linalg.solve(self._posterior.factor, cross.T)
-        prior = self._own_variance(x)
+        half = solve_triangular(self._posterior.factor, cross.T, lower=True)
         # What no term explains is another plan's own: it does not average out.
-        own = np.square(self._sizes.noise * np.maximum(mean, 0.0))
-        variance = np.maximum(prior - np.square(half).sum(0), 0.0) + own
+        own = np.square(self.sizes.noise * np.maximum(mean, 0.0))
+        variance = np.maximum(self._own_variance(x) - np.square(half).sum(0), 0.0) + own
         return mean, np.sqrt(variance)
 
     def around(
-        self, plan: Assignment, generator: np.random.Generator | None = None
+        self, row: Ranks, generator: np.random.Generator | None = None
     ) -> tuple[dict[str, tuple[Candidate, ...]], float]:
         """Candidates whose errors are what each level adds to a plan's loss, never below 0.
 
         Args:
-            plan: Where the loss is taken as a sum: what each site adds, with the others as here.
+            row: Where the loss is taken as a sum: what each site adds, with the others as here.
             generator: Draw them from what they may be; None: their means.
 
         Returns:
             The candidates, and what the plan loses beyond the sum of its own.
         """
-        points: list[Assignment] = []
-        for site in self._sites:
-            points += [{**plan, site: level} for level in self._levels[site]]
-        values = self._drawn(points, generator)
+        grid = self._grid
+        points = [(i, rank) for i, found in enumerate(grid.levels) for rank in range(len(found))]
+        x = np.repeat(row[None], len(points) + 1, axis=0)
+        for place, (i, rank) in enumerate(points):
+            x[place, i] = rank
+        values = self._drawn(x, generator)  # the last is the plan itself
         found: dict[str, tuple[Candidate, ...]] = {}
-        place, total, whole = 0, 0.0, 0.0
-        for site in self._sites:
-            rows = list(self._levels[site].values())
-            own = values[place : place + len(rows)]
-            place += len(rows)
-            here = self._ranks[site][plan[site]]
-            added = np.maximum(own - own[0] + self._factor * max(0.0, rows[0].error), 0.0)
-            total += float(added[here])
-            whole = float(own[here])
+        start, total = 0, 0.0
+        for i, (site, levels) in enumerate(self._grid.problem.levels().items()):
+            rows = list(levels.values())
+            own = values[start : start + len(rows)]
+            start += len(rows)
+            added = np.maximum(own - own[0] + self._factor * grid.errors[i][0], 0.0)
+            total += float(added[row[i]])
             found[site] = tuple(
                 replace(c, error=float(e)) for c, e in zip(rows, added, strict=True)
             )
-        return found, whole - total
+        return found, float(values[-1]) - total
 
-    def _drawn(self, plans: Sequence[Assignment], generator: np.random.Generator | None) -> Array:
-        x = self._encoded(plans)
-        cross = self._kernel(x, self._x, self._sizes)
-        mean = self._factor * self._sums(x) + cross @ self._posterior.weights
+    def _drawn(self, x: Ranks, generator: np.random.Generator | None) -> Array:
+        cross = self._kernel(x, self._x)
+        mean: Array = self._factor * self._sums(x) + cross @ self._posterior.weights
         if generator is None:
             return mean
-        half = np.linalg.solve(self._posterior.factor, cross.T)
-        covariance = self._kernel(x, x, self._sizes) - half.T @ half
+        half = solve_triangular(self._posterior.factor, cross.T, lower=True)
+        covariance = self._kernel(x, x) - half.T @ half
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         root = vectors * np.sqrt(np.maximum(values, 0.0))
         drawn: Array = mean + root @ generator.standard_normal(len(values))
         return drawn
 
-    def _encoded(self, plans: Sequence[Assignment]) -> Ranks:
-        """Ranks of the levels, [n, sites]."""
-        rows = [[self._ranks[s][p[s]] for s in self._sites] for p in plans]
-        return np.array(rows, dtype=np.int64).reshape(len(plans), len(self._sites))
-
     def _own(self, x: Ranks) -> Array:
         """Errors [n, sites]."""
-        columns = [self._errors[i][x[:, i]] for i in range(len(self._sites))]
+        columns = [errors[x[:, i]] for i, errors in enumerate(self._grid.errors)]
         return np.stack(columns, 1) if columns else np.zeros((len(x), 0))
 
     def _sums(self, x: Ranks) -> Array:
@@ -180,21 +153,22 @@ class Surrogate:
         """The prior's variance of each plan [n]."""
         errors = self._own(x)
         common, term = np.square(errors.sum(1)), np.square(errors).sum(1)
-        return self._weighed((common, term, (common - term) / 2), self._sizes)
+        return self._weighed((common, term, (common - term) / 2), self.sizes)
 
     def _parts(self, a: Ranks, b: Ranks) -> tuple[Array, Array, Array]:
         """What each of the three terms of the covariance is, before its size."""
         ea, eb = self._own(a), self._own(b)
         first, second = np.zeros((len(a), len(b))), np.zeros((len(a), len(b)))
-        for i in range(len(self._sites)):
-            gap = np.abs(a[:, i, None] - b[None, :, i])
-            u = np.sqrt(np.outer(ea[:, i], eb[:, i])) * NEAR**gap
+        for i, errors in enumerate(self._grid.errors):
+            ranks = np.arange(len(errors))
+            by_rank = np.sqrt(np.outer(errors, errors)) * NEAR ** np.abs(ranks[:, None] - ranks)
+            u = by_rank[a[:, i]][:, b[:, i]]
             first += u
             second += u * u
         return np.outer(ea.sum(1), eb.sum(1)), second, (first * first - second) / 2
 
-    def _kernel(self, a: Ranks, b: Ranks, sizes: Sizes) -> Array:
-        return self._weighed(self._parts(a, b), sizes)
+    def _kernel(self, a: Ranks, b: Ranks) -> Array:
+        return self._weighed(self._parts(a, b), self.sizes)
 
     def _weighed(self, parts: tuple[Array, Array, Array], sizes: Sizes) -> Array:
         common, term, pair = parts
@@ -210,5 +184,5 @@ class Surrogate:
         noise = np.square(sizes.noise * self._spread) + np.square(self._measured)
         covariance = self._weighed(self._known, sizes) + np.diag(noise)
         factor: Array = np.linalg.cholesky(covariance).astype(np.float64)
-        weights = np.linalg.solve(factor.T, np.linalg.solve(factor, self._off))
+        weights: Array = cho_solve((factor, True), self._off)
         return _Posterior(weights, factor)

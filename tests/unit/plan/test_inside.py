@@ -5,6 +5,7 @@ import numpy as np
 from tersor.core.records import BuildChoice, Candidate, PriceTable, Term
 from tersor.plan.moves import moved
 from tersor.plan.problem import Problem
+from tersor.plan.ranks import Grid
 from tersor.plan.solve import optimise
 
 CHOICE = BuildChoice(backend="fake")
@@ -43,7 +44,8 @@ def test_a_solution_is_settled() -> None:
 
 
 def test_moves_are_settled() -> None:
-    problem = Problem(candidates=CANDIDATES, table=TABLE, tensors={}, inside=INSIDE)
-    around = moved(problem, {"branch:b": 2, "width:w": 4}, np.random.default_rng(0))
+    grid = Grid(Problem(candidates=CANDIDATES, table=TABLE, tensors={}, inside=INSIDE))
+    start = grid.encode([{"branch:b": 2, "width:w": 4}])[0]
+    around = [grid.decode(row) for row in moved(grid, start, np.random.default_rng(0))]
     assert {"branch:b": 0, "width:w": 8} in around
     assert {"branch:b": 0, "width:w": 4} not in around

@@ -18,8 +18,8 @@ from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import Candidate, Level, PriceTable, Term
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES, Model
-from tersor.plan.moves import next_levels, single_moves
 from tersor.plan.problem import CONSTRAINTS, Problem, Totals
+from tersor.plan.ranks import Grid
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import choose
 from tersor.plan.solve import JOINT_GAP, TOLERANCE, Solution, optimise, solve
@@ -292,17 +292,29 @@ def test_the_baseline_keeps_every_unit(lab: ModuleType) -> None:
 
 
 def test_a_width_moves_to_the_next_levels(lab: ModuleType) -> None:
-    world = lab.make_world(0, joint=True)
-    here = {**world.problem.native_assignment(), "width:v": 64}
+    grid = Grid(lab.make_world(0, joint=True).problem)
+    here = {**grid.problem.native_assignment(), "width:v": 64}
     by_site: dict[str, set[Level]] = {}
-    for site, level in single_moves(world.problem, here):
-        by_site.setdefault(site, set()).add(level)
+    for i, rank in grid.near(grid.encode([here])[0], 1):
+        by_site.setdefault(grid.sites[i], set()).add(grid.levels[i][rank])
     assert by_site["width:v"] == {96, 32}
-    assert by_site["width:w"] == {48, 32}
+    assert by_site["width:w"] == {48}  # from 64, never to 32
     assert by_site["branch:b"] == {0}
     assert by_site["a"] == {"int8", "int8_weight"}
-    assert list(next_levels(range(10, 70, 10), 10)) == [20, 30]
-    assert list(next_levels(range(10, 70, 10), 40)) == [20, 30, 50, 60]
+    further = grid.near(grid.encode([here])[0], 2)
+    assert len(further) == sum(map(len, by_site.values())) + 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_are_priced_all_at_once_as_one_by_one(lab: ModuleType, seed: int) -> None:
+    problem = lab.random_joint(seed) if seed % 2 else lab.random_problem(seed, 9)
+    grid, rng = Grid(problem), np.random.default_rng(seed)
+    x = np.stack([rng.integers(0, len(row), 50) for row in grid.levels], 1)
+    plans = [grid.decode(row) for row in x]
+    assert (grid.encode(plans) == x).all()
+    totals = [problem.totals(plan) for plan in plans]
+    assert grid.ms(x) == pytest.approx([t.ms for t in totals], rel=1e-12)
+    assert grid.size_bytes(x) == pytest.approx([t.size_bytes for t in totals], abs=0.5)
 
 
 def test_words_name_ops_widths_and_weights(lab: ModuleType) -> None:

@@ -13,6 +13,7 @@ from tersor.core.records import BaselineRow
 from tersor.plan.improve import improve
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.moves import MAX_PAIRS, moved
+from tersor.plan.ranks import Grid
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import AGREEMENT, MEASURED_NOISE, choose
 from tersor.plan.solve import optimise
@@ -294,14 +295,13 @@ def test_the_search_under_a_quality_budget_only_get_faster(lab: ModuleType) -> N
 
 
 def test_many_sites_are_sampled_by_the_seed(lab: ModuleType) -> None:
-    world = lab.make_world(8, n=40)
-    native = world.problem.native_assignment()
-    drawn = [moved(world.problem, native, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    grid = Grid(lab.make_world(8, n=40).problem)
+    native = grid.encode([grid.problem.native_assignment()])[0]
+    drawn = [moved(grid, native, np.random.default_rng(seed)).tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
-    singles = sum(len(row) - 1 for row in world.problem.levels().values())
-    assert len(drawn[0]) == singles + MAX_PAIRS
-    assert len({tuple(sorted(plan.items())) for plan in drawn[0]}) == len(drawn[0])
-    assert native not in drawn[0]
+    assert len(drawn[0]) == len(grid.near(native, 1)) + MAX_PAIRS
+    assert len(set(map(tuple, drawn[0]))) == len(drawn[0])
+    assert native.tolist() not in drawn[0]
 
 
 def test_budgets_of_calls_are_kept(lab: ModuleType) -> None:
