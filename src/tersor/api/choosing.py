@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from tersor.api.files import artifact_size, report_size
 from tersor.api.latency import measure_calls
+from tersor.api.looking import Looks
 from tersor.api.quality import Quality, original_score
 from tersor.api.session import Session, metric_of
 from tersor.api.stages import (
@@ -29,6 +30,7 @@ from tersor.plan.search import choose
 from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
 from tersor.timing.protocol import Protocol
+from tersor.verify.memory import peak_bytes
 
 _FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0, one_speed=True)
 
@@ -65,7 +67,8 @@ def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes:
     limit = quality.limit()
     if max_ms is None and max_bytes is None and limit is None:  # peak memory alone
         max_ms = prices.baseline.timing.median_ms
-    return Limits(max_ms=max_ms, max_bytes=max_bytes, max_loss=limit)
+    max_peak = None if target.peak_mb is None else target.peak_mb * BYTES_PER_MB
+    return Limits(max_ms=max_ms, max_bytes=max_bytes, max_loss=limit, max_peak=max_peak)
 
 
 def task_for(
@@ -147,8 +150,14 @@ def choose_plan(
         tables[table.choice.describe()] = corrected
         return corrected
 
+    stamp = digest(quality.target.budgets(), metric_stamp(session, "metric"))
+    looks = Looks(session, offered, quality, stamp)
     tools = Tools(
-        evaluate=quality.of_assignment(offered),
+        evaluate=looks.evaluate,
+        changes=looks.changes,
+        noise=looks.noise,
+        clock=looks.clock,
+        peak=_peaks(session, offered),
         measure=_remembered(session, prices, _measurer(session, offered, prices)),
         correct=correct,
     )
@@ -216,6 +225,31 @@ def _measurer(
         return found
 
     return measure_plans
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Peak:
+    peak: int | None
+
+
+def _peaks(session: Session, offered: Offers) -> Callable[[Plan], int | None]:
+    """Extra memory of one call of a plan's build, kept in the store: one store, one choice."""
+
+    def measure(plan: Plan) -> int | None:
+        key = digest(session.key, "peak", plan.choice, sorted(plan.assignment.items()))
+        kept = session.store.get(_Peak, "peak", key)
+        if kept is None:
+            graph = stitched(session, offered, plan.assignment)
+            built = build_for(session, graph, plan.choice)
+            call = session.caller(built.executable, plan.choice.batch)
+            call()  # what the first call sets up stays
+            kept = _Peak(peak=peak_bytes(call))
+            session.store.put("peak", key, kept)
+            if kept.peak is not None:
+                session.progress.note(f"a plan takes {kept.peak / BYTES_PER_MB:.2f} MB at its peak")
+        return kept.peak
+
+    return measure
 
 
 def _remembered(

@@ -1,7 +1,7 @@
 """The loss that the search minimises: the caller's metric, or the agreement, on the search part."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tersor.api.session import Session, metric_of
-from tersor.api.stages import Offers, stitched
 from tersor.core.data import Metric
 from tersor.core.errors import MetricError
-from tersor.core.records import Level
 from tersor.core.target import Target
 from tersor.graph.contracts import Graph
 from tersor.graph.geometry import output_error
 from tersor.propose.propose import chunks
 from tersor.verify.verify import agreement, by_shape
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 _FRACTION = 0.01  # a point of a metric that is a fraction
 _REPEATS = 1e-3  # two calls on one model differ by less, of a point or of their value
@@ -137,7 +137,9 @@ class Quality:
 
     session: Session
     target: Target
-    _wanted: list[tuple[Tensor, ...]] = field(default_factory=list)
+    _batches: list[tuple[Tensor, ...]] = field(default_factory=list)
+    _wanted: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    _marks: Vector | None = None
 
     @property
     def metric(self) -> Metric | None:
@@ -173,23 +175,42 @@ class Quality:
             return next(iter(values.values()))
         return max(values[name] / budgets[name] for name in budgets)
 
-    def of_assignment(self, offered: Offers) -> Callable[[Mapping[str, Level]], float]:
-        """Losses of assignments, by stitching the cached changes together."""
+    def seen(self, graph: Graph) -> tuple[float, Vector | None]:
+        """The loss of a graph, and what tells its noise beside another's; None where nothing does.
 
-        def evaluate(assignment: Mapping[str, Level]) -> float:
-            self.session.progress.advance()
-            return self.loss(stitched(self.session, offered, assignment))
+        That is the agreement of each sample, or its class where a metric asked for one.
+        """
+        self._marks = None
+        return self.loss(graph), self._marks if len(self._budgets()) < 2 else None
 
-        return evaluate
+    def noise(self, one: Vector, other: Vector) -> float:
+        """Standard error of the difference of two losses, from what ``seen`` told beside them."""
+        n = len(one)
+        if n < 2:
+            return 0.0
+        if self._is_scored:
+            assert self.metric is not None
+            # As of ``Watched.error``: only samples of which both say another class can differ.
+            return math.sqrt(float((one != other).mean()) / n) / self.metric.points
+        scale = 100.0 if "drop_points" in self._budgets() else 1.0
+        return scale * float((one - other).std(ddof=1)) / math.sqrt(n)
+
+    @property
+    def _is_scored(self) -> bool:
+        """Whether the loss is the caller's metric's."""
+        return self.metric is not None and "min_agreement" not in self._budgets()
 
     def _value(self, graph: Graph, budget: str) -> float:
         if budget == "drop_points" and self.metric is not None:
             predict = Watched(self.session.as_given(self.session.reference(graph)))
             lost = self.original_score() - score(self.metric, predict, "metric")
+            if predict.answers:
+                self._marks = torch.cat(predict.answers).double().numpy()
             if self.session.kind == "logits" and self.metric.points == _FRACTION:
                 lost += predict.error(self.session.answers["metric"])
             return lost / self.metric.points
         agreements = agreement(*self._outputs(graph), self.session.kind)
+        self._marks = agreements.double().numpy()
         lost = float(1.0 - agreements.mean())
         if self.session.kind != "logits" and len(agreements) > 1:
             lost += float(agreements.std()) / math.sqrt(len(agreements))  # one standard error
@@ -201,10 +222,21 @@ class Quality:
         errors = [output_error(*pair, self.session.kind) for pair in pairs]
         return float(torch.cat(errors).mean())
 
+    def batches(self) -> list[tuple[Tensor, ...]]:
+        """Flat inputs of the search part."""
+        if not self._batches:
+            part = self.session.parts["search"]
+            self._batches += chunks(self.session.graph, part.tensors, part.others)
+        return self._batches
+
+    def wanted(self, batch: int) -> tuple[Tensor, ...]:
+        """Outputs of the original on one of the batches."""
+        if batch not in self._wanted:
+            self._wanted[batch] = self.session.graph.run(self.batches()[batch])
+        return self._wanted[batch]
+
     def _outputs(self, graph: Graph) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
         """Outputs of a graph and of the original on the search part, by batch."""
-        part = self.session.parts["search"]
-        batches = chunks(self.session.graph, part.tensors, part.others)
-        if not self._wanted:
-            self._wanted = [self.session.graph.run(flat) for flat in batches]
-        return [graph.run(flat) for flat in batches], self._wanted
+        batches = self.batches()
+        wanted = [self.wanted(i) for i in range(len(batches))]
+        return [graph.run(flat) for flat in batches], wanted

@@ -8,11 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from tersor.core.records import Candidate, Level, Plan, PriceTable
 from tersor.plan.problem import Constraint, Objective, Problem, Totals
 from tersor.plan.solve import TOLERANCE, optimise
 from tersor.plan.sweep import expected_loss
-from tersor.plan.task import Assignment, Draft, Evaluation, Task, Tools
+from tersor.plan.task import Array, Assignment, Draft, Evaluation, Task, Tools
 
 Key = tuple[tuple[str, Level], ...]
 
@@ -37,13 +39,15 @@ class Ledger:
         self.unreachable: Constraint | None = None  # a budget that had to be given up
         self._tools = tools
         self._losses: dict[Key, float] = {_key(e.assignment): e.loss for e in known}
-        self._n_known = len(self.evaluations)
+        self._free = set(self._losses)
+        self._looked: set[Key] = set()  # every plan that was looked at, evaluated or not
+        self._peaks: dict[Draft, int | None] = {}
         self._problems: dict[tuple[int, bool], Problem] = {}
 
     @property
     def evaluations_left(self) -> int:
-        """How many more real evaluations the task allows."""
-        return self.task.max_evaluations - len(self.evaluations) + self._n_known
+        """How many more plans the task allows to look at."""
+        return self.task.max_evaluations - len(self._looked - self._free)
 
     def problem(self, table: int) -> Problem:
         """The problem on one table as corrected so far."""
@@ -100,9 +104,38 @@ class Ledger:
         if draft.levels in self._losses:
             return self._losses[draft.levels]
         error = self.totals(draft).error
-        if self.evaluations_left <= 0:
+        if self.evaluations_left <= 0 and draft.levels not in self._looked:
             return expected_loss([(e.error, e.loss) for e in self.evaluations], error)
         return self._evaluate(draft.assignment, draft.levels, error)
+
+    def changes(self, draft: Draft, share: float) -> Array:
+        """How a draft changes the outputs on a share of the samples; its loss where none tells."""
+        if self._tools.changes is None:
+            return np.array([self.loss(draft)])
+        self._looked.add(draft.levels)
+        return self._tools.changes(draft.assignment, share)
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether looks have taken the seconds that the task allows."""
+        return self._tools.clock() >= self.task.max_seconds
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether changes of the outputs are told apart from losses."""
+        return self._tools.changes is not None
+
+    def is_worse(self, draft: Draft, other: Draft) -> bool:
+        """Whether the loss of a draft is above another's by more than their difference's error."""
+        noise = self._tools.noise(draft.assignment, other.assignment)
+        return self.loss(draft) > self.loss(other) + noise
+
+    def peak(self, draft: Draft) -> int | None:
+        """Extra memory of one call of the draft's build; measured at most once."""
+        if draft not in self._peaks:
+            measure = self._tools.peak
+            self._peaks[draft] = None if measure is None else measure(self.plan(draft))
+        return self._peaks[draft]
 
     def baseline_loss(self) -> float:
         """The real quality loss of the best uncompressed build; evaluated at most once."""
@@ -110,6 +143,7 @@ class Ledger:
         known = self._losses.get(_key(assignment))
         if known is not None:
             return known
+        self._free.add(_key(assignment))
         return self._evaluate(assignment, _key(assignment), self._baseline_error())
 
     def _baseline_error(self) -> float:
@@ -121,6 +155,7 @@ class Ledger:
 
     def _evaluate(self, assignment: Assignment, levels: Key, error: float) -> float:
         loss = float(self._tools.evaluate(assignment))
+        self._looked.add(levels)
         self._losses[levels] = loss
         self.evaluations.append(Evaluation(assignment=assignment, error=error, loss=loss))
         return loss

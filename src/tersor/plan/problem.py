@@ -11,6 +11,9 @@ from tersor.core.records import Candidate, Level, Precision, PriceTable, Term
 
 Objective = Literal["latency", "error", "size"]
 Constraint = Literal["latency", "size", "drop"]
+Binding = Literal[
+    "latency", "size", "drop", "memory"
+]  # memory: judged on builds, no row of a program
 
 # The constraint that bounds what an objective minimises, and the field that holds its budget.
 CONSTRAINTS: dict[Constraint, tuple[Objective, str]] = {

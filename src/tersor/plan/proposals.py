@@ -21,6 +21,7 @@ WIDE_MARGIN = 0.10
 # Error budgets closer than this do not differ in loss by what an evaluation can tell.
 RESOLUTION = 1.03
 MAX_STEPS = 24
+BRACKET_LOOKS = 16  # of the real evaluations
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +76,12 @@ def _search_budget(ledger: Ledger, max_loss: float, start: Draft, top: Draft) ->
     """Plans that hold, found between a budget that does and the error of a plan that does not.
 
     Alternates a guess in proportion to the loss with halving the bracket on a log scale. Half of
-    the evaluations stay for the finalists and the swap moves.
+    the evaluations, or more, stay for the finalists and the search around them.
     """
     low, high, high_loss = ledger.totals(start).error, ledger.totals(top).error, ledger.loss(top)
     low = max(low, high * SMALLEST_SHARE)
     holding, best = [], start
-    reserve = ledger.task.max_evaluations // 2
+    reserve = max(ledger.task.max_evaluations // 2, ledger.task.max_evaluations - BRACKET_LOOKS)
     for step in range(MAX_STEPS):
         if high <= low * RESOLUTION:
             break

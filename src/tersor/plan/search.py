@@ -1,19 +1,20 @@
 """From a target to one measured plan.
 
 Solve, measure the best few, correct the tables by what was measured, solve again, until the
-prediction of the best plan holds; then try its neighbours with real evaluations. The best
+prediction of the best plan holds; then search around it with real evaluations, and measure what that
+finds. Where prediction and measurement do not come together, the choice says so. The best
 uncompressed build takes part: a plan that does not beat it is not returned where speed is asked.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tersor.core.records import Plan
+from tersor.plan.improve import improve
 from tersor.plan.ledger import Ledger
-from tersor.plan.problem import Constraint
+from tersor.plan.problem import Binding, Constraint
 from tersor.plan.proposals import FINALISTS, Proposal, propose
-from tersor.plan.swaps import improve
 from tersor.plan.task import Choice, Draft, Evaluation, Limits, Task, Tools
 from tersor.plan.words import binding_words
 
@@ -44,7 +45,9 @@ def choose(task: Task, tools: Tools, known: Sequence[Evaluation] = ()) -> Choice
         ledger.measure(better)
         proposal = replace(proposal, drafts=(*better[::-1], *proposal.drafts))
         best = _pick(ledger, proposal.drafts)
+    best = _agreed(ledger, best)
     binding = _binding(ledger, best, proposal.binding)
+    off = ledger.disagreement(best)
     reason = _baseline_wins(ledger, best)
     if reason:
         return _return_baseline(ledger, _finalists(ledger, best, proposal), reason, binding, best)
@@ -55,9 +58,11 @@ def choose(task: Task, tools: Tools, known: Sequence[Evaluation] = ()) -> Choice
         finalists=tuple(plans),
         evaluations=tuple(ledger.evaluations),
         binding=binding or "",
-        reason=_reason(ledger, best, len(ledger.measured)),
-        target_met_on_search=meets(ledger.task.limits, plans[0], ledger.loss(best)),
+        reason=_reason(ledger, best) + _disagreement_words(ledger, best),
+        target_met_on_search=meets(ledger.task.limits, plans[0], ledger.loss(best))
+        and _peak_holds(ledger, best),
         is_baseline=ledger.is_baseline(best),
+        prediction_off=off,
     )
 
 
@@ -85,10 +90,23 @@ def _measure_rounds(ledger: Ledger) -> Proposal:
     return replace(proposal, drafts=tuple(known[:FINALISTS]))
 
 
+def _agreed(ledger: Ledger, best: Draft) -> Draft:
+    """The best once the tables, corrected by what the search has measured, were solved again.
+
+    As often as there are rounds, while its prediction is off and there is something to measure.
+    """
+    for _ in range(ledger.task.max_rounds):
+        if ledger.disagreement(best) <= AGREEMENT or not ledger.measure(propose(ledger).drafts[:1]):
+            break
+        best = _pick(ledger, ())
+    return best
+
+
 def _pick(ledger: Ledger, drafts: tuple[Draft, ...]) -> Draft:
-    """The best of all measured drafts for the target."""
+    """The best of all measured drafts for the target; of those that hold the memory, if any do."""
     limits = ledger.task.limits
     known = list(dict.fromkeys([*(d for d in drafts if d in ledger.measured), *ledger.measured]))
+    known = [d for d in known if _peak_holds(ledger, d)] or [min(known, key=_peak_of(ledger))]
     if limits.max_loss is not None:
         holding = [d for d in known if ledger.loss(d) <= limits.max_loss]
         return _fastest(ledger, holding) if holding else min(known, key=ledger.loss)
@@ -105,6 +123,25 @@ def _pick(ledger: Ledger, drafts: tuple[Draft, ...]) -> Draft:
     return _fastest(ledger, known)
 
 
+def _peak_holds(ledger: Ledger, draft: Draft) -> bool:
+    """Whether a build takes no more memory than allowed, as far as the system tells."""
+    limit = ledger.task.limits.max_peak
+    if limit is None or not math.isfinite(ledger.measured[draft]):
+        return limit is None
+    peak = ledger.peak(draft)
+    return peak is None or peak <= limit
+
+
+def _peak_of(ledger: Ledger) -> Callable[[Draft], tuple[float, float]]:
+    """What orders drafts by memory; a build that failed comes last."""
+
+    def order(draft: Draft) -> tuple[float, float]:
+        ms = ledger.measured[draft]
+        return (float(ledger.peak(draft) or 0) if math.isfinite(ms) else math.inf, ms)
+
+    return order
+
+
 def _fastest(ledger: Ledger, drafts: list[Draft]) -> Draft:
     """The least measured latency; among equal ones the least loss."""
     best = min(ledger.measured[d] for d in drafts)
@@ -118,12 +155,43 @@ def _finalists(ledger: Ledger, best: Draft, proposal: Proposal) -> list[Draft]:
     return [best, *others[: FINALISTS - 1]]
 
 
-def _binding(ledger: Ledger, best: Draft, proposed: Constraint | None) -> Constraint | None:
-    """What stops the plan; where nothing does and the speed is missed, the latency itself."""
+def _binding(ledger: Ledger, best: Draft, proposed: Constraint | None) -> Binding | None:
+    """What stops the plan; where nothing does and the speed is missed, the latency itself.
+
+    The memory, where the plan does not hold it or one that does not would have been chosen.
+    """
     max_ms = ledger.task.limits.max_ms
+    if not _peak_holds(ledger, best) or _is_held_back(ledger, best):
+        return "memory"
     if proposed is None and max_ms is not None and ledger.measured[best] > max_ms:
         return "latency"
     return proposed
+
+
+def _is_held_back(ledger: Ledger, best: Draft) -> bool:
+    """Whether a measured plan beats the best one in latency and loss, and takes too much memory."""
+    if ledger.task.limits.max_peak is None:
+        return False
+    ms, loss = ledger.measured[best] * (1 - MEASURED_NOISE), ledger.loss(best)
+    return any(
+        ledger.measured[d] <= ms and ledger.loss(d) <= loss and not _peak_holds(ledger, d)
+        for d in ledger.measured
+        if d != best
+    )
+
+
+def _disagreement_words(ledger: Ledger, best: Draft) -> str:
+    """What to say where the tables and the machine do not come together; else nothing."""
+    off = ledger.disagreement(best)
+    if off <= AGREEMENT:
+        return ""
+    predicted = ledger.totals(best).ms
+    return (
+        f"; its prediction did not come within {AGREEMENT:.0%} of that: {predicted:.3g} ms, "
+        f"{off:.1%} off after {len(ledger.measured)} measured plan(s) and "
+        f"{ledger.tables[best.table].corrections} correction(s) of its table, so that plans which "
+        "were not measured may be faster or slower than predicted"
+    )
 
 
 def _baseline_wins(ledger: Ledger, best: Draft) -> str:
@@ -148,7 +216,7 @@ def _return_baseline(
     ledger: Ledger,
     drafts: list[Draft],
     reason: str,
-    binding: Constraint | None,
+    binding: Binding | None,
     best: Draft | None = None,
 ) -> Choice:
     loss = ledger.baseline_loss()
@@ -174,8 +242,8 @@ def meets(limits: Limits, plan: Plan, loss: float) -> bool:
     return all(w is None or f <= w for f, w in zip(found, wanted, strict=True))
 
 
-def _reason(ledger: Ledger, best: Draft, n_measured: int) -> str:
-    task = ledger.task
+def _reason(ledger: Ledger, best: Draft) -> str:
+    task, n_measured = ledger.task, len(ledger.measured)
     gain = task.baseline_ms / ledger.measured[best]
     what = {
         True: "the fastest measured plan whose loss holds",

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from tersor.core.errors import ConfigError
 from tersor.core.levels import Inside
@@ -9,6 +12,7 @@ from tersor.core.records import BaselineRow, BuildChoice, Candidate, Level, Plan
 from tersor.plan.problem import Problem, native_levels
 
 Assignment = Mapping[str, Level]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,11 +23,14 @@ class Limits:
         max_ms: Latency of one call, in the session of the baseline's median.
         max_bytes: Bytes of the artifact.
         max_loss: Quality loss in the units of ``evaluate``: points, or 1 - agreement.
+        max_peak: Bytes of extra memory that one call takes at its peak; judged among the plans
+            that are built, as no price knows it.
     """
 
     max_ms: float | None = None
     max_bytes: float | None = None
     max_loss: float | None = None
+    max_peak: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_ms is None and self.max_bytes is None and self.max_loss is None:
@@ -47,7 +54,10 @@ class Task:
         limits: The target's budgets.
         baseline: The best uncompressed build.
         pinned: Pinned site -> why.
-        max_evaluations: Real evaluations of the quality, besides the baseline's own.
+        max_evaluations: Plans whose quality is looked at by real forwards, besides the baseline's
+            own; on however few samples.
+        max_seconds: That the looks of the search around the plan may take; the last one may end
+            later.
         max_rounds: Rounds of measuring, correcting and solving again.
         seed: Chooses among swap moves where there are too many.
         target, model: Copied into the plans.
@@ -60,7 +70,8 @@ class Task:
     limits: Limits
     baseline: BaselineRow
     pinned: Mapping[str, str] = field(default_factory=dict)
-    max_evaluations: int = 24
+    max_evaluations: int = 100
+    max_seconds: float = 240.0
     max_rounds: int = 3
     seed: int = 0
     target: Mapping[str, float] = field(default_factory=dict)
@@ -112,6 +123,17 @@ class Task:
         )
 
 
+def _no_noise(one: Assignment, other: Assignment) -> float:
+    """Losses that are exact."""
+    del one, other
+    return 0.0
+
+
+def _no_clock() -> float:
+    """Looks that take no time."""
+    return 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
     """What the search calls.
@@ -122,11 +144,23 @@ class Tools:
         measure: Builds plans and measures them interleaved with the baseline; milliseconds,
             normalised so that the baseline would show ``baseline_ms``.
         correct: A table moved by one measured plan: (table, assignment, tensors, measured_ms).
+        changes: How much an assignment changes the outputs on the first share (0..1] of the search
+            samples, one number a sample [n], lower is better, finer than the loss. None: the loss
+            itself leads the search.
+        noise: Standard error of the difference of two evaluated losses.
+        clock: Seconds that looks have taken since the search began. Counted so that a search which
+            goes on after an interruption reads the same.
+        peak: Bytes of extra memory of a plan's build at the peak of one call; None where the
+            system does not tell.
     """
 
     evaluate: Callable[[Assignment], float]
     measure: Callable[[Sequence[Plan]], Sequence[float]]
     correct: Callable[[PriceTable, Assignment, Mapping[str, str], float], PriceTable]
+    changes: Callable[[Assignment, float], Array] | None = None
+    noise: Callable[[Assignment, Assignment], float] = _no_noise
+    clock: Callable[[], float] = _no_clock
+    peak: Callable[[Plan], int | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -159,10 +193,12 @@ class Choice:
         plan: The plan to build.
         finalists: One to three plans, the chosen one first, then by latency.
         evaluations: Every real evaluation, in order.
-        binding: The constraint by name: latency, size, drop, or "" where nothing binds.
+        binding: The constraint by name: latency, size, drop, memory, or "" where nothing binds.
         reason: Why this plan, in words.
         target_met_on_search: Every budget holds by the numbers at hand.
         is_baseline: The best uncompressed build is the answer.
+        prediction_off: How far the plan's predicted latency is from the measured one, as a share
+            of it; None where nothing was measured.
     """
 
     plan: Plan
@@ -172,3 +208,4 @@ class Choice:
     reason: str
     target_met_on_search: bool
     is_baseline: bool = False
+    prediction_off: float | None = None

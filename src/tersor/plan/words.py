@@ -2,17 +2,19 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from tersor.core.records import Term
+from tersor.core.records import Level, Term
 from tersor.plan.ledger import Ledger
-from tersor.plan.problem import Constraint
+from tersor.plan.problem import Binding, Problem
 from tersor.plan.task import Draft
 
 NAMED = 3  # sites in one sentence
 MEGABYTE = 1e6
+KEPT = "kept"  # how the reason of a site begins that the caller asked to leave alone
 
 
-def binding_words(ledger: Ledger, draft: Draft, binding: Constraint | None) -> str:
+def binding_words(ledger: Ledger, draft: Draft, binding: Binding | None) -> str:
     """One line for ``Plan.binding``: the constraint by name, and what it is made of."""
     if binding == "latency":
         return f"latency: {_where_time_goes(ledger, draft)}"
@@ -20,44 +22,101 @@ def binding_words(ledger: Ledger, draft: Draft, binding: Constraint | None) -> s
         return f"size: {_where_bytes_go(ledger, draft)}"
     if binding == "drop":
         return f"drop: {_next_loss(ledger, draft)}"
+    if binding == "memory":
+        return f"memory: {_peak_words(ledger, draft)}"
     return f"nothing: {_exhausted(ledger, draft)}"
 
 
 def _where_time_goes(ledger: Ledger, draft: Draft) -> str:
+    """The largest part of the time: what was left alone, what is at its fastest level, or glue."""
     table = ledger.tables[draft.table]
     total = table.predict_ms(draft.assignment, ledger.task.tensors)
-    stays, widths = _native_ms(ledger, draft)
-    shares = {name: ms * table.scale / total for name, ms in stays.items()}
+    times = _op_times(ledger, draft)
+    stays = {op: t.ms * table.scale / total for op, t in times.items() if t.stays}
+    done = {op: t.ms * table.scale / total for op, t in times.items() if t.is_fastest}
     glue = table.glue_ms * table.scale / total
+    shares, is_done = (stays, False) if _sum(stays) >= _sum(done) else (done, True)
     named = _largest(shares)
-    share = sum(shares[name] for name in named)
-    if not named or glue >= share:
+    if not named or glue >= _sum(shares):
         return (
             f"{glue:.0%} of the predicted time is outside the sites (attention, normalisation, "
             "element-wise ops), which no format changes"
         )
+    text = f"{_sum(shares):.0%} of the predicted time is in {_and(named)}, which "
+    if is_done:
+        verb = "are already at their" if len(named) > 1 else "is already at its"
+        return f"{text}{verb} fastest level on offer"
+    return text + _left_alone(ledger, draft, named, any(times[op].has_width for op in named))
+
+
+def _left_alone(ledger: Ledger, draft: Draft, named: Sequence[str], has_width: bool) -> str:
+    """What to say of ops at their native level: the caller kept them, they are pinned, or stay."""
+    table, pinned = ledger.tables[draft.table], ledger.task.pinned
+    sites = _sites_of(table.terms, named)
+    reasons = [pinned[site] for site in sites if site in pinned]
+    if len(reasons) == len(sites) and all(r.startswith(KEPT) for r in reasons):
+        patterns = dict.fromkeys(r.removeprefix(KEPT).strip(": ") for r in reasons)
+        return f"you kept ({'; '.join(patterns)})"
     verb = "stay" if len(named) > 1 else "stays"
-    how = "as given" if any(name in widths for name in named) else table.choice.precision
-    return f"{share:.0%} of the predicted time is in {_and(named)}, which {verb} {how}" + _why(
-        _sites_of(table.terms, named), ledger.task.pinned
+    return f"{verb} {'as given' if has_width else table.choice.precision}" + _why(sites, pinned)
+
+
+def _sum(shares: Mapping[str, float]) -> float:
+    """Of those that a sentence names."""
+    return sum(shares[op] for op in _largest(shares))
+
+
+@dataclass(frozen=True, slots=True)
+class _OpTime:
+    ms: float  # before the table's scale
+    stays: bool  # every site of it is at its native level
+    is_fastest: bool  # changed, and no other level of any of its sites is faster
+    has_width: bool
+
+
+def _op_times(ledger: Ledger, draft: Draft) -> dict[str, _OpTime]:
+    """What each op takes, and whether its sites could make it faster."""
+    table, problem = ledger.tables[draft.table], ledger.problem(draft.table)
+    assignment, precision = draft.assignment, table.choice.precision
+    found: dict[str, _OpTime] = {}
+    for site, row in table.ops.items():
+        level = str(assignment.get(site, precision))
+        ms = row.get(level, row.get(precision, 0.0))
+        others = [row[str(v)] for v in problem.levels().get(site, ()) if str(v) in row]
+        stays = level == precision
+        found[site] = _OpTime(ms, stays, not stays and ms <= min(others, default=ms), False)
+    levels = table.complete(assignment)
+    for term in table.terms:
+        stays = all(levels[site] == problem.native_of(site) for site in term.sites)
+        has_width = any(isinstance(levels[s], int) for s in term.sites)
+        fastest = not stays and _is_fastest(problem, term, levels)
+        ms = term.at(levels)
+        old = found.get(term.name)
+        if old is not None:  # an op of several terms
+            ms, stays = ms + old.ms, stays and old.stays
+            fastest, has_width = fastest and old.is_fastest, has_width or old.has_width
+        found[term.name] = _OpTime(ms, stays, fastest, has_width)
+    return found
+
+
+def _is_fastest(problem: Problem, term: Term, levels: Mapping[str, Level]) -> bool:
+    """Whether no single other level of the term's sites makes it faster."""
+    here = term.at(levels)
+    return all(
+        term.at({**levels, site: level}) >= here * (1 - 1e-9)
+        for site in term.sites
+        for level in problem.levels().get(site, ())
     )
 
 
-def _native_ms(ledger: Ledger, draft: Draft) -> tuple[dict[str, float], set[str]]:
-    """Op -> milliseconds before the scale, of what the plan leaves alone; which meet a width."""
-    table, problem = ledger.tables[draft.table], ledger.problem(draft.table)
-    assignment, precision = draft.assignment, table.choice.precision
-    stays: defaultdict[str, float] = defaultdict(float)
-    for site, row in table.ops.items():
-        if assignment.get(site, precision) == precision:
-            stays[site] += row.get(precision, 0.0)
-    widths = set()
-    levels = table.complete(assignment)
-    for term in table.terms:
-        if all(levels[site] == problem.native_of(site) for site in term.sites):
-            stays[term.name] += term.at(levels)
-            widths |= {term.name} if any(isinstance(levels[s], int) for s in term.sites) else set()
-    return dict(stays), widths
+def _peak_words(ledger: Ledger, draft: Draft) -> str:
+    limit, peak = ledger.task.limits.max_peak, ledger.peak(draft)
+    if limit is None or peak is None:
+        return "this system does not account for peak memory"
+    text = f"a call takes {peak / MEGABYTE:.2f} of {limit / MEGABYTE:.2f} MB at its peak"
+    if peak > limit:
+        return text + ", the least of the plans that were built"
+    return text + "; a plan that was faster at no more loss takes more"
 
 
 def _sites_of(terms: Sequence[Term], names: Sequence[str]) -> list[str]:

@@ -1,12 +1,12 @@
 """A plan chooses nothing inside of a branch that it removes, however cheap that looks."""
 
-from tersor.core.records import BaselineRow, BuildChoice, Candidate, PriceTable, Term
-from tersor.plan.ledger import Ledger, draft_of
+import numpy as np
+
+from tersor.core.records import BuildChoice, Candidate, PriceTable, Term
+from tersor.plan.moves import moved
 from tersor.plan.problem import Problem
+from tersor.plan.ranks import Grid
 from tersor.plan.solve import optimise
-from tersor.plan.swaps import neighbours
-from tersor.plan.task import Limits, Task, Tools
-from tests.unit.plan.conftest import timing
 
 CHOICE = BuildChoice(backend="fake")
 CANDIDATES = {
@@ -43,18 +43,9 @@ def test_a_solution_is_settled() -> None:
     assert found.totals == bound.totals(found.assignment)
 
 
-def test_neighbours_are_settled() -> None:
-    task = Task(
-        candidates=CANDIDATES,
-        tables=(TABLE,),
-        tensors={},
-        fixed_bytes=0,
-        limits=Limits(max_loss=1.0),
-        baseline=BaselineRow(name="best", choice=CHOICE, timing=timing(5.2), size_bytes=100),
-        inside=INSIDE,
-    )
-    tools = Tools(evaluate=lambda _: 0.0, measure=lambda _: [], correct=lambda t, *_: t)
-    ledger = Ledger(task, tools)
-    around = neighbours(ledger, draft_of(0, {"branch:b": 2, "width:w": 4}))
-    assert {"branch:b": 0, "width:w": 8} in [d.assignment for d in around]
-    assert {"branch:b": 0, "width:w": 4} not in [d.assignment for d in around]
+def test_moves_are_settled() -> None:
+    grid = Grid(Problem(candidates=CANDIDATES, table=TABLE, tensors={}, inside=INSIDE))
+    start = grid.encode([{"branch:b": 2, "width:w": 4}])[0]
+    around = [grid.decode(row) for row in moved(grid, start, np.random.default_rng(0))]
+    assert {"branch:b": 0, "width:w": 8} in around
+    assert {"branch:b": 0, "width:w": 4} not in around

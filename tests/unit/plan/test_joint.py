@@ -19,10 +19,10 @@ from tersor.core.records import Candidate, Level, PriceTable, Term
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES, Model
 from tersor.plan.problem import CONSTRAINTS, Problem, Totals
+from tersor.plan.ranks import Grid
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import choose
 from tersor.plan.solve import JOINT_GAP, TOLERANCE, Solution, optimise, solve
-from tersor.plan.swaps import neighbours
 from tersor.plan.sweep import pareto
 from tersor.plan.task import Choice, Limits
 
@@ -291,23 +291,30 @@ def test_the_baseline_keeps_every_unit(lab: ModuleType) -> None:
     assert not ledger.is_baseline(fewer)
 
 
-def test_a_width_moves_one_level_at_a_time(lab: ModuleType) -> None:
-    world = lab.make_world(0, joint=True)
-    limits = Limits(max_ms=10 * world.baseline_ms)
-    here = {**world.problem.native_assignment(), "width:v": 64}
-    around = neighbours(Ledger(world.task(limits), world.tools()), draft_of(0, here))
-    single = [
-        changed
-        for draft in around
-        if len(changed := dict(draft.assignment.items() - here.items())) == 1
-    ]
+def test_a_width_moves_to_the_next_levels(lab: ModuleType) -> None:
+    grid = Grid(lab.make_world(0, joint=True).problem)
+    here = {**grid.problem.native_assignment(), "width:v": 64}
     by_site: dict[str, set[Level]] = {}
-    for ((site, level),) in (changed.items() for changed in single):
-        by_site.setdefault(site, set()).add(level)
+    for i, rank in grid.near(grid.encode([here])[0], 1):
+        by_site.setdefault(grid.sites[i], set()).add(grid.levels[i][rank])
     assert by_site["width:v"] == {96, 32}
     assert by_site["width:w"] == {48}  # from 64, never to 32
     assert by_site["branch:b"] == {0}
     assert by_site["a"] == {"int8", "int8_weight"}
+    further = grid.near(grid.encode([here])[0], 2)
+    assert len(further) == sum(map(len, by_site.values())) + 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plans_are_priced_all_at_once_as_one_by_one(lab: ModuleType, seed: int) -> None:
+    problem = lab.random_joint(seed) if seed % 2 else lab.random_problem(seed, 9)
+    grid, rng = Grid(problem), np.random.default_rng(seed)
+    x = np.stack([rng.integers(0, len(row), 50) for row in grid.levels], 1)
+    plans = [grid.decode(row) for row in x]
+    assert (grid.encode(plans) == x).all()
+    totals = [problem.totals(plan) for plan in plans]
+    assert grid.ms(x) == pytest.approx([t.ms for t in totals], rel=1e-12)
+    assert grid.size_bytes(x) == pytest.approx([t.size_bytes for t in totals], abs=0.5)
 
 
 def test_words_name_ops_widths_and_weights(lab: ModuleType) -> None:
