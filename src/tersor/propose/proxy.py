@@ -108,7 +108,7 @@ def _backward(
             if y.requires_grad
         ]
         total = torch.stack([(y.double() * v).sum() for y, v in pairs]).sum()
-        found = torch.autograd.grad(total, list(values.values()), allow_unused=True)
+        found: Any = torch.autograd.grad(total, list(values.values()), allow_unused=True)
     return {
         name: torch.zeros(()) if g is None else _by_channel(g, named[name]).square().sum(0)
         for (name, g) in zip(values, found, strict=True)
