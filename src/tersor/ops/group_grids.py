@@ -62,12 +62,12 @@ class GroupGrid:
     @property
     def low(self) -> int:
         """Smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def width(self, inputs: int) -> int:
         """Inputs that share a step, of a layer with so many inputs."""
@@ -217,7 +217,8 @@ def grouped(weight: Float64[Tensor, "g m n"], grid: GroupGrid) -> Float64[Tensor
     """The weight group by group; a short last group is filled up with zeros."""
     inputs = weight.shape[2]
     width, n_steps = grid.width(inputs), grid.n_steps(inputs)
-    return pad(weight, [0, width * n_steps - inputs]).unflatten(2, (n_steps, width))
+    padded: Tensor = pad(weight, [0, width * n_steps - inputs])
+    return padded.reshape(*weight.shape[:2], n_steps, width)
 
 
 def storable(step: Float64[Tensor, "*shape"], grid: GroupGrid) -> Float64[Tensor, "*shape"]:

@@ -16,10 +16,11 @@ from jaxtyping import Bool, Float, Float64, Int8, Int64
 from torch import Tensor
 
 from tersor.core.errors import ConfigError, ShapeError
+from tersor.ops.column_grid import ColumnGrid
 from tersor.ops.damping import check_moment
 from tersor.ops.grids import check_finite
 from tersor.ops.group_descent import descend_groups
-from tersor.ops.group_grids import GroupGrid, Steps, check_sizes, fit_steps, storable
+from tersor.ops.group_grids import GroupGrid, Steps, fit_steps, storable
 from tersor.ops.sweep import columns_at, feed_back_, input_order, ordered_factor
 
 # Steps that feedback likes are a little off those that rounding to nearest likes, to either side.
@@ -178,20 +179,16 @@ class Feedback:
         Raises:
             ShapeError: Sizes that do not fit.
         """
-        check_sizes(weight, steps, grid)
         check_keep(weight, keep)
         columns = columns_at(self.order, weight.shape[1])
         W = weight.to(torch.float64).mT.gather(1, columns)
         mask = None if keep is None else keep.mT.gather(1, columns)
-        found, groups = torch.empty_like(W), torch.arange(len(W), device=W.device)
-        step, zero = (v.to(torch.float64).mT.contiguous() for v in (steps.step, steps.zero))
+        found, columns_grid = torch.empty_like(W), ColumnGrid.of(weight, self.order, grid, steps)
 
         def become(j: int, column: Float64[Tensor, "g m"]) -> Float64[Tensor, "g m"]:
-            place = self.order[:, j] // grid.width(weight.shape[2])
-            s, z = step[groups, place], zero[groups, place]
-            code = (column / s).round_().add_(z).clamp_(grid.low, grid.high)
-            found[:, j] = code if mask is None else torch.where(mask[:, j], code, z)
-            return (found[:, j] - z) * s
+            code, zero, step = columns_grid.code(j, column)
+            found[:, j] = code if mask is None else torch.where(mask[:, j], code, zero)
+            return (found[:, j] - zero) * step
 
         lost = feed_back_(W, self.U, become)
         codes = torch.empty_like(found).scatter_(1, columns, found).mT.contiguous()

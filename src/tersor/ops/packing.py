@@ -39,7 +39,8 @@ def pack(codes: Int8[Tensor, "*rows n"], bits: int) -> UInt8[Tensor, "*rows b"]:
     stream = ((shifted.unsqueeze(-1) >> places) & 1).to(torch.uint8).flatten(-2)
     n_bytes = packed_bytes(codes.shape[-1], bits)
     stream = torch.nn.functional.pad(stream, [0, 8 * n_bytes - stream.shape[-1]])
-    return _weigh(stream.unflatten(-1, (n_bytes, 8))).to(torch.uint8)
+    packed: Tensor = _weigh(stream.unflatten(-1, (n_bytes, 8))).to(torch.uint8)
+    return packed
 
 
 def unpack(packed: UInt8[Tensor, "*rows b"], bits: int, n_codes: int) -> Int8[Tensor, "*rows n"]:
@@ -64,13 +65,15 @@ def unpack(packed: UInt8[Tensor, "*rows b"], bits: int, n_codes: int) -> Int8[Te
     places = torch.arange(8, device=packed.device, dtype=torch.uint8)
     stream = ((packed.unsqueeze(-1) >> places) & 1).flatten(-2)[..., : n_codes * bits]
     values = _weigh(stream.unflatten(-1, (n_codes, bits)))
-    return (values - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = (values - (1 << (bits - 1))).to(torch.int8)
+    return codes
 
 
 def _weigh(stream: UInt8[Tensor, "*rows bits"]) -> Tensor:
     """Numbers whose bits these are."""
     powers = 2 ** torch.arange(stream.shape[-1], device=stream.device, dtype=torch.int16)
-    return (stream.to(torch.int16) * powers).sum(-1, dtype=torch.int16)
+    numbers: Tensor = (stream.to(torch.int16) * powers).sum(-1, dtype=torch.int16)
+    return numbers
 
 
 def _check_bits(bits: int) -> None:
