@@ -25,6 +25,8 @@ from tersor.ops.sweep import columns_at, feed_back_, input_order, ordered_factor
 
 # Steps that feedback likes are a little off those that rounding to nearest likes, to either side.
 STRETCHES = (0.92, 1.0, 1.08)
+# m n^2 of a layer of 2048 x 2048: each stretch or sweep beyond it takes a second and more.
+LARGE = 2.0**33
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,13 @@ class RoundingConfig:
     stretches: tuple[float, ...] = STRETCHES
     sweeps: int = 4
     refit_steps: bool = True
+
+    @classmethod
+    def for_layer(cls, outputs: int, inputs: int) -> "RoundingConfig":
+        """The defaults; for a large layer less, so that 4096 x 4096 weights take seconds, not a minute."""
+        if float(outputs) * float(inputs) ** 2 <= LARGE:
+            return cls()
+        return cls(stretches=(1.0,), sweeps=2)
 
     def __post_init__(self) -> None:
         if not self.stretches or min(self.stretches) <= 0:
@@ -76,7 +85,7 @@ def round_weight(
         weight: Weight, after drift or pruning the refitted one; read only.
         H: Second moment of the input, or its covariance where the bias takes up the mean; read only.
         grid: Its grid.
-        config: How hard to try; None: the defaults.
+        config: How hard to try; None: ``RoundingConfig.for_layer``.
         keep: Where weights may differ from zero; None: everywhere. What is elsewhere in ``weight``
             counts as error, so give a weight that is zero there.
 
@@ -92,7 +101,7 @@ def round_weight(
 
     Source: Frantar et al. 2022, arXiv:2210.17323 (feedback); Behdin et al. 2023, arXiv:2309.01885 (descent).
     """
-    config = RoundingConfig() if config is None else config
+    config = RoundingConfig.for_layer(*weight.shape[1:]) if config is None else config
     feedback = Feedback.of(weight, H, config)
     fitted = fit_steps(weight, grid, feedback.innovations())
     best: tuple[Tensor, Steps] | None = None

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.core.errors import ConfigError, NumericalError, ShapeError
+from tersor.ops import group_grids
 from tersor.ops.group_grids import (
     FRACTIONS,
     GroupGrid,
@@ -112,6 +113,16 @@ def test_negative_steps_put_the_spare_code_where_it_helps() -> None:
     assert nearest_codes(weight, steps, GroupGrid(bits=2)).tolist() == [[[-2, 1, -1, 0]]]
     positive = GroupGrid(bits=2, signed_steps=False)
     assert float(fit_steps(weight, positive).step) > 0
+
+
+def test_rows_are_searched_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = normal(6, 2, 7, 12)
+    grid = GroupGrid(bits=3, group=5, symmetric=False)
+    whole = fit_steps(weight, grid)
+    monkeypatch.setattr(group_grids, "CHUNK_VALUES", 48)
+    parts = fit_steps(weight, grid)
+    assert torch.equal(whole.step, parts.step)
+    assert torch.equal(whole.zero, parts.zero)
 
 
 def test_what_matters_decides_the_step() -> None:

@@ -164,6 +164,22 @@ def test_descent_ends_where_no_single_change_helps(
     assert bool((least < row_losses(weight, torch.zeros_like(weight), H)).all())
 
 
+@pytest.mark.parametrize("block", [1, 128])
+@pytest.mark.parametrize("group", [None, 2])
+def test_zero_points_move_all_codes_where_no_single_one_can(
+    monkeypatch: pytest.MonkeyPatch, block: int, group: int | None
+) -> None:
+    monkeypatch.setattr(group_descent, "BLOCK", block)
+    H = torch.tensor([[[1.0, -0.9], [-0.9, 1.0]]])
+    grid = GroupGrid(bits=4, group=group, symmetric=False)
+    begin = Steps(step=torch.ones(1, 1, 1).double(), zero=torch.zeros(1, 1, 1, dtype=torch.int8))
+    codes = torch.tensor([[[2, -2]]], dtype=torch.int8)
+    done = descend_groups(torch.tensor([[[6.0, 2.0]]]), codes, begin, grid, H, sweeps=1)
+    assert torch.equal(done.codes, codes)
+    assert int(done.steps.zero) == -4
+    assert float(done.loss) < 1e-12
+
+
 def test_close_to_the_best_of_all_codes() -> None:
     """Two bits, five inputs: all 4^5 codes with the steps found."""
     grid, ratios = GroupGrid(bits=2, step_type="float32"), []
@@ -301,6 +317,12 @@ def test_real_convolution_and_linear_layer(
         ours = row_losses(weight, dequantize(found.codes, found.steps, grid), unseen).sum()
         peer = row_losses(weight, gptq(weight, H, grid), unseen).sum()
         assert float(ours) < (0.75 if bits == 3 else 0.9) * float(peer)
+
+
+def test_large_layers_get_less() -> None:
+    assert RoundingConfig.for_layer(2048, 2048) == RoundingConfig()
+    large = RoundingConfig.for_layer(4096, 4096)
+    assert (large.stretches, large.sweeps) == ((1.0,), 2)
 
 
 def test_wrong_arguments_are_refused() -> None:
