@@ -50,8 +50,8 @@ def descend_groups(  # noqa: PLR0913 - a weight on a grid is four things, its me
     """Improve codes, steps and zero points.
 
     q_j <- Q(q_j + (D H)_j / (H_jj step)); step <- step + v H d^T / v H v^T with v = q - zero, d a row
-    of D on the group's inputs; zero likewise. A step is taken as its type stores it, and only where
-    that lowers the loss.
+    of D on the group's inputs; zero likewise. A step is taken as its type stores it, at most doubled or
+    halved in a sweep, and only where that lowers the loss.
 
     Args:
         weight: Weight; read only.
@@ -126,7 +126,8 @@ def _begin(
     keep: Tensor | None,
 ) -> _State:
     metric, W = H.to(torch.float64), weight.to(torch.float64).mT
-    step, zero = (v.to(torch.float64).mT.contiguous() for v in (steps.step, steps.zero))
+    # Where there is one step or one output, transposing copies nothing, and the caller's would change.
+    step, zero = (v.to(torch.float64).mT.clone().contiguous() for v in (steps.step, steps.zero))
     current = codes.to(torch.float64).mT.contiguous()
     place = torch.arange(weight.shape[2], device=weight.device) // max(
         1, grid.width(weight.shape[2])

@@ -277,7 +277,6 @@ def _traces(
         Hinv[every, j, :] = 0
         Hinv[every, :, j] = 0
         Hinv[every, j, j] = 1
-        w[every, j] = 0
     return order, cost
 
 

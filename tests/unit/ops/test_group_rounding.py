@@ -164,6 +164,64 @@ def test_descent_ends_where_no_single_change_helps(
     assert bool((least < row_losses(weight, torch.zeros_like(weight), H)).all())
 
 
+def sweep_by_hand(
+    row: Tensor, codes: list[float], steps: list[float], zeros: list[float], width: int, H: Tensor
+) -> None:
+    """Codes of a group in order, then its step, then its zero point; 4-bit codes, float32 steps."""
+    place = torch.arange(len(row)) // width
+
+    def slope() -> tuple[Tensor, Tensor]:
+        v = torch.tensor(codes, dtype=torch.float64) - torch.tensor(zeros).double()[place]
+        return v, (row - v * torch.tensor(steps, dtype=torch.float64)[place]) @ H
+
+    for group in range(len(steps)):
+        members = (place == group).nonzero().flatten()
+        for j in members.tolist():
+            wish = float(slope()[1][j] / (H[j, j] * steps[group]))
+            if abs(wish) > 0.5:
+                codes[j] = min(max(round(codes[j] + wish), -8), 7)
+        v, gradient = (value[members] for value in slope())
+        curvature = float(v @ H[members][:, members] @ v)
+        ratio = 1 + float(v @ gradient) / curvature / steps[group]
+        ratio = min(max(ratio, 0.5), 2.0) if ratio > 0 else 1.0
+        steps[group] = float(torch.tensor(steps[group] * ratio).float())
+        _, gradient = slope()
+        ones = float(H[members][:, members].sum())
+        wish = -float(gradient[members].sum()) / (ones * steps[group])
+        if abs(wish) > 0.5:
+            zeros[group] = min(max(round(zeros[group] + wish), -8), 7)
+
+
+@pytest.mark.parametrize("group", [None, 3, 4])
+@pytest.mark.parametrize("block", [3, 8, 128])
+def test_a_sweep_is_the_definition(
+    monkeypatch: pytest.MonkeyPatch, group: int | None, block: int
+) -> None:
+    monkeypatch.setattr(group_descent, "BLOCK", block)
+    monkeypatch.setattr(group_descent, "PIECE", 2)
+    grid = GroupGrid(bits=4, group=group, symmetric=False, step_type="float32")
+    moved = 0
+    for seed in range(6):
+        weight, _ = problem(seed)
+        H = problem(seed)[1]
+        ones = H.sum(2, keepdim=True)
+        H = H - 0.99 * ones @ ones.mT / ones.sum(1, keepdim=True)  # sums of inputs hardly vary
+        begin = fit_steps(weight, grid)
+        begin = Steps(step=begin.step, zero=(begin.zero + 1).clamp(-8, 7))
+        start = nearest_codes(weight, begin, grid)
+        start = (start - 3).clamp(-8, 7)
+        done = descend_groups(weight, start, begin, grid, H, sweeps=1)
+        for g, i in itertools.product(range(2), range(3)):
+            codes, zeros = start[g, i].double().tolist(), begin.zero[g, i].double().tolist()
+            steps = begin.step[g, i].tolist()
+            sweep_by_hand(weight[g, i], codes, steps, zeros, grid.width(10), H[g])
+            assert done.codes[g, i].tolist() == codes
+            assert done.steps.zero[g, i].tolist() == zeros
+            assert done.steps.step[g, i].tolist() == pytest.approx(steps, rel=1e-6)
+            moved += zeros != begin.zero[g, i].double().tolist()
+    assert moved  # or zero points were not put to the test
+
+
 @pytest.mark.parametrize("block", [1, 128])
 @pytest.mark.parametrize("group", [None, 2])
 def test_zero_points_move_all_codes_where_no_single_one_can(
@@ -254,6 +312,20 @@ def test_no_activity_and_one_channel() -> None:
     assert float(dequantize(single.codes, single.steps, grid)) == pytest.approx(-0.7, rel=2**-10)
     zeros = round_weight(torch.zeros(1, 2, 6), torch.eye(6).unsqueeze(0), grid)
     assert not dequantize(zeros.codes, zeros.steps, grid).any()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("group", [None, 4])
+def test_descent_leaves_what_it_was_given(outputs: int, group: int | None) -> None:
+    weight, H = problem(2, outputs=outputs)
+    grid = GroupGrid(bits=3, group=group, symmetric=False)
+    steps = fit_steps(weight, grid)
+    codes = nearest_codes(weight, steps, grid)
+    given = weight, H, codes, steps.step, steps.zero
+    before = [value.clone() for value in given]
+    done = descend_groups(weight, codes, steps, grid, H, sweeps=2)
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+    assert not torch.equal(done.steps.step, steps.step)
 
 
 def test_inputs_stay_untouched_and_maps_do_not_meet() -> None:

@@ -188,6 +188,16 @@ def test_exact_elimination_over_the_layer_takes_from_where_it_costs_least() -> N
     assert losses[1] < losses[0]
 
 
+def test_over_the_layer_every_output_keeps_what_it_would_keep_by_itself() -> None:
+    for seed in range(10):
+        weight, H = problem(seed, groups=1, outputs=4, inputs=6)
+        layer = eliminate_exactly(weight, H, Unstructured(kept=0.5))
+        assert int(layer.sum()) == 12
+        for i, count in enumerate(layer[0].sum(1).tolist()):
+            alone = Unstructured(kept=count / 6, each_row=True)
+            assert torch.equal(layer[0, i], eliminate_exactly(weight, H, alone)[0, i])
+
+
 def test_less_kept_costs_more_and_exact_elimination_is_nested() -> None:
     weight, H = problem(9, groups=1, outputs=6, inputs=16, n_rows=100)
     before, kept_before = -1.0, torch.ones(1, 6, 16, dtype=torch.bool)
