@@ -14,15 +14,14 @@ a column of W is contiguous.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64, Int8, Int64
+from jaxtyping import Float, Float64, Int8
 from torch import Tensor
 
 from tersor.core.errors import ConfigError
-from tersor.ops.damping import check_moment, damped_inverse_upper
+from tersor.ops.damping import check_moment
 from tersor.ops.grids import check_finite, check_limit, check_steps
 from tersor.ops.refit import layer_loss
-
-BLOCK = 128
+from tersor.ops.sweep import BLOCK, columns_at, feed_back_, input_order, ordered_factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +73,17 @@ def round_with_feedback(  # noqa: PLR0913 - three tensors and the four knobs of 
     if block < 1:
         raise ConfigError(f"block must be at least 1 column, got {block}; {BLOCK} is a good choice")
     W, scale, metric = (value.to(torch.float64) for value in (weight, step, H))
-    order = _order(metric, act_order=act_order)
-    U, used = damped_inverse_upper(_permuted(_without_dead(metric), order), damping)
-    columns = _columns(order, weight.shape[1])
-    codes = torch.empty_like(W.mT)
-    codes.scatter_(1, columns, _sweep_(W.mT.gather(1, columns), scale, U, limit, block))
-    codes = codes.mT.contiguous()
+    order = input_order(metric, act_order=act_order)
+    U, used = ordered_factor(metric, order, damping)
+    columns = columns_at(order, weight.shape[1])
+    found = torch.empty_like(W.mT)
+
+    def become(j: int, column: Float64[Tensor, "g m"]) -> Float64[Tensor, "g m"]:
+        found[:, j] = (column / scale).round_().clamp_(-limit, limit)
+        return found[:, j] * scale
+
+    feed_back_(W.mT.gather(1, columns), U, become, block)
+    codes = torch.empty_like(found).scatter_(1, columns, found).mT.contiguous()
     loss = layer_loss(W - codes * scale.unsqueeze(2), metric)
     return Rounded(codes=codes.to(torch.int8), loss=loss, damping=used)
 
@@ -127,50 +131,6 @@ def descend(
         if not _descend_once_(current, metric @ D, scale, metric, limit):
             break
     return current.mT.contiguous().to(torch.int8)
-
-
-def _order(H: Float64[Tensor, "g n n"], *, act_order: bool) -> Int64[Tensor, "g n"]:
-    diagonal = H.diagonal(dim1=1, dim2=2)
-    if act_order:
-        return diagonal.argsort(dim=1, descending=True, stable=True)
-    return torch.arange(H.shape[1], device=H.device).expand_as(diagonal)
-
-
-def _columns(order: Int64[Tensor, "g n"], outputs: int) -> Int64[Tensor, "g n m"]:
-    return order.unsqueeze(2).expand(-1, -1, outputs)
-
-
-def _permuted(H: Float64[Tensor, "g n n"], order: Int64[Tensor, "g n"]) -> Float64[Tensor, "g n n"]:
-    groups = torch.arange(H.shape[0], device=H.device)[:, None, None]
-    return H[groups, order.unsqueeze(2), order.unsqueeze(1)]
-
-
-def _without_dead(H: Float64[Tensor, "g n n"]) -> Float64[Tensor, "g n n"]:
-    """Clear the couplings of inputs without activity; rounding noise there would be fed back."""
-    alive = H.diagonal(dim1=1, dim2=2) > 0
-    return H * alive.unsqueeze(2) * alive.unsqueeze(1)
-
-
-def _sweep_(
-    W: Float64[Tensor, "g n m"],
-    step: Float64[Tensor, "g m"],
-    U: Float64[Tensor, "g n n"],
-    limit: int,
-    block: int,
-) -> Float64[Tensor, "g n m"]:
-    """Round all columns in order; overwrites W. Returns the codes."""
-    codes = torch.empty_like(W)
-    pivots = U.diagonal(dim1=1, dim2=2)
-    for start in range(0, W.shape[1], block):
-        stop = min(start + block, W.shape[1])
-        errors = torch.empty_like(W[:, start:stop])
-        for j in range(start, stop):
-            code = (W[:, j] / step).round_().clamp_(-limit, limit)
-            error = (W[:, j] - code * step).div_(pivots[:, j, None])
-            W[:, j + 1 : stop].addcmul_(U[:, j, j + 1 : stop, None], error.unsqueeze(1), value=-1)
-            codes[:, j], errors[:, j - start] = code, error
-        W[:, stop:].baddbmm_(U[:, start:stop, stop:].mT, errors, alpha=-1)
-    return codes
 
 
 def _descend_once_(

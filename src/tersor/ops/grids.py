@@ -113,7 +113,11 @@ def round_nearest(
 
 
 def range_step(
-    counts: Shaped[Tensor, " bins"], edges: Float[Tensor, " edges"], *, signed: bool
+    counts: Shaped[Tensor, " bins"],
+    edges: Float[Tensor, " edges"],
+    *,
+    signed: bool,
+    bits: int = 8,
 ) -> float:
     """Step of an activation tensor with the least expected squared error over its histogram.
 
@@ -121,6 +125,7 @@ def range_step(
         counts: Values in each bin, >= 0, of any number type; read only.
         edges: Ascending bounds of the bins, one more than bins; read only.
         signed: Grid [-128, 127]; otherwise [0, 255], on which negative values become 0.
+        bits: Width of a code, 2..8; the grids above are those of 8 bits.
 
     Returns:
         The best of ``N_RANGE_FRACTIONS`` fractions of max|x| / 127 (signed) or max x / 255, where
@@ -128,11 +133,12 @@ def range_step(
         the unsigned grid).
 
     Raises:
+        ConfigError: ``bits`` outside 2..8.
         NumericalError: Counts or edges are negative or not finite, not ascending or do not fit.
     """
     counts, edges = counts.to(torch.float64), edges.to(torch.float64)
-    _check_histogram(counts, edges)
-    low, high = SIGNED_CODES if signed else UNSIGNED_CODES
+    check_histogram(counts, edges)
+    low, high = activation_codes(bits, signed=signed)
     used = counts > 0
     left, right, mass = edges[:-1][used], edges[1:][used], counts[used]
     largest = torch.cat([right, -left if signed else right]).clamp(min=0)
@@ -146,6 +152,18 @@ def range_step(
     centres = ((left + right) / 2).expand(N_RANGE_FRACTIONS, -1)
     error = (centres - fake_quantize(centres, steps, low, high)).square() @ mass
     return float(steps[error.argmin(), 0])
+
+
+def activation_codes(bits: int, *, signed: bool) -> tuple[int, int]:
+    """Smallest and largest code of an activation of this width.
+
+    Raises:
+        ConfigError: ``bits`` outside 2..8.
+    """
+    if not 2 <= bits <= 8:
+        raise ConfigError(f"bits must be 2..8, got {bits}")
+    half = 1 << (bits - 1)
+    return (-half, half - 1) if signed else (0, 2 * half - 1)
 
 
 def check_limit(limit: int) -> None:
@@ -176,7 +194,8 @@ def check_finite(weight: Float[Tensor, "g m n"], name: str) -> None:
         )
 
 
-def _check_histogram(counts: Float64[Tensor, " bins"], edges: Float64[Tensor, " edges"]) -> None:
+def check_histogram(counts: Float64[Tensor, " bins"], edges: Float64[Tensor, " edges"]) -> None:
+    """Raise NumericalError unless these are a histogram."""
     fits = edges.numel() == counts.numel() + 1
     sound = bool(counts.isfinite().all() & edges.isfinite().all() & (counts >= 0).all())
     if not (fits and sound and bool((edges.diff() >= 0).all())):
