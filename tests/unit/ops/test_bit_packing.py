@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tersor.core.errors import ConfigError, ShapeError
-from tersor.ops.group_grids import packed_bytes
 from tersor.ops.bit_packing import pack, unpack
+from tersor.ops.group_grids import packed_bytes
 
 
 def codes_of(seed: int, bits: int, *shape: int) -> torch.Tensor:

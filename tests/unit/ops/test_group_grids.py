@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tersor.core.errors import ConfigError, NumericalError, ShapeError
 from tersor.ops import group_grids
+from tersor.ops.bit_packing import pack
 from tersor.ops.group_grids import (
     FRACTIONS,
     GroupGrid,
@@ -19,7 +20,6 @@ from tersor.ops.group_grids import (
     innovations,
     nearest_codes,
 )
-from tersor.ops.bit_packing import pack
 
 SEEDS = st.integers(0, 2**32 - 1)
 GRIDS = st.builds(
