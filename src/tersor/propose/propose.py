@@ -18,7 +18,7 @@ from tersor.graph.contracts import (
     SiteChange,
     SiteStatistics,
     WidthStatistics,
-    kinds_of,
+    works_on,
 )
 from tersor.graph.edit import run_all, run_changed
 from tersor.graph.geometry import output_error
@@ -49,7 +49,7 @@ def offers(
     for site in sites:
         if site.pinned is None:
             for name, method in methods.items():
-                if site.kind not in kinds_of(method):
+                if not works_on(method, site):
                     continue
                 for candidate in method.propose(site, statistics[site.name]):
                     named = replace(candidate, method=name)
