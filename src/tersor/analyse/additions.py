@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from tersor.core.records import ADD_PREFIX, Site
 from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.contracts import AddStatistics, Graph, SiteStatistics
-from tersor.graph.edit import execute, last_uses
+from tersor.graph.edit import run_all
 from tersor.graph.operators import weighted_ops
 from tersor.observe.streams import Histogram
 
@@ -122,16 +122,8 @@ def _histograms(
     graph: Graph, names: set[str], batches: Sequence[Sequence[Tensor]]
 ) -> dict[str, Histogram]:
     found = {name: Histogram() for name in names}
-    done = last_uses(graph.module)
     for flat in batches if names else ():
-        env: dict[str, object] = {}
-        stream = iter(flat)
-        with torch.no_grad():
-            for node in graph.module.graph.nodes:
-                is_input = node.op == "placeholder"
-                env[node.name] = next(stream) if is_input else execute(graph.module, node, env)
-                if node.name in found:
-                    found[node.name].add_(env[node.name])  # type: ignore[arg-type]
-                for name in done.get(node.name, ()):
-                    env.pop(name, None)
+        values = run_all(graph.module, flat)
+        for name, histogram in found.items():
+            histogram.add_(values[name])
     return found

@@ -9,7 +9,7 @@ from tersor.api.shrink import Changes
 from tersor.core.jsonable import digest
 from tersor.core.machine import describe_machine
 from tersor.core.records import Level
-from tersor.graph.contracts import SiteChange
+from tersor.graph.contracts import Quantizer, SiteChange
 from tersor.graph.serial import structure_text
 from tersor.price.memory import PriceMemory
 
@@ -28,7 +28,7 @@ def price_memory(
 
     def detail(assignment: Mapping[str, Level]) -> list[Any]:
         """Grids and scales of the layers that change: with the levels, all that shapes a graph."""
-        return [_form(change) for change in changes(assignment).formats]
+        return [form(change) for change in changes(assignment).formats]
 
     return PriceMemory(
         store=session.store,
@@ -52,12 +52,14 @@ def price_memory(
     )
 
 
-def _form(change: SiteChange) -> list[Any]:
-    quantizer = change.quantizer
-    grid = None
-    if quantizer is not None:
-        scaled = quantizer.inverse_scale is not None
-        channels = quantizer.channel_dim if scaled else None
-        grid = [quantizer.low, quantizer.high, channels, quantizer.shift != 0]
+def form(change: SiteChange) -> list[Any]:
+    """What of a change shapes the graph: no values, but which tensors and quantisers there are."""
+    grid = None if change.quantizer is None else _grid(change.quantizer)
+    operands = {tensor: _grid(quantizer) for tensor, quantizer in change.operands.items()}
     stored = [t is not None for t in (change.codes, change.weight, change.bias)]
-    return [change.site.name, str(change.level), stored, grid]
+    return [change.site.name, str(change.level), stored, grid, operands]
+
+
+def _grid(quantizer: Quantizer) -> list[Any]:
+    channels = None if quantizer.inverse_scale is None else quantizer.channel_dim
+    return [quantizer.low, quantizer.high, channels, quantizer.shift != 0]

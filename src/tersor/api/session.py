@@ -321,7 +321,7 @@ def offered_sites(
     kinds = {kind for method in methods for kind in kinds_of(method)}
     sites = find_sites(graph, tuple(keep))
     axes = analyse_axes(graph) if kinds & {"width", "branch"} else None
-    if "format" in kinds:
+    if "addition" in kinds:
         sites += addition_sites(graph, sites)
     if axes is not None and "width" in kinds:
         sites += offered_widths(axes, keep)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from numpy.typing import NDArray
@@ -186,7 +186,8 @@ class SiteChange:
 class Method(Protocol):
     """Arithmetic on one site; it never edits the graph.
 
-    An attribute ``kinds`` names the kinds of sites that it works on, ("format",) where it has
+    An attribute ``kinds`` names the kinds of sites that it works on, those of additions as
+    "addition", ("format",) where it has
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
     ``methods="all"``.
@@ -201,9 +202,17 @@ class Method(Protocol):
         ...
 
 
-def kinds_of(method: Method | type[Method]) -> tuple[SiteKind, ...]:
+MethodKind = SiteKind | Literal["addition"]
+
+
+def kinds_of(method: Method | type[Method]) -> tuple[MethodKind, ...]:
     """The kinds of sites that a method works on."""
     return tuple(getattr(method, "kinds", ("format",)))
+
+
+def works_on(method: Method, site: Site) -> bool:
+    """Whether a site is for a method: an addition has no weight, so that not every format fits it."""
+    return ("addition" if site.op_kind == "add" else site.kind) in kinds_of(method)
 
 
 @runtime_checkable

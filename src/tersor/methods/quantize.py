@@ -10,14 +10,14 @@ prefix, the weight is first refitted to the original layer's outputs.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Level, Site
-from tersor.graph.contracts import AddStatistics, Quantizer, SiteChange, SiteStatistics
+from tersor.graph.contracts import AddStatistics, MethodKind, Quantizer, SiteChange, SiteStatistics
 from tersor.graph.quantizer import column_scale, rounded, scaled
 from tersor.ops.feedback import descend, round_with_feedback
 from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
@@ -51,6 +51,7 @@ class Quantize:
         sweeps: Coordinate-descent sweeps after error feedback.
     """
 
+    kinds: ClassVar[tuple[MethodKind, ...]] = ("format", "addition")
     weight_limit: int = INT8_LIMIT
     alphas: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
     damping: float = 1e-2

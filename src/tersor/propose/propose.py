@@ -15,7 +15,7 @@ from tersor.graph.contracts import (
     SiteChange,
     SiteStatistics,
     WidthStatistics,
-    kinds_of,
+    works_on,
 )
 from tersor.propose.errors import chunk_size, chunks, sampled_errors, with_errors
 from tersor.propose.sampling import Flat, Precision
@@ -43,7 +43,7 @@ def offers(
     for site in sites:
         if site.pinned is None:
             for name, method in methods.items():
-                if site.kind not in kinds_of(method):
+                if not works_on(method, site):
                     continue
                 for candidate in method.propose(site, statistics[site.name]):
                     named = replace(candidate, method=name)

@@ -229,20 +229,26 @@ class _Run:
             found[tensor] = (histogram.counts, histogram.edges())
         return AddStatistics(shared=shared, own=found)
 
-    def replace_addition(self, node: fx.Node, change: SiteChange) -> None:
-        """Run an addition: the original in one run, with rounded operands in the other."""
+    def known(
+        self, site: Site, node: fx.Node, own: Sequence[str], seed: int
+    ) -> SiteStatistics | AddStatistics:
+        """What a method is told at a site: of a layer, or of an addition's operands."""
+        if site.op_kind == "add":
+            return self.addition(node, own, seed)
+        return self.statistics(site, self.ops[node.name], seed)
+
+    def replace(self, node: fx.Node, change: SiteChange) -> None:
+        """Run a changed node: the original in one run, the change in the other."""
         for pair in self.pairs:
             pair.original[node.name] = execute(self.graph.module, node, pair.original)
+            if change.site.op_kind != "add":
+                op = self.ops[node.name]
+                changed = _run_change(self.graph, node, op, change, pair.compressed)
+                pair.compressed[node.name] = changed
+                continue
             rounded_ones = {t: restored(pair.compressed[t], q) for t, q in change.operands.items()}
             seen = {**pair.compressed, **rounded_ones}
             pair.compressed[node.name] = execute(self.graph.module, node, seen)
-        self.dirty.add(node.name)
-
-    def replace_op(self, node: fx.Node, op: WeightedOp, change: SiteChange) -> None:
-        """Run a changed op: the original in one run, the change in the other."""
-        for pair in self.pairs:
-            pair.original[node.name] = execute(self.graph.module, node, pair.original)
-            pair.compressed[node.name] = _run_change(self.graph, node, op, change, pair.compressed)
         self.dirty.add(node.name)
 
 
@@ -348,7 +354,6 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
     run = _Run(graph, batches, readers, sites)
     by_op = {name: site for site in sites if site.name in chosen for name in site.ops}
     changes: dict[str, SiteChange] = {}
-    own = own or {}
     done = last_uses(graph.module)
     position = 0
     with torch.no_grad():
@@ -362,28 +367,16 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
             elif site is None:
                 run.step(node, None)
             else:
-                if site.op_kind == "add":
-                    known = run.addition(node, own.get(site.name, ()), seed)
-                    candidate = chosen[site.name]
-                    made = methods[candidate.method].apply(site, candidate, known)
-                    changes[site.name] = made
-                    run.replace_addition(node, made)
-                    advance()
-                    run.forget(done.get(node.name, ()))
-                    continue
-                op = run.ops[node.name]
                 if site.name not in changes:
-                    statistics = (
+                    known = (
                         embedding(site)
                         if site.op_kind == "embedding"
-                        else run.statistics(site, op, seed)
+                        else run.known(site, node, (own or {}).get(site.name, ()), seed)
                     )
                     candidate = chosen[site.name]
-                    changes[site.name] = methods[candidate.method].apply(
-                        site, candidate, statistics
-                    )
+                    changes[site.name] = methods[candidate.method].apply(site, candidate, known)
                     advance()
-                run.replace_op(node, op, changes[site.name])
+                run.replace(node, changes[site.name])
             run.forget(done.get(node.name, ()))
     result = apply(graph, [c for c in changes.values() if _edits(c)])
     return Transformed(result, tuple(changes.values()))

@@ -12,13 +12,14 @@ from tersor.analyse.additions import addition_sites, addition_statistics, own_op
 from tersor.analyse.calibration import site_statistics, tensor_readers
 from tersor.analyse.sites import find_sites
 from tersor.core.errors import ShapeError
-from tersor.core.records import Site
+from tersor.core.records import Candidate, Site
 from tersor.graph.apply import apply
 from tersor.graph.changes import pack, unpack
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.quantizer import restored
 from tersor.methods.quantize import Quantize
 from tersor.observe.statistics import observe
+from tersor.propose.propose import offers
 from tersor.transform.sequential import transform
 from tests.unit.capturing import graph_of, random, scale_error, trained
 
@@ -234,3 +235,27 @@ def test_front_to_back_is_as_good_with_additions(make: Callable[[], Graph]) -> N
     wanted = graph.run(x)[0]
     error = float((done.graph.run(x)[0] - wanted).square().mean() / wanted.square().mean())
     assert error < 1e-3
+
+
+def test_a_method_of_layers_is_not_asked_about_additions() -> None:
+    """A plug-in that says nothing of its kinds expects a weight in the statistics."""
+
+    class Layers:
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def propose(self, site: Site, statistics: Any) -> list[Candidate]:
+            assert statistics.weight is not None
+            self.asked.append(site.name)
+            return []
+
+        def apply(self, site: Site, candidate: Candidate, statistics: Any) -> SiteChange:
+            raise AssertionError(f"nothing was proposed at {site.name}: {candidate}, {statistics}")
+
+    graph = residual()
+    sites, statistics = known(graph)
+    layers = find_sites(graph)
+    plugin = Layers()
+    found = offers((*layers, *sites), statistics, {"a": plugin, "b": Quantize()}, lambda _: True)
+    assert plugin.asked == [s.name for s in layers]
+    assert {s.name for s in sites} <= {o.candidate.site for o in found}

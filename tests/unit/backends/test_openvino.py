@@ -587,3 +587,21 @@ def test_additions_share_the_skeleton_of_the_float_graph() -> None:
         for graph in (plain, integers(plain, additions=False), integers(plain, additions=True))
     }
     assert len(keys) == 1
+
+
+def test_a_pool_whose_places_are_read_stays_where_it_is() -> None:
+    """Rounded values tie where others do not: the places would be those of other values."""
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, places = nn.functional.max_pool2d(self.a(x).relu(), 2, return_indices=True)
+            return self.b(y), places
+
+    graph = integers(graph_of(Places(), random(4, 3, 8, 8)), additions=False)
+    model = to_openvino_model(graph, shapes_of(graph), BuildChoice(backend="openvino"))
+    (pool,) = [n for n in model.get_ops() if n.get_type_name() == "MaxPool"]
+    assert pool.input_value(0).get_node().get_type_name() != "FakeQuantize"

@@ -138,7 +138,8 @@ class Assembly:
         for values in self._quantized.values():
             rounding = values.get_node()
             pool = rounding.input_value(0).get_node()
-            alone = len(pool.output(0).get_target_inputs()) == 1
+            # Their indices, if anything reads those, would be others where rounded values tie.
+            alone = sum(len(out.get_target_inputs()) for out in pool.outputs()) == 1
             if pool.get_type_name() != "MaxPool" or not alone:
                 continue
             source = pool.input_value(0)

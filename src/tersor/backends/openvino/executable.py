@@ -115,6 +115,7 @@ class OpenVINOExecutable:
     def profile(self) -> dict[str, float]:
         """Milliseconds a warm call by graph node; glue by kind (Reorder, Transpose, ...).
 
+        OpenVINO counts whole microseconds: a node that takes less may read 0.
         What a call takes outside of all nodes is ``OUTSIDE``.
 
         Compiles the model a second time with counters on. It runs on the inputs of the last call
@@ -136,9 +137,10 @@ class OpenVINOExecutable:
         names = _runtime_names(compiled)
         times: dict[str, float] = {}
         for node in totals[-1]:
-            name = names.get(node, node)
+            name, is_source = names.get(node, (node, False))
             spent = _warm_ms([total.get(node, 0.0) for total in totals], marks)
-            times[name] = times.get(name, 0.0) + spent
+            if spent or is_source:
+                times[name] = times.get(name, 0.0) + spent
         call_ms = median(spent / block for spent, _ in rows)
         times[OUTSIDE] = max(0.0, call_ms - sum(times.values()))
         return times
@@ -329,7 +331,8 @@ def _node_totals(
 ) -> tuple[float, dict[str, float]]:
     """Milliseconds that ``more`` runs take, and by runtime node over all ``runs`` so far.
 
-    OpenVINO gives the average over all runs so far, cut to whole microseconds.
+    OpenVINO gives the average over all runs so far, cut to whole microseconds, and calls a node
+    whose average is cut to 0 "not run", so that its status tells nothing.
     """
     start = time.perf_counter()
     for index in range(more):
@@ -338,7 +341,6 @@ def _node_totals(
     return spent, {
         info.node_name: info.real_time.total_seconds() * 1e3 * runs
         for info in request.get_profiling_info()
-        if info.status == info.Status.EXECUTED
     }
 
 
@@ -357,18 +359,18 @@ def _warm_ms(totals: Sequence[float], marks: Sequence[int]) -> float:
     return found + _MICROSECOND / 2 if found > 0 else 0.0  # what a cut takes away on average
 
 
-def _runtime_names(compiled: Any) -> dict[str, str]:
-    """Runtime node -> graph node, from the names of the layers that were fused into it.
+def _runtime_names(compiled: Any) -> dict[str, tuple[str, bool]]:
+    """Runtime node -> graph node and True, from the names of the layers that were fused into it.
 
-    What comes from no graph node (reorders, what OpenVINO's own passes made) goes by its kind:
-    its own name counts what the process has built so far.
+    What comes from no graph node (reorders, what OpenVINO's own passes made) goes by its kind,
+    and False: its own name counts what the process has built so far.
     """
     names = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         source = source_name(_text(info, "originalLayersNames"))
         kind = _text(info, "layerType") or str(node.get_type_name())
-        names[node.get_friendly_name()] = kind if source is None else source
+        names[node.get_friendly_name()] = (source or kind, source is not None)
     return names
 
 
