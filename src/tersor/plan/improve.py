@@ -29,7 +29,7 @@ def improve(ledger: Ledger, incumbent: Draft) -> list[Draft]:
     limits = ledger.task.limits
     if ledger.unreachable and limits.max_ms is None and limits.max_loss is None:
         return []  # the smallest plan is the answer, and every milder one is larger
-    if ledger.evaluations_left <= 0:
+    if ledger.evaluations_left <= 0 or ledger.is_out_of_time:
         return []
     judge = _Judge(ledger, incumbent)
     aim = Aim(problem=_problem(ledger, incumbent), seed=ledger.task.seed)

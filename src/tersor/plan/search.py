@@ -119,8 +119,17 @@ def _pick(ledger: Ledger, drafts: tuple[Draft, ...]) -> Draft:
     for cap in caps:
         in_time = [d for d in known if ledger.measured[d] <= cap]
         if in_time:
-            return min(in_time, key=lambda d: (ledger.loss(d), ledger.measured[d], d))
+            return _mildest(ledger, in_time)
     return _fastest(ledger, known)
+
+
+def _mildest(ledger: Ledger, drafts: list[Draft]) -> Draft:
+    """The least loss; among those that it can't be told from, the least change of the outputs."""
+    best = min(drafts, key=lambda d: (ledger.loss(d), ledger.measured[d], d))
+    if not ledger.has_changes:
+        return best
+    equal = [d for d in drafts if not ledger.is_worse(d, best)]
+    return min(equal, key=lambda d: (ledger.changes(d, 1.0).mean(), ledger.measured[d], d))
 
 
 def _peak_holds(ledger: Ledger, draft: Draft) -> bool:
