@@ -9,10 +9,11 @@ import pytest
 
 from tersor.core.errors import ConfigError
 from tersor.core.jsonable import dumps, from_json
-from tersor.core.records import BaselineRow
+from tersor.core.records import BaselineRow, BuildChoice, Candidate, PriceTable, Term
 from tersor.plan.improve import improve
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.moves import MAX_PAIRS, moved
+from tersor.plan.problem import Problem
 from tersor.plan.ranks import Grid
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import AGREEMENT, MEASURED_NOISE, choose
@@ -330,6 +331,7 @@ def test_changes_of_outputs_lead_and_the_loss_has_the_last_word(lab: ModuleType)
     native = dict.fromkeys(honest, "f32")
     contrary = replace(flat, evaluate=lambda a: -1.0 if a in (honest, native) else 0.0)
     assert choose(lying.task(limits), contrary).plan.assignment == honest
+    assert improve(Ledger(lying.task(limits), contrary), draft_of(0, honest)) == []
     noisy = replace(contrary, noise=lambda *_: 2.0)
     found = improve(Ledger(lying.task(limits), noisy), draft_of(0, honest))
     assert lying.loss(found[-1].assignment) < 0.7 * lying.loss(honest)
@@ -343,8 +345,11 @@ def test_the_search_ends_when_its_seconds_are_used_up(lab: ModuleType) -> None:
     for max_seconds, most in ((0.0, 0), (30.0, 3 + 6), (1e9, 100)):
         world.seen.clear()
         slow = replace(world.tools(), clock=lambda: 10.0 * len(world.seen))
-        improve(Ledger(world.task(limits, max_seconds=max_seconds), slow), start)
+        ledger = Ledger(world.task(limits, max_seconds=max_seconds), slow)
+        improve(ledger, start)
         assert len(world.seen) <= most
+        words = {0.0: "no look was left for it", 30.0: "its 30 s were used up"}
+        assert ledger.ended == words.get(max_seconds, ledger.ended) != ""
     assert len(world.seen) > 3
 
 
@@ -368,6 +373,19 @@ def test_memory_decides_between_builds_and_is_named(lab: ModuleType) -> None:
     assert missed.plan.binding == (
         "memory: a call takes 5.00 of 1.00 MB at its peak, the least of the plans that were built"
     )
+    # Memory alone: the best uncompressed build where that holds it, else a plan that does.
+    memory = Limits(max_ms=world.baseline_ms, max_peak=6e6)
+    assert choose(world.task(memory), tools).is_baseline
+    native = tuple(sorted(world.problem.native_assignment().items()))
+    fastest = tuple(sorted(optimise(world.problem).assignment.items()))
+    only = replace(
+        tools,
+        peak=lambda p: 5_000_000 if tuple(sorted(p.assignment.items())) == fastest else 9_000_000,
+    )
+    assert native != fastest
+    found = choose(world.task(memory), only)
+    assert tuple(sorted(found.plan.assignment.items())) == fastest
+    assert found.target_met_on_search
     # Not asked for: nothing is measured.
     refuse = replace(tools, peak=lambda _: pytest.fail("no memory was asked for"))
     assert choose(world.task(limits), refuse).plan == free.plan
@@ -390,6 +408,7 @@ def test_prices_that_never_come_together_are_said(lab: ModuleType) -> None:
     assert fine.prediction_off is not None
     assert fine.prediction_off <= AGREEMENT
     assert "did not come" not in fine.reason
+    assert "looked at; the search ended as " in fine.reason
 
 
 def test_what_the_caller_kept_is_said_so(lab: ModuleType) -> None:
@@ -428,6 +447,34 @@ def test_where_everything_is_at_its_fastest_the_words_say_so(lab: ModuleType) ->
     assert plan.binding == (
         f"latency: {share:.0%} of the predicted time is in {named}, which are already at their "
         "fastest level on offer"
+    )
+
+
+def test_what_could_be_faster_at_a_larger_error_is_said_so(lab: ModuleType) -> None:
+    sites = ("width:a", "width:b")
+    levels = (100, 60, 20)
+    candidates = {
+        s: tuple(
+            Candidate(site=s, level=n, method="m", size_bytes=n, error=((100 - n) / 100) ** 2)
+            for n in levels
+        )
+        for s in sites
+    }
+    terms = tuple(
+        Term(name=f"op.{s[-1]}", sites=(s,), levels=(levels,), values=(10.0, 6.0, 2.0))
+        for s in sites
+    )
+    table = PriceTable(
+        choice=BuildChoice(backend="fake"), ops={}, quantizers={}, glue_ms=0.5, terms=terms,
+        native=dict.fromkeys(sites, 100),
+    )  # fmt: skip
+    problem = Problem(candidates=candidates, table=table, tensors={})
+    world = lab.World(problem=problem, truth=table, baseline_ms=20.5)
+    plan = choose(world.task(Limits(max_ms=13.5)), world.tools()).plan
+    assert set(plan.assignment.values()) == {60}
+    assert plan.binding == (
+        "latency: 96% of the predicted time is in op.a and op.b, which could be faster at a larger "
+        "error"
     )
 
 
