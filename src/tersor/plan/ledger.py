@@ -122,7 +122,6 @@ class Ledger:
         self._looked.add(draft.levels)
         return self._tools.changes(draft.assignment, share)
 
-    @property
     def is_out_of_time(self) -> bool:
         """Whether looks have taken the seconds that the task allows."""
         return self._tools.clock() >= self.task.max_seconds
