@@ -61,8 +61,8 @@ BUDGETS: Mapping[str, tuple[float, ...]] = {
 }
 SEEDS = 3
 SAMPLES: Mapping[str, Mapping[Split, int]] = {
-    "lenet5": {"search": 512, "test": 8000},
-    "resnet20": {"search": 256, "test": 4000},
+    "lenet5": {"search": 600, "test": 8000},
+    "resnet20": {"search": 1000, "test": 4000},
     "minilm": {"search": 24, "test": 100},
 }
 CHUNK = 100  # samples of one run

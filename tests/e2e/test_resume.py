@@ -43,7 +43,7 @@ result = tersor.compress(load_lenet5(), parts(images), target=target, cache_dir=
 print(json.dumps({"assignment": dict(result.plan.assignment),
                   "choice": result.plan.choice.describe()}))
 """
-BEHIND_PRICES = ("measured", "plan", "transform", "verdict")
+BEHIND_PRICES = ("looked", "evaluated", "measured", "plan", "transform", "verdict")
 
 
 @dataclass(frozen=True)

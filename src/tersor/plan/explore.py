@@ -7,8 +7,8 @@ ones on more, the best on all: a plan that is not kept has cost little, and none
 samples say is worse. Differences are paired, sample by sample; below their standard error plans are
 equal and the older one stays.
 
-It ends with the budget of looks, where no plan is left that should gain anything, or after several
-rounds without a gain.
+It ends with the budget of looks, where no plan is left that should gain anything, or after many
+looks without a gain.
 """
 
 import math
@@ -32,8 +32,8 @@ SHARES = (0.25, 0.5, 1.0)
 TAKEN = (6, 3, 2)
 # Programs a round with errors drawn from the surrogate, beside the one with its means.
 DRAWS = 3
-# Rounds without a gain after which the search ends.
-PATIENCE = 4
+# Looks without a gain after which the search ends.
+PATIENCE = 24
 # An expected gain below this share is not worth a look; nor is a latency that measures as equal.
 LEAST_GAIN = 1e-4
 SMALLEST_GAIN = 5e-3
@@ -118,10 +118,10 @@ class Explorer:
                 used = self.judge.looks_left <= 0
                 self.reason = USED if used else EXHAUSTED
                 break
-            idle = 0 if self._race(rows) else idle + 1
+            idle = 0 if self._race(rows) else idle + len(rows)
             self.rounds += 1
             if idle >= PATIENCE:
-                self.reason = f"nothing was gained in {PATIENCE} rounds"
+                self.reason = f"nothing was gained in {idle} looks"
         return self.found
 
     # What to look at

@@ -29,11 +29,16 @@ def improve(ledger: Ledger, incumbent: Draft) -> list[Draft]:
     limits = ledger.task.limits
     if ledger.unreachable and limits.max_ms is None and limits.max_loss is None:
         return []  # the smallest plan is the answer, and every milder one is larger
-    if ledger.evaluations_left <= 0:
+    if ledger.evaluations_left <= 0 or ledger.is_out_of_time():
+        ledger.ended = "no look was left for it"
         return []
     judge = _Judge(ledger, incumbent)
     aim = Aim(problem=_problem(ledger, incumbent), seed=ledger.task.seed)
-    found = Explorer(aim, judge, incumbent.assignment).run()
+    explorer = Explorer(aim, judge, incumbent.assignment)
+    found = explorer.run()
+    ledger.ended = explorer.reason
+    if ledger.is_out_of_time():
+        ledger.ended = f"its {ledger.task.max_seconds:.0f} s were used up"
     return [draft_of(incumbent.table, plan) for plan in found]
 
 
@@ -92,7 +97,7 @@ class _Judge:
     @property
     def looks_left(self) -> int:
         """Of the task's; none where its seconds are used up."""
-        return 0 if self.ledger.is_out_of_time else self.ledger.evaluations_left
+        return 0 if self.ledger.is_out_of_time() else self.ledger.evaluations_left
 
     @property
     def max_loss(self) -> float:

@@ -37,12 +37,19 @@ class Ledger:
         self.evaluations: list[Evaluation] = list(known)
         self.measured: dict[Draft, float] = {}
         self.unreachable: Constraint | None = None  # a budget that had to be given up
+        self.ended = ""  # why the search around the plan ended; "" where there was none
         self._tools = tools
         self._losses: dict[Key, float] = {_key(e.assignment): e.loss for e in known}
         self._free = set(self._losses)
         self._looked: set[Key] = set()  # every plan that was looked at, evaluated or not
         self._peaks: dict[Draft, int | None] = {}
+        self._baseline_peak: int | None = None
         self._problems: dict[tuple[int, bool], Problem] = {}
+
+    @property
+    def n_looked(self) -> int:
+        """Plans whose quality was looked at, on however few samples."""
+        return len(self._looked)
 
     @property
     def evaluations_left(self) -> int:
@@ -115,7 +122,6 @@ class Ledger:
         self._looked.add(draft.levels)
         return self._tools.changes(draft.assignment, share)
 
-    @property
     def is_out_of_time(self) -> bool:
         """Whether looks have taken the seconds that the task allows."""
         return self._tools.clock() >= self.task.max_seconds
@@ -136,6 +142,18 @@ class Ledger:
             measure = self._tools.peak
             self._peaks[draft] = None if measure is None else measure(self.plan(draft))
         return self._peaks[draft]
+
+    def baseline_holds_peak(self) -> bool:
+        """Whether the best uncompressed build takes no more memory than allowed; measured once.
+
+        True where no memory is asked for, or the system does not tell.
+        """
+        limit, measure = self.task.limits.max_peak, self._tools.peak
+        if limit is None or measure is None:
+            return True
+        if self._baseline_peak is None:
+            self._baseline_peak = measure(self.baseline_plan()) or 0
+        return self._baseline_peak <= limit
 
     def baseline_loss(self) -> float:
         """The real quality loss of the best uncompressed build; evaluated at most once."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from tersor.core.records import Plan
 from tersor.plan.improve import improve
 from tersor.plan.ledger import Ledger
-from tersor.plan.problem import Binding, Constraint
+from tersor.plan.problem import Binding, Constraint, Objective
 from tersor.plan.proposals import FINALISTS, Proposal, propose
 from tersor.plan.task import Choice, Draft, Evaluation, Limits, Task, Tools
 from tersor.plan.words import binding_words
@@ -22,6 +22,7 @@ from tersor.plan.words import binding_words
 AGREEMENT = 0.03
 # Medians of interleaved rounds repeat to 0.2-2 % (FINDINGS 1): closer ones are equal.
 MEASURED_NOISE = 0.01
+OBJECTIVES: tuple[Objective, ...] = ("latency", "size")  # whose optimum may take little memory
 
 
 def choose(task: Task, tools: Tools, known: Sequence[Evaluation] = ()) -> Choice:
@@ -36,7 +37,7 @@ def choose(task: Task, tools: Tools, known: Sequence[Evaluation] = ()) -> Choice
     that an earlier search evaluated; they cost nothing.
     """
     ledger = Ledger(task, tools, known)
-    if baseline_is_enough(task):
+    if baseline_is_enough(task) and ledger.baseline_holds_peak():
         return _return_baseline(ledger, [], "the best uncompressed build meets the target", None)
     proposal = _measure_rounds(ledger)
     best = _pick(ledger, proposal.drafts)
@@ -45,7 +46,7 @@ def choose(task: Task, tools: Tools, known: Sequence[Evaluation] = ()) -> Choice
         ledger.measure(better)
         proposal = replace(proposal, drafts=(*better[::-1], *proposal.drafts))
         best = _pick(ledger, proposal.drafts)
-    best = _agreed(ledger, best)
+    best = _in_memory(ledger, _agreed(ledger, best))
     binding = _binding(ledger, best, proposal.binding)
     off = ledger.disagreement(best)
     reason = _baseline_wins(ledger, best)
@@ -102,6 +103,18 @@ def _agreed(ledger: Ledger, best: Draft) -> Draft:
     return best
 
 
+def _in_memory(ledger: Ledger, best: Draft) -> Draft:
+    """The best once the fastest and the smallest plans were built, where it takes too much memory.
+
+    No price knows memory, but less work and smaller weights mostly need less of it.
+    """
+    if _peak_holds(ledger, best):
+        return best
+    fastest, smallest = (ledger.solve(o, may_be_slower=True)[:1] for o in OBJECTIVES)
+    ledger.measure([*fastest, *smallest])
+    return _pick(ledger, ())
+
+
 def _pick(ledger: Ledger, drafts: tuple[Draft, ...]) -> Draft:
     """The best of all measured drafts for the target; of those that hold the memory, if any do."""
     limits = ledger.task.limits
@@ -119,8 +132,17 @@ def _pick(ledger: Ledger, drafts: tuple[Draft, ...]) -> Draft:
     for cap in caps:
         in_time = [d for d in known if ledger.measured[d] <= cap]
         if in_time:
-            return min(in_time, key=lambda d: (ledger.loss(d), ledger.measured[d], d))
+            return _mildest(ledger, in_time)
     return _fastest(ledger, known)
+
+
+def _mildest(ledger: Ledger, drafts: list[Draft]) -> Draft:
+    """The least loss; among those that it can't be told from, the least change of the outputs."""
+    best = min(drafts, key=lambda d: (ledger.loss(d), ledger.measured[d], d))
+    if not ledger.has_changes:
+        return best
+    equal = [d for d in drafts if not ledger.is_worse(d, best)]
+    return min(equal, key=lambda d: (ledger.changes(d, 1.0).mean(), ledger.measured[d], d))
 
 
 def _peak_holds(ledger: Ledger, draft: Draft) -> bool:
@@ -205,6 +227,8 @@ def _baseline_wins(ledger: Ledger, best: Draft) -> str:
         return ""  # only a compressed plan is small enough
     if limits.max_loss is not None and ledger.baseline_loss() > limits.max_loss:
         return ""  # only another plan is accurate enough
+    if not ledger.baseline_holds_peak():
+        return ""  # only another plan may take little enough memory
     return (
         f"nothing that was measured is faster than the best uncompressed build: "
         f"{ms:.3g} ms against {task.baseline_ms:.3g} ms ({task.baseline.name}), "
@@ -229,7 +253,7 @@ def _return_baseline(
         evaluations=tuple(ledger.evaluations),
         binding=binding or "",
         reason=reason,
-        target_met_on_search=meets(ledger.task.limits, plan, loss),
+        target_met_on_search=meets(ledger.task.limits, plan, loss) and ledger.baseline_holds_peak(),
         is_baseline=True,
     )
 
@@ -252,5 +276,6 @@ def _reason(ledger: Ledger, best: Draft) -> str:
     return (
         f"{what}: {ledger.measured[best]:.3g} ms, {gain:.2f}x the best uncompressed build, "
         f"loss {ledger.loss(best):.4g}; {n_measured} plan(s) measured, "
-        f"{len(ledger.evaluations)} evaluated"
+        f"{len(ledger.evaluations)} evaluated, {ledger.n_looked} looked at"
+        + (f"; the search ended as {ledger.ended}" if ledger.ended else "")
     )

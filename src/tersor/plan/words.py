@@ -28,25 +28,28 @@ def binding_words(ledger: Ledger, draft: Draft, binding: Binding | None) -> str:
 
 
 def _where_time_goes(ledger: Ledger, draft: Draft) -> str:
-    """The largest part of the time: what was left alone, what is at its fastest level, or glue."""
+    """The largest part of the time: what was left alone, is at its fastest level, or is between."""
     table = ledger.tables[draft.table]
     total = table.predict_ms(draft.assignment, ledger.task.tensors)
     times = _op_times(ledger, draft)
-    stays = {op: t.ms * table.scale / total for op, t in times.items() if t.stays}
-    done = {op: t.ms * table.scale / total for op, t in times.items() if t.is_fastest}
+    groups: dict[str, dict[str, float]] = {"stays": {}, "fastest": {}, "between": {}}
+    for op, time in times.items():
+        groups[time.state][op] = time.ms * table.scale / total
+    state = max(groups, key=lambda name: _sum(groups[name]))
+    share, named = _sum(groups[state]), _largest(groups[state])
     glue = table.glue_ms * table.scale / total
-    shares, is_done = (stays, False) if _sum(stays) >= _sum(done) else (done, True)
-    named = _largest(shares)
-    if not named or glue >= _sum(shares):
+    if not named or glue >= share:
         return (
             f"{glue:.0%} of the predicted time is outside the sites (attention, normalisation, "
             "element-wise ops), which no format changes"
         )
-    text = f"{_sum(shares):.0%} of the predicted time is in {_and(named)}, which "
-    if is_done:
-        verb = "are already at their" if len(named) > 1 else "is already at its"
-        return f"{text}{verb} fastest level on offer"
-    return text + _left_alone(ledger, draft, named, any(times[op].has_width for op in named))
+    text = f"{share:.0%} of the predicted time is in {_and(named)}, which "
+    if state == "stays":
+        return text + _left_alone(ledger, draft, named, any(times[op].has_width for op in named))
+    if state == "between":
+        return f"{text}could be faster at a larger error"
+    verb = "are already at their" if len(named) > 1 else "is already at its"
+    return f"{text}{verb} fastest level on offer"
 
 
 def _left_alone(ledger: Ledger, draft: Draft, named: Sequence[str], has_width: bool) -> str:
@@ -72,6 +75,11 @@ class _OpTime:
     stays: bool  # every site of it is at its native level
     is_fastest: bool  # changed, and no other level of any of its sites is faster
     has_width: bool
+
+    @property
+    def state(self) -> str:
+        """Of three."""
+        return "stays" if self.stays else "fastest" if self.is_fastest else "between"
 
 
 def _op_times(ledger: Ledger, draft: Draft) -> dict[str, _OpTime]:

@@ -170,10 +170,7 @@ def test_the_search_ends_early_where_the_sum_is_right() -> None:
     found = search(world)
     assert world.loss(found.best) <= world.loss(world.start)
     assert len(world.seen) < 50
-    assert found.reason in (
-        "no plan is left that should gain anything",
-        "nothing was gained in 4 rounds",
-    )
+    assert found.reason.startswith(("no plan is left", "nothing was gained in"))
 
 
 def test_a_loss_budget_asks_for_the_fastest_plan_that_holds() -> None:
