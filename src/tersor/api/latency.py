@@ -20,10 +20,11 @@ def measure_calls(
 ) -> dict[str, Timing]:
     """Latencies of a session's callers, of a mix of that many calls, interleaved, for one call."""
     count = len(session.examples(session.settings.batch, mix))
-    return {name: _one(found, count) for name, found in measure(calls, protocol).items()}
+    return {name: one_call(found, count) for name, found in measure(calls, protocol).items()}
 
 
-def _one(timing: Timing, count: int) -> Timing:
+def one_call(timing: Timing, count: int) -> Timing:
+    """The latency of one of ``count`` calls that were measured together: their mean."""
     return replace(
         timing,
         median_ms=timing.median_ms / count,

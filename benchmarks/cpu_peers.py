@@ -1,0 +1,211 @@
+"""Peers beside NNCF: ONNX Runtime's own int8, and Torch-Pruning in front of NNCF.
+
+Each from the same float model and samples, with the settings that its documentation recommends
+for this processor.
+"""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from tersor.cli.demo.compare import FloatModel
+from tersor.cli.demo.models import Case
+from tersor.core.machine import describe_machine
+from tersor.runtime.runner import Runner
+
+Arrays = Mapping[str, "np.ndarray[Any, np.dtype[Any]]"]
+OnnxKind = Literal["float", "static int8", "dynamic int8"]
+OPSET = 20
+MAC_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the original, mildest first
+# With these, sums of u8 x s8 products can't saturate.
+WITH_PRODUCTS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp")
+
+
+class OnnxSession:
+    """A model file in a stock ONNX Runtime session, by the names of our signature."""
+
+    def __init__(self, model: bytes, outputs: Sequence[str], threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        self.size_bytes, self._outputs = len(model), list(outputs)
+        self._session = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, inputs: Arrays) -> dict[str, Any]:
+        """One call."""
+        return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+
+
+class _Reader:
+    """Calibration samples as ONNX Runtime asks for them."""
+
+    def __init__(self, samples: Sequence[Arrays]) -> None:
+        self._rest = iter(samples)
+
+    def get_next(self) -> dict[str, Any] | None:
+        found = next(self._rest, None)
+        return None if found is None else dict(found)
+
+
+def onnx_models(
+    case: Case, source: FloatModel, samples: Sequence[Arrays], threads: int
+) -> dict[OnnxKind, OnnxSession]:
+    """The float model and ONNX Runtime's int8 ones; dynamic for a transformer, as it recommends."""
+    from onnxruntime.quantization import (
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    logging.getLogger().setLevel(logging.ERROR)  # it warns of every tensor that it leaves alone
+    outputs = [spec.name for spec in source.graph.signature.outputs]
+    found: dict[OnnxKind, OnnxSession] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw, ready, made = (folder / f"{n}.onnx" for n in ("raw", "ready", "made"))
+        _export(case, source, raw)
+        quant_pre_process(str(raw), str(ready), skip_symbolic_shape=True)
+        found["float"] = OnnxSession(ready.read_bytes(), outputs, threads)
+        # Without dot products of 8 bits, sums of two products saturate at 16 bits; ONNX Runtime's
+        # documentation then asks for weights of 7 bits.
+        reduced = not set(WITH_PRODUCTS) & set(describe_machine().features)
+        quantize_static(
+            str(ready),
+            str(made),
+            _Reader(samples),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            reduce_range=reduced,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        found["static int8"] = OnnxSession(made.read_bytes(), outputs, threads)
+        if case.transformer:
+            quantize_dynamic(
+                str(ready),
+                str(made),
+                per_channel=True,
+                reduce_range=reduced,
+                weight_type=QuantType.QInt8,
+            )
+            found["dynamic int8"] = OnnxSession(made.read_bytes(), outputs, threads)
+    return found
+
+
+def _export(case: Case, source: FloatModel, path: Path) -> None:
+    """As PyTorch's own exporter does, at the case's batch."""
+    inputs = case.search
+    few = case.batch
+    args: tuple[Tensor, ...] = ()
+    kwargs: dict[str, Tensor] = {}
+    if isinstance(inputs, dict):
+        kwargs = {name: t[:few] for name, t in inputs.items()}
+    else:
+        args = tuple(t[:few] for t in inputs)
+    signature = source.graph.signature
+    torch.onnx.export(
+        case.model,
+        args,
+        str(path),
+        kwargs=kwargs,
+        input_names=[spec.name for spec in signature.inputs],
+        output_names=[spec.name for spec in signature.outputs],
+        opset_version=OPSET,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def runner_of(session: OnnxSession, source: FloatModel) -> Runner:
+    """A session as a callable with the model's calling convention."""
+    return Runner(session, source.graph.signature, source.choice.batch)
+
+
+def thinner_models(case: Case) -> dict[float, nn.Module]:
+    """Share of MACs -> the case's model by Torch-Pruning, no training, batch norm re-estimated.
+
+    Group magnitudes, as it recommends where there are no labels. Of a transformer the inner widths
+    of its feed-forward parts, which its dependency graph cuts without help.
+    """
+    found = {}
+    for share in MAC_SHARES:
+        model = copy.deepcopy(case.model)
+        _prune_(model, case, share)
+        found[share] = model
+    return found
+
+
+def _prune_(model: nn.Module, case: Case, share: float) -> None:
+    import torch_pruning as tp
+
+    example = _few(case)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    ignored: list[nn.Module]
+    if case.transformer:
+        inner = {m for n, m in model.named_modules() if n.endswith("intermediate.dense")}
+        ignored = [m for m in layers if m not in inner]
+    else:
+        ignored = [*[m for m in layers if isinstance(m, nn.Linear)][-1:]]
+    base, _ = tp.utils.count_ops_and_params(model, example)
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.95,
+        iterative_steps=100,
+        ignored_layers=ignored,
+        global_pruning=True,
+    )
+    macs = base
+    while macs > base * share and pruner.current_step < 100:
+        pruner.step()
+        macs, _ = tp.utils.count_ops_and_params(model, example)
+    _reestimate_(model, case)
+    model.eval()
+
+
+def _few(case: Case) -> Any:
+    inputs = case.calibration
+    if isinstance(inputs, dict):
+        return {name: t[:1] for name, t in inputs.items()}
+    return tuple(t[:1] for t in inputs)
+
+
+def _reestimate_(model: nn.Module, case: Case) -> None:
+    """Batch norm statistics of the calibration images."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    assert not isinstance(case.calibration, dict)
+    with torch.no_grad():
+        count = len(case.calibration[0])
+        for start in range(0, count, 32):
+            model(*(t[start : start + 32] for t in case.calibration))
+    model.eval()
+
+
+def thinnest(
+    models: Mapping[float, nn.Module], is_good: Callable[[nn.Module], bool]
+) -> float | None:
+    """The least share of MACs whose model is good enough; None: not even the mildest is."""
+    good = [share for share, model in models.items() if is_good(model)]
+    return min(good, default=None)
