@@ -30,7 +30,7 @@ from tersor.cli.demo.models import SENTENCES, minilm, package_folder
 from tersor.cli.demo.peers import MOST_SAMPLES, PRESETS, nncf_models
 from tersor.cli.demo.sentences import split_sentences
 from tersor.cli.progress import make_progress
-from tersor.core.data import SPLITS, Split
+from tersor.core.data import Split
 from tersor.core.records import BuildChoice, Timing
 from tersor.core.target import Target
 from tersor.graph.contracts import Executable, Graph
@@ -84,6 +84,16 @@ def items(sentences: Sequence[str]) -> list[Item]:
     ]
 
 
+def data_of(drawn: dict[Split, list[Item]]) -> tersor.Data:
+    """The three parts."""
+    return tersor.Data(
+        calibration=drawn["calibration"],
+        search=drawn["search"],
+        test=drawn["test"],
+        output="embedding",
+    )
+
+
 def cosines(predict: Callable[..., Any], wanted: Sequence[Tensor], test: Sequence[Item]) -> Tensor:
     """Of every test sentence."""
     found = [predict(**item) for item in test]
@@ -106,7 +116,7 @@ def compressed(
     with tempfile.TemporaryDirectory() as fresh, closing(make_progress(console)) as progress:
         result = tersor.compress(
             model,
-            tersor.Data(**{part: drawn[part] for part in SPLITS}, output="embedding"),
+            data_of(drawn),
             target=Target(min_agreement=agreement),
             backend="openvino",
             cache_dir=fresh,
@@ -125,8 +135,7 @@ def all_builds(
     rows = [r.choice for r in result.record.prices.baselines if r.choice is not None]
     ways = {c.shapes: c for c in rows if c.precision == chosen.precision}
     opened = replace(chosen, options={}, shapes="open", buckets=())
-    data = tersor.Data(**{part: drawn[part] for part in SPLITS}, output="embedding")
-    graph = capture(model, collect(data, seed)["calibration"]).graph
+    graph = capture(model, collect(data_of(drawn), seed)["calibration"]).graph
     builds: dict[tuple[str, str], Executable] = {}
     for name, ov_model in peers(graph, drawn["calibration"], opened).items():
         executable = executable_from_model(ov_model, opened)

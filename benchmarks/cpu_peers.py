@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.cli.demo.compare import FloatModel
-from tersor.cli.demo.models import Case
+from tersor.cli.demo.models import Inputs
 from tersor.core.machine import describe_machine
+from tersor.core.records import Signature
 from tersor.runtime.runner import Runner
 
 Arrays = Mapping[str, "np.ndarray[Any, np.dtype[Any]]"]
@@ -58,9 +59,24 @@ class _Reader:
 
 
 def onnx_models(
-    case: Case, source: FloatModel, samples: Sequence[Arrays], threads: int
+    model: nn.Module,
+    inputs: Inputs,
+    signature: Signature,
+    samples: Sequence[Arrays],
+    threads: int,
+    *,
+    transformer: bool = False,
 ) -> dict[OnnxKind, OnnxSession]:
-    """The float model and ONNX Runtime's int8 ones; dynamic for a transformer, as it recommends."""
+    """The float model and ONNX Runtime's int8 ones; dynamic for a transformer, as it recommends.
+
+    Args:
+        model: The float model.
+        inputs: Its arguments, at the batch to build for.
+        signature: Of the captured model: names of inputs and outputs.
+        samples: Calibration items at the same batch, by those names.
+        threads: Of a call.
+        transformer: Dynamic as well.
+    """
     from onnxruntime.quantization import (
         CalibrationMethod,
         QuantFormat,
@@ -71,12 +87,12 @@ def onnx_models(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     logging.getLogger().setLevel(logging.ERROR)  # it warns of every tensor that it leaves alone
-    outputs = [spec.name for spec in source.graph.signature.outputs]
+    outputs = [spec.name for spec in signature.outputs]
     found: dict[OnnxKind, OnnxSession] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw, ready, made = (folder / f"{n}.onnx" for n in ("raw", "ready", "made"))
-        _export(case, source, raw)
+        _export(model, inputs, signature, raw)
         quant_pre_process(str(raw), str(ready), skip_symbolic_shape=True)
         found["float"] = OnnxSession(ready.read_bytes(), outputs, threads)
         # Without dot products of 8 bits, sums of two products saturate at 16 bits; ONNX Runtime's
@@ -94,7 +110,7 @@ def onnx_models(
             calibrate_method=CalibrationMethod.MinMax,
         )
         found["static int8"] = OnnxSession(made.read_bytes(), outputs, threads)
-        if case.transformer:
+        if transformer:
             quantize_dynamic(
                 str(ready),
                 str(made),
@@ -106,22 +122,13 @@ def onnx_models(
     return found
 
 
-def _export(case: Case, source: FloatModel, path: Path) -> None:
-    """As PyTorch's own exporter does, at the case's batch."""
-    inputs = case.search
-    few = case.batch
-    args: tuple[Tensor, ...] = ()
-    kwargs: dict[str, Tensor] = {}
-    if isinstance(inputs, dict):
-        kwargs = {name: t[:few] for name, t in inputs.items()}
-    else:
-        args = tuple(t[:few] for t in inputs)
-    signature = source.graph.signature
+def _export(model: nn.Module, inputs: Inputs, signature: Signature, path: Path) -> None:
+    """As PyTorch's own exporter does."""
     torch.onnx.export(
-        case.model,
-        args,
+        model,
+        () if isinstance(inputs, dict) else inputs,
         str(path),
-        kwargs=kwargs,
+        kwargs=inputs if isinstance(inputs, dict) else None,
         input_names=[spec.name for spec in signature.inputs],
         output_names=[spec.name for spec in signature.outputs],
         opset_version=OPSET,
@@ -136,28 +143,36 @@ def runner_of(session: OnnxSession, source: FloatModel) -> Runner:
     return Runner(session, source.graph.signature, source.choice.batch)
 
 
-def thinner_models(case: Case) -> dict[float, nn.Module]:
-    """Share of MACs -> the case's model by Torch-Pruning, no training, batch norm re-estimated.
+def thinner_models(
+    model: nn.Module, inputs: Inputs, shares: Sequence[float] = MAC_SHARES, *, transformer: bool
+) -> dict[float, nn.Module]:
+    """Share of MACs -> the model by Torch-Pruning, no training, batch norm re-estimated.
 
     Group magnitudes, as it recommends where there are no labels. Of a transformer the inner widths
     of its feed-forward parts, which its dependency graph cuts without help.
+
+    Args:
+        model: Copied.
+        inputs: Samples, for shapes and for the statistics of batch norms.
+        shares: Of the original's MACs.
+        transformer: Cut feed-forward parts only.
     """
     found = {}
-    for share in MAC_SHARES:
-        model = copy.deepcopy(case.model)
-        _prune_(model, case, share)
-        found[share] = model
+    for share in shares:
+        found[share] = copy.deepcopy(model)
+        _prune_(found[share], inputs, share, transformer=transformer)
     return found
 
 
-def _prune_(model: nn.Module, case: Case, share: float) -> None:
+def _prune_(model: nn.Module, inputs: Inputs, share: float, *, transformer: bool) -> None:
     import torch_pruning as tp
 
-    example = _few(case)
+    example = rows(inputs, 0, 1)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     ignored: list[nn.Module]
-    if case.transformer:
-        inner = {m for n, m in model.named_modules() if n.endswith("intermediate.dense")}
+    if transformer:
+        ends = ("intermediate.dense", "mlp.0")
+        inner = {m for n, m in model.named_modules() if n.endswith(ends)}
         ignored = [m for m in layers if m not in inner]
     else:
         ignored = [*[m for m in layers if isinstance(m, nn.Linear)][-1:]]
@@ -175,18 +190,18 @@ def _prune_(model: nn.Module, case: Case, share: float) -> None:
     while macs > base * share and pruner.current_step < 100:
         pruner.step()
         macs, _ = tp.utils.count_ops_and_params(model, example)
-    _reestimate_(model, case)
+    _reestimate_(model, inputs)
     model.eval()
 
 
-def _few(case: Case) -> Any:
-    inputs = case.calibration
+def rows(inputs: Inputs, start: int, stop: int) -> Any:
+    """Some of the samples, as the arguments are nested."""
     if isinstance(inputs, dict):
-        return {name: t[:1] for name, t in inputs.items()}
-    return tuple(t[:1] for t in inputs)
+        return {name: t[start:stop] for name, t in inputs.items()}
+    return tuple(t[start:stop] for t in inputs)
 
 
-def _reestimate_(model: nn.Module, case: Case) -> None:
+def _reestimate_(model: nn.Module, inputs: Inputs) -> None:
     """Batch norm statistics of the calibration images."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
@@ -194,12 +209,11 @@ def _reestimate_(model: nn.Module, case: Case) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
+    assert not isinstance(inputs, dict)
     model.train()
-    assert not isinstance(case.calibration, dict)
     with torch.no_grad():
-        count = len(case.calibration[0])
-        for start in range(0, count, 32):
-            model(*(t[start : start + 32] for t in case.calibration))
+        for start in range(0, len(inputs[0]), 32):
+            model(*rows(inputs, start, start + 32))
     model.eval()
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from benchmarks import record
 from benchmarks.cpu_peers import onnx_models, runner_of, thinner_models, thinnest
+from benchmarks.cpu_peers import rows as rows_of
 from benchmarks.first_light import PIPE_WIDTH, make_case
 from tersor import api
 from tersor.backends.openvino import executable_from_model, to_openvino_model
@@ -174,7 +175,9 @@ class Table:
     def _pruned(self, targets: Sequence[Target]) -> dict[str, Any]:
         """Torch-Pruning in front of NNCF's faster preset; the most that keeps each target."""
         self.progress.stage("Torch-Pruning", len(targets))
-        models = thinner_models(self.case)
+        models = thinner_models(
+            self.case.model, self.case.calibration, transformer=self.case.transformer
+        )
         wanted = run(eager(self.case.model), self.case.search)
         base = self.case.metric(eager(self.case.model)) if self.case.metric else 0.0
         found: dict[str, Any] = {}
@@ -230,7 +233,15 @@ class Table:
         samples = source.arrays(source.calibration)[:MOST_SAMPLES]
         few = source.arrays(source.calibration)[0]
         subjects = []
-        for kind, session in onnx_models(case, source, samples, threads).items():
+        made = onnx_models(
+            case.model,
+            rows_of(case.search, 0, case.batch),
+            source.graph.signature,
+            samples,
+            threads,
+            transformer=case.transformer,
+        )
+        for kind, session in made.items():
             subjects.append(
                 Subject(
                     name=f"ONNX Runtime {kind}",
