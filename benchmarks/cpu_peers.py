@@ -25,6 +25,7 @@ from tersor.runtime.runner import Runner
 Arrays = Mapping[str, "np.ndarray[Any, np.dtype[Any]]"]
 OnnxKind = Literal["float", "static int8", "dynamic int8"]
 OPSET = 20
+STEPS = 60  # in which Torch-Pruning would go to 5 % of each width
 MAC_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the original, mildest first
 # With these, sums of u8 x s8 products can't saturate.
 WITH_PRODUCTS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp")
@@ -108,6 +109,8 @@ def onnx_models(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
+            # An attention mask of -3e38 would own the range of what it is added to.
+            op_types_to_quantize=["MatMul", "Gemm"] if transformer else None,
         )
         found["static int8"] = OnnxSession(made.read_bytes(), outputs, threads)
         if transformer:
@@ -144,7 +147,12 @@ def runner_of(session: OnnxSession, source: FloatModel) -> Runner:
 
 
 def thinner_models(
-    model: nn.Module, inputs: Inputs, shares: Sequence[float] = MAC_SHARES, *, transformer: bool
+    model: nn.Module,
+    inputs: Inputs,
+    shares: Sequence[float] = MAC_SHARES,
+    *,
+    transformer: bool,
+    together: bool = True,
 ) -> dict[float, nn.Module]:
     """Share of MACs -> the model by Torch-Pruning, no training, batch norm re-estimated.
 
@@ -156,17 +164,11 @@ def thinner_models(
         inputs: Samples, for shapes and for the statistics of batch norms.
         shares: Of the original's MACs.
         transformer: Cut feed-forward parts only.
+        together: Rank the units of all layers together, in place of the same share of each.
     """
-    found = {}
-    for share in shares:
-        found[share] = copy.deepcopy(model)
-        _prune_(found[share], inputs, share, transformer=transformer)
-    return found
-
-
-def _prune_(model: nn.Module, inputs: Inputs, share: float, *, transformer: bool) -> None:
     import torch_pruning as tp
 
+    model = copy.deepcopy(model)
     example = rows(inputs, 0, 1)
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     ignored: list[nn.Module]
@@ -182,16 +184,18 @@ def _prune_(model: nn.Module, inputs: Inputs, share: float, *, transformer: bool
         example,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=0.95,
-        iterative_steps=100,
+        iterative_steps=STEPS,
         ignored_layers=ignored,
-        global_pruning=True,
+        global_pruning=together,
     )
-    macs = base
-    while macs > base * share and pruner.current_step < 100:
-        pruner.step()
-        macs, _ = tp.utils.count_ops_and_params(model, example)
-    _reestimate_(model, inputs)
-    model.eval()
+    found, macs = {}, base
+    for share in sorted(shares, reverse=True):
+        while macs > base * share and pruner.current_step < STEPS:
+            pruner.step()
+            macs, _ = tp.utils.count_ops_and_params(model, example)
+        found[share] = copy.deepcopy(model).eval()
+        _reestimate_(found[share], inputs)
+    return found
 
 
 def rows(inputs: Inputs, start: int, stop: int) -> Any:
@@ -209,8 +213,8 @@ def _reestimate_(model: nn.Module, inputs: Inputs) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
+        norm.train()  # not the model: dropout and dropped paths stay off
     assert not isinstance(inputs, dict)
-    model.train()
     with torch.no_grad():
         for start in range(0, len(inputs[0]), 32):
             model(*rows(inputs, start, start + 32))

@@ -175,11 +175,19 @@ class Table:
     def _pruned(self, targets: Sequence[Target]) -> dict[str, Any]:
         """Torch-Pruning in front of NNCF's faster preset; the most that keeps each target."""
         self.progress.stage("Torch-Pruning", len(targets))
-        models = thinner_models(
-            self.case.model, self.case.calibration, transformer=self.case.transformer
-        )
-        wanted = run(eager(self.case.model), self.case.search)
-        base = self.case.metric(eager(self.case.model)) if self.case.metric else 0.0
+        case = self.case
+        wanted = run(eager(case.model), case.search)
+        base = case.metric(eager(case.model)) if case.metric else 0.0
+        ways = [
+            thinner_models(
+                case.model, case.calibration, transformer=case.transformer, together=together
+            )
+            for together in (True, False)
+        ]
+        models = {
+            share: min((way[share] for way in ways), key=lambda m: self._loss(m, wanted, base))
+            for share in ways[0]
+        }
         found: dict[str, Any] = {}
         for target in targets:
             share = thinnest(models, self._keeps(target, wanted, base))
