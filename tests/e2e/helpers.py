@@ -202,9 +202,13 @@ def close_logits(found: Tensor, wanted: Tensor) -> bool:
     A flip moves one activation by one of 255 steps; a squared error of 1e-3 is what some hundred
     flips among the thousands of activations of these networks make. Where additions are rounded
     too, more roundings follow each other and OpenVINO skips some: up to 2e-3 was seen, with builds
-    no further from the original than their graphs.
+    no further from the original than their graphs. Classes are compared where one leads by more
+    than that moves.
     """
-    return error_of([found], [wanted]) <= 5e-3 and same_class(found, wanted) >= 0.97
+    best = wanted.topk(2, dim=1).values
+    leads = best[:, 0] - best[:, 1] > 0.2 * wanted.std()
+    is_same = same_class(found[leads], wanted[leads]) >= 0.97 if leads.any() else True
+    return error_of([found], [wanted]) <= 5e-3 and is_same
 
 
 def tensor(value: Any) -> Tensor:

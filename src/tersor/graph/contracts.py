@@ -1,6 +1,6 @@
 """What stages, methods and backends agree on: the graph, statistics, changes and executables."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -68,11 +68,13 @@ class Readers:
         amax: Largest |w| over the readers, for each input channel [c_in].
         weight: All rows of all readers [rows, c_in], float32, where all are linear; else None.
         is_padded: A reader adds zeros at the borders, so that zero must stay zero.
+        decided: What methods have decided for all readers at once, by a key of their own.
     """
 
     amax: Tensor
     is_padded: bool
     weight: Tensor | None = None
+    decided: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Level, Site
-from tersor.graph.contracts import AddStatistics, MethodKind, Quantizer, SiteChange, SiteStatistics
+from tersor.graph.contracts import (
+    AddStatistics,
+    MethodKind,
+    Quantizer,
+    Readers,
+    SiteChange,
+    SiteStatistics,
+)
 from tersor.graph.quantizer import column_scale, rounded, scaled
 from tersor.ops.feedback import descend, round_with_feedback
 from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
@@ -233,16 +240,38 @@ def choose_quantizer(
     readers = statistics.readers
     if readers is None or readers.weight is None:
         return _fit_to_histogram(statistics), None
+    # The transform asks again with other statistics, of the same readers.
+    seen = (statistics.low, statistics.high, float(statistics.channels.double().sum()))
+    key = ("quantizer", tuple(alphas), weight_limit, *seen)
+    if key not in readers.decided:
+        readers.decided[key] = _least_cost(statistics, readers, alphas, weight_limit)
+    found: tuple[Quantizer, float | None] = readers.decided[key]
+    return found
+
+
+def _least_cost(
+    statistics: SiteStatistics,
+    readers: Readers,
+    alphas: Sequence[float | None],
+    weight_limit: int,
+) -> tuple[Quantizer, float | None]:
+    """The grid and the smoothing exponent of the least expected error."""
+    assert readers.weight is not None
     best: tuple[float, Quantizer, float | None] | None = None
     sample = statistics.channels.float()
     amax = torch.quantile(sample.abs(), 0.999, dim=0).clamp_min(1e-6)
     rows = sample[:: max(1, len(sample) // _COST_ROWS)]
+    # |W e|^2 = e (W^T W) e: the smaller of the two products.
+    is_tall = readers.weight.shape[0] > readers.weight.shape[1]
+    gram = readers.weight.mT @ readers.weight if is_tall else None
     for alpha in alphas:
         scale = None if alpha is None else smoothing_scale(amax, readers.amax, alpha).float()
         values = rows if scale is None else rows / scale
         weight = readers.weight if scale is None else readers.weight * scale
+        form = gram if gram is None or scale is None else gram * torch.outer(scale, scale)
+        expected = _Expected(values, weight, form, weight_limit)
         for quantizer in _grids(statistics, sample, scale):
-            cost = _cost(values, weight, quantizer, weight_limit)
+            cost = expected.cost(quantizer)
             if best is None or cost < best[0]:
                 best = (cost, quantizer, alpha)
     assert best is not None
@@ -285,19 +314,37 @@ def _grids(statistics: SiteStatistics, sample: Tensor, scale: Tensor | None) -> 
             )
 
 
-def _cost(values: Tensor, weight: Tensor, quantizer: Quantizer, limit: int) -> float:
+class _Expected:
     """Expected error of the readers' outputs: activations' rounding plus the weights' own.
 
     Each row counts relative to its own output (plus the average one), or the few rows with
     massive activations would own the choice.
+
+    Args:
+        values: Rows of the tensor [t, n].
+        weight: All rows of all readers [m, n].
+        gram: Their W^T W [n, n], or None to multiply by the weight itself.
+        limit: Largest absolute code of the weights.
     """
-    shifted = values + quantizer.shift
-    error = fake_quantize(shifted, quantizer.step, quantizer.low, quantizer.high) - shifted
-    energy = (values @ weight.mT).square().sum(1)
-    activations = (error @ weight.mT).square().sum(1)
-    steps = weight.abs().amax(1) / limit
-    weights = values.square().sum(1) * (steps.square().sum() / 12 * FEEDBACK_GAIN)
-    return float(((activations + weights) / (energy + energy.mean() + 1e-30)).mean())
+
+    def __init__(self, values: Tensor, weight: Tensor, gram: Tensor | None, limit: int) -> None:
+        self.values, self.weight, self.gram = values, weight, gram
+        energy = self._outputs(values)
+        self.scale = energy + energy.mean() + 1e-30
+        steps = weight.abs().amax(1) / limit
+        self.weights = values.square().sum(1) * (steps.square().sum() / 12 * FEEDBACK_GAIN)
+
+    def cost(self, quantizer: Quantizer) -> float:
+        """With the tensor on a grid."""
+        shifted = self.values + quantizer.shift
+        error = fake_quantize(shifted, quantizer.step, quantizer.low, quantizer.high) - shifted
+        return float(((self._outputs(error) + self.weights) / self.scale).mean())
+
+    def _outputs(self, rows: Tensor) -> Tensor:
+        """Squared norms of the outputs [t]."""
+        if self.gram is None:
+            return (rows @ self.weight.mT).square().sum(1)
+        return (rows @ self.gram).mul_(rows).sum(1).clamp_min(0.0)
 
 
 def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
