@@ -200,7 +200,7 @@ class Method(Protocol):
     "addition", ("format",) where it has
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
-    ``methods="all"``.
+    ``methods="all"``, with ``for_size = True`` only where the target has a budget on the size.
     """
 
     def propose(self, site: Site, statistics: Any) -> Sequence[Candidate]:

@@ -31,12 +31,15 @@ class Aim:
             rows are read one by one, None: all columns count alike.
         moments: Where the bias shift comes from; None for an embedding.
         damping: Of the refit; None: there was none.
+        is_draft: The original model, where every level of every site is worked out to be compared: what
+            is chosen is worked out again, with more effort, behind its compressed prefix.
     """
 
     target: Tensor
     metric: Tensor | None
     moments: Moments | None = None
     damping: float | None = None
+    is_draft: bool = True
 
 
 def worth_packing(statistics: SiteStatistics) -> bool:
@@ -59,7 +62,7 @@ def aim_of(site: Site, statistics: SiteStatistics) -> Aim:
     halves = statistics.moments_of(_same, _same)
     target, damping = cross_fitted(weight, halves)
     moments = reduce(add_moments, halves)
-    return Aim(target, centred(moments)[0], moments, damping)
+    return Aim(target, centred(moments)[0], moments, damping, is_draft=False)
 
 
 def stored_bytes(site: Site, packed_bytes: int) -> int:

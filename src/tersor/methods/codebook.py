@@ -11,19 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from tersor.core.errors import ConfigError
 from tersor.core.packing import Packing
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import MethodKind, SiteChange, SiteStatistics
-from tersor.graph.storing import aim_of, stored_bytes, stored_change, worth_packing
-from tersor.ops.codebook import Codebook as Tables
-from tersor.ops.codebook import first_tables, nearest_codes
+from tersor.graph.storing import Aim, aim_of, stored_bytes, stored_change, worth_packing
 from tersor.ops.codebook_fit import fit_codebook
 from tersor.ops.packed import Packed
-from tersor.ops.storing import pack_tables, scheme_of
+from tersor.ops.storing import pack_nearest, pack_tables, scheme_of
 
 BITS: Mapping[Level, int] = {"lut8_weight": 8, "lut4_weight": 4}
 # A table an output costs 32 bytes for 16 values: at most this share of the codes.
@@ -36,12 +31,18 @@ class Codebook:
 
     Args:
         damping: Of error feedback, relative to the mean diagonal of H.
-        rounds: Of entries and codes at most.
+        rounds: Of entries and codes at most, behind a compressed prefix; one for a first look. Without
+            any, entries are not rounded to what stores them.
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format",)
+    for_size: ClassVar[bool] = True  # part of "all" only where bytes are asked for
     damping: float = 1e-2
-    rounds: int = 2
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"rounds: found {self.rounds}, wanted at least 1")
 
     def propose(self, site: Site, statistics: SiteStatistics) -> Sequence[Candidate]:
         """Both widths of codes; tables of an output each where they are little beside its codes."""
@@ -75,20 +76,22 @@ class Codebook:
         per_output = bool(candidate.detail.get("per_output", False))
         packing = self._packing(site, candidate.level, per_output=per_output)
         aim = aim_of(site, statistics)
-        packed = self._packed(packing, aim.target, aim.metric)
+        packed = self._packed(packing, aim)
         return stored_change(site, candidate.level, packed, (aim, statistics))
 
     def _packing(self, site: Site, level: Level, *, per_output: bool) -> Packing:
         return Packing(kind="table", shape=site.shape, bits=BITS[level], per_output=per_output)
 
-    def _packed(self, packing: Packing, target: Tensor, metric: Tensor | None) -> Packed:
-        scheme = scheme_of(packing)
-        if metric is None:
-            tables = first_tables(target, torch.ones_like(target[:, 0]), scheme)[0]
-            tables = tables.to(scheme.value_dtype).double()
-            book = Tables(codes=nearest_codes(target, tables), tables=tables)
-            return pack_tables(packing, book)
-        fit = fit_codebook(target, metric, scheme, rounds=self.rounds, damping=self.damping)
+    def _packed(self, packing: Packing, aim: Aim) -> Packed:
+        if aim.metric is None:
+            return pack_nearest(aim.target, packing)
+        fit = fit_codebook(
+            aim.target,
+            aim.metric,
+            scheme_of(packing),
+            rounds=1 if aim.is_draft else self.rounds,
+            damping=self.damping,
+        )
         return pack_tables(packing, fit.codebook)
 
 

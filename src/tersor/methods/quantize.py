@@ -9,7 +9,7 @@ prefix, the weight is first refitted to the original layer's outputs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -21,11 +21,12 @@ from tersor.core.packing import Packing
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import AddStatistics, MethodKind, Quantizer, SiteChange, SiteStatistics
 from tersor.graph.quantizer import column_scale, rounded, scaled
-from tersor.graph.storing import aim_of, stored_bytes, stored_change, worth_packing
+from tersor.graph.storing import Aim, aim_of, stored_bytes, stored_change, worth_packing
 from tersor.ops.cross_fit import cross_fitted
 from tersor.ops.feedback import descend, round_with_feedback
 from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
-from tersor.ops.low_bits import best_group, rounded_low
+from tersor.ops.group_rounding import RoundingConfig
+from tersor.ops.low_bits import DRAFT, best_group, rounded_low
 from tersor.ops.moments import Moments, add_moments, centred
 from tersor.ops.refit import bias_shift, relative_error
 from tersor.ops.smoothing import smoothing_scale
@@ -189,9 +190,13 @@ class Quantize:
             group=int(candidate.detail.get("group", 0)),
         )
         aim = aim_of(site, statistics)
-        codes, steps = rounded_low(aim.target, aim.metric, grid_of(packing), self.damping)
+        config = replace(DRAFT, damping=self.damping) if aim.is_draft else self._careful(aim)
+        codes, steps = rounded_low(aim.target, aim.metric, grid_of(packing), config)
         packed = pack_grid(packing, codes, steps)
         return stored_change(site, candidate.level, packed, (aim, statistics))
+
+    def _careful(self, aim: Aim) -> RoundingConfig:
+        return replace(RoundingConfig.for_layer(*aim.target.shape[1:]), damping=self.damping)
 
     def _computed(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
         """Integer weight and integer activations, smoothed as the candidate says."""
@@ -330,8 +335,6 @@ def _cost(values: Tensor, weight: Tensor, quantizer: Quantizer, limit: int) -> f
 
 def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
     """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12."""
-    from dataclasses import replace
-
     moments = statistics.moments()
     n = moments.xx.shape[-1]
     noise = torch.eye(n, dtype=torch.float64) * (quantizer.step**2 / 12 * moments.count)

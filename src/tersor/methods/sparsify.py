@@ -7,7 +7,7 @@ refitted to the original layer's outputs.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -16,12 +16,13 @@ from tersor.core.errors import ConfigError
 from tersor.core.packing import FLOAT_BITS, Packing
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import MethodKind, SiteChange, SiteStatistics
-from tersor.graph.storing import aim_of, stored_bytes, stored_change, worth_packing
+from tersor.graph.storing import Aim, aim_of, stored_bytes, stored_change, worth_packing
 from tersor.ops.admm import choose_support
-from tersor.ops.low_bits import rounded_low
+from tersor.ops.group_rounding import RoundingConfig
+from tersor.ops.low_bits import DRAFT, rounded_low
 from tersor.ops.packed import Packed
-from tersor.ops.sparsity import Unstructured, best_mask, magnitude_scores
-from tersor.ops.storing import grid_of, kept_of, pack_sparse
+from tersor.ops.sparsity import Unstructured, best_mask, eliminate, magnitude_scores
+from tersor.ops.storing import grid_of, kept_of, pack_nearest, pack_sparse
 from tersor.ops.support import refit_support
 
 ZEROS: Mapping[Level, float] = {
@@ -29,6 +30,8 @@ ZEROS: Mapping[Level, float] = {
     "sparse70_weight": 0.7,
     "sparse90_weight": 0.9,
 }
+# Of the refit's gradient; the loss is then within 1e-3 of its least one, and rounding follows.
+REFIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class Sparsify:
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format",)
+    for_size: ClassVar[bool] = True  # part of "all" only where bytes are asked for
     bits: int = 8
     damping: float = 1e-2
     steps: int = 100
@@ -76,26 +80,42 @@ class Sparsify:
         bits = int(candidate.detail.get("bits", self.bits))
         packing = self._packing(site, candidate.level, bits)
         aim = aim_of(site, statistics)
-        packed = self._packed(packing, aim.target, aim.metric)
+        packed = self._packed(packing, aim)
         return stored_change(site, candidate.level, packed, (aim, statistics))
 
     def _packing(self, site: Site, level: Level, bits: int) -> Packing:
         kept = kept_of(site.shape, ZEROS[level])
         return Packing(kind="sparse", shape=site.shape, bits=bits, kept=kept)
 
-    def _packed(self, packing: Packing, target: Tensor, metric: Tensor | None) -> Packed:
-        pattern = Unstructured(kept=packing.kept / target.numel())
-        if metric is None:
-            keep = best_mask(magnitude_scores(target), pattern)
-            weight = target * keep
-        else:
-            chosen = choose_support(target, metric, pattern, damping=self.damping, steps=self.steps)
-            keep = chosen.keep
-            weight = refit_support(target, metric, keep, damping=self.damping).weight
+    def _packed(self, packing: Packing, aim: Aim) -> Packed:
+        if aim.metric is None:
+            return pack_nearest(aim.target, packing)
+        keep, weight = self._kept(packing, aim, aim.metric)
         if packing.bits == FLOAT_BITS:
             return pack_sparse(packing, keep, weight, None)
-        codes, steps = rounded_low(weight, metric, grid_of(packing), self.damping, keep)
+        config = DRAFT if aim.is_draft else RoundingConfig.for_layer(*weight.shape[1:])
+        config = replace(config, damping=self.damping)
+        codes, steps = rounded_low(weight, aim.metric, grid_of(packing), config, keep)
         return pack_sparse(packing, keep, codes, steps)
+
+    def _kept(self, packing: Packing, aim: Aim, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """Which weights stay, and what they are: in one pass over the columns, or at leisure."""
+        pattern = Unstructured(kept=packing.kept / aim.target.numel())
+        if aim.is_draft:
+            done = eliminate(aim.target, metric, pattern, damping=self.damping)
+            # It keeps a share of every block of columns, whose sum may be a few weights off.
+            keep = best_mask(magnitude_scores(done.weight), pattern)
+            return keep, done.weight * keep
+        found = choose_support(aim.target, metric, pattern, damping=self.damping, steps=self.steps)
+        fitted = refit_support(
+            aim.target,
+            metric,
+            found.keep,
+            damping=self.damping,
+            direct=False,  # one factorisation an output takes ten times as long
+            tolerance=REFIT_TOLERANCE,
+        )
+        return found.keep, fitted.weight
 
 
 __all__ = ["Sparsify"]

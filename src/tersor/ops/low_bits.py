@@ -9,7 +9,6 @@ Axes: g groups, m outputs and n inputs of a group.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int8
@@ -26,6 +25,9 @@ from tersor.ops.group_grids import (
     nearest_codes,
 )
 from tersor.ops.group_rounding import RoundingConfig, round_weight
+
+# Errors that are to be compared, in a third of the time: 5 % more loss at 4 bits, 8 % at 2.
+DRAFT = RoundingConfig(stretches=(1.0,), sweeps=1)
 
 
 def best_group(
@@ -70,7 +72,7 @@ def rounded_low(
     weight: Float[Tensor, "g m n"],
     H: Float[Tensor, "g n n"] | None,
     grid: GroupGrid,
-    damping: float = 0.01,
+    config: RoundingConfig | None = None,
     keep: Bool[Tensor, "g m n"] | None = None,
 ) -> tuple[Int8[Tensor, "g m n"], Steps]:
     """Codes and steps with the least error of the output; to nearest where there is no H.
@@ -79,13 +81,12 @@ def rounded_low(
         weight: Weight; read only.
         H: As for ``best_group``.
         grid: Its grid.
-        damping: Of the feedback, relative to the mean diagonal of H.
+        config: How hard to try; None: ``RoundingConfig.for_layer``.
         keep: Where weights may differ from zero; None: everywhere.
     """
     if H is None:
         rest: Float64[Tensor, "g m n"] = weight if keep is None else weight * keep
         steps = fit_steps(rest, grid)
         return nearest_codes(rest, steps, grid), steps
-    config = replace(RoundingConfig.for_layer(*weight.shape[1:]), damping=damping)
     done = round_weight(weight, H, grid, config, keep)
     return done.codes, done.steps
