@@ -44,7 +44,8 @@ def with_proxies(
 def _predicted(offer: Offer, statistics: Mapping[str, Any], gradients: Gradients) -> Offer:
     candidate, change = offer.candidate, offer.change
     known, proxy = statistics[candidate.site], None
-    if change.site.kind == "format" and candidate.level not in NATIVE:
+    is_layer = change.site.kind == "format" and change.site.op_kind != "add"
+    if is_layer and candidate.level not in NATIVE:
         proxy = format_proxy(change, known, gradients)
     if change.site.kind == "width" and candidate.level != change.site.units:
         proxy = width_proxy(candidate, change, known, gradients)

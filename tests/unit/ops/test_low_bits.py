@@ -44,7 +44,7 @@ def test_the_best_of_the_groups(bits: int, spread: float) -> None:
     wanted = min(GROUPS, key=lambda group: cost(weight, bits, group))
     assert best_group(weight, None, bits, GROUPS) == wanted
     if bits == 4 and spread != 0.5:  # equal blocks need no steps of their own; very unequal ones do
-        assert (wanted == 16) == (spread == 2.0)
+        assert (0 < wanted <= 32) == (spread == 2.0)
 
 
 def test_groups_that_hold_all_inputs_are_one_choice() -> None:
@@ -63,8 +63,9 @@ def test_statistics_lower_the_error_of_the_output() -> None:
         codes, steps = rounded_low(weight, metric, grid, DRAFT, keep)
         return float(layer_loss(weight - dequantize(codes, steps, grid), H).sum())
 
-    # Inputs that are 0.47 correlated: feedback takes up a good part of what one rounding leaves.
-    assert loss(H) < 0.6 * loss(None)
+    # Of a moving average the variance given the other inputs is 1 / (1 + 0.7^2) of all of it: that is
+    # what feedback leaves, but for 4 n samples and the steps.
+    assert loss(H) == pytest.approx(loss(None) / 1.49, rel=0.1)
     codes, steps = rounded_low(weight, H, grid)
     assert float(layer_loss(weight - dequantize(codes, steps, grid), H).sum()) <= loss(H)
 
