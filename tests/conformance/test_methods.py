@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from tersor.analyse.calibration import embedding_statistics, site_statistics
 from tersor.analyse.sites import find_sites
+from tersor.artifact import Artifact, Manifest, RawTensor, artifact_bytes, read_artifact
+from tersor.build.build import shapes_of
+from tersor.core import registry
 from tersor.core.errors import ConfigError
 from tersor.core.formats import PACKED
-from tersor.core.records import Candidate, Level, Site
+from tersor.core.records import BuildChoice, Candidate, Level, Site
 from tersor.graph.apply import apply
 from tersor.graph.axes import analyse_axes, keep_units
 from tersor.graph.axes.slicing import gone_from
@@ -20,13 +24,14 @@ from tersor.graph.changes import pack, unpack
 from tersor.graph.contracts import Graph, Method, SiteChange, SiteStatistics
 from tersor.graph.edit import attribute, parameters_by_name
 from tersor.graph.requantize import requantized
+from tersor.graph.serial import graph_tensors, graph_to_json
 from tersor.methods.codebook import Codebook
 from tersor.methods.quantize import Quantize
 from tersor.methods.sparsify import Sparsify
 from tersor.observe.statistics import observe
 from tersor.ops.moments import centred
 from tersor.propose.proxy import layer_change
-from tests.unit.capturing import graph_of, random, trained
+from tests.unit.capturing import graph_of, random, scale_error, trained
 
 METHODS: tuple[Method, ...] = (Quantize(), Codebook(), Sparsify(), Sparsify(bits=32))
 # Of the layer's output; a level of so many bits leaves no more on the layers below.
@@ -241,6 +246,43 @@ def test_behind_a_compressed_prefix_the_weight_is_refitted(net: Case, method: Me
         assert change.report["refit_damping"] is not None
         assert change.packed is not None
         assert len(change.packed.data) + 4 * site.shape[0] == candidate.size_bytes
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_every_backend_runs_what_a_file_packs(
+    net: Case, method: Method, name: str, tmp_path: Path
+) -> None:
+    """The build's constants are the floats of the bits, and the file holds the bits alone."""
+    backend = registry.resolve(registry.BACKENDS, name)()
+    if not backend.describe().available:
+        pytest.skip(f"{name} is not installed")
+    graph = apply(net.graph, list({site.name: c for site, _, c in net.made(method)}.values()))
+    choice = BuildChoice(backend=name, batch=4)
+    built = backend.build(graph, shapes_of(graph.signature, 4), choice)
+    manifest = Manifest(
+        tersor="0", created="", signature=graph.signature, model="m", choices={name: choice}
+    )
+    plain = {n: t for n, t in graph_tensors(graph).items() if n not in graph.packed}
+    artifact = Artifact(
+        manifest=manifest,
+        graph=graph_to_json(graph),
+        tensors={n: RawTensor.from_numpy(t.contiguous().numpy()) for n, t in plain.items()},
+        builds={name: built.serialize()},
+        packed=graph.packed,
+    )
+    path = tmp_path / "m.tersor"
+    path.write_bytes(artifact_bytes(artifact))
+    opened = read_artifact(path)
+    assert len(opened.packed) == 4
+    own = sum(len(t.data) for n, t in opened._stored.items() if n.startswith("builds."))
+    assert own < min(packed.expand().nbytes for packed in graph.packed.values()) / 2
+    loaded = backend.load(opened.sections(name), choice)
+    inputs = {graph.signature.inputs[0].name: net.ids[:4].numpy()}
+    found, wanted = loaded.run(inputs), built.run(inputs)
+    assert all(np.array_equal(found[key], wanted[key]) for key in wanted)
+    assert scale_error(torch.from_numpy(next(iter(found.values()))),
+                       graph.run([net.ids[:4]])[0]) < 1e-4  # fmt: skip
 
 
 def test_settings_that_can_not_be() -> None:
