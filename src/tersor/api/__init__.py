@@ -98,6 +98,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         progress=progress,
         metric=metric,
         test_metric=test_metric,
+        for_size=wanted.size_mb is not None or wanted.size_ratio is not None,
     )
     session = open_session(model, data, settings)
     if metric is not None:  # a metric that can't be used is better known now
@@ -169,7 +170,11 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
 
 
 def _methods_of(plan: Plan) -> list[str]:
-    """The methods that a plan can come from, by the kinds of sites that it names; formats always."""
+    """The methods that a plan can come from, by the kinds of sites that it names; formats always.
+
+    Those that only save bytes only where it names a packed level.
+    """
+    from tersor.core.formats import PACKED
     from tersor.core.records import WIDTH_PREFIX
     from tersor.graph.contracts import kinds_of
     from tersor.graph.residuals import BRANCH_PREFIX
@@ -179,8 +184,13 @@ def _methods_of(plan: Plan) -> list[str]:
         k for prefix, k in kinds.items() if any(s.startswith(prefix) for s in plan.assignment)
     }
     wanted.add("format")
-    names = registry.names(registry.METHODS)
-    return [n for n in names if wanted & {*kinds_of(registry.resolve(registry.METHODS, n))}]
+    is_packed = any(level in PACKED for level in plan.assignment.values())
+    classes = {n: registry.resolve(registry.METHODS, n) for n in registry.names(registry.METHODS)}
+    return [
+        name
+        for name, cls in classes.items()
+        if wanted & {*kinds_of(cls)} and (is_packed or not getattr(cls, "for_size", False))
+    ]
 
 
 def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:

@@ -32,6 +32,9 @@ from tersor.price.table import correct_table
 from tersor.timing.protocol import Protocol
 from tersor.verify.memory import peak_bytes
 
+# Names of a changed weight and its bias: in the headers of tensors, the graph, the plan, the layouts. 50
+# bytes a layer were seen (ResNet-20 with 22 layers, 21 of them packed).
+_NAME_BYTES = 64
 _FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0, one_speed=True)
 
 
@@ -84,6 +87,7 @@ def task_for(
     whole = artifact_size(session, session.graph, built)
     whole += report_size(offered.candidates, prices, session.sites)
     candidates = offered.by_site()
+    whole += _NAME_BYTES * len(session.formats)
     covered = _native_bytes(candidates, prices)
     return Task(
         candidates=candidates,

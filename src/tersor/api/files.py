@@ -59,12 +59,13 @@ def pack_artifact(
         ranges=_ranges(session, graph),
         metadata={} if facts.report is None else {_REPORT: to_json(facts.report)},
     )
-    tensors = {name: _raw(t) for name, t in graph_tensors(graph).items()}
+    tensors = {n: _raw(t) for n, t in graph_tensors(graph).items() if n not in graph.packed}
     return Artifact(
         manifest=manifest,
         graph=graph_to_json(graph),
         tensors=tensors,
         builds={choice.backend: dict(sections)},
+        packed=graph.packed,
     )
 
 
@@ -158,7 +159,7 @@ def final_bytes(
 def open_graph(artifact: ArtifactFile) -> Graph:
     """The artifact's graph, for torch."""
     tensors = {name: _tensor(raw) for name, raw in artifact.tensors.items()}
-    return graph_from_json(artifact.graph, tensors)
+    return replace(graph_from_json(artifact.graph, tensors), packed=artifact.packed)
 
 
 def _tensor(raw: RawTensor) -> Tensor:

@@ -58,6 +58,9 @@ class Settings:
     progress: Any = True
     metric: Any = None
     test_metric: Any = None
+    for_size: bool = (
+        False  # the target has a budget on the size: what only saves bytes is asked, too
+    )
 
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
@@ -190,7 +193,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     captured = capture(opened, parts["calibration"], varying(parts.values()))
     graph = captured.graph
     parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
-    methods = pick_methods(settings.methods, infos)
+    methods = pick_methods(settings.methods, infos, for_size=settings.for_size)
     sites, axes = offered_sites(graph, methods.values(), tuple(settings.keep))
     tiles = None
     if axes is not None and any(site.kind == "width" for site in sites):
@@ -290,13 +293,15 @@ def backend_names() -> list[str]:
     return registry.names(registry.BACKENDS)
 
 
-def pick_methods(wanted: str | Sequence[str], infos: Sequence[BackendInfo]) -> dict[str, Method]:
+def pick_methods(
+    wanted: str | Sequence[str], infos: Sequence[BackendInfo], *, for_size: bool = False
+) -> dict[str, Method]:
     """Methods by name, told what the integer products of all backends can take.
 
     Raises:
         ConfigError: No method of that name.
     """
-    names = default_methods() if wanted == "all" else _names(wanted)
+    names = default_methods(for_size=for_size) if wanted == "all" else _names(wanted)
     limits = [int8.weight_limit for info in infos if (int8 := info.format("int8"))]
     found: dict[str, Method] = {}
     for name in names:
@@ -306,11 +311,13 @@ def pick_methods(wanted: str | Sequence[str], infos: Sequence[BackendInfo]) -> d
     return found
 
 
-def default_methods() -> list[str]:
-    """All methods but those that ask to be named."""
-    names = registry.names(registry.METHODS)
+def default_methods(*, for_size: bool = False) -> list[str]:
+    """All methods but those that ask to be named, or that save only bytes where none are asked for."""
+    classes = {n: registry.resolve(registry.METHODS, n) for n in registry.names(registry.METHODS)}
     return [
-        n for n in names if not getattr(registry.resolve(registry.METHODS, n), "by_name", False)
+        name
+        for name, cls in classes.items()
+        if not getattr(cls, "by_name", False) and (for_size or not getattr(cls, "for_size", False))
     ]
 
 

@@ -48,6 +48,7 @@ from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
 from tersor.price.price import PriceConfig, price_all
 from tersor.price.table import fit_error
+from tersor.price.terms import PackedBytes
 from tersor.price.tools import PriceTools
 from tersor.price.variants import native_assignment
 from tersor.propose.propose import (
@@ -372,6 +373,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
         settle=lambda assignment: settled(assignment, session.inside, native),
         note=session.progress.note,
         stored=stored_elsewhere(session.graph),
+        packed_bytes=_packed_bytes(offered),
         native_ms=_native_ms(rows, base),
         memory=price_memory(session, offered.chosen),
     )
@@ -390,6 +392,17 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
                 f"by {off.median:.1%} (median), {off.p90:.1%} (90th percentile)"
             )
     return _Tables(tables=priced.tables, size_terms=priced.size_terms, notes=tuple(notes))
+
+
+def _packed_bytes(offered: Offers) -> PackedBytes:
+    def found(site: str, level: Level, rows: int, elements: int) -> int:
+        """Bytes of the layout that a site has on offer at a level, for so many rows."""
+        packed = offered.changes[site, level].packed
+        assert packed is not None
+        inputs = elements // max(1, rows)
+        return packed.packing.resized((rows, inputs)).size_bytes() if rows and inputs else 0
+
+    return found
 
 
 def _runs(session: Session, choice: BuildChoice, site: str, level: Level) -> bool:

@@ -20,6 +20,7 @@ from tersor.core.errors import ArtifactError
 MANIFEST = "manifest.json"
 GRAPH = "graph.json"
 WEIGHTS = "weights.safetensors"
+PACKED = "packed.json"  # only where weights are packed
 REQUIRED = (MANIFEST, GRAPH, WEIGHTS)
 MAX_ENTRIES = 1024
 MAX_NAME_BYTES = 200
@@ -180,13 +181,14 @@ def _read_end64(stream: BinaryIO, end: int) -> tuple[int, int, int] | None:
 
 
 def _check_name(name: str, where: str) -> None:
-    if name in REQUIRED or (_NAME.fullmatch(name) and len(name) <= MAX_NAME_BYTES):
+    if name in (*REQUIRED, PACKED) or (_NAME.fullmatch(name) and len(name) <= MAX_NAME_BYTES):
         return
     parts = re.split(r"[/\\]", name)
     if name.startswith(("/", "\\")) or ".." in parts or "\\" in name or ":" in name:
         raise ArtifactError(f"{where}: entry {name!r} points outside of the file; do not trust it")
     raise ArtifactError(
-        f"{where}: entry {name[:MAX_NAME_BYTES]!r} is unknown; wanted {', '.join(REQUIRED)} or "
+        f"{where}: entry {name[:MAX_NAME_BYTES]!r} is unknown; wanted {', '.join(REQUIRED)}, "
+        f"{PACKED} or "
         "builds/<backend>/<file>"
     )
 

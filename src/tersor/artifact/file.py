@@ -1,14 +1,14 @@
 """The artifact: a model, its builds and what is known about them, in one file without pickles.
 
-A zip with ``manifest.json``, ``graph.json``, ``weights.safetensors`` and
-``builds/<backend>/<file>``. The manifest holds the SHA-256 of every other entry: it shows damage,
+A zip with ``manifest.json``, ``graph.json``, ``weights.safetensors``, ``packed.json`` where weights are
+packed, and ``builds/<backend>/<file>``. The manifest holds the SHA-256 of every other entry: it shows damage,
 not who wrote the file. Weights are stored once, as ``sharing`` says.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tersor.artifact.container import (
     GRAPH,
     MANIFEST,
     MAX_MANIFEST_BYTES,
+    PACKED,
     WEIGHTS,
     Entry,
     read_directory,
@@ -24,11 +25,13 @@ from tersor.artifact.container import (
     write_container,
 )
 from tersor.artifact.manifest import Manifest, read_manifest
+from tersor.artifact.packed import bits, expanded, read_layouts, write_layouts
 from tersor.artifact.sharing import RESERVED_PREFIX, rebuild_segments, share_segments
 from tersor.artifact.tensors import RawTensor, read_safetensors, write_safetensors
 from tersor.core.errors import ArtifactError
 from tersor.core.jsonable import dumps
 from tersor.core.store import write_atomic
+from tersor.ops.packed import Packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class Artifact:
         manifest: What the file says about itself.
         graph: The graph as JSON values; floats that are not finite come back as text.
         tensors: Weights, codes and scales by name; no name begins with ``builds.``.
+        packed: Tensors that are stored in fewer bits than their floats take; those are in no
+            ``tensors``.
         builds: Sections by file name, by backend.
     """
 
@@ -46,6 +51,7 @@ class Artifact:
     graph: Mapping[str, Any]
     tensors: Mapping[str, RawTensor]
     builds: Mapping[str, Mapping[str, bytes]]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
 def write_artifact(path: str | Path, artifact: Artifact) -> int:
@@ -62,24 +68,32 @@ def write_artifact(path: str | Path, artifact: Artifact) -> int:
 
 def artifact_bytes(artifact: Artifact) -> bytes:
     """The file's bytes; the same content always gives the same bytes."""
-    reserved = sorted(name for name in artifact.tensors if name.startswith(RESERVED_PREFIX))
+    names = [*artifact.tensors, *artifact.packed]
+    reserved = sorted(name for name in names if name.startswith(RESERVED_PREFIX))
     if reserved:
         raise ArtifactError(
             f"tensors {reserved}: names that begin with {RESERVED_PREFIX!r} are the writer's own; "
             "rename them"
         )
+    twice = sorted(set(artifact.tensors) & set(artifact.packed))
+    if twice:
+        raise ArtifactError(f"tensors {twice} are given as floats and packed; give them once")
     without_choice = sorted(set(artifact.builds) ^ set(artifact.manifest.choices))
     if without_choice:
         raise ArtifactError(
             f"backends {without_choice}: wanted both a build and a choice in the manifest"
         )
-    tensors = dict(artifact.tensors)
+    stored = {**artifact.tensors, **bits(artifact.packed)}
+    tensors = {**artifact.tensors, **expanded(artifact.packed, PACKED)}
     entries = {GRAPH: dumps(dict(artifact.graph)).encode()}
+    if artifact.packed:
+        entries[PACKED] = write_layouts(artifact.packed)
     for backend in sorted(artifact.builds):
         sections, added = share_segments(artifact.builds[backend], tensors, backend)
         tensors |= added
+        stored |= added
         entries |= {f"builds/{backend}/{name}": data for name, data in sections.items()}
-    entries[WEIGHTS] = write_safetensors(tensors)
+    entries[WEIGHTS] = write_safetensors(stored)
     manifest = replace(
         artifact.manifest,
         backends=tuple(sorted(artifact.builds)),
@@ -116,7 +130,11 @@ def verify_artifact(path: str | Path) -> Artifact:
     """
     opened = read_artifact(path)
     return Artifact(
-        manifest=opened.manifest, graph=opened.graph, tensors=opened.tensors, builds=opened.builds
+        manifest=opened.manifest,
+        graph=opened.graph,
+        tensors={k: t for k, t in opened.tensors.items() if k not in opened.packed},
+        builds=opened.builds,
+        packed=opened.packed,
     )
 
 
@@ -146,8 +164,15 @@ class ArtifactFile:
 
     @cached_property
     def tensors(self) -> dict[str, RawTensor]:
-        """The graph's tensors, by name."""
-        return {k: t for k, t in self._stored.items() if not k.startswith(RESERVED_PREFIX)}
+        """The graph's tensors, by name; packed ones as the floats that they stand for."""
+        return {k: t for k, t in self._expanded.items() if not k.startswith(RESERVED_PREFIX)}
+
+    @cached_property
+    def packed(self) -> dict[str, Packed]:
+        """The packed tensors, by name."""
+        if PACKED not in self._directory:
+            return {}
+        return read_layouts(self._entry(PACKED), self._stored, f"{self.path}, entry {PACKED}")
 
     @property
     def builds(self) -> dict[str, dict[str, bytes]]:
@@ -159,11 +184,15 @@ class ArtifactFile:
         prefix = f"builds/{backend}/"
         names = [name for name in self._directory if name.startswith(prefix)]
         stored = {name.removeprefix(prefix): self._entry(name) for name in names}
-        return rebuild_segments(stored, self._stored, f"{self.path}, entry builds/{backend}")
+        return rebuild_segments(stored, self._expanded, f"{self.path}, entry builds/{backend}")
 
     @cached_property
     def _stored(self) -> dict[str, RawTensor]:
         return read_safetensors(self._entry(WEIGHTS), f"{self.path}, entry {WEIGHTS}")
+
+    @cached_property
+    def _expanded(self) -> dict[str, RawTensor]:
+        return {**self._stored, **expanded(self.packed, f"{self.path}, entry {WEIGHTS}")}
 
     def _entry(self, name: str) -> bytes:
         # Hashed as it was read: the file may change, what is used may not.

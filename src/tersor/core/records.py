@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tersor.core import formats
 from tersor.core.errors import ConfigError
+from tersor.core.formats import priced_as
 
-Format = Literal["f32", "bf16", "int8", "int8_weight"]
-# What a site may be set to: a number format, a width's kept units, or what is left of a branch.
-Level = Format | int
+Format = formats.Format
+Level = formats.Level
 Precision = Literal["f32", "bf16"]
 # open: one build for all sizes; exact: frequent sizes have builds of their own; padded: some sizes
 # have builds, to which smaller ones are padded. What has none goes to the open build.
@@ -414,9 +415,13 @@ class PriceTable:
         return self.native.get(site, self.choice.precision)
 
     def complete(self, assignment: Mapping[str, Level]) -> dict[str, Level]:
-        """An assignment with the sites of the terms that it does not list, left alone."""
+        """An assignment by what its levels cost, with the sites of the terms that it does not list.
+
+        Those are left alone; stored formats go by the one that has their price.
+        """
         sites = (site for term in self.terms for site in term.sites)
-        return {**{site: self.native_level(site) for site in sites}, **assignment}
+        priced = {site: priced_as(level) for site, level in assignment.items()}
+        return {**{site: self.native_level(site) for site in sites}, **priced}
 
     def predict_ms(self, assignment: Mapping[str, Level], tensors: Mapping[str, str]) -> float:
         """Predicted latency; ``tensors`` names the tensor that each site reads.
@@ -429,7 +434,7 @@ class PriceTable:
         native = self.choice.precision
         total = self.glue_ms
         for site, row in self.ops.items():
-            total += row.get(str(assignment.get(site, native)), row.get(native, 0.0))
+            total += row.get(str(priced_as(assignment.get(site, native))), row.get(native, 0.0))
         int8 = {tensors[s] for s, level in assignment.items() if level == "int8" and s in tensors}
         total += sum(self.quantizers.get(t, 0.0) for t in sorted(int8))
         if self.terms:
@@ -452,7 +457,7 @@ class PriceTable:
         """What ``predict_ms`` adds up: native entries, int8 ones, quantisers, constant glue."""
         native = int8 = 0.0
         for site, row in self.ops.items():
-            level = str(assignment.get(site, self.choice.precision))
+            level = str(priced_as(assignment.get(site, self.choice.precision)))
             ms = row.get(level, row.get(self.choice.precision, 0.0))
             native, int8 = (native, int8 + ms) if level == "int8" else (native + ms, int8)
         levels = self.complete(assignment)

@@ -10,9 +10,11 @@ BACKENDS = "tersor.backends"
 # What this distribution itself brings: found also where it runs without being installed.
 _BUILT_IN = {
     METHODS: {
+        "codebook": "tersor.methods.codebook:Codebook",
         "depth": "tersor.methods.depth:Depth",
         "prune": "tersor.methods.prune:Prune",
         "quantize": "tersor.methods.quantize:Quantize",
+        "sparsify": "tersor.methods.sparsify:Sparsify",
     },
     BACKENDS: {
         "onnxruntime": "tersor.backends.onnxruntime:ONNXRuntimeBackend",

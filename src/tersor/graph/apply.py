@@ -2,11 +2,12 @@
 
 An int8 op reads ``quantize -> dequantize`` of its tensor (one pair for all readers, with the
 channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight. An
-int8 addition reads such pairs of its operands, in the tensors' own units again.
+int8 addition reads such pairs of its operands, in the tensors' own units again. A packed weight is
+there as the floats that it stands for; the graph knows its bits beside them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from tersor.core.errors import ShapeError
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
-from tersor.graph.edit import copy_graph, rebuild
+from tersor.graph.edit import copy_graph, parameters_by_name, rebuild
 from tersor.graph.operators import WeightedOp, Window, weighted_op
 
 aten = torch.ops.aten
@@ -37,6 +38,7 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
     nodes = {node.name: node for node in fresh.nodes}
     pairs = _Pairs(fresh, tensors, {})
     weights: dict[str, fx.Node | None] = {}
+    packed = dict(graph.packed)
     position = {name: i for i, name in enumerate(nodes)}
     # In graph order, so that a tensor's quantiser stands before its first reader.
     work = [(position[name], name, change) for change in changes for name in change.site.ops]
@@ -49,12 +51,16 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
             raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
         site = change.site.name
         if site not in weights:
-            weights[site] = _new_weight(fresh, tensors, op, change)
+            weights[site] = new = _new_weight(fresh, tensors, op, change)
+            if new is not None and change.packed is not None:
+                packed[str(new.target)] = change.packed
         _connect(fresh, tensors, op, change, weights[site])
         if change.quantizer is not None:
             pairs.read_by_op(op, change.quantizer)
     fresh.lint()
-    return Graph(rebuild(fresh, tensors), graph.signature, graph.example)
+    module = rebuild(fresh, tensors)
+    held = parameters_by_name(module)
+    return replace(graph, module=module, packed={n: p for n, p in packed.items() if n in held})
 
 
 def quantize_node_name(tensor: str) -> str:
@@ -84,13 +90,13 @@ def _new_weight(
                 (codes, scale, None, 0, -_INT8_LIMIT, _INT8_LIMIT, torch.int8),
                 name=f"{op.weight.name}_dequantize",
             )
-    if change.weight is not None:
-        if change.weight.shape != old.shape:
+    weight = change.float_weight()
+    if weight is not None:
+        if weight.shape != old.shape:
             raise ShapeError(
-                f"{change.site.name}: weight {tuple(change.weight.shape)}, wanted "
-                f"{tuple(old.shape)}"
+                f"{change.site.name}: weight {tuple(weight.shape)}, wanted {tuple(old.shape)}"
             )
-        tensors[f"{base}_new"] = change.weight.to(old.dtype)
+        tensors[f"{base}_new"] = weight.to(old.dtype)
         with graph.inserting_before(op.node):
             return graph.create_node("get_attr", f"{base}_new", name=f"{op.weight.name}_new")
     return None

@@ -4,15 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tersor.core.packing import Packing
 from tersor.core.records import Level, Site
 from tersor.graph.contracts import Quantizer, SiteChange
+from tersor.ops.packed import Packed
 
 Arrays = dict[str, NDArray[Any]]
 _TENSORS = ("codes", "scale", "weight", "bias", "kept")
+_PACKED = "packed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +32,11 @@ class QuantizerRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeRecord:
-    """A change without its tensors."""
+    """A change without its tensors; a packed weight is kept as its bits."""
 
     site: str
     level: Level
+    packing: Packing | None = None
     quantizer: QuantizerRecord | None = None
     operands: Mapping[str, QuantizerRecord] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +58,8 @@ def pack(changes: Sequence[SiteChange]) -> tuple[ChangeRecords, Arrays]:
             value: Tensor | None = getattr(change, name)
             if value is not None:
                 arrays[f"{i}.{name}"] = value.detach().contiguous().numpy()
+        if change.packed is not None:
+            arrays[f"{i}.{_PACKED}"] = np.frombuffer(change.packed.data, dtype=np.uint8)
         records.append(_record(i, change, arrays))
     return ChangeRecords(changes=tuple(records)), arrays
 
@@ -67,6 +74,7 @@ def _record(position: int, change: SiteChange, arrays: Arrays) -> ChangeRecord:
     return ChangeRecord(
         site=change.site.name,
         level=change.level,
+        packing=None if change.packed is None else change.packed.packing,
         quantizer=None if change.quantizer is None else _quantizer_record(change.quantizer),
         operands={tensor: _quantizer_record(q) for tensor, q in change.operands.items()},
         report=dict(change.report),
@@ -104,6 +112,7 @@ def unpack(
             codes=tensor(i, "codes"),
             scale=tensor(i, "scale"),
             weight=tensor(i, "weight"),
+            packed=_packed(record, arrays.get(f"{i}.{_PACKED}")),
             bias=tensor(i, "bias"),
             kept=tensor(i, "kept"),
             quantizer=None
@@ -117,6 +126,12 @@ def unpack(
         )
         for i, record in enumerate(records.changes)
     ]
+
+
+def _packed(record: ChangeRecord, array: NDArray[Any] | None) -> Packed | None:
+    if record.packing is None or array is None:
+        return None
+    return Packed(record.packing, array.tobytes())
 
 
 def _quantizer(record: QuantizerRecord, inverse_scale: Tensor | None) -> Quantizer:

@@ -20,6 +20,7 @@ from tersor.core.records import (
 )
 from tersor.ops.moments import Moments
 from tersor.ops.obs import Consumer
+from tersor.ops.packed import Packed
 
 Shapes = Mapping[str, tuple[int, ...]]  # input name -> shape of one build; shapes.OPEN: any size
 Arrays = Mapping[str, NDArray[Any]]
@@ -32,11 +33,14 @@ class Graph:
 
     ``module`` takes the flat inputs in the signature's order and returns a tuple of the flat
     outputs. It is never edited in place: ``graph.apply.apply`` returns a new Graph.
+
+    ``packed``: tensor of the module -> the bits that it was expanded from; files hold those.
     """
 
     module: fx.GraphModule
     signature: Signature
     example: tuple[Tensor, ...]  # flat inputs, batch >= 2
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One forward pass without gradients."""
@@ -165,6 +169,7 @@ class SiteChange:
         codes: Integer weight in the weight's own shape, or None for a float weight.
         scale: Step for each output channel [c_out] (each row of an embedding).
         weight: A new float weight, where ``codes`` is None.
+        packed: A new float weight as the bits that files are to hold; then ``weight`` is None.
         bias: The new bias [c_out], or None to keep it.
         quantizer: The quantiser of the tensor that the ops read, or None.
         kept: Of a width: indices of the units that stay.
@@ -177,11 +182,16 @@ class SiteChange:
     codes: Tensor | None = None
     scale: Tensor | None = None
     weight: Tensor | None = None
+    packed: Packed | None = None
     bias: Tensor | None = None
     quantizer: Quantizer | None = None
     kept: Tensor | None = None
     operands: Mapping[str, Quantizer] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+
+    def float_weight(self) -> Tensor | None:
+        """The new weight where it is floats in the graph; packed ones are expanded at every call."""
+        return self.weight if self.packed is None else torch.from_numpy(self.packed.expand())
 
 
 @runtime_checkable
@@ -192,7 +202,7 @@ class Method(Protocol):
     "addition", ("format",) where it has
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
-    ``methods="all"``.
+    ``methods="all"``, with ``for_size = True`` only where the target has a budget on the size.
     """
 
     def propose(self, site: Site, statistics: Any) -> Sequence[Candidate]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import ShapeError
+from tersor.core.packing import Packing
 from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.widths import Axes
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
@@ -19,6 +20,7 @@ from tersor.graph.edit import parameters_by_name
 from tersor.graph.operators import WeightedOp, grouped_weight, weighted_ops
 from tersor.graph.quantizer import column_scale
 from tersor.ops.grids import round_nearest, weight_steps
+from tersor.ops.storing import pack_nearest
 
 
 def requantized(
@@ -80,12 +82,30 @@ class _Work:
         same_bias = op.bias is None or str(op.bias.target) in self.old
         if same_bias and _equal(whole, now) and quantizer is change.quantizer:
             return change
+        if change.packed is not None:
+            return self._packed(change, change.packed.packing, op, now)
         if change.codes is None:
             raise ShapeError(
                 f"{change.site.name}: a change to {change.level} without codes can't follow a width "
                 "that was cut; take the method that made it out of methods="
             )
         return self._rounded(change, op, quantizer, now)
+
+    def _packed(
+        self, change: SiteChange, packing: Packing, op: WeightedOp, now: Tensor
+    ) -> SiteChange:
+        """The same layout; the bias is that of the graph, as nothing is known of the input here."""
+        if op.kind == "embedding":
+            weight = now.detach().double().unsqueeze(0)
+        else:
+            weight = grouped_weight(now, 1 if op.window is None else op.window.groups)
+        packed = pack_nearest(weight, packing.resized(now.shape))
+        return replace(
+            change,
+            site=replace(change.site, shape=tuple(now.shape)),
+            packed=packed,
+            bias=None if op.bias is None else self.new[str(op.bias.target)].detach().float(),
+        )
 
     def _rounded(
         self, change: SiteChange, op: WeightedOp, quantizer: Quantizer | None, now: Tensor

@@ -1,14 +1,15 @@
-"""Number formats of weights and activations: f32, bf16, int8, and int8 for storage only.
+"""Number formats of weights and activations: f32, bf16, int8, and 8, 4, 3 or 2 bits for storage only.
 
 int8: activations symmetric, one step a tensor (unsigned where the range is one-sided, shifted
 where it nearly is), chosen by mean squared error, with a smoothing scale per channel where that
 helps; weights symmetric, one step an output channel, rounded with error feedback on the layer's
-own statistics; the bias takes up the mean of what is left. Given statistics of a compressed
+own statistics; the bias takes up the mean of what is left. Low bits: a float16 step for each group of
+inputs, the group's size where a bit is spent best, error feedback and descent on codes and steps. Given statistics of a compressed
 prefix, the weight is first refitted to the original layer's outputs.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import ConfigError
+from tersor.core.packing import Packing
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import (
     AddStatistics,
@@ -26,11 +28,16 @@ from tersor.graph.contracts import (
     SiteStatistics,
 )
 from tersor.graph.quantizer import column_scale, rounded, scaled
+from tersor.graph.storing import Aim, aim_of, stored_bytes, stored_change, worth_packing
+from tersor.ops.cross_fit import cross_fitted
 from tersor.ops.feedback import descend, round_with_feedback
 from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
+from tersor.ops.group_rounding import RoundingConfig
+from tersor.ops.low_bits import DRAFT, best_group, rounded_low
 from tersor.ops.moments import Moments, add_moments, centred
-from tersor.ops.refit import bias_shift, refit, relative_error
+from tersor.ops.refit import bias_shift, relative_error
 from tersor.ops.smoothing import smoothing_scale
+from tersor.ops.storing import grid_of, pack_grid
 
 INT8_LIMIT = 127
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
@@ -42,8 +49,7 @@ RANGE_FRACTIONS = (1.0, 0.8, 0.64, 0.5, 0.4, 0.3)
 _COST_ROWS = 384  # of the sample, to compare grids
 # Error feedback leaves about half of the error of rounding to nearest (ALGORITHMS 9).
 FEEDBACK_GAIN = 0.5
-# Ridges of the refit to choose from, relative to the mean diagonal of the covariance.
-REFIT_DAMPINGS = (1e-2, 1e-1, 1.0, 10.0)
+LOW_BITS: Mapping[Level, int] = {"int4_weight": 4, "int3_weight": 3, "int2_weight": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +62,7 @@ class Quantize:
         alphas: Smoothing exponents to choose from, beside none.
         damping: Of error feedback, relative to the mean diagonal of H.
         sweeps: Coordinate-descent sweeps after error feedback.
+        groups: Inputs that share a step at low bits, to choose from; 0: all of an output.
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format", "addition")
@@ -63,6 +70,7 @@ class Quantize:
     alphas: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
     damping: float = 1e-2
     sweeps: int = 1
+    groups: tuple[int, ...] = (0, 128, 64, 32)
 
     def __post_init__(self) -> None:
         if not 1 <= self.weight_limit <= INT8_LIMIT:
@@ -99,6 +107,12 @@ class Quantize:
             }
             found.append(offer("int8", coded + bias, **detail))
         found.append(offer("int8_weight", coded + (bias if site.op_kind != "embedding" else 0)))
+        if worth_packing(statistics):
+            aim = aim_of(site, statistics)
+            for low, bits in LOW_BITS.items():
+                group = best_group(aim.target, aim.metric, bits, self.groups, self.damping)
+                packing = Packing(kind="grid", shape=site.shape, bits=bits, group=group)
+                found.append(offer(low, stored_bytes(site, packing.size_bytes()), group=group))
         return found
 
     def _of_addition(self, site: Site, statistics: AddStatistics) -> Sequence[Candidate]:
@@ -126,6 +140,8 @@ class Quantize:
             return self._rounded_operands(site, candidate, statistics)
         if candidate.level == "int8_weight":
             return self._stored(site, statistics)
+        if candidate.level in LOW_BITS:
+            return self._low_bit(site, candidate, statistics)
         if candidate.level == "int8":
             return self._computed(site, candidate, statistics)
         raise ConfigError(f"{site.name}: quantize has no level {candidate.level!r}")
@@ -172,6 +188,23 @@ class Quantize:
         halves = statistics.moments_of(_same, _same)
         return self._round(site, statistics, halves, None, "int8_weight")
 
+    def _low_bit(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
+        """A weight on a grid of a few bits, expanded before it is used."""
+        packing = Packing(
+            kind="grid",
+            shape=site.shape,
+            bits=LOW_BITS[candidate.level],
+            group=int(candidate.detail.get("group", 0)),
+        )
+        aim = aim_of(site, statistics)
+        config = replace(DRAFT, damping=self.damping) if aim.is_draft else self._careful(aim)
+        codes, steps = rounded_low(aim.target, aim.metric, grid_of(packing), config)
+        packed = pack_grid(packing, codes, steps)
+        return stored_change(site, candidate.level, packed, (aim, statistics))
+
+    def _careful(self, aim: Aim) -> RoundingConfig:
+        return replace(RoundingConfig.for_layer(*aim.target.shape[1:]), damping=self.damping)
+
     def _computed(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
         """Integer weight and integer activations, smoothed as the candidate says."""
         alpha = candidate.detail.get("alpha")
@@ -198,7 +231,7 @@ class Quantize:
         columns = column_scale(weight, quantizer)
         scaled_weight = weight if columns is None else weight * columns
         moments = reduce(add_moments, halves)
-        target, damping = _target(scaled_weight, halves)
+        target, damping = cross_fitted(scaled_weight, halves)
         metric, _ = centred(moments)
         step = weight_steps(target, limit, metric.diagonal(dim1=1, dim2=2))
         step = step.float().double()  # codes belong to the step that is stored
@@ -349,8 +382,6 @@ class _Expected:
 
 def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
     """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12."""
-    from dataclasses import replace
-
     moments = statistics.moments()
     n = moments.xx.shape[-1]
     noise = torch.eye(n, dtype=torch.float64) * (quantizer.step**2 / 12 * moments.count)
@@ -361,30 +392,6 @@ def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
     factor = factor.repeat_interleave(window, dim=1)
     xx = moments.xx * factor.unsqueeze(1) * factor.unsqueeze(2)
     return replace(moments, xx=xx + noise, x=moments.x * factor)
-
-
-def _target(weight: Tensor, halves: tuple[Moments, ...]) -> tuple[Tensor, float | None]:
-    """The weight to round: refitted where the prefix changed, as far as that generalises.
-
-    A least-squares fit of n inputs on t rows adds n / t of what it can't explain, and most of what
-    quantisation does can't be explained. So the damping is the one whose fit on one half of the
-    samples does best on the other; None, no refit at all, is among the choices.
-    """
-    if len(halves) < 2 or halves[0].cross is None:
-        return weight, None
-    costs: dict[float | None, float] = {
-        None: sum(relative_error(weight, weight, h) for h in halves)
-    }
-    for damping in REFIT_DAMPINGS:
-        fits = [refit(weight, half, damping)[0] for half in halves]
-        costs[damping] = sum(
-            relative_error(weight, fit, other)
-            for fit, other in zip(fits, reversed(halves), strict=True)
-        )
-    best = min(costs, key=costs.__getitem__)
-    if best is None:
-        return weight, None
-    return refit(weight, reduce(add_moments, halves), best)[0], best
 
 
 def _same(x: Tensor) -> Tensor:

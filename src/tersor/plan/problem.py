@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from tersor.core.errors import ConfigError
+from tersor.core.formats import priced_as
 from tersor.core.levels import Inside, settled
 from tersor.core.records import Candidate, Level, Precision, PriceTable, Term
 
@@ -165,6 +166,7 @@ class Problem:
         return found
 
     def _is_priced(self, site: str, level: Level, priced: Mapping[str, set[Level]]) -> bool:
+        level = priced_as(level)
         if isinstance(level, int):
             return level in priced.get(site, ())
         in_ops = level in self.table.ops[site] if site in self.table.ops else site in priced

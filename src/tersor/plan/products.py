@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tersor.core.errors import ConfigError
+from tersor.core.formats import priced_as
 from tersor.core.records import Level, Term
 from tersor.plan.problem import Problem
 
@@ -84,8 +85,9 @@ def _reduce(problem: Problem, term: Term) -> Reduced:
 
 
 def _places(levels: Sequence[Level], wanted: Sequence[Level]) -> list[int]:
+    """Where levels stand in a term; what it does not tell apart is the level that it is priced as."""
     place = {level: i for i, level in enumerate(levels)}
-    return [place[level] for level in wanted]
+    return [place[level] if level in place else place[priced_as(level)] for level in wanted]
 
 
 def blocks_of(terms: Iterable[Reduced]) -> tuple[Block, ...]:

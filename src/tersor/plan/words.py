@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tersor.core.formats import priced_as
 from tersor.core.records import Level, Term
 from tersor.plan.ledger import Ledger
 from tersor.plan.problem import Binding, Problem
@@ -111,7 +112,7 @@ def _is_fastest(problem: Problem, term: Term, levels: Mapping[str, Level]) -> bo
     """Whether no single other level of the term's sites makes it faster."""
     here = term.at(levels)
     return all(
-        term.at({**levels, site: level}) >= here * (1 - 1e-9)
+        term.at({**levels, site: priced_as(level)}) >= here * (1 - 1e-9)
         for site in term.sites
         for level in problem.levels().get(site, ())
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from tersor.core.errors import BackendError, ConfigError
+from tersor.core.formats import priced_as
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
 from tersor.price.baseline import Call
 from tersor.price.facts import WidthFacts, learn_facts
@@ -109,7 +110,7 @@ def price_all(
         BackendError: No choice could be built.
     """
     facts = width_facts(sites, levels, tools, choices[0].precision, config.seed)
-    terms = () if facts is None else size_terms(offered(facts, levels), sites, levels, tools.stored)
+    terms = () if facts is None else _size_terms(offered(facts, levels), sites, levels, tools)
     if not quantizable(sites, levels):
         ways = _first_ways(choices, tools.native_ms)
         tables = tuple(price_choice(c, sites, levels, tools, config, facts) for c in ways)
@@ -119,6 +120,15 @@ def price_all(
         price_choice(p.choice, sites, levels, tools, config, facts) for p in probes if p.priced
     )
     return Priced(tables=tables, probes=probes, size_terms=terms)
+
+
+def _size_terms(
+    facts: WidthFacts,
+    sites: Sequence[Site],
+    levels: Mapping[str, Sequence[Level]],
+    tools: PriceTools,
+) -> tuple[Term, ...]:
+    return size_terms(facts, sites, levels, tools.stored, tools.packed_bytes)
 
 
 def price_choice(
@@ -158,8 +168,12 @@ def price_choice(
 def free_levels(
     sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]
 ) -> dict[str, tuple[Level, ...]]:
-    """The levels of the sites that are not pinned."""
-    return {s.name: tuple(levels[s.name]) for s in sites if s.pinned is None and s.name in levels}
+    """The levels of the sites that are not pinned, as far as their times differ."""
+    return {
+        s.name: tuple(dict.fromkeys(priced_as(v) for v in levels[s.name]))
+        for s in sites
+        if s.pinned is None and s.name in levels
+    }
 
 
 def _known_table(

@@ -9,6 +9,8 @@ term as well.
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
+from tersor.core.errors import ConfigError
+from tersor.core.formats import PACKED
 from tersor.core.records import Level, Site, Term
 from tersor.price.facts import WidthFacts
 
@@ -16,6 +18,13 @@ MAX_WIDTHS = 2  # in one term
 _FLOAT_BYTES = 4  # of a scale, and of the bias of a quantised op
 
 Cost = Callable[[Mapping[str, Level]], float]
+PackedBytes = Callable[[str, Level, int, int], int]  # site, level, rows, elements -> bytes
+
+
+def no_packed_levels(site: str, level: Level, rows: int, elements: int) -> int:
+    """Where nothing is packed: no level has such bytes."""
+    raise ConfigError(f"{site}: found level {level!r} of {rows} rows and {elements} weights, "
+                      "wanted to be told what it takes; give packed_bytes")  # fmt: skip
 
 
 def spread(
@@ -56,17 +65,19 @@ def size_terms(
     sites: Sequence[Site],
     levels: Mapping[str, Sequence[Level]],
     stored: Mapping[str, int] | None = None,
+    packed_bytes: PackedBytes = no_packed_levels,
 ) -> tuple[Term, ...]:
     """Bytes of each weight and bias that a width moves, by kept counts and format.
 
-    They agree with the candidates of quantize at full counts: f32 and bf16 as given, int8 a byte
-    an element, a scale an output and, except for embeddings, a bias.
+    They agree with the candidates at full counts: f32 and bf16 as given, int8 a byte an element, a
+    scale an output and, except for embeddings, a bias; a packed weight its bytes and such a bias.
 
     Args:
         facts: Of all widths.
         sites: All sites; a format site's first op holds its weight.
         levels: Format site -> formats that it offers.
         stored: Node -> bytes of what else it reads: tensors that no format site counts.
+        packed_bytes: Bytes of a site's weight, without bias, at a packed level.
 
     Returns:
         None for sites whose bytes no width changes: their candidates say them.
@@ -78,7 +89,9 @@ def size_terms(
             continue
         offered = levels.get(site.name, ()) if site.pinned is None else ()
         formats = {site.name: tuple(dict.fromkeys(offered))} if offered else {}
-        found += spread(site.name, site.ops[:1], formats, facts, _bytes_of(site, facts))
+        found += spread(
+            site.name, site.ops[:1], formats, facts, _bytes_of(site, facts, packed_bytes)
+        )
     for node, size in (stored or {}).items():
         if facts.widths([node]):
             found += spread(node, [node], {}, facts, _stored_bytes(node, size, facts))
@@ -90,7 +103,7 @@ def _stored_bytes(node: str, size: int, facts: WidthFacts) -> Cost:
     return lambda assignment: round(size * facts.at(node, assignment).weight_elements / whole)
 
 
-def _bytes_of(site: Site, facts: WidthFacts) -> Cost:
+def _bytes_of(site: Site, facts: WidthFacts, packed_bytes: PackedBytes) -> Cost:
     node = site.ops[0]
     native = facts.nodes[node]
     elements, rows = native.weight_elements, site.shape[0]
@@ -105,7 +118,11 @@ def _bytes_of(site: Site, facts: WidthFacts) -> Cost:
             return 0.0
         is_embedding = site.op_kind == "embedding"
         kept = rows if is_embedding else rows * now.outputs / native.outputs
-        if str(assignment.get(site.name, "")).startswith("int8"):
+        level = assignment.get(site.name)
+        if level is not None and level in PACKED:
+            own = packed_bytes(site.name, level, round(kept), now.weight_elements)
+            return own + (0 if is_embedding else round(_FLOAT_BYTES * kept))
+        if str(level).startswith("int8"):
             return round(now.weight_elements + _FLOAT_BYTES * kept * (1 if is_embedding else 2))
         return round(now.weight_elements * width + bias * kept / rows)
 

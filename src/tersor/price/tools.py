@@ -9,6 +9,7 @@ from tersor.price.baseline import Call, Meter
 from tersor.price.facts import Facts
 from tersor.price.memory import PriceMemory
 from tersor.price.table import QuantizeNodes
+from tersor.price.terms import PackedBytes, no_packed_levels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class PriceTools:
             is gone.
         note: Takes what was dropped, and why.
         stored: Node -> bytes of what it reads that no format site counts.
+        packed_bytes: Bytes of a site's weight at a packed level, by its rows and elements.
         native_ms: Backend -> latency of its uncompressed build.
         memory: Builds and tables of earlier sessions; None to measure everything.
     """
@@ -44,5 +46,6 @@ class PriceTools:
     settle: Callable[[Mapping[str, Level]], Mapping[str, Level]] = lambda assignment: assignment
     note: Callable[[str], object] = str
     stored: Mapping[str, int] = field(default_factory=dict)
+    packed_bytes: PackedBytes = no_packed_levels
     native_ms: Mapping[str, float] = field(default_factory=dict)
     memory: PriceMemory | None = None

@@ -164,8 +164,8 @@ def layer_change(change: SiteChange, statistics: SiteStatistics) -> Tensor:
     weight = statistics.weight
     if change.codes is not None and change.scale is not None:
         weight = change.codes.double().reshape(shape) * change.scale.double().reshape(*shape[:2], 1)
-    elif change.weight is not None:
-        weight = change.weight.double().reshape(shape)
+    elif (new := change.float_weight()) is not None:
+        weight = new.double().reshape(shape)
     moved = torch.einsum("tgn,gmn->tgm", seen, weight) - old
     if change.bias is not None:
         given = statistics.bias if statistics.bias is not None else 0.0

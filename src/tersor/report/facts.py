@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tersor.core.formats import priced_as
 from tersor.core.records import (
     BuildChoice,
     Level,
@@ -177,7 +178,7 @@ def site_ms(report: Report, site: Site, level: Level) -> float | None:
         return None
     terms = _terms_of(table.terms, site.name)
     levels = table.complete(report.assignment() | {site.name: level})
-    own = table.ops.get(site.name, {}).get(str(level))
+    own = table.ops.get(site.name, {}).get(str(priced_as(level)))
     if not all(_is_known(term, levels) for term in terms) or (own is None and not terms):
         return None
     return ((own or 0.0) + sum(term.at(levels) for term in terms)) * table.scale
@@ -194,7 +195,7 @@ def site_ms_se(report: Report, site: Site, level: Level) -> float | None:
     levels = table.complete(report.assignment() | {site.name: level})
     costs = {term.name: term.at(levels) for term in _terms_of(table.terms, site.name)}
     if site.name in table.ops:
-        costs[site.name] = table.ops[site.name].get(str(level), 0.0)
+        costs[site.name] = table.ops[site.name].get(str(priced_as(level)), 0.0)
     shares = [table.uncertainty.entries.get(name) for name, ms in costs.items() if ms]
     if any(share is None for share in shares):
         return None
@@ -240,7 +241,7 @@ def change_ms(report: Report, site: str, level: Level) -> float | None:
         return None
     tensors = {s.name: s.tensor for s in report.sites if s.tensor is not None}
     now = table.complete(report.assignment())
-    then = {**now, site: level}
+    then = {**now, site: priced_as(level)}
     if not all(_is_known(term, levels) for term in table.terms for levels in (now, then)):
         return None
     return table.predict_ms(then, tensors) - table.predict_ms(now, tensors)

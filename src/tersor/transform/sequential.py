@@ -297,8 +297,8 @@ def _run_change(
     if change.codes is not None and change.scale is not None:
         shape = [-1] + [1] * (change.codes.dim() - 1)
         other[op.weight.name] = change.codes.float() * change.scale.float().reshape(shape)
-    elif change.weight is not None:
-        other[op.weight.name] = change.weight
+    elif (weight := change.float_weight()) is not None:
+        other[op.weight.name] = weight
     if change.quantizer is not None:
         quantizer = change.quantizer
         other[op.data.name] = rounded(env[op.data.name], quantizer) + quantizer.shift
@@ -383,5 +383,5 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
 
 
 def _edits(change: SiteChange) -> bool:
-    edits_layer = change.codes is not None or change.weight is not None or change.bias is not None
-    return edits_layer or bool(change.operands)
+    tensors = (change.codes, change.weight, change.packed, change.bias)
+    return any(t is not None for t in tensors) or bool(change.operands)
