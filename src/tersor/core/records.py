@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tersor.core.errors import ConfigError
+from tersor.core.rank_levels import RankLevel, is_int8
 
 Format = Literal["f32", "bf16", "int8", "int8_weight"]
-# What a site may be set to: a number format, a width's kept units, or what is left of a branch.
-Level = Format | int
+# What a site may be set to: a number format, one with a rank, a width's kept units, or what is left
+# of a branch.
+Level = Format | RankLevel | int
 Precision = Literal["f32", "bf16"]
 # open: one build for all sizes; exact: frequent sizes have builds of their own; padded: some sizes
 # have builds, to which smaller ones are padded. What has none goes to the open build.
@@ -430,7 +432,7 @@ class PriceTable:
         total = self.glue_ms
         for site, row in self.ops.items():
             total += row.get(str(assignment.get(site, native)), row.get(native, 0.0))
-        int8 = {tensors[s] for s, level in assignment.items() if level == "int8" and s in tensors}
+        int8 = {tensors[s] for s, level in assignment.items() if is_int8(level) and s in tensors}
         total += sum(self.quantizers.get(t, 0.0) for t in sorted(int8))
         if self.terms:
             levels = self.complete(assignment)
@@ -454,12 +456,12 @@ class PriceTable:
         for site, row in self.ops.items():
             level = str(assignment.get(site, self.choice.precision))
             ms = row.get(level, row.get(self.choice.precision, 0.0))
-            native, int8 = (native, int8 + ms) if level == "int8" else (native + ms, int8)
+            native, int8 = (native, int8 + ms) if is_int8(level) else (native + ms, int8)
         levels = self.complete(assignment)
         for term in self.terms:
-            ms, is_int8 = term.at(levels), any(levels[site] == "int8" for site in term.sites)
-            native, int8 = (native, int8 + ms) if is_int8 else (native + ms, int8)
-        chosen = {tensors[s] for s, level in assignment.items() if level == "int8" and s in tensors}
+            ms, rounds = term.at(levels), any(is_int8(levels[site]) for site in term.sites)
+            native, int8 = (native, int8 + ms) if rounds else (native + ms, int8)
+        chosen = {tensors[s] for s, level in assignment.items() if is_int8(level) and s in tensors}
         quantizers = sum(self.quantizers.get(t, 0.0) for t in sorted(chosen))
         found = (native, int8, quantizers, self.glue_ms)
         return tuple(ms * self.scale for ms in found)  # type: ignore[return-value]

@@ -11,6 +11,7 @@ BACKENDS = "tersor.backends"
 _BUILT_IN = {
     METHODS: {
         "depth": "tersor.methods.depth:Depth",
+        "lowrank": "tersor.methods.lowrank:Lowrank",
         "prune": "tersor.methods.prune:Prune",
         "quantize": "tersor.methods.quantize:Quantize",
     },

@@ -1,16 +1,18 @@
 """Whether a backend that describes itself runs a candidate."""
 
+from tersor.core.rank_levels import format_of
 from tersor.core.records import BackendInfo, Candidate, Support
 
 
 def support_of(info: BackendInfo, candidate: Candidate) -> Support:
-    """Yes for any count of a width and for the described formats; else no, with the reason."""
+    """Yes for any count of a width, for the described formats and any rank in them; else why not."""
     if not info.available:
         return Support(ok=False, reason=f"{info.reason}; {info.remedy}")
     if isinstance(candidate.level, int):  # a width: any count is a shape like another
         return Support(ok=True)
-    if info.format(candidate.level) is None:
+    wanted = format_of(candidate.level)  # a rank is a shape like another
+    if all(f.name != wanted for f in info.formats):
         known = ", ".join(f.name for f in info.formats)
-        reason = f"{info.name} on this device has no {candidate.level}, only {known}"
+        reason = f"{info.name} on this device has no {wanted}, only {known}"
         return Support(ok=False, reason=reason)
     return Support(ok=True)

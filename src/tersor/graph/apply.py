@@ -2,7 +2,8 @@
 
 An int8 op reads ``quantize -> dequantize`` of its tensor (one pair for all readers, with the
 channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight. An
-int8 addition reads such pairs of its operands, in the tensors' own units again.
+int8 addition reads such pairs of its operands, in the tensors' own units again. A layer with
+factors becomes a chain of ops, of which the last one keeps its node's name (``graph.factors``).
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from tersor.core.errors import ShapeError
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import copy_graph, rebuild
+from tersor.graph.factors import insert_chain
 from tersor.graph.operators import WeightedOp, Window, weighted_op
 
 aten = torch.ops.aten
@@ -48,11 +50,18 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
         if op is None:
             raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
         site = change.site.name
+        if change.factors:
+            chain = insert_chain(fresh, tensors, op, change)
+            for (node, window), factor in zip(chain, change.factors, strict=True):
+                quantizer = change.quantizer if node is chain[0][0] else factor.quantizer
+                if quantizer is not None:
+                    pairs.read(node, quantizer, window)
+            continue
         if site not in weights:
             weights[site] = _new_weight(fresh, tensors, op, change)
         _connect(fresh, tensors, op, change, weights[site])
         if change.quantizer is not None:
-            pairs.read_by_op(op, change.quantizer)
+            pairs.read(op.node, change.quantizer, op.window)
     fresh.lint()
     return Graph(rebuild(fresh, tensors), graph.signature, graph.example)
 
@@ -126,10 +135,12 @@ class _Pairs:
     tensors: dict[str, Tensor]
     done: dict[str, tuple[Quantizer, fx.Node]]  # tensor -> its quantiser, and the rounded values
 
-    def read_by_op(self, op: WeightedOp, quantizer: Quantizer) -> None:
+    def read(self, reader: fx.Node, quantizer: Quantizer, window: Window | None) -> None:
         """The op reads its tensor rounded, scaled and shifted: its weight and bias undo that."""
-        node = self._pair(op.node, op.data, quantizer, op.window)
-        op.node.args = (node, *op.node.args[1:])
+        data = reader.args[0]
+        assert isinstance(data, fx.Node)
+        node = self._pair(reader, data, quantizer, window)
+        reader.args = (node, *reader.args[1:])
 
     def read_by_add(self, add: fx.Node, change: SiteChange) -> None:
         """An addition reads its operands rounded, in their own units.

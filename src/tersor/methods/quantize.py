@@ -7,7 +7,7 @@ own statistics; the bias takes up the mean of what is left. Given statistics of 
 prefix, the weight is first refitted to the original layer's outputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
@@ -19,24 +19,19 @@ from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import AddStatistics, MethodKind, Quantizer, SiteChange, SiteStatistics
 from tersor.graph.quantizer import column_scale, rounded, scaled
+from tersor.graph.quantizer_choice import (
+    SIGNED,
+    UNSIGNED,
+    choose_quantizer,
+    expected_moments,
+)
 from tersor.ops.feedback import descend, round_with_feedback
-from tersor.ops.grids import fake_quantize, range_step, round_nearest, weight_steps
+from tersor.ops.grids import range_step, round_nearest, weight_steps
 from tersor.ops.moments import Moments, add_moments, centred
-from tersor.ops.refit import bias_shift, refit, relative_error
-from tersor.ops.smoothing import smoothing_scale
+from tersor.ops.refit import bias_shift, refit_by_halves, relative_error
 
 INT8_LIMIT = 127
-SIGNED, UNSIGNED = (-128, 127), (0, 255)
-# A tensor such as GELU's, whose negative part is short, wastes half of a signed grid.
-SHIFT_SHARE = 0.25
 _SCALE_BYTES = 4
-# Ranges to choose from, as fractions of the largest value.
-RANGE_FRACTIONS = (1.0, 0.8, 0.64, 0.5, 0.4, 0.3)
-_COST_ROWS = 384  # of the sample, to compare grids
-# Error feedback leaves about half of the error of rounding to nearest (ALGORITHMS 9).
-FEEDBACK_GAIN = 0.5
-# Ridges of the refit to choose from, relative to the mean diagonal of the covariance.
-REFIT_DAMPINGS = (1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +170,7 @@ class Quantize:
                 lambda x: rounded(x, quantizer), lambda x: scaled(x, quantizer)
             )
         else:
-            moments = (_expected(statistics, quantizer),)
+            moments = (expected_moments(statistics, quantizer),)
         return self._round(site, statistics, moments, quantizer, "int8")
 
     def _round(
@@ -191,7 +186,7 @@ class Quantize:
         columns = column_scale(weight, quantizer)
         scaled_weight = weight if columns is None else weight * columns
         moments = reduce(add_moments, halves)
-        target, damping = _target(scaled_weight, halves)
+        target, damping = refit_by_halves(scaled_weight, halves)
         metric, _ = centred(moments)
         step = weight_steps(target, limit, metric.diagonal(dim1=1, dim2=2))
         step = step.float().double()  # codes belong to the step that is stored
@@ -218,128 +213,6 @@ class Quantize:
         return descend(target, done.codes, step, metric, limit, self.sweeps)
 
 
-def choose_quantizer(
-    statistics: SiteStatistics, alphas: Sequence[float | None], weight_limit: int
-) -> tuple[Quantizer, float | None]:
-    """The quantiser of a tensor, the same for all its readers, and its smoothing exponent.
-
-    It depends on the tensor and on its readers as a whole, so every reader finds the same one.
-
-    Args:
-        statistics: Of any reader.
-        alphas: Exponents to choose from; None: no smoothing.
-        weight_limit: Largest absolute code of the readers' weights.
-    """
-    readers = statistics.readers
-    if readers is None or readers.weight is None:
-        return _fit_to_histogram(statistics), None
-    best: tuple[float, Quantizer, float | None] | None = None
-    sample = statistics.channels.float()
-    amax = torch.quantile(sample.abs(), 0.999, dim=0).clamp_min(1e-6)
-    rows = sample[:: max(1, len(sample) // _COST_ROWS)]
-    for alpha in alphas:
-        scale = None if alpha is None else smoothing_scale(amax, readers.amax, alpha).float()
-        values = rows if scale is None else rows / scale
-        weight = readers.weight if scale is None else readers.weight * scale
-        for quantizer in _grids(statistics, sample, scale):
-            cost = _cost(values, weight, quantizer, weight_limit)
-            if best is None or cost < best[0]:
-                best = (cost, quantizer, alpha)
-    assert best is not None
-    return best[1], best[2]
-
-
-def _fit_to_histogram(statistics: SiteStatistics) -> Quantizer:
-    """Least squared error of the tensor itself, where the readers are no linear layers."""
-    signed = statistics.low < 0
-    low, high = SIGNED if signed else UNSIGNED
-    return Quantizer(
-        step=range_step(statistics.counts, statistics.edges, signed=signed),
-        low=low,
-        high=high,
-        channel_dim=statistics.channel_dim,
-    )
-
-
-def _grids(statistics: SiteStatistics, sample: Tensor, scale: Tensor | None) -> Iterator[Quantizer]:
-    """Grids for one smoothing scale: signed, unsigned or shifted, of several ranges."""
-    inverse = None if scale is None else 1.0 / scale
-    low, high = (float(v) for v in torch.aminmax(sample if inverse is None else sample * inverse))
-    if inverse is None:
-        low, high = min(low, statistics.low), max(high, statistics.high)
-    shifts = [0.0]
-    if low < 0 < high and -low <= SHIFT_SHARE * (high - low) and not statistics.is_padded:
-        shifts.append(-low)
-    for shift in shifts:
-        unsigned = low >= 0 or shift > 0
-        grid = UNSIGNED if unsigned else SIGNED
-        widest = (high + shift) / UNSIGNED[1] if unsigned else max(-low, high) / SIGNED[1]
-        for fraction in RANGE_FRACTIONS:
-            yield Quantizer(
-                step=max(widest * fraction, 1e-12),
-                low=grid[0],
-                high=grid[1],
-                inverse_scale=inverse,
-                channel_dim=statistics.channel_dim,
-                shift=shift,
-            )
-
-
-def _cost(values: Tensor, weight: Tensor, quantizer: Quantizer, limit: int) -> float:
-    """Expected error of the readers' outputs: activations' rounding plus the weights' own.
-
-    Each row counts relative to its own output (plus the average one), or the few rows with
-    massive activations would own the choice.
-    """
-    shifted = values + quantizer.shift
-    error = fake_quantize(shifted, quantizer.step, quantizer.low, quantizer.high) - shifted
-    energy = (values @ weight.mT).square().sum(1)
-    activations = (error @ weight.mT).square().sum(1)
-    steps = weight.abs().amax(1) / limit
-    weights = values.square().sum(1) * (steps.square().sum() / 12 * FEEDBACK_GAIN)
-    return float(((activations + weights) / (energy + energy.mean() + 1e-30)).mean())
-
-
-def _expected(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
-    """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12."""
-    from dataclasses import replace
-
-    moments = statistics.moments()
-    n = moments.xx.shape[-1]
-    noise = torch.eye(n, dtype=torch.float64) * (quantizer.step**2 / 12 * moments.count)
-    if quantizer.inverse_scale is None:
-        return replace(moments, xx=moments.xx + noise)
-    window = n * moments.xx.shape[0] // quantizer.inverse_scale.numel()
-    factor = quantizer.inverse_scale.double().reshape(moments.xx.shape[0], -1)
-    factor = factor.repeat_interleave(window, dim=1)
-    xx = moments.xx * factor.unsqueeze(1) * factor.unsqueeze(2)
-    return replace(moments, xx=xx + noise, x=moments.x * factor)
-
-
-def _target(weight: Tensor, halves: tuple[Moments, ...]) -> tuple[Tensor, float | None]:
-    """The weight to round: refitted where the prefix changed, as far as that generalises.
-
-    A least-squares fit of n inputs on t rows adds n / t of what it can't explain, and most of what
-    quantisation does can't be explained. So the damping is the one whose fit on one half of the
-    samples does best on the other; None, no refit at all, is among the choices.
-    """
-    if len(halves) < 2 or halves[0].cross is None:
-        return weight, None
-    costs: dict[float | None, float] = {
-        None: sum(relative_error(weight, weight, h) for h in halves)
-    }
-    for damping in REFIT_DAMPINGS:
-        fits = [refit(weight, half, damping)[0] for half in halves]
-        costs[damping] = sum(
-            relative_error(weight, fit, other)
-            for fit, other in zip(fits, reversed(halves), strict=True)
-        )
-    best = min(costs, key=costs.__getitem__)
-    if best is None:
-        return weight, None
-    return refit(weight, reduce(add_moments, halves), best)[0], best
-
-
 def _same(x: Tensor) -> Tensor:
     return x
 
@@ -351,7 +224,7 @@ def layer_error(statistics: SiteStatistics, change: SiteChange) -> float:
     shape = statistics.weight.shape
     new = change.codes.double().reshape(shape) * change.scale.double().reshape(*shape[:2], 1)
     quantizer = change.quantizer
-    moments = statistics.moments() if quantizer is None else _expected(statistics, quantizer)
+    moments = statistics.moments() if quantizer is None else expected_moments(statistics, quantizer)
     columns = column_scale(statistics.weight, quantizer)
     old = statistics.weight if columns is None else statistics.weight * columns
     return relative_error(old, new, moments)

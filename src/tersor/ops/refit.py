@@ -12,6 +12,8 @@ Axes: g groups, m outputs and n inputs of a group, p inputs of a group of the or
 """
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Float64
@@ -21,6 +23,7 @@ from tersor.core.errors import ShapeError
 from tersor.ops.damping import damped_cholesky
 from tersor.ops.moments import (
     Moments,
+    add_moments,
     centred,
     drift_covariance,
     drift_variance,
@@ -29,6 +32,9 @@ from tersor.ops.moments import (
     output_covariance,
     output_variance,
 )
+
+# Ridges to choose from, relative to the mean diagonal of the covariance.
+REFIT_DAMPINGS = (1e-2, 1e-1, 1.0, 10.0)
 
 
 def refit(
@@ -130,6 +136,39 @@ def relative_error(
     mixed = (drift_covariance(weight, moments) * D).sum((1, 2))
     error = layer_loss(D, covariance) + 2 * mixed + drift_variance(weight, moments)
     return _ratio(error, layer_loss(W, original_covariance(moments)))
+
+
+def refit_by_halves(
+    weight: Float[Tensor, "g m n"], halves: Sequence[Moments]
+) -> tuple[Float64[Tensor, "g m n"], float | None]:
+    """The weight to round or to factorise: refitted where the prefix changed, as far as it generalises.
+
+    A least-squares fit of n inputs on t rows adds n / t of what it can't explain, and most of what
+    quantisation does can't be explained. So the damping is the one whose fit on one half of the
+    samples does best on the other; None, no refit at all, is among the choices.
+
+    Args:
+        weight: W, the original weight; read only.
+        halves: Moments of two halves of the samples. One alone, or without ``cross``: no refit.
+
+    Returns:
+        The weight fitted on both halves, and the damping.
+    """
+    if len(halves) < 2 or halves[0].cross is None:
+        return weight.to(torch.float64), None
+    costs: dict[float | None, float] = {
+        None: sum(relative_error(weight, weight, h) for h in halves)
+    }
+    for damping in REFIT_DAMPINGS:
+        fits = [refit(weight, half, damping)[0] for half in halves]
+        costs[damping] = sum(
+            relative_error(weight, fit, other)
+            for fit, other in zip(fits, reversed(halves), strict=True)
+        )
+    best = min(costs, key=costs.__getitem__)
+    if best is None:
+        return weight.to(torch.float64), None
+    return refit(weight, reduce(add_moments, halves), best)[0], best
 
 
 def refit_across(
