@@ -169,7 +169,8 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
 
 
 def _methods_of(plan: Plan) -> list[str]:
-    """The methods that a plan can come from, by the kinds of sites that it names; formats always."""
+    """The methods that a plan can come from: formats always, others where it has their sites or levels."""
+    from tersor.core.rank_levels import rank_of
     from tersor.core.records import WIDTH_PREFIX
     from tersor.graph.contracts import kinds_of
     from tersor.graph.residuals import BRANCH_PREFIX
@@ -179,8 +180,13 @@ def _methods_of(plan: Plan) -> list[str]:
         k for prefix, k in kinds.items() if any(s.startswith(prefix) for s in plan.assignment)
     }
     wanted.add("format")
-    names = registry.names(registry.METHODS)
-    return [n for n in names if wanted & {*kinds_of(registry.resolve(registry.METHODS, n))}]
+    has_ranks = any(rank_of(level) for level in plan.assignment.values())
+    classes = {n: registry.resolve(registry.METHODS, n) for n in registry.names(registry.METHODS)}
+    return [
+        name
+        for name, cls in classes.items()
+        if wanted & {*kinds_of(cls)} and (has_ranks or not getattr(cls, "gives_ranks", False))
+    ]
 
 
 def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:

@@ -58,7 +58,14 @@ def form(change: SiteChange) -> list[Any]:
     operands = {tensor: _grid(quantizer) for tensor, quantizer in change.operands.items()}
     stored = [t is not None for t in (change.codes, change.weight, change.bias)]
     chain = [_factor(factor) for factor in change.factors]
-    return [change.site.name, str(change.level), stored, grid, operands, *([chain] if chain else [])]
+    return [
+        change.site.name,
+        str(change.level),
+        stored,
+        grid,
+        operands,
+        *([chain] if chain else []),
+    ]
 
 
 def _factor(factor: Factor) -> list[Any]:

@@ -479,6 +479,15 @@ class BaselineRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A level that was on offer, and why no plan may take it."""
+
+    site: str
+    level: Level
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
     """The uncompressed builds and a table for each build choice that stays in the race."""
 
@@ -488,6 +497,7 @@ class Prices:
     tables: tuple[PriceTable, ...]
     seconds: float = 0.0
     size_terms: tuple[Term, ...] = ()  # bytes that depend on the levels of several sites
+    refused: tuple[Refusal, ...] = ()  # levels that no plan may take
 
     @property
     def baseline(self) -> BaselineRow:

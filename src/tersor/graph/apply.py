@@ -49,14 +49,10 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
         op = weighted_op(nodes[name], tensors)
         if op is None:
             raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
-        site = change.site.name
         if change.factors:
-            chain = insert_chain(fresh, tensors, op, change)
-            for (node, window), factor in zip(chain, change.factors, strict=True):
-                quantizer = change.quantizer if node is chain[0][0] else factor.quantizer
-                if quantizer is not None:
-                    pairs.read(node, quantizer, window)
+            pairs.read_by_chain(insert_chain(fresh, tensors, op, change), change)
             continue
+        site = change.site.name
         if site not in weights:
             weights[site] = _new_weight(fresh, tensors, op, change)
         _connect(fresh, tensors, op, change, weights[site])
@@ -141,6 +137,15 @@ class _Pairs:
         assert isinstance(data, fx.Node)
         node = self._pair(reader, data, quantizer, window)
         reader.args = (node, *reader.args[1:])
+
+    def read_by_chain(
+        self, chain: Sequence[tuple[fx.Node, Window | None]], change: SiteChange
+    ) -> None:
+        """The first op of a chain reads the layer's tensor so, the others what passes between them."""
+        quantizers = [change.quantizer, *(factor.quantizer for factor in change.factors[1:])]
+        for (node, window), quantizer in zip(chain, quantizers, strict=True):
+            if quantizer is not None:
+                self.read(node, quantizer, window)
 
     def read_by_add(self, add: fx.Node, change: SiteChange) -> None:
         """An addition reads its operands rounded, in their own units.

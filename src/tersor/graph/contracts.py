@@ -224,7 +224,7 @@ class Method(Protocol):
     "addition", ("format",) where it has
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
-    ``methods="all"``.
+    ``methods="all"``; with ``gives_ranks = True`` only plans with rank levels come from it.
     """
 
     def propose(self, site: Site, statistics: Any) -> Sequence[Candidate]:

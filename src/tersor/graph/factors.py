@@ -5,6 +5,7 @@ the chain, and profiles lead back to the site. The others are named after it.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,12 +84,12 @@ def _check(change: SiteChange, shape: tuple[int, ...], op: WeightedOp) -> None:
 
 def _fit(shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether each factor reads what the one before it writes, and no kernel axis is covered twice."""
-    reads = all(b[1] == a[0] for a, b in zip(shapes, shapes[1:], strict=False))
+    reads = all(b[1] == a[0] for a, b in pairwise(shapes))
     sizes = [[k for k in axis if k != 1] for axis in zip(*(s[2:] for s in shapes), strict=False)]
     return reads and len({len(s) for s in shapes}) == 1 and all(len(axis) < 2 for axis in sizes)
 
 
-def _stored_weight(  # noqa: PLR0913 - where it goes, what it is called, what it holds
+def _stored_weight(
     graph: fx.Graph,
     tensors: dict[str, Tensor],
     target: str,

@@ -8,7 +8,7 @@ refitted to it as rounded, and to a sample of what passes between them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, ClassVar
 
@@ -58,12 +58,13 @@ class Lowrank:
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format",)
+    gives_ranks: ClassVar[bool] = True  # a plan without rank levels does not need it
     by_name: ClassVar[bool] = True  # not part of "all": it makes prices and plans take longer
     rank_step: Callable[[Site], int] = sixteen
     most: int = 4
     weight_limit: int = INT8_LIMIT
     alphas: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-    config: PairConfig = PairConfig()
+    config: PairConfig = field(default_factory=PairConfig)
 
     def __post_init__(self) -> None:
         if self.most < 1 or not 1 <= self.weight_limit <= INT8_LIMIT:
@@ -122,7 +123,10 @@ class Lowrank:
         form = as_form(candidate.detail.get("form", forms_of(_kernel(statistics.window))[0]))
         seen = self._seen(candidate, statistics)
         objective = _objective(seen.target, seen.moments)
-        pair = fit_pair(objective, form, _kernel(statistics.window), rank, self.config)
+        # A candidate is judged by factors in closed form; those of a plan are refined.
+        sweeps = 0 if statistics.moments_of is None else self.config.sweeps
+        config = replace(self.config, sweeps=sweeps)
+        pair = fit_pair(objective, form, _kernel(statistics.window), rank, config)
         factors, centre = _floats(pair), torch.zeros(1, dtype=torch.float64)
         if seen.quantizer is not None:
             factors, centre = self._rounded(pair, objective, seen, statistics)
@@ -181,9 +185,7 @@ class Lowrank:
         histogram = Histogram()
         histogram.add_(between)
         step = range_step(histogram.counts, histogram.edges(), signed=True)
-        first, last = round_pair(
-            pair, objective, step, limit=self.weight_limit, config=self.config
-        )
+        first, last = round_pair(pair, objective, step, limit=self.weight_limit, config=self.config)
         offset = None
         if is_centred:
             offset = -(first.dense() @ (mean[0] + quantizer.shift))
@@ -239,7 +241,9 @@ def _kernel(window: Window | None) -> tuple[int, ...]:
 def _is_factorable(site: Site, window: Window | None) -> bool:
     """One op, one group, and paddings that two convolutions can share."""
     is_even = window is None or all(before == after for before, after in window.padding)
-    return site.op_kind in ("linear", "conv") and len(site.ops) == 1 and site.groups == 1 and is_even
+    return (
+        site.op_kind in ("linear", "conv") and len(site.ops) == 1 and site.groups == 1 and is_even
+    )
 
 
 def _layer(site: Site, window: Window | None) -> LayerSizes:

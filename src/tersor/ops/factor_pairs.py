@@ -128,7 +128,8 @@ def best_form(objective: Objective, layer: LayerSizes, kernel: tuple[int, ...]) 
             continue
         curve = _errors(objective, form, kernel)
         errors[form] = float(curve[:, min(rank, curve.shape[1] - 1)].sum())
-    return min(errors, key=errors.__getitem__) if errors else None
+    best = min(errors.items(), key=lambda pair: pair[1], default=None)
+    return None if best is None else best[0]
 
 
 def _errors(objective: Objective, form: Form, kernel: tuple[int, ...]) -> Tensor:
@@ -194,7 +195,10 @@ def round_pair(
 
 
 def _round(
-    factor: Float64[Tensor, "1 a b"], metric: Float64[Tensor, "1 b b"], limit: int, config: PairConfig
+    factor: Float64[Tensor, "1 a b"],
+    metric: Float64[Tensor, "1 b b"],
+    limit: int,
+    config: PairConfig,
 ) -> Codes:
     steps = weight_steps(factor, limit, metric.diagonal(dim1=1, dim2=2)).float().double()
     codes = round_with_feedback(factor, steps, metric, limit=limit, damping=config.damping).codes

@@ -9,6 +9,7 @@ term as well.
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
+from tersor.core.rank_levels import is_int8, rank_of
 from tersor.core.records import Level, Site, Term
 from tersor.price.facts import WidthFacts
 
@@ -59,8 +60,8 @@ def size_terms(
 ) -> tuple[Term, ...]:
     """Bytes of each weight and bias that a width moves, by kept counts and format.
 
-    They agree with the candidates of quantize at full counts: f32 and bf16 as given, int8 a byte
-    an element, a scale an output and, except for embeddings, a bias.
+    They agree with the candidates at full counts: f32 and bf16 as given, int8 a byte an element, a
+    scale an output and, except for embeddings, a bias; at a rank the same of both factors.
 
     Args:
         facts: Of all widths.
@@ -103,13 +104,29 @@ def _bytes_of(site: Site, facts: WidthFacts) -> Cost:
         now = facts.at(node, assignment)
         if not now.out_elements:  # the branch around it is gone
             return 0.0
+        level = assignment.get(site.name)
+        if level is not None and rank_of(level):
+            return _chain_bytes(site, level, assignment, facts, width)
         is_embedding = site.op_kind == "embedding"
         kept = rows if is_embedding else rows * now.outputs / native.outputs
-        if str(assignment.get(site.name, "")).startswith("int8"):
+        if str(level).startswith("int8"):
             return round(now.weight_elements + _FLOAT_BYTES * kept * (1 if is_embedding else 2))
         return round(now.weight_elements * width + bias * kept / rows)
 
     return cost
+
+
+def _chain_bytes(
+    site: Site, level: Level, assignment: Mapping[str, Level], facts: WidthFacts, width: int
+) -> float:
+    """Of both factors, their steps and biases; ``width``: bytes of a float as given."""
+    chain = facts.chains[site.name]
+    first, last = chain.at(rank_of(level), *facts.layer(site.name, assignment))
+    elements = first.inputs * first.outputs + last.inputs * last.outputs
+    if not is_int8(level):
+        return width * (elements + last.outputs)
+    rows = 2 * last.outputs + first.outputs * (2 if chain.is_centred else 1)
+    return elements + _FLOAT_BYTES * rows
 
 
 def _part(cost: Cost, width: str, n: int) -> Cost:

@@ -27,7 +27,7 @@ def test_a_plug_in_of_another_distribution_is_found(monkeypatch: pytest.MonkeyPa
     import json
 
     assert registry.resolve(registry.METHODS, "fast") is json.JSONDecoder
-    assert registry.names(registry.METHODS) == ["depth", "fast", "prune", "quantize"]
+    assert registry.names(registry.METHODS) == ["depth", "fast", "lowrank", "prune", "quantize"]
     assert registry.names(registry.BACKENDS) == ["onnxruntime", "openvino"]
 
 
