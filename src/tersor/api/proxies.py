@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from tersor.api.session import Session
+from tersor.graph.contracts import SiteStatistics
 from tersor.propose.errors import chunk_size
 from tersor.propose.propose import NATIVE, Offer
 from tersor.propose.proxy import (
@@ -44,7 +45,7 @@ def with_proxies(
 def _predicted(offer: Offer, statistics: Mapping[str, Any], gradients: Gradients) -> Offer:
     candidate, change = offer.candidate, offer.change
     known, proxy = statistics[candidate.site], None
-    if change.site.kind == "format" and candidate.level not in NATIVE:
+    if isinstance(known, SiteStatistics) and candidate.level not in NATIVE:
         proxy = format_proxy(change, known, gradients)
     if change.site.kind == "width" and candidate.level != change.site.units:
         proxy = width_proxy(candidate, change, known, gradients)

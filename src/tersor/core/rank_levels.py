@@ -5,7 +5,7 @@ build computes them in, as it does for whole weights.
 """
 
 import re
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from tersor.core.errors import ConfigError
 
@@ -22,7 +22,7 @@ class RankLevel(str):
 
     __slots__ = ()
 
-    def __new__(cls, text: str) -> Self:
+    def __new__(cls, text: str) -> "RankLevel":  # noqa: PYI034 - run-time checks know no Self here
         """The level of that name."""
         if not _PATTERN.fullmatch(text):
             raise ConfigError(

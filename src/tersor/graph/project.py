@@ -110,21 +110,17 @@ def _biases(
     """
     assert change.bias is not None  # of every change with factors
     shift = 0.0 if moved.quantizer is None else moved.quantizer.shift
-    before = 0.0 if moved.bias_before is None else moved.bias_before
+    none = torch.zeros(len(moved.kept), dtype=torch.float64)
+    before = none if moved.bias_before is None else moved.bias_before
+    bias = none[moved.kept] if moved.bias is None else moved.bias
     lost, offset = change.bias.double() - before, change.factors[0].bias
-    bias = torch.zeros(len(moved.weight), dtype=torch.float64)
-    bias = bias if moved.bias is None else bias + moved.bias
-    if offset is not None and change.factors[1].dense()[0, 0].numel() > 1:  # it undoes the shift
-        return -shift * _sums(factors[0]).float(), bias + lost[moved.kept]
-    if offset is not None:
-        lost = lost + _matrix(change.factors[1]) @ (offset + shift * _sums(change.factors[0]))
-        bias = bias - _matrix(factors[1]) @ (offset + shift * _sums(factors[0]))
-    return offset, bias + lost[moved.kept]
-
-
-def _sums(factor: Factor) -> Tensor:
-    return factor.dense().double().flatten(1).sum(1)
-
-
-def _matrix(factor: Factor) -> Tensor:
-    return factor.dense().double().flatten(1)
+    if offset is None:
+        return None, bias + lost[moved.kept]
+    first, last = (f.dense().double().flatten(1) for f in factors)
+    if change.factors[1].dense()[0, 0].numel() > 1:  # it only undoes the shift
+        return -(shift * first.sum(1)).float(), bias + lost[moved.kept]
+    old_first, old_last = (f.dense().double().flatten(1) for f in change.factors)
+    lost = lost + old_last @ (offset + shift * old_first.sum(1))
+    # The refit moves means between weight and bias; what passes between the factors shall not move.
+    centre = offset + torch.linalg.pinv(last) @ (bias - before[moved.kept])
+    return centre.float(), bias + lost[moved.kept] - last @ (centre + shift * first.sum(1))

@@ -19,6 +19,7 @@ from tersor.graph.factors import product
 from tersor.graph.requantize import requantized
 from tersor.methods.lowrank import Lowrank
 from tersor.observe.statistics import observe
+from tersor.transform.narrow import narrow
 from tests.unit.capturing import graph_of, random
 
 IMAGES = random(64, 3, 10, 10, seed=4)
@@ -61,14 +62,16 @@ def changes(graph: Graph, form: str) -> list[SiteChange]:
         offered = method.propose(site, seen[site.name])
         own = [c for c in offered if str(c.level).startswith(f"{form}_rank")]
         if own and site.name in ("middle", "line"):
-            found.append(method.apply(site, min(own, key=lambda c: rank_of(c.level)), seen[site.name]))
+            found.append(
+                method.apply(site, min(own, key=lambda c: rank_of(c.level)), seen[site.name])
+            )
     return found
 
 
 @pytest.mark.parametrize("form", ["f32", "int8"])
 def test_what_a_rank_keeps_is_kept_behind_a_cut(graph: Graph, form: str) -> None:
     axes = analyse_axes(graph)
-    small = keep_units(graph, axes, KEEP)
+    small = narrow(graph, axes, KEEP, [(IMAGES,)]).graph
     made = changes(graph, form)
     assert [c.site.name for c in made] == ["middle", "line"]
     removed = axes.removed(gone_from(axes, KEEP))

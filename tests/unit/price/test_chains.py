@@ -80,9 +80,7 @@ def observation(assignment: Mapping[str, Level], *, held_out: bool = False) -> O
             tensor = name if name.endswith("_factor0") else f"x_{name.removeprefix('op_')}"
             node_ms[f"{tensor}_quantize"] = 0.001 + 1e-7 * f.out_elements
     total = sum(node_ms.values())
-    return Observation(
-        assignment=assignment, node_ms=node_ms, measured_ms=total, held_out=held_out
-    )
+    return Observation(assignment=assignment, node_ms=node_ms, measured_ms=total, held_out=held_out)
 
 
 def builds(every_site: Sequence[Site], levels: Mapping[str, Sequence[Level]]) -> list[Observation]:
