@@ -93,6 +93,7 @@ def _statistics(graph: Graph, site: Site, op: WeightedOp, seen: _Seen) -> SiteSt
         readers=readers,
         is_padded=readers is not None and readers.is_padded,
         channel_dim=op.channel_dim,
+        window=op.window,
     )
 
 

@@ -170,11 +170,9 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
 
 
 def _methods_of(plan: Plan) -> list[str]:
-    """The methods that a plan can come from, by the kinds of sites that it names; formats always.
-
-    Those that only save bytes only where it names a packed level.
-    """
+    """The methods that a plan can come from: formats always, others where it has their sites or levels."""
     from tersor.core.formats import PACKED
+    from tersor.core.rank_levels import rank_of
     from tersor.core.records import WIDTH_PREFIX
     from tersor.graph.contracts import kinds_of
     from tersor.graph.residuals import BRANCH_PREFIX
@@ -184,12 +182,17 @@ def _methods_of(plan: Plan) -> list[str]:
         k for prefix, k in kinds.items() if any(s.startswith(prefix) for s in plan.assignment)
     }
     wanted.add("format")
-    is_packed = any(level in PACKED for level in plan.assignment.values())
+    levels = plan.assignment.values()
+    absent = {  # what a method says of itself -> whether the plan has nothing of the kind
+        "for_size": not any(level in PACKED for level in levels),
+        "gives_ranks": not any(rank_of(level) for level in levels),
+    }
     classes = {n: registry.resolve(registry.METHODS, n) for n in registry.names(registry.METHODS)}
     return [
         name
         for name, cls in classes.items()
-        if wanted & {*kinds_of(cls)} and (is_packed or not getattr(cls, "for_size", False))
+        if wanted & {*kinds_of(cls)}
+        and not any(getattr(cls, mark, False) and gone for mark, gone in absent.items())
     ]
 
 

@@ -86,8 +86,12 @@ def task_for(
     built = build_for(session, session.graph, prices.baseline.choice)
     whole = artifact_size(session, session.graph, built)
     whole += report_size(offered.candidates, prices, session.sites)
-    candidates = offered.by_site()
     whole += _NAME_BYTES * len(session.formats)
+    refused = {(r.site, r.level) for r in prices.refused}
+    candidates = {
+        site: tuple(c for c in rows if (site, c.level) not in refused)
+        for site, rows in offered.by_site().items()
+    }
     covered = _native_bytes(candidates, prices)
     return Task(
         candidates=candidates,

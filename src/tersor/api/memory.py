@@ -9,7 +9,7 @@ from tersor.api.shrink import Changes
 from tersor.core.jsonable import digest
 from tersor.core.machine import describe_machine
 from tersor.core.records import Level
-from tersor.graph.contracts import Quantizer, SiteChange
+from tersor.graph.contracts import Factor, Quantizer, SiteChange
 from tersor.graph.serial import structure_text
 from tersor.price.memory import PriceMemory
 
@@ -57,7 +57,21 @@ def form(change: SiteChange) -> list[Any]:
     grid = None if change.quantizer is None else _grid(change.quantizer)
     operands = {tensor: _grid(quantizer) for tensor, quantizer in change.operands.items()}
     stored = [t is not None for t in (change.codes, change.weight, change.bias)]
-    return [change.site.name, str(change.level), stored, grid, operands]
+    chain = [_factor(factor) for factor in change.factors]
+    return [
+        change.site.name,
+        str(change.level),
+        stored,
+        grid,
+        operands,
+        *([chain] if chain else []),
+    ]
+
+
+def _factor(factor: Factor) -> list[Any]:
+    grid = None if factor.quantizer is None else _grid(factor.quantizer)
+    stored = [t is not None for t in (factor.codes, factor.weight, factor.bias)]
+    return [list(factor.dense().shape), stored, grid]
 
 
 def _grid(quantizer: Quantizer) -> list[Any]:

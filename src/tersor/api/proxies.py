@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from tersor.api.session import Session
+from tersor.graph.contracts import SiteStatistics
 from tersor.propose.errors import chunk_size
 from tersor.propose.propose import NATIVE, Offer
 from tersor.propose.proxy import (
@@ -45,8 +46,7 @@ def _predicted(offer: Offer, statistics: Mapping[str, Any], gradients: Gradients
     candidate, change = offer.candidate, offer.change
     known, proxy = statistics[candidate.site], None
     # An addition has no weight; its operands' rounding is mostly that of their other readers.
-    is_weighted = change.site.kind == "format" and change.site.op_kind != "add"
-    if is_weighted and candidate.level not in NATIVE:
+    if isinstance(known, SiteStatistics) and candidate.level not in NATIVE:
         proxy = format_proxy(change, known, gradients)
     if change.site.kind == "width" and candidate.level != change.site.units:
         proxy = width_proxy(candidate, change, known, gradients)

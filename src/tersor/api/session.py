@@ -196,7 +196,8 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     methods = pick_methods(settings.methods, infos, for_size=settings.for_size)
     sites, axes = offered_sites(graph, methods.values(), tuple(settings.keep))
     tiles = None
-    if axes is not None and any(site.kind == "width" for site in sites):
+    has_widths = axes is not None and any(site.kind == "width" for site in sites)
+    if has_widths or any(_takes(m, "rank_step") for m in methods.values()):
         tiles = device_tiles(backends, infos, store, progress)
         methods = {n: with_counts(m, axes, tiles) for n, m in methods.items()}
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
@@ -353,9 +354,20 @@ def offered_branches(graph: Graph, keep: Sequence[str]) -> tuple[Site, ...]:
     return tuple(site for site in found if site in largest)
 
 
-def with_counts(method: Method, axes: Axes, tiles: Tiles) -> Method:
-    """A method of widths with the kept counts that fill whole tiles of the device."""
-    if "counts" not in getattr(method, "__dataclass_fields__", {}):
+def _takes(method: Method, name: str) -> bool:
+    return name in getattr(method, "__dataclass_fields__", {})
+
+
+def with_counts(method: Method, axes: Axes | None, tiles: Tiles) -> Method:
+    """A method with the kept counts, or the steps of ranks, that fill whole tiles of the device."""
+
+    def rank_step(site: Site) -> int:
+        kind = "channels" if site.op_kind == "conv" else "neurons"
+        return tiles.step(min(site.shape[:2]), 1, kind)
+
+    if _takes(method, "rank_step"):
+        return replace(method, rank_step=rank_step)  # type: ignore[type-var]
+    if axes is None or not _takes(method, "counts"):
         return method
 
     def counts(site: Site) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from tersor.graph.contracts import (
 )
 from tersor.graph.edit import attribute
 from tersor.graph.facts import NodeFacts, node_facts
+from tersor.graph.meta import ensure
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.graph.requantize import requantized
 from tersor.observe.statistics import Observed
@@ -211,11 +212,15 @@ def sketched(session: Session, changes: Changes) -> Graph:
 
 
 def facts_of(session: Session, changes: Changes, batch: int) -> dict[str, NodeFacts]:
-    """Sizes of every node of the graph of some widths and branches."""
+    """Sizes of every node of the graph of some widths, branches and ranks."""
     graph = session.graph
     if not changes.keeps_all:
         base, axes = without_branches(session, changes.branches)
         graph = keep_units(base, axes, kept(session, changes))
+    chains = [c for c in changes.formats if c.factors]
+    if chains:
+        graph = apply(graph, chains)
+        ensure(graph)
     return node_facts(graph, batch)
 
 

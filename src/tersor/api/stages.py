@@ -47,6 +47,7 @@ from tersor.observe import keeping
 from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
 from tersor.price.price import PriceConfig, price_all
+from tersor.price.refuse import refused
 from tersor.price.table import fit_error
 from tersor.price.terms import PackedBytes
 from tersor.price.tools import PriceTools
@@ -341,12 +342,19 @@ def price(session: Session, offered: Offers) -> Prices:
     for note in kept.notes:
         session.progress.note(note)
     machine = describe_machine().fingerprint()
+    tables = reshaped(kept.tables, rows, best)
+    out = refused(offered.by_site(), tables, session.tensors)
+    if out:
+        session.progress.note(
+            f"{len(out)} ranks are refused; {out[0].site} at {out[0].level}: {out[0].reason}"
+        )
     return Prices(
         machine=machine,
         baselines=rows,
         best=best,
-        tables=reshaped(kept.tables, rows, best),
+        tables=tables,
         size_terms=kept.size_terms,
+        refused=out,
     )
 
 

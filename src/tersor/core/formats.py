@@ -6,6 +6,8 @@ of them cost the time of the build's own precision: one class of prices, however
 
 from typing import Literal, get_args
 
+from tersor.core.rank_levels import RankLevel
+
 Format = Literal[
     "f32",
     "bf16",
@@ -20,8 +22,9 @@ Format = Literal[
     "sparse70_weight",
     "sparse90_weight",
 ]
-# What a site may be set to: a number format, a width's kept units, or what is left of a branch.
-Level = Format | int
+# What a site may be set to: a number format, one with a rank, a width's kept units, or what is left
+# of a branch.
+Level = Format | RankLevel | int
 # Stored formats have one price; it goes by this name in tables.
 STORED_PRICE: Format = "int8_weight"
 STORED: frozenset[str] = frozenset(name for name in get_args(Format) if name.endswith("_weight"))

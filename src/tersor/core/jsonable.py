@@ -112,9 +112,19 @@ def _read_scalar(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if isinstance(hint, type) and issubclass(hint, str) and isinstance(value, str):
+        return _read_text(hint, value, where)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}: found {value!r}, wanted {getattr(hint, '__name__', hint)}")
+
+
+def _read_text(hint: type[str], value: str, where: str) -> str:
+    """Text of a class of its own, which checks it."""
+    try:
+        return hint(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:

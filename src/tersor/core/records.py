@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tersor.core import formats
 from tersor.core.errors import ConfigError
 from tersor.core.formats import priced_as
+from tersor.core.rank_levels import is_int8
 
 Format = formats.Format
 Level = formats.Level
@@ -435,7 +436,7 @@ class PriceTable:
         total = self.glue_ms
         for site, row in self.ops.items():
             total += row.get(str(priced_as(assignment.get(site, native))), row.get(native, 0.0))
-        int8 = {tensors[s] for s, level in assignment.items() if level == "int8" and s in tensors}
+        int8 = {tensors[s] for s, level in assignment.items() if is_int8(level) and s in tensors}
         total += sum(self.quantizers.get(t, 0.0) for t in sorted(int8))
         if self.terms:
             levels = self.complete(assignment)
@@ -459,12 +460,12 @@ class PriceTable:
         for site, row in self.ops.items():
             level = str(priced_as(assignment.get(site, self.choice.precision)))
             ms = row.get(level, row.get(self.choice.precision, 0.0))
-            native, int8 = (native, int8 + ms) if level == "int8" else (native + ms, int8)
+            native, int8 = (native, int8 + ms) if is_int8(level) else (native + ms, int8)
         levels = self.complete(assignment)
         for term in self.terms:
-            ms, is_int8 = term.at(levels), any(levels[site] == "int8" for site in term.sites)
-            native, int8 = (native, int8 + ms) if is_int8 else (native + ms, int8)
-        chosen = {tensors[s] for s, level in assignment.items() if level == "int8" and s in tensors}
+            ms, rounds = term.at(levels), any(is_int8(levels[site]) for site in term.sites)
+            native, int8 = (native, int8 + ms) if rounds else (native + ms, int8)
+        chosen = {tensors[s] for s, level in assignment.items() if is_int8(level) and s in tensors}
         quantizers = sum(self.quantizers.get(t, 0.0) for t in sorted(chosen))
         found = (native, int8, quantizers, self.glue_ms)
         return tuple(ms * self.scale for ms in found)  # type: ignore[return-value]
@@ -482,6 +483,15 @@ class BaselineRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A level that was on offer, and why no plan may take it."""
+
+    site: str
+    level: Level
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
     """The uncompressed builds and a table for each build choice that stays in the race."""
 
@@ -491,6 +501,7 @@ class Prices:
     tables: tuple[PriceTable, ...]
     seconds: float = 0.0
     size_terms: tuple[Term, ...] = ()  # bytes that depend on the levels of several sites
+    refused: tuple[Refusal, ...] = ()  # levels that no plan may take
 
     @property
     def baseline(self) -> BaselineRow:

@@ -12,6 +12,7 @@ _BUILT_IN = {
     METHODS: {
         "codebook": "tersor.methods.codebook:Codebook",
         "depth": "tersor.methods.depth:Depth",
+        "lowrank": "tersor.methods.lowrank:Lowrank",
         "prune": "tersor.methods.prune:Prune",
         "quantize": "tersor.methods.quantize:Quantize",
         "sparsify": "tersor.methods.sparsify:Sparsify",

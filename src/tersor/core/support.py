@@ -1,11 +1,12 @@
 """Whether a backend that describes itself runs a candidate."""
 
 from tersor.core.formats import PACKED
+from tersor.core.rank_levels import format_of
 from tersor.core.records import BackendInfo, Candidate, Support
 
 
 def support_of(info: BackendInfo, candidate: Candidate) -> Support:
-    """Yes for any count of a width, packed weights and the described formats; else no, with the reason.
+    """Yes for counts of widths, packed weights, and any rank in the described formats; else why not.
 
     A backend gets a packed weight as the floats that it stands for; the artifact holds the bits.
     """
@@ -15,8 +16,9 @@ def support_of(info: BackendInfo, candidate: Candidate) -> Support:
         return Support(ok=True)
     if candidate.level in PACKED:
         return Support(ok=True)
-    if info.format(candidate.level) is None:
+    wanted = format_of(candidate.level)  # a rank is a shape like another
+    if all(f.name != wanted for f in info.formats):
         known = ", ".join(f.name for f in info.formats)
-        reason = f"{info.name} on this device has no {candidate.level}, only {known}"
+        reason = f"{info.name} on this device has no {wanted}, only {known}"
         return Support(ok=False, reason=reason)
     return Support(ok=True)

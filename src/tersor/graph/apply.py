@@ -3,7 +3,8 @@
 An int8 op reads ``quantize -> dequantize`` of its tensor (one pair for all readers, with the
 channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight. An
 int8 addition reads such pairs of its operands, in the tensors' own units again. A packed weight is
-there as the floats that it stands for; the graph knows its bits beside them.
+there as the floats that it stands for; the graph knows its bits beside them. A layer with factors
+becomes a chain of ops, of which the last one keeps its node's name (``graph.factors``).
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 from tersor.core.errors import ShapeError
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import copy_graph, parameters_by_name, rebuild
+from tersor.graph.factors import insert_chain
 from tersor.graph.operators import WeightedOp, Window, weighted_op
 
 aten = torch.ops.aten
@@ -49,6 +51,9 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
         op = weighted_op(nodes[name], tensors)
         if op is None:
             raise ShapeError(f"{change.site.name}: node {name} has no stored weight")
+        if change.factors:
+            pairs.read_by_chain(insert_chain(fresh, tensors, op, change), change)
+            continue
         site = change.site.name
         if site not in weights:
             weights[site] = new = _new_weight(fresh, tensors, op, change)
@@ -56,7 +61,7 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
                 packed[str(new.target)] = change.packed
         _connect(fresh, tensors, op, change, weights[site])
         if change.quantizer is not None:
-            pairs.read_by_op(op, change.quantizer)
+            pairs.read(op.node, change.quantizer, op.window)
     fresh.lint()
     module = rebuild(fresh, tensors)
     held = parameters_by_name(module)
@@ -132,10 +137,21 @@ class _Pairs:
     tensors: dict[str, Tensor]
     done: dict[str, tuple[Quantizer, fx.Node]]  # tensor -> its quantiser, and the rounded values
 
-    def read_by_op(self, op: WeightedOp, quantizer: Quantizer) -> None:
+    def read(self, reader: fx.Node, quantizer: Quantizer, window: Window | None) -> None:
         """The op reads its tensor rounded, scaled and shifted: its weight and bias undo that."""
-        node = self._pair(op.node, op.data, quantizer, op.window)
-        op.node.args = (node, *op.node.args[1:])
+        data = reader.args[0]
+        assert isinstance(data, fx.Node)
+        node = self._pair(reader, data, quantizer, window)
+        reader.args = (node, *reader.args[1:])
+
+    def read_by_chain(
+        self, chain: Sequence[tuple[fx.Node, Window | None]], change: SiteChange
+    ) -> None:
+        """The first op of a chain reads the layer's tensor so, the others what passes between them."""
+        quantizers = [change.quantizer, *(factor.quantizer for factor in change.factors[1:])]
+        for (node, window), quantizer in zip(chain, quantizers, strict=True):
+            if quantizer is not None:
+                self.read(node, quantizer, window)
 
     def read_by_add(self, add: fx.Node, change: SiteChange) -> None:
         """An addition reads its operands rounded, in their own units.

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from tersor.core.packing import Packing
 from tersor.core.records import Level, Site
-from tersor.graph.contracts import Quantizer, SiteChange
+from tersor.graph.contracts import Factor, Quantizer, SiteChange
+from tersor.graph.operators import Window
 from tersor.ops.packed import Packed
 
 Arrays = dict[str, NDArray[Any]]
 _TENSORS = ("codes", "scale", "weight", "bias", "kept")
+_FACTOR_TENSORS = ("codes", "scale", "weight", "bias")
 _PACKED = "packed"
 
 
@@ -31,6 +33,25 @@ class QuantizerRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowRecord:
+    """How a convolution of a chain moves over its input."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorRecord:
+    """One op of a chain without its tensors."""
+
+    quantizer: QuantizerRecord | None = None
+    window: WindowRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeRecord:
     """A change without its tensors; a packed weight is kept as its bits."""
 
@@ -38,6 +59,7 @@ class ChangeRecord:
     level: Level
     packing: Packing | None = None
     quantizer: QuantizerRecord | None = None
+    factors: tuple[FactorRecord, ...] = ()
     operands: Mapping[str, QuantizerRecord] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -60,6 +82,11 @@ def pack(changes: Sequence[SiteChange]) -> tuple[ChangeRecords, Arrays]:
                 arrays[f"{i}.{name}"] = value.detach().contiguous().numpy()
         if change.packed is not None:
             arrays[f"{i}.{_PACKED}"] = np.frombuffer(change.packed.data, dtype=np.uint8)
+        for j, factor in enumerate(change.factors):
+            for name in _FACTOR_TENSORS:
+                own: Tensor | None = getattr(factor, name)
+                if own is not None:
+                    arrays[f"{i}.factor{j}.{name}"] = own.detach().contiguous().numpy()
         records.append(_record(i, change, arrays))
     return ChangeRecords(changes=tuple(records)), arrays
 
@@ -76,8 +103,36 @@ def _record(position: int, change: SiteChange, arrays: Arrays) -> ChangeRecord:
         level=change.level,
         packing=None if change.packed is None else change.packed.packing,
         quantizer=None if change.quantizer is None else _quantizer_record(change.quantizer),
+        factors=tuple(map(_factor_record, change.factors)),
         operands={tensor: _quantizer_record(q) for tensor, q in change.operands.items()},
         report=dict(change.report),
+    )
+
+
+def _factor_record(factor: Factor) -> FactorRecord:
+    window = factor.window
+    return FactorRecord(
+        quantizer=None if factor.quantizer is None else _quantizer_record(factor.quantizer),
+        window=None
+        if window is None
+        else WindowRecord(
+            kernel=window.kernel,
+            stride=window.stride,
+            padding=window.padding,
+            dilation=window.dilation,
+            groups=window.groups,
+        ),
+    )
+
+
+def _factor(record: FactorRecord, tensors: Mapping[str, Tensor | None]) -> Factor:
+    window = record.window
+    return Factor(
+        **tensors,
+        quantizer=None if record.quantizer is None else _quantizer(record.quantizer, None),
+        window=None
+        if window is None
+        else Window(window.kernel, window.stride, window.padding, window.dilation, window.groups),
     )
 
 
@@ -118,6 +173,10 @@ def unpack(
             quantizer=None
             if record.quantizer is None
             else _quantizer(record.quantizer, tensor(i, "inverse_scale")),
+            factors=tuple(
+                _factor(own, {n: tensor(i, f"factor{j}.{n}") for n in _FACTOR_TENSORS})
+                for j, own in enumerate(record.factors)
+            ),
             operands={
                 name: _quantizer(found, tensor(i, f"{name}.inverse_scale"))
                 for name, found in record.operands.items()

@@ -18,6 +18,7 @@ from tersor.core.records import (
     SiteKind,
     Support,
 )
+from tersor.graph.operators import Window
 from tersor.ops.moments import Moments
 from tersor.ops.obs import Consumer
 from tersor.ops.packed import Packed
@@ -96,6 +97,7 @@ class SiteStatistics:
         readers: All the sites that read the tensor, this one included.
         is_padded: A reader adds zeros at the borders, so that zero must stay zero.
         channel_dim: The dimension of the tensor that holds the channels.
+        window: How a convolution moves over its input; None: linear.
         moments_of: Replays the pass with the compressed tensor mapped by a first function and the
             original one by a second (both before unfolding), in two halves of the samples, to fit
             on one and check on the other; only the transform can do it.
@@ -113,6 +115,7 @@ class SiteStatistics:
     readers: Readers | None = None
     is_padded: bool = False
     channel_dim: int = -1
+    window: Window | None = None
     moments_of: Callable[[TensorMap, TensorMap], tuple[Moments, Moments]] | None = None
 
 
@@ -160,6 +163,35 @@ class Quantizer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Factor:
+    """One op of the chain that takes a layer's place; it multiplies with one factor of its weight.
+
+    Attributes:
+        weight: In the op's own layout [c_out, c_in, *kernel], or None where there are codes.
+        codes: Integer weight in that layout.
+        scale: Step for each output channel [c_out].
+        bias: [c_out]; the last op's is the change's own.
+        quantizer: Of the tensor that the op reads; the first op's is the change's own.
+        window: How a convolution moves over its input; None: linear.
+    """
+
+    weight: Tensor | None = None
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    quantizer: Quantizer | None = None
+    window: Window | None = None
+
+    def dense(self) -> Tensor:
+        """The weight that the op multiplies with, float32."""
+        if self.codes is None or self.scale is None:
+            assert self.weight is not None  # one of the two is there
+            return self.weight.float()
+        rows = [-1, *[1] * (self.codes.dim() - 1)]
+        return self.codes.float() * self.scale.float().reshape(rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteChange:
     """What ``graph.apply`` does at one site.
 
@@ -173,6 +205,7 @@ class SiteChange:
         bias: The new bias [c_out], or None to keep it.
         quantizer: The quantiser of the tensor that the ops read, or None.
         kept: Of a width: indices of the units that stay.
+        factors: Ops that take the layer's place, in order, at least two; ``bias`` is the last one's.
         operands: Of an addition: tensor -> the quantiser through which it is read.
         report: What the method did: damping used, losses, settings; JSON values.
     """
@@ -186,6 +219,7 @@ class SiteChange:
     bias: Tensor | None = None
     quantizer: Quantizer | None = None
     kept: Tensor | None = None
+    factors: tuple[Factor, ...] = ()
     operands: Mapping[str, Quantizer] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -202,7 +236,8 @@ class Method(Protocol):
     "addition", ("format",) where it has
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
-    ``methods="all"``, with ``for_size = True`` only where the target has a budget on the size.
+    ``methods="all"``; with ``for_size = True`` it is only where the target has a budget on the size;
+    with ``gives_ranks = True`` only plans with rank levels come from it.
     """
 
     def propose(self, site: Site, statistics: Any) -> Sequence[Candidate]:

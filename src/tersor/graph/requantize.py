@@ -1,7 +1,8 @@
 """Formats that were chosen on the whole model, put on one whose widths were cut.
 
 What was neither cut nor fitted again keeps its codes. Other weights are rounded to nearest on a
-step of their own rows; activations keep their grid, without the channels that are gone. It is what
+step of their own rows; activations keep their grid, without the channels that are gone. A low-rank
+layer keeps the directions of its outputs, as far as those are left. It is what
 a price or an evaluation needs at once; the final weights come from the transform.
 """
 
@@ -18,6 +19,7 @@ from tersor.graph.axes.widths import Axes
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import parameters_by_name
 from tersor.graph.operators import WeightedOp, grouped_weight, weighted_ops
+from tersor.graph.project import Moved, projected
 from tersor.graph.quantizer import column_scale
 from tersor.ops.grids import round_nearest, weight_steps
 from tersor.ops.storing import pack_nearest
@@ -84,6 +86,8 @@ class _Work:
             return change
         if change.packed is not None:
             return self._packed(change, change.packed.packing, op, now)
+        if change.factors:
+            return self._projected(change, op, quantizer, now)
         if change.codes is None:
             raise ShapeError(
                 f"{change.site.name}: a change to {change.level} without codes can't follow a width "
@@ -136,6 +140,25 @@ class _Work:
             scale=step.reshape(-1).float(),
             bias=None if bias is None else bias.float(),
             quantizer=quantizer,
+        )
+
+    def _projected(
+        self, change: SiteChange, op: WeightedOp, quantizer: Quantizer | None, now: Tensor
+    ) -> SiteChange:
+        """The layer's new weight, at the directions of the outputs that the change had chosen."""
+        before = self.before[op.node.name]
+        dim = self.axes.walk.shapes[before.node][op.channel_dim]
+        return projected(
+            change,
+            Moved(
+                weight=now.detach().double(),
+                bias=None if op.bias is None else self.new[str(op.bias.target)].detach().double(),
+                bias_before=None
+                if before.bias is None
+                else self.old[str(before.bias.target)].detach().double(),
+                kept=torch.from_numpy(self.axes.kept(dim, self.removed)),
+                quantizer=quantizer,
+            ),
         )
 
     def _quantizer(self, own: Quantizer, data: fx.Node) -> Quantizer:

@@ -98,7 +98,7 @@ def split_problem(objective: Objective, kernel: tuple[int, ...], split: Split) -
             f"the {size} elements of kernel {kernel}; unfold the inputs with this kernel"
         )
     groups, outputs, _ = objective.weight.shape
-    order = _order(inputs, kernel, split).to(objective.weight.device)
+    order = split_order(inputs, kernel, split).to(objective.weight.device)
     offsets = {"input": size, "height": kernel[-1], "width": kernel[0]}[split]
     sizes = (inputs // offsets, offsets)
     return SplitProblem(
@@ -122,14 +122,14 @@ def split_curve(problem: SplitProblem) -> SplitCurve:
         NumericalError: A matrix is not finite.
     """
     groups, outputs, directions, offsets = problem.weight.shape
-    metric = _mean_offset(problem.H)
+    metric = mean_offset(problem.H)
     unfolded = problem.weight.movedim(3, 2).reshape(groups, outputs * offsets, directions)
     first = principal_directions(unfolded, metric).mT @ unfolded
     variance = ((first @ metric) * first).sum(2)
     # What no output reads keeps its place, but must not spoil the factor below.
     size = variance.clamp(min=0).sqrt()
     first = first / torch.where(size > 0, size, 1.0).unsqueeze(2)
-    products, gram = _seen_through(problem, first)
+    products, gram = seen_through(problem, first)
     L, used = damped_cholesky(gram, 0.0)
     explained = torch.linalg.solve_triangular(L, products.mT, upper=False).square().sum(2)
     by_rank = explained.reshape(groups, -1, offsets).sum(2)
@@ -171,7 +171,7 @@ def fit_split(
     losses = [_loss(problem, first, core, last)]
     for _ in range(sweeps):
         first, used = refit_first(problem, first, _joined(core, last))
-        first, spread = _orthogonal(first, _mean_offset(problem.H))
+        first, spread = _orthogonal(first, mean_offset(problem.H))
         core, last, again = _rest(problem, first, rank_out)
         losses.append(_loss(problem, first, core, last))
         damping = max(damping, used, spread, again)
@@ -231,16 +231,31 @@ def multiplied(
 ) -> Float64[Tensor, "g m n"]:
     """The weight that a chain stands for, inputs in the order of the objective."""
     product = torch.einsum("gmrk,gru->gmuk", core, first).flatten(2)
-    order = _order(product.shape[2], problem.kernel, problem.split).to(product.device)
+    order = split_order(product.shape[2], problem.kernel, problem.split).to(product.device)
     weight = torch.empty_like(product)
     weight[:, :, order] = product
     return weight
 
 
-def _order(inputs: int, kernel: tuple[int, ...], split: Split) -> Tensor:
+def split_order(inputs: int, kernel: tuple[int, ...], split: Split) -> Tensor:
     """Places of the inputs (channel, *kernel) in the order directions x offsets."""
     places = torch.arange(inputs).reshape(-1, *kernel)
     return (places.transpose(1, 2) if split == "width" else places).flatten()
+
+
+def fit_core(
+    problem: SplitProblem, first: Float64[Tensor, "g r u"]
+) -> tuple[Float64[Tensor, "g m r k"], float]:
+    """The best core for a fixed first factor: a regression.
+
+    Returns:
+        The core, and the damping that its system needed.
+
+    Raises:
+        NumericalError: A matrix is not finite.
+    """
+    core, _, used = _rest(problem, first, None)
+    return core, used
 
 
 def _flat(H: Float64[Tensor, "g u k u k"]) -> Float64[Tensor, "g n n"]:
@@ -248,12 +263,12 @@ def _flat(H: Float64[Tensor, "g u k u k"]) -> Float64[Tensor, "g n n"]:
     return H.reshape(-1, n, n)
 
 
-def _mean_offset(H: Float64[Tensor, "g u k u k"]) -> Float64[Tensor, "g u u"]:
+def mean_offset(H: Float64[Tensor, "g u k u k"]) -> Float64[Tensor, "g u u"]:
     """Covariance of the directions, mean over offsets."""
     return H.diagonal(dim1=2, dim2=4).mean(3)
 
 
-def _seen_through(
+def seen_through(
     problem: SplitProblem, first: Float64[Tensor, "g r u"]
 ) -> tuple[Float64[Tensor, "g m q"], Float64[Tensor, "g q q"]]:
     """Products of W* x with what the core sees, q = (r, k), and of that with itself."""
@@ -270,7 +285,7 @@ def _rest(
 ) -> tuple[Float64[Tensor, "g s r k"], Float64[Tensor, "g m s"] | None, float]:
     """Core and last factor for a fixed first one: least squares, then its principal outputs."""
     groups, rank, _ = first.shape
-    products, gram = _seen_through(problem, first)
+    products, gram = seen_through(problem, first)
     L, used = damped_cholesky(gram, 0.0)
     core = torch.cholesky_solve(products.mT, L).mT
     if rank_out is None:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from tersor.core.errors import ConfigError
 from tersor.core.formats import priced_as
 from tersor.core.levels import Inside, settled
+from tersor.core.rank_levels import rank_of
 from tersor.core.records import Candidate, Level, Precision, PriceTable, Term
 
 Objective = Literal["latency", "error", "size"]
@@ -170,7 +171,8 @@ class Problem:
         if isinstance(level, int):
             return level in priced.get(site, ())
         in_ops = level in self.table.ops[site] if site in self.table.ops else site in priced
-        return level.startswith("int8") and in_ops and level in priced.get(site, {level})
+        is_edit = level.startswith("int8") or rank_of(level) > 0
+        return is_edit and in_ops and level in priced.get(site, {level})
 
     def budget(self, name: Constraint) -> float | None:
         """The budget of a constraint, or None where there is none."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tersor.core.levels import KEPT
+from tersor.core.rank_levels import is_int8
 from tersor.core.records import Level
 from tersor.plan.problem import Problem
 from tersor.plan.products import Reduced, reduce_terms
@@ -56,12 +57,15 @@ class Grid:
         self._int8 = self._readers()
 
     def _readers(self) -> dict[str, list[tuple[int, int]]]:
-        """Tensor -> (site, rank) of its int8 readers."""
+        """Tensor -> (site, rank) of its int8 readers; a site may be one at several levels."""
         found: dict[str, list[tuple[int, int]]] = {}
         for site, tensor in self.problem.tensors.items():
             i = self._column.get(site)
-            if i is not None and "int8" in self._rank[i]:
-                found.setdefault(tensor, []).append((i, self._rank[i]["int8"]))
+            if i is None:
+                continue
+            own = [(i, rank) for level, rank in self._rank[i].items() if is_int8(level)]
+            if own:
+                found.setdefault(tensor, []).extend(own)
         return found
 
     def encode(self, plans: Sequence[Mapping[str, Level]]) -> Ranks:

@@ -7,12 +7,14 @@ widths alone. What grows with the elements of all these ops without being any no
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
+from tersor.core.rank_levels import is_int8, rank_of
 from tersor.core.records import Format, Level, Precision, Site, Term
 from tersor.graph.facts import NodeFacts
+from tersor.price.chains import ChainCosts, chain_shares, chain_times
 from tersor.price.facts import WidthFacts
 from tersor.price.laws import Laws, NodeTime, fit_laws
 from tersor.price.observation import Observation
@@ -40,7 +42,7 @@ class NodeCost:
     nodes: tuple[str, ...]
     is_glue: bool
     site: str | None
-    formats: tuple[Format, ...]
+    formats: tuple[Level, ...]
     shares: Mapping[tuple[str, Format], float]
     is_addition: bool = False
 
@@ -64,6 +66,7 @@ class WidthCosts:
 
     Attributes:
         full_elements: What the covered ops of format sites write at full counts.
+        chains: What layers cost at their ranks, those included that no width moves.
     """
 
     costs: tuple[NodeCost, ...]
@@ -71,10 +74,20 @@ class WidthCosts:
     laws: Laws
     precision: Precision
     full_elements: int
+    chains: ChainCosts = field(default_factory=ChainCosts)
 
     def nodes(self) -> set[str]:
         """The nodes that these costs cover."""
-        return {node for cost in self.costs for node in cost.nodes}
+        own = {node for cost in self.costs for node in cost.nodes}
+        return own | {node for chain in self.chains.chains.values() for node in chain.nodes}
+
+    def at_ranks(self, site: str) -> dict[str, float]:
+        """Level -> time of a layer that no width moves, at each rank that builds have shown."""
+        sizes = self.facts.layer(site, {}) if site in self.facts.chains else None
+        if sizes is None:
+            return {}
+        known = self.chains.known(site)
+        return {str(v): self.chains.ms(site, v, sizes, self.laws) for v in known}
 
     def sites(self) -> set[str]:
         """The format sites that these costs cover."""
@@ -87,7 +100,7 @@ class WidthCosts:
             if not cost.is_glue and not cost.is_addition:
                 share = self._elements(cost, assignment)
                 total += share
-                int8 += share * (assignment.get(cost.name) == "int8")
+                int8 += share * is_int8(assignment.get(cost.name))
         return total, int8
 
     def terms(self, slopes: Slopes) -> tuple[tuple[NodeCost, Term], ...]:
@@ -108,8 +121,9 @@ class WidthCosts:
     def _ms(
         self, cost: NodeCost, assignment: Mapping[str, Level], slopes: Slopes, known: "_Known"
     ) -> float:
-        is_int8 = cost.site is not None and assignment.get(cost.site) == "int8"
-        level: Format = "int8" if is_int8 else self.precision
+        chosen = None if cost.site is None else assignment.get(cost.site)
+        rounds = is_int8(chosen)
+        level: Format = "int8" if rounds else self.precision
         law_format = self.precision if cost.is_glue else level
         total = elements = 0.0
         for node in cost.nodes:
@@ -119,9 +133,12 @@ class WidthCosts:
         if cost.is_glue:
             return total
         if cost.is_addition:
-            return total - is_int8 * slopes.boundary
+            return total - rounds * slopes.boundary
+        if chosen is not None and rank_of(chosen):
+            sizes = self.facts.layer(cost.name, assignment)
+            total = self.chains.ms(cost.name, chosen, sizes, self.laws)
         total += slopes.elements * elements
-        return total + is_int8 * (slopes.int8_op + slopes.int8_elements * elements)
+        return total + rounds * (slopes.int8_op + slopes.int8_elements * elements)
 
     def _elements(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
         own = sum(self.facts.at(node, assignment).out_elements for node in cost.nodes)
@@ -178,7 +195,8 @@ def width_costs(
     """
     formats = [s for s in sites if s.kind == "format"]
     owners = {node: site for site in formats for node in site.ops}
-    laws = fit_laws(
+    sizes = [facts.layers(o.assignment) for o in fitted]
+    times = [
         NodeTime(
             node=node,
             format=_format(owners.get(node), o, precision),
@@ -188,12 +206,20 @@ def width_costs(
         )
         for i, o in enumerate(fitted)
         for node in facts.nodes
-        if node in o.node_ms and node not in quantizers
+        if node in o.node_ms and node not in quantizers and not _is_chain(owners.get(node), o)
+    ]
+    for i, (o, own) in enumerate(zip(fitted, sizes, strict=True)):
+        times += chain_times(facts.chains, (i, o), own, precision)
+    laws = fit_laws(times)
+    chains = ChainCosts(
+        chains=facts.chains,
+        shares=chain_shares(facts.chains, fitted, sizes, precision),
+        precision=precision,
     )
     shown = {node for o in fitted for node, ms in o.node_ms.items() if ms > 0}
-    costs = [_site_cost(s, fitted, facts, precision) for s in formats if facts.widths(s.ops)]
+    costs = [_site_cost(s, fitted, facts, chains) for s in formats if facts.widths(s.ops)]
     costs += [
-        _glue_cost(node, formats, fitted, facts, precision)
+        _glue_cost(node, formats, fitted, facts, chains)
         for node in facts.ratios
         if node in shown and node not in owners and node not in quantizers
     ]
@@ -209,25 +235,32 @@ def width_costs(
         laws=laws,
         precision=precision,
         full_elements=max(1, written),
+        chains=chains,
     )
 
 
 def _format(site: Site | None, observation: Observation, precision: Precision) -> Format:
-    is_int8 = site is not None and observation.assignment.get(site.name) == "int8"
-    return "int8" if is_int8 else precision
+    rounds = site is not None and is_int8(observation.assignment.get(site.name))
+    return "int8" if rounds else precision
+
+
+def _is_chain(site: Site | None, observation: Observation) -> bool:
+    return site is not None and rank_of(observation.assignment.get(site.name)) > 0
 
 
 def _site_cost(
-    site: Site, fitted: Sequence[Observation], facts: WidthFacts, precision: Precision
+    site: Site, fitted: Sequence[Observation], facts: WidthFacts, chains: ChainCosts
 ) -> NodeCost:
-    shares, has_int8 = _shares(site.ops, site, fitted, facts, precision)
-    formats: tuple[Format, ...] = (precision, "int8_weight", *(("int8",) if has_int8 else ()))
+    whole = [o for o in fitted if not _is_chain(site, o)]
+    precision = chains.precision
+    shares, has_int8 = _shares(site.ops, site, whole, facts, precision)
+    formats: tuple[Level, ...] = (precision, "int8_weight", *(("int8",) if has_int8 else ()))
     return NodeCost(
         name=site.name,
         nodes=site.ops,
         is_glue=False,
         site=site.name if site.pinned is None else None,
-        formats=formats,
+        formats=(*formats, *chains.known(site.name)),
         shares=shares,
         is_addition=site.op_kind == "add",
     )
@@ -238,16 +271,17 @@ def _glue_cost(
     sites: Sequence[Site],
     fitted: Sequence[Observation],
     facts: WidthFacts,
-    precision: Precision,
+    chains: ChainCosts,
 ) -> NodeCost:
-    gate = _gate(node, sites, fitted, facts)
+    gate, precision = _gate(node, sites, fitted, facts), chains.precision
     shares, _ = _shares((node,), gate, fitted, facts, precision)
+    ranks = () if gate is None else chains.known(gate.name)
     return NodeCost(
         name=node,
         nodes=(node,),
         is_glue=True,
         site=None if gate is None else gate.name,
-        formats=(precision, "int8_weight", "int8"),
+        formats=(precision, "int8_weight", "int8", *ranks),
         shares=shares,
     )
 
@@ -264,7 +298,7 @@ def _gate(
     best: tuple[float, int] = (GATE_SHARE, 0)
     found: Site | None = None
     for site in sites:
-        int8 = [o.assignment.get(site.name) == "int8" for o in alive]
+        int8 = [is_int8(o.assignment.get(site.name)) for o in alive]
         if site.pinned is not None or all(int8) or not any(int8):
             continue
         distance = min(abs(place[node] - place.get(op, 0)) for op in site.ops)

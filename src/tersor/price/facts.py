@@ -8,12 +8,13 @@ takes its nodes with it whatever their widths are: its ratios always multiply.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from tersor.core.errors import ConfigError
 from tersor.core.records import Level, Precision, Site
 from tersor.graph.facts import NodeFacts
+from tersor.price.chains import Chain, learn_chains, middle, ranked
 from tersor.price.variants import counted, native_assignment
 
 SIZES = ("macs", "weight_elements", "in_elements", "out_elements", "inputs", "outputs")
@@ -36,6 +37,7 @@ class WidthFacts:
         branches: Those of ``full`` that are branches.
         ratios: Node -> width that moves it -> count -> each size over the native one.
         rules: Node that several widths move -> how each size follows them.
+        chains: Site that offers ranks -> its layer as a chain.
     """
 
     nodes: Mapping[str, NodeFacts]
@@ -44,6 +46,7 @@ class WidthFacts:
     branches: frozenset[str]
     ratios: Mapping[str, Mapping[str, Mapping[int, tuple[float, ...]]]]
     rules: Mapping[str, tuple[Rule, ...]]
+    chains: Mapping[str, Chain] = field(default_factory=dict)
 
     def widths(self, nodes: Sequence[str]) -> tuple[str, ...]:
         """The widths that move any of some nodes, in the order of ``full``."""
@@ -73,6 +76,15 @@ class WidthFacts:
             **{name: round(size * r) for name, (size, r) in zip(SIZES, sizes, strict=True)},
         )
 
+    def layers(self, assignment: Mapping[str, Level]) -> dict[str, tuple[NodeFacts, NodeFacts]]:
+        """Site that offers ranks -> facts of its layer itself, as assigned and at full counts."""
+        return {site: self.layer(site, assignment) for site in self.chains}
+
+    def layer(self, site: str, assignment: Mapping[str, Level]) -> tuple[NodeFacts, NodeFacts]:
+        """Facts of the layer of one of ``chains``, as assigned and at full counts."""
+        op = self.chains[site].op
+        return self.at(op, assignment), self.nodes[op]
+
     def pivot(self, nodes: Sequence[str]) -> str:
         """The width that multiplies what the others add up to: one that moves outputs alone."""
         widths = [w for w in self.widths(nodes) if w not in self.branches]
@@ -97,6 +109,8 @@ def learn_facts(
 ) -> WidthFacts:
     """Ask for the facts of a few graphs: native, each width at two counts, all at their least.
 
+    And of one with all layers that offer ranks as chains.
+
     Raises:
         ConfigError: A width whose levels do not hold its full count.
     """
@@ -110,9 +124,12 @@ def learn_facts(
             known[count] = facts({**native_levels, width: count})
         for node, rows in _moved(native, known).items():
             ratios.setdefault(node, {})[width] = {c: _interpolated(rows, c) for c in counts}
+    offers = ranked(sites, levels)
+    chosen = {s: v for s, row in offers.items() if (v := middle(row, int8=False)) is not None}
+    chains = facts({**native_levels, **chosen}) if chosen else {}
     branches = frozenset(s.name for s in sites if s.kind == "branch" and s.name in widths)
     cut = {w: counts[-1] for w, counts in widths.items() if w not in branches}
-    least = facts({**native_levels, **cut})
+    least = facts({**native_levels, **cut}) if cut else native
     several = {
         node: moving
         for node, found in ratios.items()
@@ -128,6 +145,7 @@ def learn_facts(
             node: _rules(moving, _relative(least.get(node), native[node]))
             for node, moving in several.items()
         },
+        chains=learn_chains(sites, offers, chosen, chains),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tersor.core.errors import ConfigError
 from tersor.core.jsonable import digest
+from tersor.core.rank_levels import rank_of
 from tersor.core.records import BuildChoice, Level, PriceTable, Site, Term
 from tersor.core.store import Store
 
@@ -146,13 +147,18 @@ def narrowed(
     return replace(
         table,
         ops={
-            site: row if site in levels else {f: ms for f, ms in row.items() if f != "int8"}
+            site: row if site in levels else {f: ms for f, ms in row.items() if not _is_edit(f)}
             for site, row in table.ops.items()
         },
         glue_ms=glue,
         terms=tuple(terms),
         native={w: n for w, n in table.native.items() if w in levels},
     )
+
+
+def _is_edit(level: str) -> bool:
+    """Whether a level is more than another type of the same weight."""
+    return level == "int8" or rank_of(level) > 0
 
 
 def _narrowed_term(

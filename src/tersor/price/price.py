@@ -14,6 +14,7 @@ from tersor.core.errors import BackendError, ConfigError
 from tersor.core.formats import priced_as
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
 from tersor.price.baseline import Call
+from tersor.price.chains import ranked
 from tersor.price.facts import WidthFacts, learn_facts
 from tersor.price.memory import KeptTable, covers, drift, narrowed
 from tersor.price.observation import Observation
@@ -28,6 +29,7 @@ from tersor.price.variants import (
     draw_variants,
     full_assignment,
     quantizable,
+    with_ranks,
 )
 
 # A choice whose all-int8 build is slower than the best one's of its backend by more is not priced
@@ -42,7 +44,7 @@ class PriceConfig:
 
     Args:
         k: Builds that the fit sees.
-        k_mixed: The same where widths and formats both vary (FINDINGS 1).
+        k_mixed: The same where widths and formats both vary, or ranks do (FINDINGS 1).
         held_out: Builds that only test it.
         batch: Builds that are alive at once, besides the reference.
         seed: Of the draw.
@@ -63,7 +65,8 @@ class PriceConfig:
 
     def fitted(self, sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]) -> int:
         """Builds that the fit of one table sees, at most."""
-        is_mixed = counted(sites, levels) and quantizable(sites, levels)
+        both = bool(counted(sites, levels)) and bool(quantizable(sites, levels))
+        is_mixed = both or bool(ranked(sites, levels))
         return max(self.k, self.k_mixed) if is_mixed else self.k
 
 
@@ -153,6 +156,13 @@ def price_choice(
         held_out=config.held_out,
         seed=config.seed,
         between=between_offers(sites, levels, config.seed),
+    )
+    drawn = with_ranks(
+        drawn,
+        ranked(sites, levels),
+        k=config.fitted(sites, levels),
+        held_out=config.held_out,
+        seed=config.seed,
     )
     variants = _settled(drawn, tools)
     known = _known_table(choice, sites, levels, variants, tools)
@@ -287,17 +297,18 @@ def width_facts(
     precision: Precision,
     seed: int = 0,
 ) -> WidthFacts | None:
-    """Sizes of all nodes at any kept counts, and at some between them; None without widths.
+    """Sizes of all nodes at any kept counts and ranks; None where there are neither.
 
     Raises:
-        ConfigError: There are widths, and no ``tools.facts`` to ask.
+        ConfigError: There are widths or ranks, and no ``tools.facts`` to ask.
     """
     widths = counted(sites, levels)
-    if not widths:
+    ranks = ranked(sites, levels)
+    if not widths and not ranks:
         return None
     if tools.facts is None:
         raise ConfigError(
-            f"found {len(widths)} widths to price and no facts of their graphs; give "
+            f"found {len(widths)} widths and {len(ranks)} layers with ranks to price and no facts of their graphs; give "
             "PriceTools(facts=...)"
         )
     more = between_offers(sites, levels, seed)

@@ -18,6 +18,7 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from tersor.core.errors import ConfigError
+from tersor.core.rank_levels import is_int8, rank_of
 from tersor.core.records import BuildChoice, Level, PricedBuild, PriceTable, Site, Term
 from tersor.price.costs import NodeCost, Slopes, WidthCosts, width_costs
 from tersor.price.facts import WidthFacts
@@ -55,7 +56,7 @@ def fit_table(
         observations: At least one that is not held out.
         quantize_nodes: Names of the nodes that quantise a tensor; a fused one has no entry in
             the profile and costs nothing.
-        facts: Of the widths that the builds varied; None without any.
+        facts: Of the widths and ranks that the builds varied; None without any.
 
     Returns:
         Entries >= 0; a format that no fitted build showed is absent, except that weight-only
@@ -83,7 +84,7 @@ def fit_table(
     )
     uncertainty = uncertain(table, observations, tensors, lambda seen: fit(seen)[0])
     if uncertainty is not None:
-        ops = {s.name: s.ops for s in formats}
+        ops = _with_chains({s.name: s.ops for s in formats}, facts)
         uncertainty = with_entries(uncertainty, table, owners, ops, fitted)
     return replace(table, builds=builds, uncertainty=uncertainty)
 
@@ -101,7 +102,7 @@ def _fit(
     moved = costs.sites() if costs else set[str]()
     table = PriceTable(
         choice=choice,
-        ops=_site_prices(choice, [s for s in formats if s.name not in moved], fitted),
+        ops=_site_prices(choice, [s for s in formats if s.name not in moved], fitted, costs),
         quantizers=_quantizer_prices(tensors, fitted, quantize_nodes),
         glue_ms=0.0,
         native={} if facts is None else facts.full,
@@ -168,7 +169,7 @@ def _fitted(choice: BuildChoice, observations: Sequence[Observation]) -> list[Ob
 
 
 def _is_int8(observation: Observation, site: str) -> bool:
-    return observation.assignment.get(site) == "int8"
+    return is_int8(observation.assignment.get(site))
 
 
 def _nodes_ms(observation: Observation, names: Sequence[str]) -> float:
@@ -179,14 +180,29 @@ def _quantized(observation: Observation, tensors: Mapping[str, str]) -> list[str
     return sorted({t for site, t in tensors.items() if _is_int8(observation, site)})
 
 
+def _with_chains(
+    ops: Mapping[str, Sequence[str]], facts: WidthFacts | None
+) -> dict[str, tuple[str, ...]]:
+    """Site -> its nodes, those of a chain in its layer's place included."""
+    chains = {} if facts is None else facts.chains
+    return {
+        site: tuple(dict.fromkeys((*own, *(chains[site].nodes if site in chains else ()))))
+        for site, own in ops.items()
+    }
+
+
 def _site_prices(
-    choice: BuildChoice, sites: Sequence[Site], fitted: Sequence[Observation]
+    choice: BuildChoice,
+    sites: Sequence[Site],
+    fitted: Sequence[Observation],
+    costs: WidthCosts | None,
 ) -> dict[str, dict[str, float]]:
     prices: dict[str, dict[str, float]] = {}
     for site in sites:
-        row: dict[str, float] = {}
-        native = [_nodes_ms(o, site.ops) for o in fitted if not _is_int8(o, site.name)]
-        int8 = [_nodes_ms(o, site.ops) for o in fitted if _is_int8(o, site.name)]
+        row: dict[str, float] = {} if costs is None else costs.at_ranks(site.name)
+        whole = [o for o in fitted if not rank_of(o.assignment.get(site.name))]
+        native = [_nodes_ms(o, site.ops) for o in whole if not _is_int8(o, site.name)]
+        int8 = [_nodes_ms(o, site.ops) for o in whole if _is_int8(o, site.name)]
         if native:
             row[choice.precision] = row["int8_weight"] = float(np.mean(native))
         if int8:
@@ -270,7 +286,7 @@ def _with_glue(
     table = replace(
         table,
         ops={
-            site: {level: ms + caused(site) * (level == "int8") for level, ms in row.items()}
+            site: {level: ms + caused(site) * is_int8(level) for level, ms in row.items()}
             for site, row in table.ops.items()
         },
         quantizers={
@@ -315,7 +331,7 @@ def _balanced(
     return replace(
         table,
         ops={
-            site: {level: ms * (int8 if level == "int8" else native) for level, ms in row.items()}
+            site: {level: ms * (int8 if is_int8(level) else native) for level, ms in row.items()}
             for site, row in table.ops.items()
         },
         quantizers={t: ms * quantizer for t, ms in table.quantizers.items()},
@@ -329,7 +345,7 @@ def _balanced(
 
 def _scaled(term: Term, native: float, int8: float) -> Term:
     """A term with its values at int8 and all others scaled."""
-    factors = [int8 if "int8" in levels else native for levels in product(*term.levels)]
+    factors = [int8 if any(map(is_int8, row)) else native for row in product(*term.levels)]
     values = tuple(v * f for v, f in zip(term.values, factors, strict=True))
     return replace(term, values=values)
 
@@ -342,10 +358,10 @@ def _parts(
 ) -> tuple[float, float, float, float]:
     native = int8 = 0.0
     for site, row in table.ops.items():
-        if _is_int8(observation, site):
-            int8 += row["int8"]
-        else:
-            native += row[table.choice.precision]
+        # A fit on part of the builds may have seen a site in no native one.
+        alone = row.get(table.choice.precision, 0.0)
+        ms = row.get(str(observation.assignment.get(site)), alone)
+        native, int8 = (native, int8 + ms) if _is_int8(observation, site) else (native + ms, int8)
     quantizers = sum((table.quantizers[t] for t in _quantized(observation, tensors)), 0.0)
     glue = table.glue_ms
     levels = table.complete(observation.assignment)

@@ -11,6 +11,7 @@ from itertools import product
 
 from tersor.core.errors import ConfigError
 from tersor.core.formats import PACKED
+from tersor.core.rank_levels import is_int8, rank_of
 from tersor.core.records import Level, Site, Term
 from tersor.price.facts import WidthFacts
 
@@ -70,7 +71,8 @@ def size_terms(
     """Bytes of each weight and bias that a width moves, by kept counts and format.
 
     They agree with the candidates at full counts: f32 and bf16 as given, int8 a byte an element, a
-    scale an output and, except for embeddings, a bias; a packed weight its bytes and such a bias.
+    scale an output and, except for embeddings, a bias; at a rank the same of both factors; a packed
+    weight its bytes and such a bias.
 
     Args:
         facts: Of all widths.
@@ -116,9 +118,11 @@ def _bytes_of(site: Site, facts: WidthFacts, packed_bytes: PackedBytes) -> Cost:
         now = facts.at(node, assignment)
         if not now.out_elements:  # the branch around it is gone
             return 0.0
+        level = assignment.get(site.name)
+        if level is not None and rank_of(level):
+            return _chain_bytes(site, level, assignment, facts, width)
         is_embedding = site.op_kind == "embedding"
         kept = rows if is_embedding else rows * now.outputs / native.outputs
-        level = assignment.get(site.name)
         if level is not None and level in PACKED:
             own = packed_bytes(site.name, level, round(kept), now.weight_elements)
             return own + (0 if is_embedding else round(_FLOAT_BYTES * kept))
@@ -127,6 +131,19 @@ def _bytes_of(site: Site, facts: WidthFacts, packed_bytes: PackedBytes) -> Cost:
         return round(now.weight_elements * width + bias * kept / rows)
 
     return cost
+
+
+def _chain_bytes(
+    site: Site, level: Level, assignment: Mapping[str, Level], facts: WidthFacts, width: int
+) -> float:
+    """Of both factors, their steps and biases; ``width``: bytes of a float as given."""
+    chain = facts.chains[site.name]
+    first, last = chain.at(rank_of(level), *facts.layer(site.name, assignment))
+    elements = first.inputs * first.outputs + last.inputs * last.outputs
+    if not is_int8(level):
+        return width * (elements + last.outputs)
+    rows = 2 * last.outputs + first.outputs * (2 if chain.is_centred else 1)
+    return elements + _FLOAT_BYTES * rows
 
 
 def _part(cost: Cost, width: str, n: int) -> Cost:

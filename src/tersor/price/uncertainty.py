@@ -15,6 +15,7 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from tersor.core.rank_levels import format_of, rank_of
 from tersor.core.records import PriceTable, Term, Uncertainty
 from tersor.price.costs import NodeCost
 from tersor.price.observation import Observation
@@ -141,9 +142,17 @@ def _squares(
 
 def _is_known(observation: Observation, seen: Sequence[Observation]) -> bool:
     """Whether every format of a build is in one that the fit saw: else it has no price for it."""
-    known = {(site, level) for o in seen for site, level in o.assignment.items()}
-    formats = [(s, n) for s, n in observation.assignment.items() if not isinstance(n, int)]
-    return all(pair in known for pair in formats)
+    known = {kind for o in seen for kind in _kinds(o)}
+    return all(kind in known for kind in _kinds(observation))
+
+
+def _kinds(observation: Observation) -> list[tuple[str, str, bool]]:
+    """Of each site its format, and whether it has a rank: one rank tells of the others."""
+    return [
+        (site, format_of(level), rank_of(level) > 0)
+        for site, level in observation.assignment.items()
+        if not isinstance(level, int)
+    ]
 
 
 def _shares(

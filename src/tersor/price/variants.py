@@ -5,20 +5,23 @@ one), so that mixtures are drawn in two ways: coin flips with several shares of 
 many boundaries, and contiguous blocks, which show few. With widths, the extremes of both are
 crossed, and each mixture keeps a share of the widths full and draws the others' counts. Some lie
 between the counts on offer: what a count off the device's tiles costs is seen, not assumed.
+
+Layers that offer ranks have some in each mixture, in the format that was drawn for the layer.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tersor.core.errors import ConfigError
+from tersor.core.rank_levels import RankLevel, is_int8
 from tersor.core.records import Level, Precision, Site
 
 SHARES = (0.25, 0.5, 0.75)
 # Attempts for each assignment that is wanted, as small models run out of distinct ones.
 ATTEMPTS = 20
-_HELD_OUT_STREAM, _FIT_STREAM, _BETWEEN_STREAM = 0, 1, 2
+_HELD_OUT_STREAM, _FIT_STREAM, _BETWEEN_STREAM, _RANK_STREAM = 0, 1, 2, 3
 # With widths, this share of the mixtures is all native, and as many are all int8: plans often are.
 PURE = 0.15
 OFF_GRID = 0.5  # of the counts that are drawn for the fit lie between those on offer, about
@@ -264,3 +267,52 @@ def counts_between(
             picked = rng.choice(rest, min(BETWEEN, len(rest)), replace=False)
             found[width] = tuple(sorted(int(n) for n in picked))
     return found
+
+
+def with_ranks(
+    drawn: Sequence[Variant],
+    ranks: Mapping[str, Sequence[RankLevel]],
+    *,
+    k: int,
+    held_out: int,
+    seed: int,
+) -> tuple[Variant, ...]:
+    """The same builds with ranks in them, and two more: every layer that offers ranks has one there.
+
+    The first two, all native and all int8, stay as they are, and are what those two more are made
+    of; in the others a share of those layers gets a rank.
+
+    Args:
+        drawn: As ``draw_variants`` gives them.
+        ranks: Site -> its rank levels; a site that offers none in the format that it has in a build
+            stays whole there.
+        k: Builds that the fit sees, without the two; drawn anew where ``drawn`` has fewer.
+        held_out: The same of those that no fit sees.
+        seed: Of the draw.
+    """
+    if not ranks:
+        return tuple(drawn)
+    pure = list(drawn[:2])
+    mixed, tests = ([v for v in drawn[2:] if v.held_out == is_test] for is_test in (False, True))
+    mixed += [pure[i % len(pure)] for i in range(k - len(pure) - len(mixed))]
+    tests += [replace(pure[i % len(pure)], held_out=True) for i in range(held_out - len(tests))]
+    rng = np.random.default_rng([seed, _RANK_STREAM])
+    found = [*pure, *(_ranked(v, ranks, 1.0, rng) for v in pure)]
+    rest = (*mixed, *tests)
+    found += [_ranked(variant, ranks, float(rng.choice(SHARES)), rng) for variant in rest]
+    return tuple(found)
+
+
+def _ranked(
+    variant: Variant,
+    ranks: Mapping[str, Sequence[RankLevel]],
+    share: float,
+    rng: np.random.Generator,
+) -> Variant:
+    """A build in which a share of the layers has a rank, in the format that the layer has."""
+    chosen = dict(variant.assignment)
+    for site, own in ranks.items():
+        offered = [v for v in own if is_int8(v) == is_int8(chosen.get(site))]
+        if offered and rng.random() < share:
+            chosen[site] = offered[int(rng.integers(len(offered)))]
+    return replace(variant, assignment=chosen)

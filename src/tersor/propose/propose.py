@@ -7,7 +7,7 @@ taken from one pass of the original, so that a change costs only what follows fr
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tersor.core.records import Candidate, OutputKind, Site
+from tersor.core.records import Candidate, Level, OutputKind, Site
 from tersor.graph.apply import apply
 from tersor.graph.contracts import (
     Graph,
@@ -38,8 +38,12 @@ def offers(
     allowed: Callable[[Candidate], bool],
     advance: Callable[[], None] = lambda: None,
 ) -> list[Offer]:
-    """Candidates of all sites that are not pinned, with their changes; no errors yet."""
+    """Candidates of all sites that are not pinned, with their changes; no errors yet.
+
+    A level that edits nothing is offered once, whichever methods name it.
+    """
     found: list[Offer] = []
+    native: set[tuple[str, Level]] = set()
     for site in sites:
         if site.pinned is None:
             for name, method in methods.items():
@@ -47,7 +51,10 @@ def offers(
                     continue
                 for candidate in method.propose(site, statistics[site.name]):
                     named = replace(candidate, method=name)
-                    if allowed(named):
+                    place = (site.name, candidate.level)
+                    is_known = candidate.level in NATIVE and place in native
+                    if not is_known and allowed(named):
+                        native.add(place)
                         change = method.apply(site, named, statistics[site.name])
                         found.append(Offer(named, change))
         advance()

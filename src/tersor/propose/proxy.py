@@ -20,6 +20,7 @@ from torch import Tensor
 from tersor.core.records import Candidate, OutputKind
 from tersor.graph.contracts import Graph, SiteChange, SiteStatistics, WidthStatistics
 from tersor.graph.edit import execute
+from tersor.graph.factors import product
 from tersor.graph.geometry import constant_error, output_spreads
 from tersor.graph.mutation import has_mutation
 from tersor.graph.operators import WeightedOp, weighted_ops
@@ -166,6 +167,12 @@ def layer_change(change: SiteChange, statistics: SiteStatistics) -> Tensor:
         weight = change.codes.double().reshape(shape) * change.scale.double().reshape(*shape[:2], 1)
     elif (new := change.float_weight()) is not None:
         weight = new.double().reshape(shape)
+    elif change.factors:  # what is rounded between them is little beside what a rank loses
+        weight = product(change.factors).reshape(shape)
+        centre = change.factors[0].bias
+        if centre is not None:
+            last = product(change.factors[1:]).reshape(shape[1], -1)
+            old = old - (last @ centre.double()).reshape(1, *shape[:2])
     moved = torch.einsum("tgn,gmn->tgm", seen, weight) - old
     if change.bias is not None:
         given = statistics.bias if statistics.bias is not None else 0.0

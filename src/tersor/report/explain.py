@@ -83,12 +83,18 @@ def _alternative(
         "error": other.error,
         "error_se": other.error_se,
         "samples": other.samples,
-        "note": other.note,
+        "note": _refusal(report, site, other.level) or other.note,
         "size_bytes": site_bytes(report, site, other.level),
         "latency_ms_change": change_ms(report, site.name, other.level),
         "error_change": other.error - error,
         "size_bytes_change": _change_bytes(report, site, other.level),
     }
+
+
+def _refusal(report: Report, site: Site, level: Level) -> str:
+    """Why no plan may take a level; "" where one may."""
+    own = [r for r in report.prices.refused if (r.site, r.level) == (site.name, level)]
+    return f"refused: {own[0].reason}" if own else ""
 
 
 def _undo(report: Report, site: Site, chosen: Candidate | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tersor.graph.contracts import (
     TensorMap,
 )
 from tersor.graph.edit import execute, last_uses
+from tersor.graph.factors import run_chain
 from tersor.graph.mutation import has_mutation
 from tersor.graph.operators import (
     WeightedOp,
@@ -130,6 +131,7 @@ class _Run:
             readers=readers,
             is_padded=readers is not None and readers.is_padded,
             channel_dim=op.channel_dim,
+            window=op.window,
             moments_of=lambda new, old: self._moments(op, new, old, seed),
         )
 
@@ -293,6 +295,8 @@ def _matching(gap: Tensor, op: WeightedOp, mask: Tensor | None, rows: int) -> Te
 def _run_change(
     graph: Graph, node: fx.Node, op: WeightedOp, change: SiteChange, env: Mapping[str, Any]
 ) -> Tensor:
+    if change.factors:
+        return _finite(run_chain(env[op.data.name], change), change)
     other = dict(env)
     if change.codes is not None and change.scale is not None:
         shape = [-1] + [1] * (change.codes.dim() - 1)
@@ -313,12 +317,16 @@ def _run_change(
         shape = [1] * value.dim()
         shape[dim] = -1
         value = value + change.bias.to(value.dtype).reshape(shape)
+    return _finite(value, change)
+
+
+def _finite(value: Tensor, change: SiteChange) -> Tensor:
     if not bool(torch.isfinite(value).all()):
         raise NumericalError(
             f"{change.site.name}: the {change.level} form gives values that are not finite; "
             "keep it with keep=(...)"
         )
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callable
@@ -384,4 +392,5 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
 
 def _edits(change: SiteChange) -> bool:
     tensors = (change.codes, change.weight, change.packed, change.bias)
-    return any(t is not None for t in tensors) or bool(change.operands)
+    is_edited = any(t is not None for t in tensors)
+    return is_edited or bool(change.operands) or bool(change.factors)
