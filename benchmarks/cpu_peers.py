@@ -7,7 +7,7 @@ for this processor.
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,11 +219,3 @@ def _reestimate_(model: nn.Module, inputs: Inputs) -> None:
         for start in range(0, len(inputs[0]), 32):
             model(*rows(inputs, start, start + 32))
     model.eval()
-
-
-def thinnest(
-    models: Mapping[float, nn.Module], is_good: Callable[[nn.Module], bool]
-) -> float | None:
-    """The least share of MACs whose model is good enough; None: not even the mildest is."""
-    good = [share for share, model in models.items() if is_good(model)]
-    return min(good, default=None)

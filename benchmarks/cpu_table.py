@@ -12,7 +12,7 @@ distance to a goal has names.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import record
-from benchmarks.cpu_peers import onnx_models, runner_of, thinner_models, thinnest
+from benchmarks.cpu_peers import onnx_models, runner_of, thinner_models
 from benchmarks.cpu_peers import rows as rows_of
 from benchmarks.first_light import PIPE_WIDTH, make_case
 from tersor import api
@@ -111,6 +111,13 @@ def costliest(profile: Mapping[str, float]) -> dict[str, float]:
     return dict(sorted(profile.items(), key=lambda item: -item[1])[:TOP_NODES])
 
 
+def allowed_loss(target: Target) -> float:
+    """What a target allows to lose on the search part."""
+    if target.drop_points is not None:
+        return target.drop_points / 100
+    return 1 - (target.min_agreement or 0.0)
+
+
 class Table:
     """One case: peers, results and their measurement."""
 
@@ -184,44 +191,32 @@ class Table:
             )
             for together in (True, False)
         ]
-        models = {
-            share: min((way[share] for way in ways), key=lambda m: self._loss(m, wanted, base))
-            for share in ways[0]
-        }
-        found: dict[str, Any] = {}
+        models: dict[float, nn.Module] = {}
+        losses: dict[float, float] = {}
+        for share in ways[0]:
+            by_way = [(self._loss(way[share], wanted, base), way[share]) for way in ways]
+            losses[share], models[share] = min(by_way, key=lambda row: row[0])
+        shares: list[float] = []
         for target in targets:
-            share = thinnest(models, self._keeps(target, wanted, base))
-            self.progress.advance()
-            if share is None:
-                at = min(models, key=lambda s: -s)
-                loss = self._loss(models[at], wanted, base)
+            good = [share for share, loss in losses.items() if loss <= allowed_loss(target)]
+            shares += [min(good)] if good else []
+            if not good:
+                mildest = max(losses)
                 self.progress.note(
-                    f"Torch-Pruning: {at:.0%} of the MACs lose {loss:.4f} already, more than "
-                    f"{target.describe()} allows"
+                    f"Torch-Pruning: {mildest:.0%} of the MACs lose {losses[mildest]:.4f} already, "
+                    f"more than {target.describe()} allows"
                 )
-                continue
-            name = f"Torch-Pruning {share:.0%} of MACs, NNCF int8"
-            if name not in found:
-                found[name] = self._quantized(models[share])
-        if not found:  # it stays in the table, at its mildest
-            share = max(models)
-            found[f"Torch-Pruning {share:.0%} of MACs, NNCF int8"] = self._quantized(models[share])
-        return found
+            self.progress.advance()
+        # It stays in the table, at its mildest, where it meets no target.
+        return {
+            f"Torch-Pruning {share:.0%} of MACs, NNCF int8": self._quantized(models[share])
+            for share in dict.fromkeys(shares or [max(losses)])
+        }
 
     def _loss(self, model: nn.Module, wanted: torch.Tensor, base: float) -> float:
         if self.case.metric is not None:
             return base - self.case.metric(eager(model))
         return 1 - float(agreement(self.case, run(eager(model), self.case.search), wanted).mean())
-
-    def _keeps(
-        self, target: Target, wanted: torch.Tensor, base: float
-    ) -> Callable[[nn.Module], bool]:
-        allowed = (
-            target.drop_points / 100
-            if target.drop_points is not None
-            else 1 - (target.min_agreement or 0.0)
-        )
-        return lambda model: self._loss(model, wanted, base) <= allowed
 
     def _quantized(self, model: nn.Module) -> Any:
         """By NNCF's faster preset, as the unpruned one is."""
