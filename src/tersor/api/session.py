@@ -58,9 +58,7 @@ class Settings:
     progress: Any = True
     metric: Any = None
     test_metric: Any = None
-    for_size: bool = (
-        False  # the target has a budget on the size: what only saves bytes is asked, too
-    )
+    for_size: bool = False  # bytes have a budget, so that what saves only bytes is offered, too
 
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
@@ -219,6 +217,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         settings.seed,
         list(settings.keep),
         sorted(methods),
+        settings.for_size,
         tiles,
         describe_machine().fingerprint(),
     )
@@ -297,29 +296,28 @@ def backend_names() -> list[str]:
 def pick_methods(
     wanted: str | Sequence[str], infos: Sequence[BackendInfo], *, for_size: bool = False
 ) -> dict[str, Method]:
-    """Methods by name, told what the integer products of all backends can take.
+    """Methods by name, told what the integer products of all backends can take, and what is asked.
 
     Raises:
         ConfigError: No method of that name.
     """
-    names = default_methods(for_size=for_size) if wanted == "all" else _names(wanted)
+    names = default_methods() if wanted == "all" else _names(wanted)
     limits = [int8.weight_limit for info in infos if (int8 := info.format("int8"))]
     found: dict[str, Method] = {}
     for name in names:
         cls = registry.resolve(registry.METHODS, name)
-        takes_limit = "weight_limit" in getattr(cls, "__dataclass_fields__", {})
-        found[name] = cls(weight_limit=min(limits)) if limits and takes_limit else cls()
+        known: dict[str, Any] = {"low_bits": for_size}
+        if limits:
+            known["weight_limit"] = min(limits)
+        fields = getattr(cls, "__dataclass_fields__", {})
+        found[name] = cls(**{k: v for k, v in known.items() if k in fields})
     return found
 
 
-def default_methods(*, for_size: bool = False) -> list[str]:
-    """All methods but those that ask to be named, or that save only bytes where none are asked for."""
+def default_methods() -> list[str]:
+    """All methods but those that ask to be named."""
     classes = {n: registry.resolve(registry.METHODS, n) for n in registry.names(registry.METHODS)}
-    return [
-        name
-        for name, cls in classes.items()
-        if not getattr(cls, "by_name", False) and (for_size or not getattr(cls, "for_size", False))
-    ]
+    return [name for name, cls in classes.items() if not getattr(cls, "by_name", False)]
 
 
 def offered_sites(

@@ -236,8 +236,9 @@ class Method(Protocol):
     "addition", ("format",) where it has
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
-    ``methods="all"``; with ``for_size = True`` it is only where the target has a budget on the size;
-    with ``gives_ranks = True`` only plans with rank levels come from it.
+    ``methods="all"``; with ``for_size = True`` only plans with packed levels come from it, with
+    ``gives_ranks = True`` only those with rank levels. A dataclass field ``low_bits`` is false where
+    the target has no budget on the size.
     """
 
     def propose(self, site: Site, statistics: Any) -> Sequence[Candidate]:

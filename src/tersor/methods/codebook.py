@@ -36,7 +36,8 @@ class Codebook:
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format",)
-    for_size: ClassVar[bool] = True  # part of "all" only where bytes are asked for
+    for_size: ClassVar[bool] = True  # a plan without packed levels does not need it
+    by_name: ClassVar[bool] = True  # not part of "all": a first look at a layer takes seconds
     damping: float = 1e-2
     rounds: int = 3
 

@@ -45,7 +45,8 @@ class Sparsify:
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format",)
-    for_size: ClassVar[bool] = True  # part of "all" only where bytes are asked for
+    for_size: ClassVar[bool] = True  # a plan without packed levels does not need it
+    by_name: ClassVar[bool] = True  # not part of "all": a first look at a layer takes seconds
     bits: int = 8
     damping: float = 1e-2
     steps: int = 100
