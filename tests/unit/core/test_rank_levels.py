@@ -43,5 +43,5 @@ def test_records_hold_them() -> None:
         assert found == kept
         assert type(found.level) is type(level)
         assert dumps(found) == dumps(kept)
-    with pytest.raises(ConfigError, match="Holder.level: found 'int7'"):
+    with pytest.raises(ConfigError, match=r"Holder\.level: found 'int7'"):
         from_json(Holder, {"level": "int7"})
