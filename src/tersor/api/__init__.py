@@ -131,6 +131,7 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     from tersor.api.result import Result, Run
     from tersor.api.session import Settings, open_session
     from tersor.api.stages import baselines, propose
+    from tersor.core.formats import PACKED
     from tersor.core.jsonable import read_record
     from tersor.core.machine import describe_machine
     from tersor.core.records import Prices
@@ -146,6 +147,7 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
         progress=progress,
         metric=metric,
         test_metric=test_metric,
+        for_size=any(level in PACKED for level in found.assignment.values()),
     )
     session = open_session(model, data, settings)
     offered = propose(session)

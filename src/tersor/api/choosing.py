@@ -35,6 +35,7 @@ from tersor.verify.memory import peak_bytes
 # Names of a changed weight and its bias: in the headers of tensors, the graph, the plan, the layouts. 50
 # bytes a layer were seen (ResNet-20 with 22 layers, 21 of them packed).
 _NAME_BYTES = 64
+_AGAIN = 0.25  # of the seconds of a search, for each that follows it with a part of the budget
 _FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0, one_speed=True)
 
 
@@ -145,7 +146,9 @@ def choose_plan(
     task = task_for(session, offered, prices, prices.tables, quality)
     if task.limits.max_loss is not None:
         limits = replace(task.limits, max_loss=task.limits.max_loss * share)
-        task = replace(task, limits=limits)
+        # A second search knows what the first one saw.
+        seconds = task.max_seconds if share == 1.0 else task.max_seconds * _AGAIN
+        task = replace(task, limits=limits, max_seconds=seconds)
     tables = {t.choice.describe(): t for t in prices.tables}
 
     def correct(
