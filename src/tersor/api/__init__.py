@@ -147,7 +147,8 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
         progress=progress,
         metric=metric,
         test_metric=test_metric,
-        for_size=any(level in PACKED for level in found.assignment.values()),
+        for_size=bool({"size_mb", "size_ratio"} & {*found.target})  # as when it was made
+        or any(level in PACKED for level in found.assignment.values()),
     )
     session = open_session(model, data, settings)
     offered = propose(session)

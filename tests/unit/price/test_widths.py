@@ -200,5 +200,7 @@ def test_price_all_builds_more_for_mixtures_and_asks_for_facts_once(lab: ModuleT
 def test_widths_without_facts_are_refused(lab: ModuleType) -> None:
     net = lab.Network()
     bench = lab.Bench({"linear": net})
-    with pytest.raises(ConfigError, match=r"found 5 widths to price and no facts .* PriceTools"):
+    with pytest.raises(
+        ConfigError, match=r"found 5 widths and 0 layers with ranks .* no facts .* PriceTools"
+    ):
         price_choice(lab.CHOICE, net.sites, net.levels, bench.tools(), PriceConfig())
