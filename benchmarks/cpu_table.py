@@ -26,7 +26,6 @@ from benchmarks import record
 from benchmarks.cpu_peers import onnx_models, runner_of, thinner_models
 from benchmarks.cpu_peers import rows as rows_of
 from benchmarks.first_light import PIPE_WIDTH, make_case
-from tersor import api
 from tersor.backends.openvino import executable_from_model, to_openvino_model
 from tersor.build.build import shapes_of
 from tersor.capture.module import capture
@@ -36,6 +35,7 @@ from tersor.cli.demo.compare import (
     Settings,
     Subject,
     agreement,
+    compress,
     eager,
     float_model,
     judge,
@@ -159,20 +159,8 @@ class Table:
 
     def _compressed(self, target: Target) -> Any:
         case, name = self.case, f"ours, {target.describe()}"
-        self.progress.note(f"target: {target.describe()}")
         begun = time.perf_counter()
-        result = api.compress(
-            case.model,
-            case.data(),
-            target=target,
-            metric=case.metric,
-            test_metric=case.test_metric,
-            backend="openvino",  # where NNCF runs best
-            batch=case.batch,
-            cache_dir=self.settings.cache_dir,
-            seed=self.settings.seed,
-            progress=self.progress,
-        )
+        result = compress(case, target, self.settings, self.progress)
         compressed = time.perf_counter()
         other = replace(target, speedup=1.5)
         result.resolve(other)

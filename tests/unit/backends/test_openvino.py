@@ -605,3 +605,22 @@ def test_a_pool_whose_places_are_read_stays_where_it_is() -> None:
     model = to_openvino_model(graph, shapes_of(graph), BuildChoice(backend="openvino"))
     (pool,) = [n for n in model.get_ops() if n.get_type_name() == "MaxPool"]
     assert pool.input_value(0).get_node().get_type_name() != "FakeQuantize"
+
+
+def test_a_node_under_a_microsecond_keeps_its_place_in_the_profile() -> None:
+    """OpenVINO says of it that it was not run."""
+    from datetime import timedelta
+    from types import SimpleNamespace
+
+    from tersor.backends.openvino.executable import _node_totals
+
+    status = SimpleNamespace(EXECUTED=1, NOT_RUN=0)
+    rows = [
+        SimpleNamespace(
+            node_name="a", real_time=timedelta(microseconds=3), status=1, Status=status
+        ),
+        SimpleNamespace(node_name="b", real_time=timedelta(0), status=0, Status=status),
+    ]
+    request = SimpleNamespace(infer=lambda *_, **__: None, get_profiling_info=lambda: rows)
+    _, totals = _node_totals(request, [{}], 2, 10)
+    assert totals == {"a": pytest.approx(0.03), "b": 0.0}

@@ -1,0 +1,90 @@
+"""The grid of a tensor: by the readers' outputs, one for all of them, chosen once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersor.graph import quantizer_choice
+from tersor.graph.contracts import Quantizer, Readers, SiteStatistics
+from tersor.graph.quantizer_choice import choose_quantizer
+from tersor.ops.grids import fake_quantize
+
+ALPHAS = (None, 0.3, 0.7)
+
+
+def seen(rows: int, seed: int = 0) -> SiteStatistics:
+    """A tensor with one loud channel, and readers of so many rows in all."""
+    draw = torch.Generator().manual_seed(seed)
+    channels = torch.randn(300, 12, generator=draw)
+    channels[:, 3] *= 20
+    weight = torch.randn(rows, 12, generator=draw)
+    return SiteStatistics(
+        weight=weight.double().unsqueeze(0),
+        bias=None,
+        moments=lambda: pytest.fail("not needed"),
+        channels=channels,
+        counts=torch.ones(2, dtype=torch.float64),
+        edges=torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64),
+        low=float(channels.min()),
+        high=float(channels.max()),
+        rows=lambda: pytest.fail("not needed"),
+        readers=Readers(amax=weight.abs().amax(0), is_padded=False, weight=weight),
+    )
+
+
+def cost(statistics: SiteStatistics, quantizer: Quantizer) -> Tensor:
+    """Mean relative error of the outputs through the grid, by definition; weights as they are."""
+    assert statistics.readers is not None
+    weight = statistics.readers.weight
+    assert weight is not None
+    x = statistics.channels
+    scale = torch.ones(12) if quantizer.inverse_scale is None else quantizer.inverse_scale
+    grid = fake_quantize(x * scale + quantizer.shift, quantizer.step, quantizer.low, quantizer.high)
+    error = ((grid - quantizer.shift) / scale - x) @ weight.mT
+    energy = (x @ weight.mT).square().sum(1)
+    return (error.square().sum(1) / (energy + energy.mean())).mean()
+
+
+@pytest.mark.parametrize("rows", [5, 40])  # by the weight itself, and by its W^T W
+def test_both_products_find_the_grid_of_the_least_cost(rows: int) -> None:
+    statistics = seen(rows)
+    readers = statistics.readers
+    assert readers is not None
+    assert readers.weight is not None
+    for alpha in ALPHAS:
+        found, _ = choose_quantizer(statistics, (alpha,), 127)
+        inverse = found.inverse_scale
+        scale = None if inverse is None else 1 / inverse
+        others = list(quantizer_choice._grids(statistics, statistics.channels, scale))
+        costs = [float(cost(statistics, q)) for q in others]
+        assert float(cost(statistics, found)) == pytest.approx(min(costs), rel=0.05)
+        values = statistics.channels if inverse is None else statistics.channels * inverse
+        weight = readers.weight if scale is None else readers.weight * scale
+        direct = quantizer_choice._Expected(values, weight, None, 127)
+        by_gram = quantizer_choice._Expected(values, weight, weight.mT @ weight, 127)
+        assert by_gram.cost(found) == pytest.approx(direct.cost(found), rel=1e-3)
+
+
+def test_a_loud_channel_is_smoothed() -> None:
+    assert choose_quantizer(seen(40), ALPHAS, 127)[1] is not None
+
+
+def test_readers_share_what_was_decided_until_the_tensor_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    statistics, calls = seen(5), []
+    original = quantizer_choice._least_cost
+    monkeypatch.setattr(quantizer_choice, "_least_cost", lambda *a: calls.append(1) or original(*a))
+    first = choose_quantizer(statistics, ALPHAS, 127)
+    again = choose_quantizer(replace(statistics, weight=statistics.weight[:, :2]), ALPHAS, 127)
+    assert again[0] is first[0]
+    assert len(calls) == 1
+    changed = replace(statistics, channels=statistics.channels * 2, high=2 * statistics.high)
+    other = choose_quantizer(changed, ALPHAS, 127)
+    assert len(calls) == 2
+    assert other[0].step != first[0].step
+    choose_quantizer(statistics, (None,), 127)
+    choose_quantizer(statistics, ALPHAS, 63)
+    assert len(calls) == 4
