@@ -67,6 +67,21 @@ def test_both_products_find_the_grid_of_the_least_cost(rows: int) -> None:
         assert by_gram.cost(found) == pytest.approx(direct.cost(found), rel=1e-3)
 
 
+def test_scaled_weights_have_scaled_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Watched(quantizer_choice._Expected):
+        def __init__(self, values: Tensor, weight: Tensor, gram: Tensor | None, limit: int) -> None:
+            super().__init__(values, weight, gram, limit)
+            made.append((weight, gram))
+
+    monkeypatch.setattr(quantizer_choice, "_Expected", Watched)
+    choose_quantizer(seen(40), ALPHAS, 127)
+    assert len(made) == len(ALPHAS)
+    for weight, gram in made:
+        assert torch.allclose(gram, weight.mT @ weight, rtol=1e-4, atol=1e-3)
+
+
 def test_a_loud_channel_is_smoothed() -> None:
     assert choose_quantizer(seen(40), ALPHAS, 127)[1] is not None
 
