@@ -1,7 +1,7 @@
 """A float graph becomes an OpenVINO model whose weights are inputs, once for all formats.
 
-The graph is exported and decomposed with OpenVINO's own table, then read by its PyTorch
-frontend. Every node of the result carries the name of the *graph's* node that it comes from as
+The graph is decomposed with OpenVINO's own table (exported again where that can't be done op by
+op), then read by its PyTorch frontend. Every node of the result carries the name of the *graph's* node that it comes from as
 the first part of its friendly name, so that measured node times lead back to the graph.
 """
 
@@ -27,6 +27,7 @@ from torch.export.decomp_utils import CustomDecompTable
 
 from tersor.backends.openvino.failures import conversion_failed
 from tersor.graph.contracts import Graph
+from tersor.graph.decompose import Decomposer
 from tersor.graph.floats import Lowered, exported_floats
 from tersor.graph.split import Split
 
@@ -55,6 +56,11 @@ class Skeleton:
 
 
 @lru_cache(maxsize=1)
+def _decomposer() -> Decomposer:
+    return Decomposer(_decompositions())
+
+
+@lru_cache(maxsize=1)
 def _decompositions() -> CustomDecompTable:
     table = CustomDecompTable()
     for op in ops_to_not_decompose():
@@ -69,14 +75,14 @@ def _convert(graph: Graph, parts: Split) -> Skeleton:
     Raises:
         BackendError: An op that OpenVINO's frontend does not know; the message names it.
     """
-    module, names = _decompose(graph, parts)
+    module, sources = _decompose(graph, parts)
     decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # SymInt sizes become dynamic
     frontend = FrontEndManager().load_by_framework("pytorch")
     try:
         model = ov.Model(frontend.convert(frontend.load(decoder)))
     except FAILURES as error:
         raise conversion_failed(error) from error
-    _name_by_source(model, module, names)
+    _name_by_source(model, sources)
     _forget_hints(model)
     wanted = [s.name for s in graph.signature.inputs]
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
@@ -92,11 +98,14 @@ def _positions(model: Any, holders: list[str], names: list[str]) -> dict[str, in
 
 
 def _decompose(graph: Graph, parts: Split) -> tuple[fx.GraphModule, Mapping[str, str]]:
-    """Export again with open sizes, and decompose what OpenVINO has no converter for.
+    """The graph without the ops that OpenVINO has no converter for, its batch open.
 
     Returns:
-        The decomposed graph, and the graph's names by those of the export, which counts its own.
+        The decomposed graph, and the graph's nodes that its nodes come from.
     """
+    quick = _decomposer()(graph, parts)
+    if quick is not None:
+        return quick.module, quick.sources
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch's own export internals
@@ -105,12 +114,11 @@ def _decompose(graph: Graph, parts: Split) -> tuple[fx.GraphModule, Mapping[str,
             module: fx.GraphModule = decomposed.module(check_guards=False)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise conversion_failed(error) from error
-    return module, names
-
-
-def _name_by_source(model: Any, module: fx.GraphModule, names: Mapping[str, str]) -> None:
     found = {node.name: _origin(node) for node in module.graph.nodes}
-    source = {name: names.get(origin, origin) for name, origin in found.items()}
+    return module, {name: names.get(origin, origin) for name, origin in found.items()}
+
+
+def _name_by_source(model: Any, source: Mapping[str, str]) -> None:
     for op in model.get_ops():
         first, slash, rest = op.get_friendly_name().partition("/")
         if slash and source.get(first, first) != first:
