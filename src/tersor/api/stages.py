@@ -66,7 +66,16 @@ _CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its 
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
 # A build's own noise of 1 % is little beside what prices are off by; quiet runs need three rounds.
-PRICING = Protocol(rounds=7, runs=6, max_seconds=15.0, turn_ms=120.0, enough=0.01, one_speed=True)
+# Builds follow each other without a pause, so that the clock stays settled between two of them.
+PRICING = Protocol(
+    rounds=7,
+    runs=6,
+    settled_ms=40.0,
+    max_seconds=15.0,
+    turn_ms=60.0,
+    enough=0.01,
+    one_speed=True,
+)
 _DRAW_SEED = 0  # of the builds that prices are fitted on: the same ones, whatever the seed of a run
 
 

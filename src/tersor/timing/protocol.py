@@ -49,8 +49,9 @@ class Protocol:
     Args:
         rounds: How often every callable gets its turn; at least 3.
         runs: Timed calls of one callable in one round.
-        warmups: Calls before them, after every switch; at least 10. Callables above 10 ms
-            get as many as take 100 ms, but at least 2.
+        warmups: Calls before them, after every switch; at least 10. Long calls get as many as
+            take ``settled_ms``, but at least 2.
+        settled_ms: Warm-ups of one turn need not take longer.
         min_runs: What ``runs`` may sink to where time is short.
         max_seconds: Time for all callables together. It is kept by fewer runs of the callables
             above 200 ms, then fewer rounds, then fewer runs of all; never below ``min_runs``
@@ -69,6 +70,7 @@ class Protocol:
     runs: int = 15
     warmups: int = 10
     min_runs: int = 3
+    settled_ms: float = SETTLED_MS
     max_seconds: float | None = None
     turn_ms: float | None = None
     enough: float | None = None
@@ -81,7 +83,7 @@ class Protocol:
             raise ConfigError(f"min_runs: found {self.min_runs}, wanted 1 to runs={self.runs}")
         if self.warmups < 10:
             raise ConfigError(f"warmups: found {self.warmups}, wanted at least 10")
-        for name in ("max_seconds", "turn_ms", "enough"):
+        for name in ("settled_ms", "max_seconds", "turn_ms", "enough"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}: found {value}, wanted more than 0")
@@ -164,7 +166,7 @@ def plan_rounds(
     """Rounds, and (warm-ups, runs) of each callable, so that ``max_seconds`` holds if it can."""
     slow = {name for name, ms in estimates_ms.items() if ms > SLOW_MS}
     warmups = {
-        n: min(protocol.warmups, max(SLOW_WARMUPS, math.ceil(SETTLED_MS / max(ms, 1e-6))))
+        n: min(protocol.warmups, max(SLOW_WARMUPS, math.ceil(protocol.settled_ms / max(ms, 1e-6))))
         for n, ms in estimates_ms.items()
     }
     runs = {n: _turn_runs(ms, protocol) for n, ms in estimates_ms.items()}

@@ -248,6 +248,11 @@ def test_the_time_limit_holds_unless_the_floor_is_reached(estimates: Any, max_se
         assert warmups == SLOW_WARMUPS or (warmups - 1) * estimates[name] < SETTLED_MS
 
 
+def test_warm_ups_take_as_long_as_asked_for():
+    _, turns = plan_rounds({"a": 20.0, "b": 1.0, "c": 400.0}, Protocol(settled_ms=60.0))
+    assert {n: w for n, (w, _) in turns.items()} == {"a": 3, "b": 10, "c": SLOW_WARMUPS}
+
+
 def test_a_slow_callable_is_measured_within_its_time():
     machine = Machine()
     calls = {"a": machine.callable("a", repeat((500.0,)))}

@@ -6,7 +6,6 @@ starts.
 """
 
 import json
-import math
 import tempfile
 import time
 from collections import deque
@@ -23,14 +22,11 @@ from numpy.typing import NDArray
 from tersor.core.errors import ArtifactError, BackendError, DataError, ShapeError
 from tersor.core.jsonable import dumps
 from tersor.core.records import OUTSIDE, BuildChoice
+from tersor.timing.profiles import BLOCKS, FEWEST_WARM, block_runs, warm_runs
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _SECTIONS = ("model.onnx", "model.bin", "tensors.json", "segments.json")
-_WARM_RUNS, _FEWEST_WARM_RUNS = 9, 2  # of the profile: left out
-_WARM_MS = 100.0  # settles caches and clock, where calls are long
-_BLOCKS, _BLOCK_RUNS, _MOST_BLOCK_RUNS = 3, 3, 100  # counted after them
-_BLOCK_MS = 40.0  # of a block, where its runs are so many
 _MIX = 8  # calls of different sizes that a profile runs again
 _ERROR = 3  # severity: warnings about what can't be fused fill the screen
 _KERNEL = "_kernel_time"
@@ -161,18 +157,18 @@ class ONNXRuntimeExecutable:
                     _called(session, self._outputs, calls[index % len(calls)])
                 return (time.perf_counter() - start) * 1e3
 
-            warm, warm_ms = _FEWEST_WARM_RUNS, spent_ms(_FEWEST_WARM_RUNS)
+            warm, warm_ms = FEWEST_WARM, spent_ms(FEWEST_WARM)
             warm_ms /= warm * len(calls)
             if rest := warm_runs(warm_ms) - warm:
                 warm, warm_ms = warm + rest, spent_ms(rest) / (rest * len(calls))
-            block = max(_BLOCK_RUNS, min(_MOST_BLOCK_RUNS, round(_BLOCK_MS / max(warm_ms, 1e-3))))
-            call_ms = median(spent_ms(block) for _ in range(_BLOCKS)) / (block * len(calls))
+            block = block_runs(warm_ms)
+            call_ms = median(spent_ms(block) for _ in range(BLOCKS)) / (block * len(calls))
             events = json.loads(Path(session.end_profiling()).read_text())
-        share = warm / (warm + _BLOCKS * block)
+        share = warm / (warm + BLOCKS * block)
         times: dict[str, float] = {}
         for (name, kind), spent in _by_node(events).items():
             source = self._source(name, kind)
-            ms = _warm_ms(spent, share, (warm + _BLOCKS * block) * len(calls))
+            ms = _warm_ms(spent, share, (warm + BLOCKS * block) * len(calls))
             times[source] = times.get(source, 0.0) + ms
         times[OUTSIDE] = max(0.0, call_ms - sum(times.values()))
         return times
@@ -348,11 +344,6 @@ def _by_node(events: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]
     return found
 
 
-def warm_runs(call_ms: float) -> int:
-    """Runs of a profile that do not count."""
-    return min(_WARM_RUNS, max(_FEWEST_WARM_RUNS, math.ceil(_WARM_MS / max(call_ms, 1e-3))))
-
-
 def _warm_ms(spent: list[float], cold: float, runs: int) -> float:
     """Time of one warm run: the mean of the blocks, or their median where one of them was hit.
 
@@ -363,10 +354,8 @@ def _warm_ms(spent: list[float], cold: float, runs: int) -> float:
     """
     each = len(spent) / runs  # a node of a loop or a branch runs more or less often
     warm = spent[round(cold * len(spent)) :]
-    size = max(1, len(warm) // _BLOCKS)
-    blocks = [
-        mean(warm[i : i + size]) for i in range(0, size * _BLOCKS, size) if warm[i : i + size]
-    ]
+    size = max(1, len(warm) // BLOCKS)
+    blocks = [mean(warm[i : i + size]) for i in range(0, size * BLOCKS, size) if warm[i : i + size]]
     if not blocks:
         return 0.0
     middle = median(blocks)

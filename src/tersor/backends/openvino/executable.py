@@ -5,7 +5,6 @@ integers. The *compiled* one has weight-only integers expanded to float32, so th
 costs no time where a device's own decompression is slower than float32 arithmetic.
 """
 
-import math
 import re
 import tempfile
 import time
@@ -28,15 +27,12 @@ from tersor.backends.openvino.nodes import source_name
 from tersor.core.errors import ArtifactError, BackendError, ConfigError, DataError, ShapeError
 from tersor.core.jsonable import dumps
 from tersor.core.records import OUTSIDE, BuildChoice
+from tersor.timing.profiles import BLOCKS, FEWEST_WARM, block_runs, warm_runs
 
 Arrays = Mapping[str, NDArray[Any]]
 
 WEIGHT_ONLY = "weight_only"  # last part of the name of a product codes * scale to be expanded
 _DEVICES = {"cpu": "CPU"}
-_WARM_RUNS, _FEWEST_WARM_RUNS = 9, 2  # of the profile: left out
-_WARM_MS = 100.0  # settles caches and clock, where calls are long
-_BLOCKS, _BLOCK_RUNS, _MOST_BLOCK_RUNS = 3, 3, 100  # counted after them
-_BLOCK_MS = 40.0  # of a block, where its runs are so many
 _MICROSECOND = 1e-3  # in milliseconds: counters are cut to whole ones
 _OPEN = -1  # a size that differs from call to call
 _MIX = 8  # calls of different sizes that a profile runs again
@@ -131,7 +127,7 @@ class OpenVINOExecutable:
             warm, call_ms = _warmed(request, calls)
             _, first = _node_totals(request, calls, 0, warm)
             block = block_runs(call_ms) * len(calls)
-            marks = [warm + block * i for i in range(_BLOCKS + 1)]
+            marks = [warm + block * i for i in range(BLOCKS + 1)]
             rows = [_node_totals(request, calls, block, mark) for mark in marks[1:]]
         totals = [first, *(found for _, found in rows)]
         names = _runtime_names(compiled)
@@ -306,19 +302,9 @@ def _dtype(parameter: Any) -> "np.dtype[Any]":
     return dtype
 
 
-def block_runs(call_ms: float) -> int:
-    """Runs of a block of a profile: enough that a moment of another process is a small part."""
-    return max(_BLOCK_RUNS, min(_MOST_BLOCK_RUNS, round(_BLOCK_MS / max(call_ms, 1e-3))))
-
-
-def warm_runs(call_ms: float) -> int:
-    """Runs of a profile that do not count."""
-    return min(_WARM_RUNS, max(_FEWEST_WARM_RUNS, math.ceil(_WARM_MS / max(call_ms, 1e-3))))
-
-
 def _warmed(request: Any, calls: Sequence[Mapping[int, Any]]) -> tuple[int, float]:
     """Run until caches and clock have settled; how many runs that took, and how long one takes."""
-    first = _FEWEST_WARM_RUNS * len(calls)
+    first = FEWEST_WARM * len(calls)
     spent, _ = _node_totals(request, calls, first, first)
     rest = warm_runs(spent / first) * len(calls) - first
     if rest:
