@@ -17,10 +17,13 @@ from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import MethodKind, SiteChange, SiteStatistics
 from tersor.graph.storing import Aim, aim_of, stored_bytes, stored_change, worth_packing
 from tersor.ops.codebook_fit import fit_codebook
+from tersor.ops.kmeans import EXACT_WORK
 from tersor.ops.packed import Packed
 from tersor.ops.storing import pack_nearest, pack_tables, scheme_of
 
 BITS: Mapping[Level, int] = {"lut8_weight": 8, "lut4_weight": 4}
+# Values times entries of a table in a first look: exact k-means would be most of its time.
+DRAFT_WORK = EXACT_WORK // 8
 # A table an output costs 32 bytes for 16 values: at most this share of the codes.
 TABLE_SHARE = 0.125
 
@@ -92,6 +95,7 @@ class Codebook:
             scheme_of(packing),
             rounds=1 if aim.is_draft else self.rounds,
             damping=self.damping,
+            exact_work=DRAFT_WORK if aim.is_draft else EXACT_WORK,
         )
         return pack_tables(packing, fit.codebook)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tersor.core.errors import ConfigError, ShapeError
 from tersor.ops.grids import check_finite
-from tersor.ops.kmeans import optimal_codebooks
+from tersor.ops.kmeans import EXACT_WORK, optimal_codebooks
 
 LARGEST_TABLE = 256  # codes are bytes
 
@@ -55,7 +55,10 @@ class Codebook:
 
 
 def first_tables(
-    weight: Float[Tensor, "g m n"], importance: Float[Tensor, "g n"], scheme: CodebookScheme
+    weight: Float[Tensor, "g m n"],
+    importance: Float[Tensor, "g n"],
+    scheme: CodebookScheme,
+    exact_work: int = EXACT_WORK,
 ) -> tuple[Float64[Tensor, "b c k"], float]:
     """Exact k-means of the weights of each table: least sum_ij h_j (w_ij - q_ij)^2.
 
@@ -63,6 +66,7 @@ def first_tables(
         weight: Weight; read only.
         importance: h >= 0 of each input. The diagonal of H is best if every weight takes its nearest entry.
         scheme: Tables.
+        exact_work: Values times entries of a table beyond which neighbours are merged first.
 
     Returns:
         Tables, and the share of their error that merging neighbours hid (see ``optimal_codebooks``).
@@ -74,7 +78,8 @@ def first_tables(
     check_finite(weight, "weight")
     b, c = _blocks(weight, scheme)
     counted = importance.unsqueeze(1).expand_as(weight)
-    found = optimal_codebooks(_by_table(weight, b, c), _by_table(counted, b, c), scheme.entries)
+    values = _by_table(weight, b, c), _by_table(counted, b, c)
+    found = optimal_codebooks(*values, scheme.entries, exact_work)
     total = float(found.errors[:, -1].sum())
     merged = float(found.merged.sum()) / total if total > 0 else 0.0
     return found.tables.reshape(b, c, scheme.entries), merged

@@ -36,6 +36,7 @@ from tersor.ops.codebook import (
 )
 from tersor.ops.damping import damped_inverse_upper
 from tersor.ops.grids import check_finite
+from tersor.ops.kmeans import EXACT_WORK
 from tersor.ops.refit import layer_loss
 
 BLOCK = 128
@@ -77,6 +78,7 @@ def fit_codebook(
     *,
     rounds: int = 3,
     damping: float = 0.01,
+    exact_work: int = EXACT_WORK,
 ) -> CodebookFit:
     """Tables and codes with a low output error.
 
@@ -89,6 +91,8 @@ def fit_codebook(
             thousandth.
         damping: lam, relative to the mean diagonal, >= 0; more if H is singular even so. Few rows fit the
             codes to their noise: 0.03 is better than 0.01 below some five rows an input.
+        exact_work: Values times entries of a table beyond which neighbours are merged before the tables
+            begin; what a start hides, the rounds mostly find again.
 
     Returns:
         Codes and tables. From feedback on the losses never rise, but for the rounding of the entries to
@@ -107,7 +111,7 @@ def fit_codebook(
         raise ConfigError(f"rounds must be >= 0, got {rounds}; 2 or 3 are enough")
     check_finite(weight, "weight")
     problem, used = _problem(weight, H, damping)
-    tables, merged = first_tables(weight, _given_later(problem), scheme)
+    tables, merged = first_tables(weight, _given_later(problem), scheme, exact_work)
     nearest = Codebook(codes=nearest_codes(problem.W, tables), tables=tables)
     current = Codebook(codes=_feedback(problem, tables), tables=tables)
     losses = [float(_row_losses(problem, book).sum()) for book in (nearest, current)]
