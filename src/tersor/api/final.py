@@ -186,6 +186,7 @@ def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) ->
         },
         choice=base.choice,
         settings={},
+        methods={},
         predicted_ms=base.timing.median_ms,
         measured_ms=base.timing.median_ms,
         predicted_error=0.0,

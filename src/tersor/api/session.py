@@ -59,6 +59,9 @@ class Settings:
     metric: Any = None
     test_metric: Any = None
     for_size: bool = False  # bytes have a budget, so that what saves only bytes is offered, too
+    made_by: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of a plan that is replayed: its methods
 
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
@@ -218,6 +221,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         list(settings.keep),
         sorted(methods),
         settings.for_size,
+        dict(settings.made_by),
         tiles,
         describe_machine().fingerprint(),
     )

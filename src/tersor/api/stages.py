@@ -55,6 +55,7 @@ from tersor.price.variants import native_assignment
 from tersor.propose.propose import (
     NATIVE,
     Offer,
+    best_of_each,
     chunk_size,
     measure_errors,
     offers,
@@ -199,7 +200,12 @@ def propose(session: Session) -> Offers:
     branches = [offer for offer in proposals if offer.change.site.kind == "branch"]
     candidates = _format_errors(session, formats) + _width_errors(session, cuts, widths, observed)
     candidates += branch_errors(session, [(offer.candidate, offer.change) for offer in branches])
-    changes = [offer.change for offer in (*formats, *cuts, *branches)]
+    measured = [
+        Offer(candidate, offer.change)
+        for candidate, offer in zip(candidates, (*formats, *cuts, *branches), strict=True)
+    ]
+    best = best_of_each(measured, session.settings.made_by)
+    candidates, changes = [o.candidate for o in best], [o.change for o in best]
     records, arrays = pack(changes)
     record = _OfferRecord(candidates=tuple(candidates), changes=records)
     session.store.put("propose", session.key, record, arrays)

@@ -520,6 +520,9 @@ class Plan:
     predicted_error: float
     target: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # site -> detail
+    methods: Mapping[str, str] = field(
+        default_factory=dict
+    )  # changed site -> where its level is from
     binding: str = ""  # the constraint that stopped it
     seed: int = 0
     model: str = ""  # content hash of the captured graph
