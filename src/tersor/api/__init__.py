@@ -177,11 +177,11 @@ def _methods_of(plan: Plan) -> list[str]:
     """The methods that a plan can come from: formats always, others where it has their sites or levels."""
     from tersor.core.formats import PACKED
     from tersor.core.rank_levels import rank_of
-    from tersor.core.records import WIDTH_PREFIX
+    from tersor.core.records import ACTIVATION_PREFIX, WIDTH_PREFIX
     from tersor.graph.contracts import kinds_of
     from tersor.graph.residuals import BRANCH_PREFIX
 
-    kinds = {WIDTH_PREFIX: "width", BRANCH_PREFIX: "branch"}
+    kinds = {WIDTH_PREFIX: "width", BRANCH_PREFIX: "branch", ACTIVATION_PREFIX: "activation"}
     wanted = {
         k for prefix, k in kinds.items() if any(s.startswith(prefix) for s in plan.assignment)
     }

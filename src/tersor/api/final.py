@@ -136,9 +136,10 @@ def _transform(
     session.progress.stage("transform", len(chosen))
     sites = find_sites(base)
     additions = [s for s in session.additions if s.name in chosen]
+    activations = [s for s in session.activations if s.name in chosen]
     done = transform(
         base,
-        (*sites, *additions),
+        (*sites, *additions, *activations),
         chosen,
         session.methods,
         calibration_batches(session),

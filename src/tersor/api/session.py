@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor._version import __version__
+from tersor.analyse.activations import activation_sites
 from tersor.analyse.additions import addition_sites
 from tersor.analyse.branches import branch_sites, sites_inside
 from tersor.analyse.sites import find_sites
@@ -121,12 +122,17 @@ class Session:
     @property
     def formats(self) -> tuple[Site, ...]:
         """The sites of layers."""
-        return tuple(s for s in self.sites if s.kind == "format" and s.op_kind != "add")
+        return tuple(s for s in self.sites if s.has_weight)
 
     @property
     def additions(self) -> tuple[Site, ...]:
         """The sites of additions."""
         return tuple(site for site in self.sites if site.op_kind == "add")
+
+    @property
+    def activations(self) -> tuple[Site, ...]:
+        """The sites of activations."""
+        return tuple(site for site in self.sites if site.op_kind == "activation")
 
     @property
     def widths(self) -> tuple[Site, ...]:
@@ -333,6 +339,8 @@ def offered_sites(
     axes = analyse_axes(graph) if kinds & {"width", "branch"} else None
     if "addition" in kinds:
         sites += addition_sites(graph, sites)
+    if "activation" in kinds:
+        sites += activation_sites(graph, sites)
     if axes is not None and "width" in kinds:
         sites += offered_widths(axes, keep)
     if "branch" in kinds:

@@ -14,6 +14,7 @@ from tersor.api.session import Session
 from tersor.api.shaping import open_baseline, reshaped, with_shapes
 from tersor.api.shrink import (
     Changes,
+    activations_statistics,
     additions_statistics,
     branch_errors,
     branch_sites_statistics,
@@ -185,6 +186,7 @@ def propose(session: Session) -> Offers:
         **widths,
         **branch_sites_statistics(session),
         **additions_statistics(session, statistics),
+        **activations_statistics(session),
     }
     session.progress.stage("propose", len(session.sites))
     proposals = offers(
@@ -352,7 +354,7 @@ def price(session: Session, offered: Offers) -> Prices:
     out = refused(offered.by_site(), tables, session.tensors)
     if out:
         session.progress.note(
-            f"{len(out)} ranks are refused; {out[0].site} at {out[0].level}: {out[0].reason}"
+            f"{len(out)} levels are refused; {out[0].site} at {out[0].level}: {out[0].reason}"
         )
     return Prices(
         machine=machine,

@@ -10,6 +10,7 @@ BACKENDS = "tersor.backends"
 # What this distribution itself brings: found also where it runs without being installed.
 _BUILT_IN = {
     METHODS: {
+        "activation": "tersor.methods.activation:Activation",
         "codebook": "tersor.methods.codebook:Codebook",
         "depth": "tersor.methods.depth:Depth",
         "lowrank": "tersor.methods.lowrank:Lowrank",

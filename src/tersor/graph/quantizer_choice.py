@@ -122,10 +122,12 @@ def best_range(errors: Mapping[str, Tensor]) -> str:
         errors: Rule -> errors [t] of the same rows; ``mse`` among them.
     """
     best, most = "mse", 0.0
+    if len(errors["mse"]) < 2:
+        return best
     for rule, own in errors.items():
         gain = errors["mse"] - own
         mean, deviation = float(gain.mean()), float(gain.std()) / len(gain) ** 0.5
-        if mean > max(most, SURE * deviation):  # no number with fewer than two rows: never
+        if mean > max(most, SURE * deviation):
             best, most = rule, mean
     return best
 
