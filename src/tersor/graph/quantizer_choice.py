@@ -1,7 +1,8 @@
 """Which quantiser a tensor gets: one for all its readers, by the error of their outputs.
 
 Symmetric, one step a tensor (unsigned where the range is one-sided, shifted where it nearly is), with
-a smoothing scale per channel where that helps.
+a smoothing scale per channel where that helps. What convolutions read takes the range of least squared
+error, or that of another rule (largest value, percentile, entropy) where one is surely better.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
