@@ -1,5 +1,6 @@
 """What every level that only stores a weight has to hold, whichever method offers it."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,9 +32,35 @@ from tersor.methods.sparsify import Sparsify
 from tersor.observe.statistics import observe
 from tersor.ops.moments import centred
 from tersor.propose.proxy import layer_change
+from tests.third_party import MODULE, PACKAGE
 from tests.unit.capturing import graph_of, random, scale_error, trained
 
-METHODS: tuple[Method, ...] = (Quantize(), Codebook(), Sparsify(), Sparsify(bits=32))
+
+def third_party() -> Method:
+    """The example of docs/adding-a-method.md."""
+    spec = importlib.util.spec_from_file_location(MODULE, PACKAGE / f"{MODULE}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: Method = module.NormalFloat()
+    return found
+
+
+METHODS: tuple[Method, ...] = (
+    Quantize(),
+    Codebook(),
+    Sparsify(),
+    Sparsify(bits=32),
+    third_party(),
+)
+
+
+def named(method: Method) -> str:
+    """Of a test."""
+    return repr(method).split(" object")[0]
+
+
 # Of the layer's output; a level of so many bits leaves no more on the layers below.
 MOST_ERROR: Mapping[Level, float] = {
     "lut8_weight": 1e-3, "lut4_weight": 0.02, "int4_weight": 0.02, "int3_weight": 0.08,
@@ -108,7 +135,7 @@ def test_every_level_is_offered_once_and_small_weights_have_none(net: Case) -> N
     assert {name for name, _ in found} == {"table", "wide", "grouped", "plain"}
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_declared_sizes_are_those_of_the_bits(net: Case, method: Method) -> None:
     assert isinstance(method, Method)
     for site, candidate, change in net.made(method):
@@ -119,7 +146,7 @@ def test_declared_sizes_are_those_of_the_bits(net: Case, method: Method) -> None
         assert (change.bias is None) == (site.op_kind == "embedding")
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_it_repeats_and_reads_only(net: Case, method: Method) -> None:
     before = {n: (s.weight.clone(), s.moments().xx.clone() if n != "table" else None)
               for n, s in net.statistics.items()}  # fmt: skip
@@ -132,7 +159,7 @@ def test_it_repeats_and_reads_only(net: Case, method: Method) -> None:
         assert moments is None or torch.equal(moments, net.statistics[name].moments().xx)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_the_error_of_a_layer_is_that_of_its_floats(net: Case, method: Method) -> None:
     """By the definition: both weights on the layer's own rows, and by the moments' formula."""
     for site, candidate, change in net.made(method):
@@ -156,7 +183,7 @@ def test_the_error_of_a_layer_is_that_of_its_floats(net: Case, method: Method) -
         torch.testing.assert_close(layer_change(change, statistics), wanted)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_graphs_hold_the_floats_and_know_their_bits(net: Case, method: Method) -> None:
     found = net.made(method)
     last = {site.name: change for site, _, change in found}
@@ -172,7 +199,7 @@ def test_graphs_hold_the_floats_and_know_their_bits(net: Case, method: Method) -
     assert not torch.equal(out, before)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_changes_are_kept_as_bits(net: Case, method: Method) -> None:
     changes = [change for _, _, change in net.made(method)]
     records, arrays = pack(changes)
@@ -186,7 +213,7 @@ def test_changes_are_kept_as_bits(net: Case, method: Method) -> None:
         assert bytes(after.packed.data) == bytes(before.packed.data)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_formats_follow_a_width(net: Case, method: Method) -> None:
     axes = analyse_axes(net.graph)
     keep = {"wide": list(range(0, 24, 2))}  # of each group of the convolution behind
@@ -208,7 +235,7 @@ def test_formats_follow_a_width(net: Case, method: Method) -> None:
         assert float(off / weight.square().sum()) < 2 * MOST_ERROR[candidate.level] + 1e-3
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_other_levels_are_refused(net: Case, method: Method) -> None:
     site, candidate = offers(net, method)[0]
     foreign = replace(candidate)
@@ -217,7 +244,7 @@ def test_other_levels_are_refused(net: Case, method: Method) -> None:
         method.apply(site, foreign, net.statistics[site.name])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_weights_beyond_float16_are_left_alone(net: Case, method: Method) -> None:
     huge = replace(net.statistics["wide"], weight=net.statistics["wide"].weight * 1e6)
     found = method.propose(net.sites["wide"], huge)
@@ -235,7 +262,7 @@ def compressed(statistics: SiteStatistics) -> SiteStatistics:
     return replace(statistics, moments_of=lambda *_: halves)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_behind_a_compressed_prefix_the_weight_is_refitted(net: Case, method: Method) -> None:
     statistics = compressed(net.statistics["wide"])
     site = net.sites["wide"]
@@ -249,7 +276,7 @@ def test_behind_a_compressed_prefix_the_weight_is_refitted(net: Case, method: Me
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", METHODS, ids=named)
 def test_every_backend_runs_what_a_file_packs(
     net: Case, method: Method, name: str, tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
         test_metric=test_metric,
         for_size=bool({"size_mb", "size_ratio"} & {*found.target})  # as when it was made
         or any(level in PACKED for level in found.assignment.values()),
+        made_by=found.methods,
     )
     session = open_session(model, data, settings)
     offered = propose(session)
@@ -176,11 +177,11 @@ def _methods_of(plan: Plan) -> list[str]:
     """The methods that a plan can come from: formats always, others where it has their sites or levels."""
     from tersor.core.formats import PACKED
     from tersor.core.rank_levels import rank_of
-    from tersor.core.records import WIDTH_PREFIX
+    from tersor.core.records import ACTIVATION_PREFIX, WIDTH_PREFIX
     from tersor.graph.contracts import kinds_of
     from tersor.graph.residuals import BRANCH_PREFIX
 
-    kinds = {WIDTH_PREFIX: "width", BRANCH_PREFIX: "branch"}
+    kinds = {WIDTH_PREFIX: "width", BRANCH_PREFIX: "branch", ACTIVATION_PREFIX: "activation"}
     wanted = {
         k for prefix, k in kinds.items() if any(s.startswith(prefix) for s in plan.assignment)
     }
@@ -191,12 +192,22 @@ def _methods_of(plan: Plan) -> list[str]:
         "gives_ranks": not any(rank_of(level) for level in levels),
     }
     classes = {n: registry.resolve(registry.METHODS, n) for n in registry.names(registry.METHODS)}
+    named = {*plan.methods.values()} if _says_methods(plan) else {*classes}
     return [
         name
         for name, cls in classes.items()
         if wanted & {*kinds_of(cls)}
         and not any(getattr(cls, mark, False) and gone for mark, gone in absent.items())
+        and (name in named or kinds_of(cls) != ("format",) or not getattr(cls, "by_name", False))
     ]
+
+
+def _says_methods(plan: Plan) -> bool:
+    """Whether it names the method of every layer that it changes: an edited one may not."""
+    return all(
+        isinstance(level, int) or level in ("f32", "bf16") or site in plan.methods
+        for site, level in plan.assignment.items()
+    )
 
 
 def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:
@@ -206,7 +217,17 @@ def _check_plan(plan: Plan, levels: Mapping[str, Sequence[Level]]) -> None:
         if level not in levels[site]:
             raise ConfigError(
                 f"plan: layer {site!r} has no level {level!r}, only {', '.join(map(str, levels[site]))}"
+                + _asked(plan.methods.get(site))
             )
+
+
+def _asked(method: str | None) -> str:
+    """The way out where a plan names the method of a layer, which then alone is asked."""
+    return (
+        ""
+        if method is None
+        else f" by {method}; take the layer out of the plan's methods, to ask all"
+    )
 
 
 def load(path: str | Path, *, device: str = "cpu", guards: "Guards | None" = None) -> "Runner":

@@ -136,9 +136,10 @@ def _transform(
     session.progress.stage("transform", len(chosen))
     sites = find_sites(base)
     additions = [s for s in session.additions if s.name in chosen]
+    activations = [s for s in session.activations if s.name in chosen]
     done = transform(
         base,
-        (*sites, *additions),
+        (*sites, *additions, *activations),
         chosen,
         session.methods,
         calibration_batches(session),
@@ -186,6 +187,7 @@ def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) ->
         },
         choice=base.choice,
         settings={},
+        methods={},
         predicted_ms=base.timing.median_ms,
         measured_ms=base.timing.median_ms,
         predicted_error=0.0,

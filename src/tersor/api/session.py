@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tersor._version import __version__
+from tersor.analyse.activations import activation_sites
 from tersor.analyse.additions import addition_sites
 from tersor.analyse.branches import branch_sites, sites_inside
 from tersor.analyse.sites import find_sites
@@ -59,6 +60,9 @@ class Settings:
     metric: Any = None
     test_metric: Any = None
     for_size: bool = False  # bytes have a budget, so that what saves only bytes is offered, too
+    made_by: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of a plan that is replayed: its methods
 
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
@@ -118,12 +122,17 @@ class Session:
     @property
     def formats(self) -> tuple[Site, ...]:
         """The sites of layers."""
-        return tuple(s for s in self.sites if s.kind == "format" and s.op_kind != "add")
+        return tuple(s for s in self.sites if s.has_weight)
 
     @property
     def additions(self) -> tuple[Site, ...]:
         """The sites of additions."""
         return tuple(site for site in self.sites if site.op_kind == "add")
+
+    @property
+    def activations(self) -> tuple[Site, ...]:
+        """The sites of activations."""
+        return tuple(site for site in self.sites if site.op_kind == "activation")
 
     @property
     def widths(self) -> tuple[Site, ...]:
@@ -218,6 +227,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         list(settings.keep),
         sorted(methods),
         settings.for_size,
+        dict(settings.made_by),
         tiles,
         describe_machine().fingerprint(),
     )
@@ -329,6 +339,8 @@ def offered_sites(
     axes = analyse_axes(graph) if kinds & {"width", "branch"} else None
     if "addition" in kinds:
         sites += addition_sites(graph, sites)
+    if "activation" in kinds:
+        sites += activation_sites(graph, sites)
     if axes is not None and "width" in kinds:
         sites += offered_widths(axes, keep)
     if "branch" in kinds:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from tersor.analyse.activations import activation_statistics
 from tersor.analyse.additions import addition_statistics
 from tersor.analyse.branches import branch_statistics
 from tersor.analyse.tree import sample_macs
@@ -24,6 +25,7 @@ from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.axes.slicing import gone_from
 from tersor.graph.branches import REMOVED, BranchStatistics, replace_branches, widths_after
 from tersor.graph.contracts import (
+    ActivationStatistics,
     AddStatistics,
     Graph,
     SiteChange,
@@ -45,6 +47,7 @@ from tersor.transform.narrow import NarrowConfig, narrow
 # Samples on which the error of one candidate is measured at most, the more the cheaper the model.
 _ERROR_SAMPLES, _MOST_ERROR_SAMPLES, _ERROR_MACS = 64, 256, 2e10
 _UNIT_SAMPLES = 32  # on which each unit of a width is removed, where no second moment tells
+_ACTIVATION_SAMPLES = 128  # that its reader is fitted on, as many rows as it needs
 _ADDITION_SAMPLES = 64  # whose ranges its operands' quantisers are chosen from
 # Rows of a fit for each input of the widest op: fewer fit the calibration part itself.
 _ROWS_PER_INPUT = 8
@@ -138,6 +141,14 @@ def additions_statistics(
         layers,
         list(part.batches(chunk_size(session.graph))),
     )
+
+
+def activations_statistics(session: Session) -> dict[str, ActivationStatistics]:
+    """What replacements of activations are fitted to, by site."""
+    part = session.parts["calibration"].limited(_ACTIVATION_SAMPLES)
+    batches = list(part.batches(chunk_size(session.graph)))
+    free = [site for site in session.activations if site.pinned is None]
+    return activation_statistics(session.graph, free, batches, session.settings.seed)
 
 
 def width_errors(

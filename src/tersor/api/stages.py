@@ -14,6 +14,7 @@ from tersor.api.session import Session
 from tersor.api.shaping import open_baseline, reshaped, with_shapes
 from tersor.api.shrink import (
     Changes,
+    activations_statistics,
     additions_statistics,
     branch_errors,
     branch_sites_statistics,
@@ -55,6 +56,7 @@ from tersor.price.variants import native_assignment
 from tersor.propose.propose import (
     NATIVE,
     Offer,
+    best_of_each,
     chunk_size,
     measure_errors,
     offers,
@@ -193,6 +195,7 @@ def propose(session: Session) -> Offers:
         **widths,
         **branch_sites_statistics(session),
         **additions_statistics(session, statistics),
+        **activations_statistics(session),
     }
     session.progress.stage("propose", len(session.sites))
     proposals = offers(
@@ -208,7 +211,12 @@ def propose(session: Session) -> Offers:
     branches = [offer for offer in proposals if offer.change.site.kind == "branch"]
     candidates = _format_errors(session, formats) + _width_errors(session, cuts, widths, observed)
     candidates += branch_errors(session, [(offer.candidate, offer.change) for offer in branches])
-    changes = [offer.change for offer in (*formats, *cuts, *branches)]
+    measured = [
+        Offer(candidate, offer.change)
+        for candidate, offer in zip(candidates, (*formats, *cuts, *branches), strict=True)
+    ]
+    best = best_of_each(measured, session.settings.made_by)
+    candidates, changes = [o.candidate for o in best], [o.change for o in best]
     records, arrays = pack(changes)
     record = _OfferRecord(candidates=tuple(candidates), changes=records)
     session.store.put("propose", session.key, record, arrays)
@@ -355,7 +363,7 @@ def price(session: Session, offered: Offers) -> Prices:
     out = refused(offered.by_site(), tables, session.tensors)
     if out:
         session.progress.note(
-            f"{len(out)} ranks are refused; {out[0].site} at {out[0].level}: {out[0].reason}"
+            f"{len(out)} levels are refused; {out[0].site} at {out[0].level}: {out[0].reason}"
         )
     return Prices(
         machine=machine,

@@ -21,6 +21,8 @@ Format = Literal[
     "sparse50_weight",
     "sparse70_weight",
     "sparse90_weight",
+    "hardswish",
+    "relu",
 ]
 # What a site may be set to: a number format, one with a rank, a width's kept units, or what is left
 # of a branch.
@@ -28,7 +30,9 @@ Level = Format | RankLevel | int
 # Stored formats have one price; it goes by this name in tables.
 STORED_PRICE: Format = "int8_weight"
 STORED: frozenset[str] = frozenset(name for name in get_args(Format) if name.endswith("_weight"))
-# Of those, what no graph holds as codes: its weight is floats there, and packed in the artifact.
+# What an activation may be replaced by; it has no other level but those of the build's precision.
+ACTIVATIONS: tuple[Format, ...] = ("hardswish", "relu")
+# Of those stored, what no graph holds as codes: its weight is floats there, and packed in the artifact.
 PACKED: frozenset[str] = STORED - {STORED_PRICE}
 
 

@@ -23,6 +23,7 @@ Precision = Literal["f32", "bf16"]
 # have builds, to which smaller ones are padded. What has none goes to the open build.
 ShapeMode = Literal["open", "exact", "padded"]
 SiteKind = Literal["format", "width", "branch"]
+ACTIVATION_PREFIX = "act:"  # of the names of sites that are activations
 ADD_PREFIX = "add:"  # of the names of sites that are additions of two activations
 WIDTH_PREFIX = "width:"  # of the names of width sites: layers and widths share one name space
 WidthKind = Literal[
@@ -226,7 +227,7 @@ class Site:
     """One choice.
 
     Kind ``format``: the number format of the ops that use one weight, or of what an addition reads
-    (``op_kind`` add, no weight). Kind ``width``: how many
+    (``op_kind`` add, no weight), or the function of an activation (``op_kind`` activation). Kind ``width``: how many
     units of one width are kept; ``members`` names the coupled parameters. Kind ``branch``: a
     residual branch or a whole block; level ``units`` (2) kept, 1 the best linear map, 0 its mean.
     """
@@ -234,7 +235,7 @@ class Site:
     name: str  # format: module path of the first op; width: WIDTH_PREFIX and its first producer
     kind: SiteKind
     ops: tuple[str, ...]  # graph nodes, in graph order; of a width those that read it
-    op_kind: Literal["linear", "conv", "embedding", "add", ""] = ""
+    op_kind: Literal["linear", "conv", "embedding", "add", "activation", ""] = ""
     weight: str = ""  # the parameter's name
     shape: tuple[int, ...] = ()  # of the weight
     groups: int = 1
@@ -246,6 +247,11 @@ class Site:
     macs: int = 0  # per sample
     size_bytes: int = 0  # of weight and bias as given
     pinned: str | None = None  # why it stays as it is
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether it is the format of a layer's weight."""
+        return self.kind == "format" and self.op_kind not in ("add", "activation")
 
     @property
     def width(self) -> str:
@@ -520,6 +526,9 @@ class Plan:
     predicted_error: float
     target: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # site -> detail
+    methods: Mapping[str, str] = field(
+        default_factory=dict
+    )  # changed site -> where its level is from
     binding: str = ""  # the constraint that stopped it
     seed: int = 0
     model: str = ""  # content hash of the captured graph

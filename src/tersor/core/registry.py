@@ -10,6 +10,7 @@ BACKENDS = "tersor.backends"
 # What this distribution itself brings: found also where it runs without being installed.
 _BUILT_IN = {
     METHODS: {
+        "activation": "tersor.methods.activation:Activation",
         "codebook": "tersor.methods.codebook:Codebook",
         "depth": "tersor.methods.depth:Depth",
         "lowrank": "tersor.methods.lowrank:Lowrank",
@@ -33,12 +34,24 @@ def resolve(group: str, name: str) -> Any:
     """The class behind a name.
 
     Raises:
-        ConfigError: No plug-in of that name; the message lists those there are.
+        ConfigError: No plug-in of that name; the message lists those there are. Or one of another
+            distribution that does not load.
     """
     if name in _BUILT_IN[group]:
         return EntryPoint(name, _BUILT_IN[group][name], group).load()
     for entry in entry_points(group=group):
         if entry.name == name:
-            return entry.load()
+            return _loaded(entry)
     kind = group.removeprefix("tersor.").removesuffix("s")
     raise ConfigError(f"no {kind} is called {name!r}; there are {names(group)}")
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        origin = "" if entry.dist is None else f" of {entry.dist.name} {entry.dist.version}"
+        raise ConfigError(
+            f"{entry.group}: {entry.name!r}{origin} does not load from {entry.value}: {error}; mend or "
+            "uninstall that package"
+        ) from error

@@ -1,6 +1,6 @@
 """Whether a backend that describes itself runs a candidate."""
 
-from tersor.core.formats import PACKED
+from tersor.core.formats import ACTIVATIONS, PACKED
 from tersor.core.rank_levels import format_of
 from tersor.core.records import BackendInfo, Candidate, Support
 
@@ -14,7 +14,7 @@ def support_of(info: BackendInfo, candidate: Candidate) -> Support:
         return Support(ok=False, reason=f"{info.reason}; {info.remedy}")
     if isinstance(candidate.level, int):  # a width: any count is a shape like another
         return Support(ok=True)
-    if candidate.level in PACKED:
+    if candidate.level in PACKED or candidate.level in ACTIVATIONS:  # ops that every backend has
         return Support(ok=True)
     wanted = format_of(candidate.level)  # a rank is a shape like another
     if all(f.name != wanted for f in info.formats):

@@ -7,7 +7,7 @@ there as the floats that it stands for; the graph knows its bits beside them. A 
 becomes a chain of ops, of which the last one keeps its node's name (``graph.factors``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,8 +42,10 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
     weights: dict[str, fx.Node | None] = {}
     packed = dict(graph.packed)
     position = {name: i for i, name in enumerate(nodes)}
+    _replace_functions(fresh, tensors, nodes, changes)
     # In graph order, so that a tensor's quantiser stands before its first reader.
-    work = [(position[name], name, change) for change in changes for name in change.site.ops]
+    others = [change for change in changes if change.site.op_kind != "activation"]
+    work = [(position[name], name, change) for change in others for name in change.site.ops]
     for _, name, change in sorted(work, key=lambda item: item[0]):
         if change.site.op_kind == "add":
             pairs.read_by_add(nodes[name], change)
@@ -66,6 +68,55 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
     module = rebuild(fresh, tensors)
     held = parameters_by_name(module)
     return replace(graph, module=module, packed={n: p for n, p in packed.items() if n in held})
+
+
+def _replace_functions(
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    nodes: Mapping[str, fx.Node],
+    changes: Sequence[SiteChange],
+) -> None:
+    """Activations first: whatever else reads them finds them under their names."""
+    layers = [change for change in changes if change.site.has_weight]
+    taken = frozenset(name for change in layers for name in change.site.ops)
+    for change in changes:
+        if change.site.op_kind == "activation":
+            _replace_function(graph, tensors, nodes[change.site.ops[0]], change, taken)
+
+
+def _replace_function(
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    node: fx.Node,
+    change: SiteChange,
+    taken: frozenset[str],
+) -> None:
+    """A cheaper function s(a x) / a under the activation's name, and its reader's weight for it.
+
+    Args:
+        graph: Changed in place.
+        tensors: Of the graph; gets the new ones.
+        node: The activation.
+        change: Its level, factor and, where it has them, the reader's weight and bias.
+        taken: Ops whose weight another change decides: those keep it.
+    """
+    (reader,) = node.users
+    x = node.args[0]
+    function = {"hardswish": aten.hardswish.default, "relu": aten.relu.default}[str(change.level)]
+    is_scaled = change.level != "relu" and change.factor != 1
+    if is_scaled:
+        with graph.inserting_before(node):
+            scaled = graph.create_node(
+                "call_function", aten.mul.Tensor, (x, change.factor), name=f"{node.name}_in"
+            )
+            inner = graph.create_node("call_function", function, (scaled,), name=f"{node.name}_s")
+        node.target, node.args = aten.mul.Tensor, (inner, 1 / change.factor)
+    else:
+        node.target, node.args = function, (x,)
+    node.kwargs = {}
+    op = weighted_op(reader, tensors)
+    if op is not None and reader.name not in taken and change.weight is not None:
+        _connect(graph, tensors, op, change, _new_weight(graph, tensors, op, change))
 
 
 def quantize_node_name(tensor: str) -> str:

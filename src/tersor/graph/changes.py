@@ -60,6 +60,7 @@ class ChangeRecord:
     packing: Packing | None = None
     quantizer: QuantizerRecord | None = None
     factors: tuple[FactorRecord, ...] = ()
+    factor: float = 1.0
     operands: Mapping[str, QuantizerRecord] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,6 +105,7 @@ def _record(position: int, change: SiteChange, arrays: Arrays) -> ChangeRecord:
         packing=None if change.packed is None else change.packed.packing,
         quantizer=None if change.quantizer is None else _quantizer_record(change.quantizer),
         factors=tuple(map(_factor_record, change.factors)),
+        factor=change.factor,
         operands={tensor: _quantizer_record(q) for tensor, q in change.operands.items()},
         report=dict(change.report),
     )
@@ -177,6 +179,7 @@ def unpack(
                 _factor(own, {n: tensor(i, f"factor{j}.{n}") for n in _FACTOR_TENSORS})
                 for j, own in enumerate(record.factors)
             ),
+            factor=record.factor,
             operands={
                 name: _quantizer(found, tensor(i, f"{name}.inverse_scale"))
                 for name, found in record.operands.items()

@@ -147,6 +147,25 @@ class AddStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationStatistics:
+    """What is known about an activation and the linear layer that alone reads it.
+
+    Attributes:
+        function: The function as it is.
+        original: Calls up rows of what it reads in the original [t, n].
+        compressed: The same rows behind a compressed prefix.
+        weight: Of the reader in the original [m, n], float64.
+        bias: Of the reader [m], or None.
+    """
+
+    function: TensorMap
+    original: Callable[[], Tensor]
+    compressed: Callable[[], Tensor]
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quantizer:
     """How the readers of one tensor see it: (x * inverse_scale + shift) rounded on a grid.
 
@@ -206,6 +225,9 @@ class SiteChange:
         quantizer: The quantiser of the tensor that the ops read, or None.
         kept: Of a width: indices of the units that stay.
         factors: Ops that take the layer's place, in order, at least two; ``bias`` is the last one's.
+        factor: Of an activation: what the values that it reads are multiplied by, and divided by
+            behind it; ``weight`` and ``bias`` are then those of the layer that reads it, for
+            where nothing else changes that.
         operands: Of an addition: tensor -> the quantiser through which it is read.
         report: What the method did: damping used, losses, settings; JSON values.
     """
@@ -220,6 +242,7 @@ class SiteChange:
     quantizer: Quantizer | None = None
     kept: Tensor | None = None
     factors: tuple[Factor, ...] = ()
+    factor: float = 1.0
     operands: Mapping[str, Quantizer] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -233,7 +256,7 @@ class Method(Protocol):
     """Arithmetic on one site; it never edits the graph.
 
     An attribute ``kinds`` names the kinds of sites that it works on, those of additions as
-    "addition", ("format",) where it has
+    "addition", those of activations as "activation", ("format",) where it has
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
     ``methods="all"``; with ``for_size = True`` only plans with packed levels come from it, with
@@ -250,7 +273,7 @@ class Method(Protocol):
         ...
 
 
-MethodKind = SiteKind | Literal["addition"]
+MethodKind = SiteKind | Literal["addition", "activation"]
 
 
 def kinds_of(method: Method | type[Method]) -> tuple[MethodKind, ...]:
@@ -259,8 +282,9 @@ def kinds_of(method: Method | type[Method]) -> tuple[MethodKind, ...]:
 
 
 def works_on(method: Method, site: Site) -> bool:
-    """Whether a site is for a method: an addition has no weight, so that not every format fits it."""
-    return ("addition" if site.op_kind == "add" else site.kind) in kinds_of(method)
+    """Whether a site is for a method: where there is no weight, not every format fits."""
+    own: dict[str, MethodKind] = {"add": "addition", "activation": "activation"}
+    return own.get(site.op_kind, site.kind) in kinds_of(method)
 
 
 @runtime_checkable

@@ -52,11 +52,11 @@ def requantized(
     )
     nodes = {n.name for n in graph.module.graph.nodes}
     return [
-        work.addition(change)
-        if change.site.op_kind == "add"
-        else work.carried(change, ops[change.site.ops[0]])
+        work.carried(change, ops[change.site.ops[0]])
+        if change.site.has_weight
+        else work.weightless(change)
         for change in changes
-        if change.site.ops[0] in (nodes if change.site.op_kind == "add" else ops)
+        if change.site.ops[0] in (ops if change.site.has_weight else nodes)
     ]
 
 
@@ -69,7 +69,10 @@ class _Work:
     before: Mapping[str, WeightedOp]
     quantizers: dict[int, Quantizer]  # readers of one tensor share the object
 
-    def addition(self, change: SiteChange) -> SiteChange:
+    def weightless(self, change: SiteChange) -> SiteChange:
+        """An addition's operands; an activation without the reader's weight, which was cut or fitted."""
+        if change.site.op_kind == "activation":
+            return replace(change, weight=None, bias=None)
         data = {n.name: n for n in self.axes.graph.module.graph.nodes}
         here = {t: q for t, q in change.operands.items() if t in data}  # not gone with a branch
         operands = {t: self._quantizer(q, data[t]) for t, q in here.items()}

@@ -1,8 +1,8 @@
 """Number formats of weights and activations: f32, bf16, int8, and 8, 4, 3 or 2 bits for storage only.
 
 int8: activations symmetric, one step a tensor (unsigned where the range is one-sided, shifted
-where it nearly is), chosen by mean squared error, with a smoothing scale per channel where that
-helps; weights symmetric, one step an output channel, rounded with error feedback on the layer's
+where it nearly is), chosen by the error of the readers' outputs, with a smoothing scale per channel
+where that helps; weights symmetric, one step an output channel, rounded with error feedback on the layer's
 own statistics; the bias takes up the mean of what is left. Low bits: a float16 step for each group of
 inputs, the group's size where a bit is spent best, error feedback and descent on codes and steps. Given statistics of a compressed
 prefix, the weight is first refitted to the original layer's outputs.

@@ -216,6 +216,11 @@ class Ledger:
             predicted_error=totals.error,
             target=self.task.target,
             settings={c.site: c.detail for c in chosen if c.detail},
+            methods={
+                c.site: c.method
+                for c in chosen
+                if c.level != self.problem(draft.table).native_of(c.site)
+            },
             binding=binding,
             seed=self.task.seed,
             model=self.task.model,

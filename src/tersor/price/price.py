@@ -13,6 +13,7 @@ from itertools import product
 from tersor.core.errors import BackendError, ConfigError
 from tersor.core.formats import priced_as
 from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site, Term
+from tersor.price.activations import with_activations
 from tersor.price.baseline import Call
 from tersor.price.chains import ranked
 from tersor.price.facts import WidthFacts, learn_facts
@@ -169,7 +170,9 @@ def price_choice(
     if known is not None:
         return known
     observations = observe_builds(choice, variants, tools, config.batch)
-    table = fit_table(choice, sites, observations, tools.quantize_nodes, facts)
+    layers = [site for site in sites if site.op_kind != "activation"]
+    table = fit_table(choice, layers, observations, tools.quantize_nodes, facts)
+    table = with_activations(table, sites, levels, tools)
     table = replace(table, terms=tuple(_offered_term(term, levels) for term in table.terms))
     _keep_table(table, sites, levels, variants, observations, tools)
     return table

@@ -7,6 +7,7 @@ the rank is refused.
 
 from collections.abc import Mapping, Sequence
 
+from tersor.core.formats import ACTIVATIONS
 from tersor.core.rank_levels import rank_of
 from tersor.core.records import Candidate, PriceTable, Refusal
 
@@ -30,6 +31,10 @@ def refused(
     for site, row in candidates.items():
         whole = [c for c in row if not rank_of(c.level)]
         for candidate in row:
+            if candidate.level in ACTIVATIONS:
+                reason = _slower(candidate, tables)
+                if reason:
+                    found.append(Refusal(site=site, level=candidate.level, reason=reason))
             if not rank_of(candidate.level):
                 continue
             times = [_times(table, site, row, tensors) for table in tables]
@@ -40,6 +45,24 @@ def refused(
             if reason:
                 found.append(Refusal(site=site, level=candidate.level, reason=reason))
     return tuple(found)
+
+
+def _slower(candidate: Candidate, tables: Sequence[PriceTable]) -> str:
+    """Why a function does not take an activation's place: no table has measured it to be faster."""
+    level = str(candidate.level)
+    rows = [(table, table.ops.get(candidate.site, {})) for table in tables]
+    gains = [
+        table.scale * (row.get(table.choice.precision, 0.0) - row[level])
+        for table, row in rows
+        if level in row
+    ]
+    if not gains:
+        return "no build showed what it costs"
+    return (
+        ""
+        if max(gains) > 0
+        else "whole builds with it are not faster than without, beyond their noise"
+    )
 
 
 def _times(

@@ -86,8 +86,7 @@ def size_terms(
     """
     found: list[Term] = []
     for site in sites:
-        has_bytes = site.kind == "format" and site.op_kind != "add"
-        if not has_bytes or not facts.widths(site.ops[:1]):
+        if not site.has_weight or not facts.widths(site.ops[:1]):
             continue
         offered = levels.get(site.name, ()) if site.pinned is None else ()
         formats = {site.name: tuple(dict.fromkeys(offered))} if offered else {}

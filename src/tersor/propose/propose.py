@@ -4,6 +4,7 @@ The error is one real forward pass with only that site replaced: what stands bef
 taken from one pass of the original, so that a change costs only what follows from it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,8 @@ from tersor.graph.contracts import (
 from tersor.propose.errors import chunk_size, chunks, sampled_errors, with_errors
 from tersor.propose.sampling import Flat, Precision
 
-NATIVE = ("f32", "bf16")  # levels that no edit of the graph expresses
+NATIVE: tuple[Level, ...] = ("f32", "bf16")  # levels that no edit of the graph expresses
+AS_GIVEN = "as given"  # in a method's place where none names those
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +42,64 @@ def offers(
 ) -> list[Offer]:
     """Candidates of all sites that are not pinned, with their changes; no errors yet.
 
-    A level that edits nothing is offered once, whichever methods name it.
+    A level that edits nothing is offered once, whichever methods name it, and wherever a layer has
+    another one, whether or not a method names it.
     """
     found: list[Offer] = []
-    native: set[tuple[str, Level]] = set()
     for site in sites:
         if site.pinned is None:
-            for name, method in methods.items():
-                if not works_on(method, site):
-                    continue
-                for candidate in method.propose(site, statistics[site.name]):
-                    named = replace(candidate, method=name)
-                    place = (site.name, candidate.level)
-                    is_known = candidate.level in NATIVE and place in native
-                    if not is_known and allowed(named):
-                        native.add(place)
-                        change = method.apply(site, named, statistics[site.name])
-                        found.append(Offer(named, change))
+            named = [
+                (method, replace(candidate, method=name))
+                for name, method in methods.items()
+                if works_on(method, site)
+                for candidate in method.propose(site, statistics[site.name])
+            ]
+            taken: set[Level] = set()
+            for method, candidate in named:
+                if candidate.level not in taken and allowed(candidate):
+                    taken |= {candidate.level} & set(NATIVE)
+                    change = method.apply(site, candidate, statistics[site.name])
+                    found.append(Offer(candidate, change))
+            if named and site.kind == "format" and not taken:
+                found += [offer for offer in _as_given(site) if allowed(offer.candidate)]
         advance()
     return found
+
+
+def _as_given(site: Site) -> list[Offer]:
+    """A layer left alone, in either precision of a build."""
+    size = site.size_bytes
+    return [
+        Offer(
+            Candidate(site=site.name, level=level, method=AS_GIVEN, size_bytes=size),
+            SiteChange(site=site, level=level),
+        )
+        for level in NATIVE
+    ]
+
+
+def best_of_each(proposals: Sequence[Offer], made_by: Mapping[str, str]) -> list[Offer]:
+    """One offer for each level of a site, where several methods have it: what errs least.
+
+    Levels have one price, so that nothing else tells them apart but bytes, which decide between
+    equal errors.
+
+    Args:
+        proposals: With measured errors.
+        made_by: Site -> the method that a plan has taken there, which goes before all others.
+    """
+    best: dict[tuple[str, Level], Offer] = {}
+    for offer in proposals:
+        own = offer.candidate
+        place = (own.site, own.level)
+        if place not in best or _rank(own, made_by) < _rank(best[place].candidate, made_by):
+            best[place] = offer
+    return list(best.values())
+
+
+def _rank(candidate: Candidate, made_by: Mapping[str, str]) -> tuple[bool, float, int]:
+    error = math.inf if math.isnan(candidate.error) else candidate.error
+    return (made_by.get(candidate.site) != candidate.method, error, candidate.size_bytes)
 
 
 class _Edited(Mapping[int, Graph]):
@@ -120,4 +161,4 @@ def measure_errors(  # noqa: PLR0913 - the stage's inputs
     ]
 
 
-__all__ = ["NATIVE", "Offer", "chunk_size", "chunks", "measure_errors", "offers"]
+__all__ = ["NATIVE", "Offer", "best_of_each", "chunk_size", "chunks", "measure_errors", "offers"]

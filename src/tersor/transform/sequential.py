@@ -17,6 +17,7 @@ from tersor.core.errors import NumericalError
 from tersor.core.records import Candidate, Site
 from tersor.graph.apply import apply
 from tersor.graph.contracts import (
+    ActivationStatistics,
     AddStatistics,
     Graph,
     Method,
@@ -37,8 +38,15 @@ from tersor.graph.operators import (
     weighted_ops,
 )
 from tersor.graph.quantizer import restored, rounded
+from tersor.observe.activations import (
+    activation_readers,
+    activation_statistics_of,
+    kept_rows,
+    rows_of_batch,
+)
 from tersor.observe.statistics import channel_rows, op_bias, op_weight, some_rows, token_mask
 from tersor.observe.streams import Histogram, MomentStream, RowSample
+from tersor.ops.activations import cheaper
 from tersor.ops.moments import Moments, add_moments
 
 aten = torch.ops.aten
@@ -88,6 +96,7 @@ class _Run:
         self.dirty: set[str] = set()
         self.writes = has_mutation(graph.module.graph)  # then the runs share no values
         self.pairs = [_Pair({}, {}, token_mask(graph.signature, flat)) for flat in batches]
+        self.corrected: dict[str, SiteChange] = {}  # reader -> the change of its activation
         self._tensors: dict[str, dict[str, Any]] = {}
 
     def step(self, node: fx.Node, values: Sequence[Tensor] | None) -> None:
@@ -99,6 +108,12 @@ class _Run:
                 pair.original[node.name], pair.compressed[node.name] = fresh
                 continue
             pair.original[node.name] = execute(self.graph.module, node, pair.original)
+            if node.name in self.corrected:  # and changed by nothing else
+                op, change = self.ops[node.name], self.corrected[node.name]
+                pair.compressed[node.name] = _run_change(
+                    self.graph, node, op, change, pair.compressed
+                )
+                continue
             pair.compressed[node.name] = (
                 execute(self.graph.module, node, pair.compressed)
                 if is_dirty
@@ -231,18 +246,40 @@ class _Run:
             found[tensor] = (histogram.counts, histogram.edges())
         return AddStatistics(shared=shared, own=found)
 
+    def activation(self, node: fx.Node, seed: int) -> ActivationStatistics:
+        """What an activation's replacement is fitted to; the same rows of both runs."""
+        op, source = activation_readers(self.graph)[node], node.all_input_nodes[0].name
+        most = rows_of_batch(self.graph, op, len(self.pairs))
+
+        def rows(side: str) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            values = [(getattr(pair, side)[source], pair.mask) for pair in self.pairs]
+            return torch.cat([kept_rows(v, op, mask, most, generator) for v, mask in values])
+
+        return activation_statistics_of(
+            self.graph, node, op, lambda: rows("original"), lambda: rows("compressed")
+        )
+
     def known(
         self, site: Site, node: fx.Node, own: Sequence[str], seed: int
-    ) -> SiteStatistics | AddStatistics:
-        """What a method is told at a site: of a layer, or of an addition's operands."""
+    ) -> SiteStatistics | AddStatistics | ActivationStatistics:
+        """What a method is told at a site: of a layer, an activation, or an addition's operands."""
         if site.op_kind == "add":
             return self.addition(node, own, seed)
+        if site.op_kind == "activation":
+            return self.activation(node, seed)
         return self.statistics(site, self.ops[node.name], seed)
 
     def replace(self, node: fx.Node, change: SiteChange) -> None:
         """Run a changed node: the original in one run, the change in the other."""
         for pair in self.pairs:
             pair.original[node.name] = execute(self.graph.module, node, pair.original)
+            if change.site.op_kind == "activation":
+                source = pair.compressed[node.all_input_nodes[0].name]
+                pair.compressed[node.name] = cheaper(source, str(change.level), change.factor)
+                (reader,) = node.users
+                self.corrected[reader.name] = change
+                continue
             if change.site.op_kind != "add":
                 op = self.ops[node.name]
                 changed = _run_change(self.graph, node, op, change, pair.compressed)
@@ -393,4 +430,5 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
 def _edits(change: SiteChange) -> bool:
     tensors = (change.codes, change.weight, change.packed, change.bias)
     is_edited = any(t is not None for t in tensors)
-    return is_edited or bool(change.operands) or bool(change.factors)
+    is_activation = change.site.op_kind == "activation"
+    return is_edited or is_activation or bool(change.operands) or bool(change.factors)

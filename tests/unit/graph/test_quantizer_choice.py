@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from tersor.graph import quantizer_choice
-from tersor.graph.contracts import Quantizer, Readers, SiteStatistics
-from tersor.graph.quantizer_choice import choose_quantizer
+from tersor.graph.contracts import Quantizer, Readers, Rows, SiteStatistics
+from tersor.graph.quantizer_choice import (
+    best_range,
+    choose_quantizer,
+    range_errors,
+    range_steps,
+)
+from tersor.observe.streams import Histogram
 from tersor.ops.grids import fake_quantize
 
 ALPHAS = (None, 0.3, 0.7)
@@ -103,3 +109,63 @@ def test_readers_share_what_was_decided_until_the_tensor_changes(
     choose_quantizer(statistics, (None,), 127)
     choose_quantizer(statistics, ALPHAS, 63)
     assert len(calls) == 4
+
+
+def convolution(outlier: float, count: int = 6000) -> SiteStatistics:
+    """A convolution's input: values below one, and one row in a thousand with a value far out."""
+    draw = torch.Generator().manual_seed(4)
+    rows = torch.rand(count, 1, 9, generator=draw)
+    rows[::1000, 0, 0] = outlier
+    weight = torch.randn(1, 6, 9, generator=draw, dtype=torch.float64)
+    weight[:, :, 0] *= 1e-3  # to which the outputs hardly listen
+    histogram = Histogram()
+    histogram.add_(rows)
+    return SiteStatistics(
+        weight=weight,
+        bias=None,
+        moments=lambda: pytest.fail("not needed"),
+        channels=rows[:, 0],
+        counts=histogram.counts,
+        edges=histogram.edges(),
+        low=histogram.low,
+        high=histogram.high,
+        rows=lambda: Rows(original=rows, compressed=rows, output=rows),
+        readers=Readers(amax=torch.ones(9), is_padded=False),
+        channel_dim=1,
+    )
+
+
+def test_ranges_are_chosen_by_the_outputs_of_the_layer() -> None:
+    """By definition: the outliers are read by weights next to nothing, so clipping them is right."""
+    statistics = convolution(outlier=8.0)
+    steps, errors = range_steps(statistics), range_errors(statistics)
+    rows = statistics.rows().compressed[:, 0].double()
+    for rule, step in steps.items():
+        moved = (fake_quantize(rows, step, 0, 255) - rows) @ statistics.weight[0].T
+        wanted = (moved - moved.mean(0)).square().sum(1)
+        torch.testing.assert_close(errors[rule], wanted, rtol=1e-4, atol=1e-9)
+    found, alpha = choose_quantizer(statistics, ALPHAS, 127)
+    best = best_range(errors)
+    assert best not in ("mse", "max")
+    assert (found.step, alpha) == (steps[best], None)
+    assert found.step < steps["mse"]
+    assert errors[best].mean() < 0.5 * errors["mse"].mean()
+
+
+def test_all_readers_of_a_tensor_take_the_range_of_the_first() -> None:
+    first = convolution(outlier=8.0)
+    other = replace(first, weight=first.weight.flip(2))
+    own, _ = choose_quantizer(replace(other, readers=Readers(amax=torch.ones(9), is_padded=False)),
+                              (None,), 127)  # fmt: skip
+    one, _ = choose_quantizer(first, (None,), 127)
+    two, _ = choose_quantizer(other, (0.5,), 63)
+    assert own.step != one.step
+    assert two == one
+
+
+def test_a_range_that_is_not_surely_better_is_not_taken() -> None:
+    errors = {"max": torch.tensor([1.0, 1.0, 1.0, 1.0]), "mse": torch.tensor([1.0, 1.0, 1.0, 2.0])}
+    assert best_range(errors) == "mse"  # one row tells nothing
+    assert best_range({"max": errors["max"] / 2, "mse": errors["mse"]}) == "max"
+    assert best_range({"max": torch.zeros(1), "mse": torch.ones(1)}) == "mse"
+    assert best_range({"max": torch.zeros(0), "mse": torch.zeros(0)}) == "mse"

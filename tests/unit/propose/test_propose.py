@@ -19,6 +19,7 @@ from tersor.observe.statistics import observe
 from tersor.propose.propose import (
     NATIVE,
     Offer,
+    best_of_each,
     chunk_size,
     chunks,
     measure_errors,
@@ -159,3 +160,47 @@ def test_few_draws_come_near_the_mean_of_all(
     # Evenly drawn, as many would leave sqrt(400 / 48) = 2.9 times the deviation of all.
     shares = [a.error_se / b.error_se for a, b in pairs]
     assert sorted(shares)[4] < 2.3
+
+
+@dataclass(frozen=True)
+class Only:
+    """A method with one stored level and no native one."""
+
+    def propose(self, site: Site, statistics: SiteStatistics) -> Sequence[Candidate]:
+        assert statistics is not None
+        return [Candidate(site=site.name, level="lut4_weight", method="?", size_bytes=7)]
+
+    def apply(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
+        assert statistics is not None
+        return SiteChange(site=site, level=candidate.level)
+
+
+def test_a_layer_can_be_left_alone_whatever_a_method_names(lenet5_graph: Graph) -> None:
+    sites = find_sites(lenet5_graph)
+    seen = observe(lenet5_graph, [(random(4, 1, 28, 28),)], 1, seed=0)
+    statistics = site_statistics(lenet5_graph, sites, seen)
+    found = offers(sites, statistics, {"only": Only()}, lambda c: c.level != "bf16")
+    for site in sites:
+        own = [o.candidate for o in found if o.candidate.site == site.name]
+        assert {c.level: (c.method, c.size_bytes) for c in own} == {
+            "f32": ("as given", site.size_bytes),
+            "lut4_weight": ("only", 7),
+        }
+
+
+def offer_of(method: str, error: float, size: int, level: Any = "lut4_weight") -> Offer:
+    candidate = Candidate(site="a", level=level, method=method, size_bytes=size, error=error)
+    site = Site(name="a", kind="format", ops=("a",))
+    return Offer(candidate, SiteChange(site=site, level=level))
+
+
+def test_of_several_methods_at_one_level_what_errs_least_stays() -> None:
+    small, good = offer_of("small", 2.0, 10), offer_of("good", 1.0, 20)
+    same, lost = offer_of("same", 1.0, 19), offer_of("lost", float("nan"), 1)
+    other = offer_of("other", 9.0, 9, level="int8")
+    assert best_of_each([small, good, other], {}) == [good, other]
+    assert best_of_each([other, good, small], {}) == [other, good]
+    assert best_of_each([good, same], {}) == best_of_each([same, good], {}) == [same]
+    assert best_of_each([lost, small], {}) == best_of_each([small, lost], {}) == [small]
+    assert best_of_each([good, small], {"a": "small", "b": "good"}) == [small]
+    assert best_of_each([good, small], {"a": "gone"}) == [good]
