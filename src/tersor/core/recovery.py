@@ -62,7 +62,7 @@ class PartRecovery:
     Attributes:
         part: "block", or "whole" for all that can be trained.
         name: The node that the block ends with; several are joined by commas.
-        ops: Its linear maps and convolutions.
+        ops: Its linear maps and convolutions, by node.
         steps: Gradient steps that were made.
         before, after: The loss on samples that no step read: of a block the squared difference of
             its outputs over their variance, of the whole the error of the model's outputs.
@@ -71,7 +71,7 @@ class PartRecovery:
 
     part: Part
     name: str
-    ops: int
+    ops: tuple[str, ...]
     steps: int
     before: float
     after: float
@@ -82,7 +82,8 @@ class Recovery:
     """What recovery did to one graph.
 
     Attributes:
-        what: "weights" of a graph without rounded weights, or "scales" and biases of a rounded one.
+        what: "weights" of a graph without rounded weights, or "rounded" ones, whose codes and bits
+            stay: their scales, and biases.
         parts: Blocks front to back, then the whole; empty where nothing could be trained.
         seconds: Wall-clock time that it took.
         samples, held_out: Calibration samples that steps were made on, and that they were checked on.
@@ -93,7 +94,7 @@ class Recovery:
         reason: Why nothing was trained or kept; "" otherwise.
     """
 
-    what: Literal["weights", "scales"]
+    what: Literal["weights", "rounded"]
     parts: tuple[PartRecovery, ...] = ()
     seconds: float = 0.0
     samples: int = 0
@@ -109,3 +110,18 @@ class Recovery:
     def steps(self) -> int:
         """Gradient steps of all parts."""
         return sum(part.steps for part in self.parts)
+
+    def describe(self) -> str:
+        """One line for people."""
+        what = "weights" if self.what == "weights" else "scales and biases of rounded weights"
+        if not self.parts:
+            return f"recovery: {what}: nothing was trained: {self.reason}"
+        text = (
+            f"recovery: {what}: {self.steps} steps on {len(self.parts)} parts in "
+            f"{self.seconds:.0f} s, error on {self.held_out} samples that no step read "
+            f"{self.before:.4g} -> {self.after:.4g}"
+        )
+        if self.search_before is not None and self.search_after is not None:
+            losses = f"{self.search_before:.4g} -> {self.search_after:.4g}"
+            text += f", loss on the search part {losses}"
+        return text if self.is_kept else f"{text}; not kept: {self.reason}"

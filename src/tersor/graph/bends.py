@@ -9,7 +9,12 @@ from torch import fx
 aten = torch.ops.aten
 
 _RELUS = (aten.relu.default, aten.relu_.default)
-_CLAMPS = (aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_min.default)
+_CLAMPS = (
+    aten.hardtanh.default,
+    aten.hardtanh_.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+)
 _SIX = (aten.relu6.default, aten.relu6_.default)
 # What moves values or takes the largest of some: a ReLU behind it is one before it.
 _PASSES = (
@@ -53,8 +58,8 @@ def _clamp(node: fx.Node) -> float | None:
     bounds: list[Any] = [*node.args[1:3], None, None][:2]
     low = node.kwargs.get("min", node.kwargs.get("min_val", bounds[0]))
     high = node.kwargs.get("max", node.kwargs.get("max_val", bounds[1]))
-    if low is None or isinstance(low, fx.Node) or float(low) != 0.0:  # type: ignore[arg-type]
+    if low is None or isinstance(low, fx.Node) or float(low) != 0.0:
         return None
     if isinstance(high, fx.Node):
         return None
-    return math.inf if high is None else float(high)  # type: ignore[arg-type]
+    return math.inf if high is None else float(high)

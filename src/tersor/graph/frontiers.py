@@ -21,7 +21,7 @@ class Block:
         reads: Values from the frontier before, names.
         gives: Values that anything behind it needs, names; of the last block the outputs.
         context: Values that it reads and that depend on no trained tensor.
-        ops: How many linear maps and convolutions it has.
+        ops: Names of its linear maps and convolutions.
         is_last: The graph's outputs follow from ``gives``.
     """
 
@@ -29,7 +29,7 @@ class Block:
     reads: tuple[str, ...]
     gives: tuple[str, ...]
     context: tuple[str, ...]
-    ops: int
+    ops: tuple[str, ...]
     is_last: bool
 
 
@@ -109,7 +109,7 @@ class _Walk:
             reads=tuple(n for n in reads if n in outside or n in gives),
             gives=tuple(gives),
             context=tuple(sorted(outside - before)),
-            ops=sum(n.name in self.weighted for n in inside),
+            ops=tuple(n.name for n in inside if n.name in self.weighted),
             is_last=stop >= len(self.nodes) - 1,
         )
 
@@ -145,7 +145,8 @@ def find_blocks(
     output = next(n for n in walk.nodes if n.op == "output")
     last = tuple(s.name for s in output.all_input_nodes if s in walk.moving)
     blocks: list[Block] = []
-    start, reads = -1, ()
+    start = -1
+    reads: tuple[str, ...] = ()
     for place in ends:
         blocks.append(walk.block(start, place.index, reads, place.live))
         start, reads = place.index, place.live

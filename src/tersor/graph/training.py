@@ -59,6 +59,11 @@ def map_names(module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(n.name for n in module.graph.nodes if n.target in _MAPS)
 
 
+def is_rounded(graph: Graph) -> bool:
+    """Whether a graph has codes, packed weights or quantisers."""
+    return bool(graph.packed) or any(n.target in _TWINS for n in graph.module.graph.nodes)
+
+
 def leaves(graph: Graph, fixed: Collection[str] = ()) -> tuple[Leaf, ...]:
     """Weights, biases, norms' affine tensors, and the scales of rounded weights.
 

@@ -2,12 +2,12 @@
 
 Least squares on logits spends the weight on logits of classes that are out of the question. What
 counts is the divergence of the softmax, which is convex in the weight: quasi-Newton steps from the
-least-squares fit reach its minimum. No labels are read.
+least-squares fit reach its minimum. With few rows it would follow them too closely: rows that no step reads decide
+whether it is kept. No labels are read.
 
 Axes: t rows, n inputs, m classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,18 +16,33 @@ from torch import Tensor
 
 from tersor.core.errors import ConfigError, NumericalError, ShapeError
 
+_HELD_OUT = 8  # one row in so many is never fitted
 _HISTORY = 20  # of L-BFGS
 _FLAT = 1e-9  # of the gradient: rounding of float64 sums
 
 
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """Logits are inputs weight^T + bias."""
+
+    weight: Float64[Tensor, "m n"]
+    bias: Float64[Tensor, " m"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftmaxFit:
-    """A classifier, and the mean divergence on the rows before and after, ridge left out."""
+    """The better of what was given and what was found.
+
+    Attributes:
+        before, after: Mean divergence on the held-out rows.
+        steps: Iterations that were made.
+    """
 
     weight: Float64[Tensor, "m n"]
     bias: Float64[Tensor, " m"]
     before: float
     after: float
+    steps: int
 
 
 def fit_softmax(
@@ -53,11 +68,11 @@ def fit_softmax(
         iterations: Of L-BFGS at most; 0 gives the start.
 
     Returns:
-        A classifier that is not worse on these rows than the start, ridge included.
+        The start, where the held-out rows are no better off with what was found.
 
     Raises:
         ConfigError: Negative damping or iterations.
-        ShapeError: No rows.
+        ShapeError: Fewer than 16 rows.
         NumericalError: Inputs or logits that are not finite.
 
     Source: Liu and Nocedal 1989, doi:10.1007/BF01589116 (L-BFGS); ALGORITHMS 3.2b.
@@ -66,42 +81,46 @@ def fit_softmax(
         raise ConfigError(
             f"found damping={damping} and iterations={iterations}, wanted neither below 0"
         )
-    if not len(inputs):
-        raise ShapeError("found no rows to fit, wanted at least one; give calibration samples")
-    x, start = inputs.to(torch.float64), weight.to(torch.float64)
-    target = torch.log_softmax(wanted.to(torch.float64), 1)
+    if len(inputs) < 2 * _HELD_OUT:
+        raise ShapeError(f"found {len(inputs)} rows, wanted at least {2 * _HELD_OUT}")
+    x, target = inputs.to(torch.float64), torch.log_softmax(wanted.to(torch.float64), 1)
     if not bool(torch.isfinite(x).all() and torch.isfinite(target).all()):
         raise NumericalError(
             "inputs or logits: found NaN or infinity, wanted finite values; "
             "look for samples that are not finite or overflow"
         )
-    ridge = 0.5 * damping * float(x.var(0, unbiased=False).mean())
-    free = [start.clone().requires_grad_(), bias.to(torch.float64).clone().requires_grad_()]
-
-    def divergence(found: list[Tensor]) -> Tensor:
-        log_q = torch.log_softmax(x @ found[0].T + found[1], 1)
-        return (target.exp() * (target - log_q)).sum(1).mean()
-
-    def objective(found: list[Tensor]) -> Tensor:
-        return divergence(found) + ridge * (found[0] - start).square().sum()
-
-    given = [t.detach().clone() for t in free]
-    if iterations:
-        _minimise_(free, lambda: objective(free), iterations)
-    best = [t.detach() for t in free]
-    if not float(objective(best)) <= float(objective(given)):  # also where it is no number
-        best = given
-    return SoftmaxFit(
-        weight=best[0],
-        bias=best[1],
-        before=float(divergence(given)),
-        after=float(divergence(best)),
-    )
+    unseen = torch.zeros(len(x), dtype=torch.bool)
+    unseen[::_HELD_OUT] = True
+    start = Classifier(weight.to(torch.float64), bias.to(torch.float64))
+    ridge = 0.5 * damping * float(x[~unseen].var(0, unbiased=False).mean())
+    found, steps = _minimised(start, x[~unseen], target[~unseen], ridge, iterations)
+    before, after = (float(divergence(c, x[unseen], target[unseen])) for c in (start, found))
+    if not after < before:  # also where it is no number
+        found, after = start, before
+    return SoftmaxFit(weight=found.weight, bias=found.bias, before=before, after=after, steps=steps)
 
 
-def _minimise_(free: list[Tensor], loss: Callable[[], Tensor], iterations: int) -> None:
+def divergence(
+    classifier: Classifier, inputs: Float64[Tensor, "t n"], target: Float64[Tensor, "t m"]
+) -> Float64[Tensor, ""]:
+    """Mean KL(p || softmax(inputs W^T + b)) for log p = ``target``."""
+    log_q = torch.log_softmax(inputs @ classifier.weight.T + classifier.bias, 1)
+    return (target.exp() * (target - log_q)).sum(1).mean()
+
+
+def _minimised(
+    start: Classifier,
+    inputs: Float64[Tensor, "t n"],
+    target: Float64[Tensor, "t m"],
+    ridge: float,
+    iterations: int,
+) -> tuple[Classifier, int]:
+    """The minimum of the divergence with the ridge, and how many iterations led there."""
+    if not iterations:
+        return start, 0
+    free = Classifier(*(t.clone().requires_grad_() for t in (start.weight, start.bias)))
     optimizer = torch.optim.LBFGS(
-        free,
+        [free.weight, free.bias],
         max_iter=iterations,
         history_size=_HISTORY,
         line_search_fn="strong_wolfe",
@@ -111,9 +130,12 @@ def _minimise_(free: list[Tensor], loss: Callable[[], Tensor], iterations: int) 
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = loss()
+        value = divergence(free, inputs, target)
+        value = value + ridge * (free.weight - start.weight).square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(closure)
+    steps = int(optimizer.state[free.weight]["n_iter"])
+    return Classifier(free.weight.detach(), free.bias.detach()), steps

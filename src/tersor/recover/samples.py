@@ -20,8 +20,8 @@ def sample_rows(module: fx.GraphModule) -> frozenset[str]:
     """Names of the nodes whose values have one row a sample, by the symbol of the batch."""
     holders = [n for n in module.graph.nodes if n.op == "placeholder"]
     first = holders[0].meta.get("val") if holders else None
-    if not isinstance(first, FakeTensor) or not isinstance(first.shape[0], torch.SymInt):
-        return frozenset()
+    if not isinstance(first, FakeTensor) or str(first.shape[0]).isdigit():
+        return frozenset()  # traced at one size, which other dimensions may have by chance
     symbol = str(first.shape[0])
     return frozenset(
         n.name

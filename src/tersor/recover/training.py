@@ -1,7 +1,7 @@
 """Gradient steps on one part of a graph, and the check that they helped."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from tersor.recover.tensors import Tensors
 _LOOKS = (0.5, 0.75)  # of a part: what is best there or at the end stays
 _BETAS = (0.9, 0.99)  # a part has hundreds of steps: a longer memory of squares would not fill
 
-Loss = Callable[[dict[str, Any], Drawn], Tensor]
+Loss = Callable[[Mapping[str, Any], Drawn], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,8 @@ from tersor.ops.rectified import RectifiedRows, fit_rectified
 from tersor.ops.softmax import fit_softmax
 
 aten = torch.ops.aten
+# Of the fit of a classifier: it is flat after so many steps, and takes half a minute at most.
+_SOFTMAX_STEPS, _SOFTMAX_MACS, _SOFTMAX_ROWS = 100, 1e11, 64
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 
 
@@ -259,7 +261,12 @@ class _Run:
     ) -> tuple[Tensor, Tensor]:
         inputs = torch.cat([part.inputs[:, 0] for part in rows])
         wanted = torch.cat([part.wanted[:, 0] for part in rows])
-        found = fit_softmax(inputs, wanted, *start, damping=self.config.damping)
+        products = 6.0 * inputs.numel() * wanted.shape[1]  # of one look at value and gradient
+        iterations = min(_SOFTMAX_STEPS, int(_SOFTMAX_MACS / products))
+        if len(inputs) < _SOFTMAX_ROWS or iterations < 1:
+            return start
+        damping = self.config.damping
+        found = fit_softmax(inputs, wanted, *start, damping=damping, iterations=iterations)
         return found.weight, found.bias
 
     def _plan(self, op: WeightedOp) -> _Fit:
