@@ -17,7 +17,8 @@ class Recover:
         seconds: Wall-clock time for all gradient steps of one result. How many steps fit in depends
             on the machine; the report says how many were made.
         steps: Steps of each part in place of a time: the same numbers on every run.
-        rate: Size of a step, relative to the root mean square of the tensor that it changes.
+        rate: Size of a full step of a block, relative to the root mean square of the tensor that it
+            changes; steps of all blocks together are a quarter as large.
         batch: Samples of one step.
         whole: Share of the budget for training all blocks together after each by itself, 0 to 1.
 

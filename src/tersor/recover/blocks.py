@@ -33,6 +33,8 @@ from tersor.recover.tensors import Tensors
 from tersor.recover.training import Budget, Part, train
 
 _SIZE = BlockSize()
+_LEAST_COST = 0.05
+_WHOLE_RATE = 0.25  # of the rate of blocks: changes of all layers add up
 What = Literal["weights", "rounded"]
 
 
@@ -223,7 +225,7 @@ class _Work:
 
     def _cost(self, block: Block) -> float:
         """Time of one step, relative to those of other blocks."""
-        return 1.0 + sum(node_macs(self.graph, n) for n in block.nodes)
+        return float(sum(node_macs(self.graph, n) for n in block.nodes))
 
     def _own(self, block: Block) -> list[str]:
         """Tensors that nothing outside of a block reads."""
@@ -239,7 +241,8 @@ class _Work:
             until=self.hooks.clock() + share * left,
             steps=self.config.steps,
         )
-        found = train(part, self.tensors, targets, budget, self.config.rate, generator)
+        rate = self.config.rate * (_WHOLE_RATE if kind == "whole" else 1.0)
+        found = train(part, self.tensors, targets, budget, rate, generator)
         done = PartRecovery(
             part=kind,
             name=", ".join(part.block.gives),
@@ -286,6 +289,9 @@ def _shares(costs: Sequence[float], rest: float) -> list[float]:
         costs: Of one step of each block.
         rest: Share of all the time that is kept for what follows the blocks.
     """
+    # However little a block computes, a step runs its nodes one by one.
+    least = _LEAST_COST * max(1.0, *costs)
+    costs = [max(cost, least) for cost in costs]
     total = sum(costs)
     parts = [(1.0 - rest) * cost / total for cost in costs]
     return [part / (sum(parts[i:]) + rest) for i, part in enumerate(parts)]
