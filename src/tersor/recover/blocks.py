@@ -160,6 +160,7 @@ class _Work:
         self.parts: list[PartRecovery] = []
         self._resumed: tuple[PartRecovery, ...] = ()
         self._begun = hooks.clock()
+        self._wanted = [goals.teacher.graph.run(flat) for flat in goals.unseen_batches()]
 
     def resume(self, done: Progressed | None) -> None:
         """Take over what an interrupted run has done, and the time that it took."""
@@ -174,13 +175,10 @@ class _Work:
 
     def error(self, graph: Graph) -> float:
         """Mean error of a graph's outputs on the held-out samples."""
-        goals = self.goals
-        spreads = output_spreads(goals.outputs)
-        found = [
-            output_error(graph.run(flat), wanted, goals.teacher.kind, spreads)
-            for flat, wanted, unseen in zip(goals.batches, goals.outputs, goals.unseen, strict=True)
-            if unseen
-        ]
+        kind, wanted = self.goals.teacher.kind, self._wanted
+        spreads = output_spreads(wanted)
+        pairs = zip(self.goals.unseen_batches(), wanted, strict=True)
+        found = [output_error(graph.run(flat), right, kind, spreads) for flat, right in pairs]
         return float(torch.cat(found).mean())
 
     def one_by_one(self, blocks: Sequence[Block]) -> None:
@@ -194,6 +192,8 @@ class _Work:
         for block, share in zip(blocks, shares, strict=True):
             values = self.goals.read(block, new, moving)
             wanted = None if block.is_last else old.upto(block.gives, block.gives)
+            if wanted is None:
+                self.goals.take(old)
             if not self._is_done():
                 part = (
                     self.goals.outputs_of(block, values, self.config.batch)

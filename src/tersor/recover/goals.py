@@ -53,11 +53,31 @@ class Goals:
         self.unseen = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(self.batches))]
         if not any(self.unseen):
             self.unseen[-1] = True
-        self.outputs = [teacher.graph.run(flat) for flat in self.batches]
+        self._outputs: list[tuple[Tensor, ...]] = []
         self._masks = [token_mask(compressed.signature, flat) for flat in self.batches]
         self._rows = sample_rows(compressed.module)
         output = next(n for n in compressed.module.graph.nodes if n.op == "output")
-        self._results: tuple[Any, ...] = tuple(output.args[0])
+        self._results: Any = output.args[0]
+
+    def outputs(self) -> list[tuple[Tensor, ...]]:
+        """What the original gives, by batch: one pass, unless ``take`` has seen it."""
+        if not self._outputs:
+            self._outputs = [self.teacher.graph.run(flat) for flat in self.batches]
+        return self._outputs
+
+    def take(self, run: Run) -> None:
+        """The outputs from a run of the original that has come as far as the last block."""
+        output = next(n for n in run.nodes if n.op == "output")
+        results: Any = output.args[0]
+        if self._outputs or not all(isinstance(r, fx.Node) for r in results):
+            return
+        run.run(run.nodes)
+        self._outputs = [tuple(values[r.name] for r in results) for values in run.values]
+
+    def unseen_batches(self) -> list[Flat]:
+        """Those that no step reads."""
+        pairs = zip(self.batches, self.unseen, strict=True)
+        return [flat for flat, is_unseen in pairs if is_unseen]
 
     def counts(self) -> tuple[int, int]:
         """Samples that steps are made on, and that they are checked on."""
@@ -100,8 +120,8 @@ class Goals:
             for i, r in enumerate(self._results)
             if isinstance(r, fx.Node) and r.name in block.gives
         }
-        spreads = output_spreads(self.outputs)
-        wanted = [{str(i): outputs[i] for i in places} for outputs in self.outputs]
+        spreads = output_spreads(self.outputs())
+        wanted = [{str(i): outputs[i] for i in places} for outputs in self.outputs()]
 
         def loss(got: Mapping[str, Any], drawn: Drawn) -> Tensor:
             right = [drawn.wanted[str(i)] for i in places]

@@ -51,7 +51,7 @@ class Run:
         fresh = {n.name for n in nodes} - self._done
         with torch.no_grad():
             for node in self.nodes:
-                if node.name not in fresh or node.op == "get_attr":
+                if node.name not in fresh or node.op in ("get_attr", "output"):
                     continue
                 for values, flat, found in zip(self.values, self._batches, wanted, strict=True):
                     value = values[node.name] = self._value(node, flat, values)
