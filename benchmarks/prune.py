@@ -37,7 +37,7 @@ from tersor.methods.prune import Prune
 from tersor.observe.statistics import observe
 from tersor.plan.macs import Product, least_error, macs_table
 from tersor.propose.widths import measure_widths
-from tersor.transform.narrow import narrow
+from tersor.transform.narrow import NarrowConfig, narrow
 from tersor.transform.pairs import fit_pairs
 from tests.data.zoo import load_lenet5, load_resnet20
 
@@ -159,7 +159,8 @@ class Pruner:
     def pruned(self, keep: Mapping[str, Sequence[int]]) -> Graph:
         """Checked by the law, then cut and refitted."""
         require(self.graph, self.axes, gone_from(self.axes, keep))
-        return narrow(self.graph, self.axes, keep, self.batches).graph
+        config = NarrowConfig(kind="logits")
+        return narrow(self.graph, self.axes, keep, self.batches, config).graph
 
     def together(
         self, small: Graph, keep: Mapping[str, Sequence[int]], images: Tensor, iterations: int

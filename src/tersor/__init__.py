@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tersor.core.data import Data, Metric
     from tersor.core.errors import TersorError
     from tersor.core.records import Plan, Verdict
+    from tersor.core.recovery import Recover
     from tersor.core.target import Target
     from tersor.runtime.guards import Guards
 
@@ -40,6 +41,7 @@ _HOMES = {
     "Metric": "tersor.core.data",
     "Target": "tersor.core.target",
     "Plan": "tersor.core.records",
+    "Recover": "tersor.core.recovery",
     "Verdict": "tersor.core.records",
     "Guards": "tersor.runtime.guards",
     "TersorError": "tersor.core.errors",
@@ -50,6 +52,7 @@ __all__ = [
     "Guards",
     "Metric",
     "Plan",
+    "Recover",
     "Target",
     "TersorError",
     "Verdict",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tersor.analyse.doctor import Doctor
     from tersor.analyse.inspection import Inspection
     from tersor.api.result import Result
+    from tersor.core.recovery import Recover
     from tersor.report.record import Report
     from tersor.runtime.guards import Guards
     from tersor.runtime.runner import Runner
@@ -46,6 +47,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
     backend: str = "auto",
     batch: int = 1,
     methods: str | Sequence[str] = "all",
+    recover: "Recover | None" = None,
     keep: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     seed: int = 0,
@@ -66,6 +68,8 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         backend: "auto" or a backend's name.
         batch: Samples in one call, for which latency is measured.
         methods: "all" or names.
+        recover: ``tersor.Recover(seconds=60)`` trains what is left towards the original's outputs,
+            without labels, before and after formats are rounded. None: no gradient steps.
         keep: Patterns of layers to leave alone.
         cache_dir: Where finished stages are kept; None: ~/.cache/tersor.
         seed: Of every split, sample and draw.
@@ -92,6 +96,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         backend=backend,
         batch=batch,
         methods=methods,
+        recover=recover,
         keep=keep,
         cache_dir=cache_dir,
         seed=seed,
@@ -117,10 +122,13 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     *,
     metric: Any = None,
     test_metric: Any = None,
+    recover: "Recover | None" = None,
     cache_dir: str | Path | None = None,
     progress: Any = True,
 ) -> "Result":
     """Carry out a plan, edited or not, on a model and data: transform, build and verify.
+
+    Recovery is no part of a plan: ``recover`` is as for ``compress``.
 
     Raises:
         ConfigError: A plan that names a layer or a level that the model does not have.
@@ -147,6 +155,7 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
         progress=progress,
         metric=metric,
         test_metric=test_metric,
+        recover=recover,
         for_size=bool({"size_mb", "size_ratio"} & {*found.target})  # as when it was made
         or any(level in PACKED for level in found.assignment.values()),
         made_by=found.methods,

@@ -10,6 +10,7 @@ from tersor.analyse.additions import own_operands
 from tersor.analyse.calibration import embedding_statistics, tensor_readers
 from tersor.analyse.sites import find_sites
 from tersor.api.quality import Quality
+from tersor.api.recovering import recovered, recovery_key
 from tersor.api.session import Session
 from tersor.api.shrink import Changes, formats_on, narrowed
 from tersor.api.stages import (
@@ -26,6 +27,7 @@ from tersor.core.records import (
     Plan,
     Prices,
 )
+from tersor.core.recovery import Recovery
 from tersor.core.target import Target
 from tersor.graph.apply import apply
 from tersor.graph.changes import ChangeRecords, pack, unpack
@@ -60,6 +62,7 @@ class Made:
     changes: tuple[SiteChange, ...] = ()
     note: str = ""
     loss: float = 0.0
+    recoveries: tuple[Recovery, ...] = ()
 
 
 @dataclass
@@ -87,17 +90,47 @@ def chosen_candidates(offered: Offers, plan: Plan) -> dict[str, Candidate]:
 
 
 def make_final(session: Session, offered: Offers, plan: Plan, quality: Quality, key: str) -> Made:
-    """The sequential transform; where the stitched changes lose less, those."""
+    """Widths and formats of a plan in effect, recovered before and after rounding if asked for."""
     changed = offered.chosen(plan.assignment)
     chosen = chosen_candidates(offered, plan)
     base = session.graph if changed.keeps_all else _narrowed(session, changed, key)
     if not chosen and changed.keeps_all:
         return Made(base)
+    first: Recovery | None = None
+    if not changed.keeps_all:
+        base, first = recovered(session, changed, base, quality, (key, False))
     cuts = (*changed.branches, *changed.widths)
     if not chosen:
         loss = quality.loss(base)
         what = "widths" if changed.widths else "branches"
-        return Made(base, cuts, f"{what} fitted, loss on the search part {loss:.4g}", loss)
+        note = f"{what} fitted, loss on the search part {loss:.4g}"
+        return Made(base, cuts, note, loss, _done(first))
+    after = key if first is None else recovery_key(session, key)
+    made = _formatted(session, changed, base, quality, chosen, after)
+    graph, second = recovered(session, changed, made.graph, quality, (key, True))
+    loss = made.loss if second is None or not second.is_kept else quality.loss(graph)
+    return replace(
+        made,
+        graph=graph,
+        changes=(*cuts, *made.changes),
+        loss=loss,
+        recoveries=_done(first, second),
+    )
+
+
+def _done(*recoveries: Recovery | None) -> tuple[Recovery, ...]:
+    return tuple(r for r in recoveries if r is not None)
+
+
+def _formatted(
+    session: Session,
+    changed: Changes,
+    base: Graph,
+    quality: Quality,
+    chosen: Mapping[str, Candidate],
+    key: str,
+) -> Made:
+    """The sequential transform; where the stitched changes lose less, those."""
     kept = session.store.get(FinalRecord, "transform", key)
     if kept is not None:
         arrays = session.store.arrays("transform", key)
@@ -109,7 +142,7 @@ def make_final(session: Session, offered: Offers, plan: Plan, quality: Quality, 
     graph = apply(base, changes)
     way = "front to back" if kept.is_sequential else "stitched"
     note = f"weights {way}, loss on the search part {kept.loss:.4g}"
-    return Made(graph, (*cuts, *changes), note, kept.loss)
+    return Made(graph, changes, note, kept.loss)
 
 
 def _narrowed(session: Session, changed: Changes, key: str) -> Graph:

@@ -15,6 +15,7 @@ from tersor.api.files import Facts, artifact_size, final_bytes
 from tersor.api.final import Final, Made, as_baseline, built_final, make_final
 from tersor.api.judging import Decision, TestPart, judge, race, runner_for
 from tersor.api.quality import Quality
+from tersor.api.recovering import recovery_key
 from tersor.api.session import Session
 from tersor.api.stages import Offers
 from tersor.api.undoing import measure_undone
@@ -148,7 +149,8 @@ class Result:
     def verdict(self) -> Verdict:
         """What was measured on the test part, against the target."""
         session = self._run.session
-        key = digest(self._key, metric_stamp(session, "test_metric"))
+        after = recovery_key(session, self._key)
+        key = digest(after, metric_stamp(session, "test_metric"))
         kept = session.store.get(Verdict, "verdict", key)
         if kept is not None:
             self._run.test.uses += 1
@@ -290,6 +292,7 @@ class Result:
             versions=_versions(),
             notes=tuple(filter(None, (self._reason, self._shapes_note()))),
             undone=tuple(self._undone.values()),
+            recoveries=() if self._is_baseline else self._made.recoveries,
         )
 
     def _shapes_note(self) -> str:

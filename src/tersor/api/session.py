@@ -31,6 +31,7 @@ from tersor.core.levels import Inside
 from tersor.core.machine import describe_machine
 from tersor.core.progress import Printed, Progress, Silent
 from tersor.core.records import BackendInfo, OutputKind, Site
+from tersor.core.recovery import Recover
 from tersor.core.store import Store
 from tersor.graph.axes import Axes, analyse_axes
 from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
@@ -59,6 +60,7 @@ class Settings:
     progress: Any = True
     metric: Any = None
     test_metric: Any = None
+    recover: Recover | None = None
     for_size: bool = False  # bytes have a budget, so that what saves only bytes is offered, too
     made_by: Mapping[str, str] = field(
         default_factory=dict
@@ -67,6 +69,11 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
             raise ConfigError(f"batch: found {self.batch!r}, wanted a whole number of at least 1")
+        if self.recover is not None and not isinstance(self.recover, Recover):
+            raise ConfigError(
+                f"recover: found {type(self.recover).__name__}, wanted tersor.Recover(seconds=...) "
+                "or None"
+            )
         if isinstance(self.keep, str):
             raise ConfigError(f"keep: found the text {self.keep!r}, wanted a tuple of patterns")
         for name in ("metric", "test_metric"):

@@ -21,6 +21,7 @@ from tersor.core.records import Candidate
 from tersor.graph.apply import apply
 from tersor.graph.axes import Axes, analyse_axes, keep_units
 from tersor.graph.axes.gate import require
+from tersor.graph.axes.matching import Counterparts, counterparts
 from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.axes.slicing import gone_from
 from tersor.graph.branches import REMOVED, BranchStatistics, replace_branches, widths_after
@@ -311,7 +312,15 @@ def _prove(session: Session, base: Graph, axes: Axes, keep: Mapping[str, list[in
 def _config(session: Session, config: NarrowConfig) -> NarrowConfig:
     """How to fit, without the layers that are to be left alone."""
     fixed = frozenset(op for s in session.formats if s.pinned is not None for op in s.ops)
-    return replace(config, fixed=fixed)
+    return replace(config, fixed=fixed, kind=session.kind)
+
+
+def counterparts_of(session: Session, changes: Changes) -> Counterparts | None:
+    """What the graph of some changes has left of the original's values; None: all of them."""
+    if changes.keeps_all:
+        return None
+    _, axes = without_branches(session, changes.branches)
+    return counterparts(axes, axes.removed(gone_from(axes, kept(session, changes))))
 
 
 def formats_on(session: Session, changes: Changes, graph: Graph) -> list[SiteChange]:

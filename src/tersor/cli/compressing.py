@@ -41,6 +41,10 @@ def compress(
     methods: Annotated[
         list[str] | None, typer.Option(help="A method to use; repeatable. Default: all.")
     ] = None,
+    recover: Annotated[
+        float | None,
+        typer.Option(help="Seconds of training towards the original's outputs. Default: none."),
+    ] = None,
     keep: Keep = None,
     cache_dir: CacheDir = None,
     seed: Seed = 0,
@@ -48,9 +52,11 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a model for this machine under a target, and prove it."""
+    from tersor.core.recovery import Recover
     from tersor.core.target import Target
 
     budgets = Target.parse(target)
+    recovery = None if recover is None else Recover(seconds=recover)
     for path in filter(None, (out, plan_out)):
         check_writable(path)
     from tersor import api
@@ -72,6 +78,7 @@ def compress(
             backend=backend,
             batch=batch,
             methods=tuple(methods) if methods else "all",
+            recover=recovery,
             keep=tuple(keep or ()),
             cache_dir=cache_directory(cache_dir),
             seed=seed,

@@ -9,10 +9,12 @@ E(relu(zh) - relu(z))^2, lies below the convex bound
 which majorise-minimise brings down by least squares alone: fit the target z where z > 0, else
 min(zh, 0) of the fit before. The second moment of the inputs never changes, so that one Cholesky
 factor serves all steps. The bound falls in every step; the loss may rise, and the best step is kept.
+Where the ReLU has a ceiling (ReLU6), the same holds above it, with max(zh, ceiling).
 
 Axes: t rows, g groups, m outputs and n inputs of a group.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -81,6 +83,7 @@ def fit_rectified(
     prior: Float[Tensor, "g m n"] | None = None,
     damping: float = 1e-4,
     iterations: int = 6,
+    ceiling: float = math.inf,
 ) -> RectifiedFit:
     """Weight and bias that bring relu(inputs W^T + b + offset) close to relu(wanted).
 
@@ -90,12 +93,13 @@ def fit_rectified(
         prior: The weight that strong damping leads to; None: zero. Read only.
         damping: Multiple of the mean diagonal of the inputs' covariance, >= 0.
         iterations: Majorise-minimise steps after least squares, >= 0; 4 to 8 are enough.
+        ceiling: Where the ReLU is cut off above, > 0: 6 for ReLU6.
 
     Returns:
         The best step. Its loss on these rows is not above that of least squares.
 
     Raises:
-        ConfigError: Negative ``iterations`` or damping.
+        ConfigError: Negative ``iterations`` or damping, or a ceiling that is not positive.
         ShapeError: No rows.
         NumericalError: Inputs or wanted pre-activations are not finite.
 
@@ -103,11 +107,13 @@ def fit_rectified(
     """
     if iterations < 0:
         raise ConfigError(f"iterations must be >= 0, got {iterations}; 4 to 8 are enough")
+    if not ceiling > 0:
+        raise ConfigError(f"ceiling must be > 0, got {ceiling}; inf for a plain ReLU")
     system, products, target, used = _system(rows(), prior, damping)
     weight, bias = _solved(system, products, target)
     fits, losses, bounds = [], [], []
     for step in range(iterations + 1):
-        sums = _pass(rows(), weight, bias, system.mean)
+        sums = _pass(rows(), (weight, bias), system.mean, ceiling)
         fits.append((weight, bias))
         losses.append(sums.loss / system.count)
         bounds.append(sums.bound / system.count)
@@ -175,18 +181,21 @@ def _solved(
 
 def _pass(
     rows: Iterable[RectifiedRows],
-    weight: Float64[Tensor, "g m n"],
-    bias: Float64[Tensor, "g m"],
+    fit: tuple[Float64[Tensor, "g m n"], Float64[Tensor, "g m"]],
     mean: Float64[Tensor, "g n"],
+    ceiling: float,
 ) -> _Sums:
-    """Losses of a weight, and the sums that the next one is solved from."""
+    """Losses of a weight and bias, and the sums that the next ones are solved from."""
+    weight, bias = fit
     sums = _Sums(target=torch.zeros_like(bias), products=torch.zeros_like(weight))
     for inputs, wanted, offset in (part for whole in rows for part in _parts(whole)):
         predicted = inputs @ weight.mT + bias.unsqueeze(1) + offset
-        seen = wanted > 0
-        target = torch.where(seen, wanted, predicted.clamp(max=0))
+        target = torch.where(wanted > 0, wanted, predicted.clamp(max=0))
+        if ceiling < math.inf:
+            target = torch.where(wanted < ceiling, target, predicted.clamp(min=ceiling))
         sums.bound += float((predicted - target).square().sum())
-        sums.loss += float((predicted.clamp(min=0) - wanted.clamp(min=0)).square().sum())
+        shown = predicted.clamp(0, ceiling) - wanted.clamp(0, ceiling)
+        sums.loss += float(shown.square().sum())
         target -= offset
         sums.target += target.sum(1)
         sums.products += target.mT @ (inputs - mean.unsqueeze(1))

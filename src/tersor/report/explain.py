@@ -25,7 +25,8 @@ def explain(report: Report, site: str) -> dict[str, Any]:
     Returns:
         Keys: site, kind, op_kind, shape, units, members, macs, pinned, level, native, method,
         error, error_se, samples, size_bytes, predicted_ms, predicted_ms_se, reason, settings,
-        alternatives and undo. Bytes and times of a width are those of all that it meets. Changes
+        alternatives, undo and recovered (a loss before and after for each block that was trained
+        with the site's ops). Bytes and times of a width are those of all that it meets. Changes
         (``*_change``) are against the plan as it is, all other sites unchanged. They are
         predictions, but for undo where it says ``measured``; ``predicted`` then holds what was
         predicted.
@@ -59,7 +60,18 @@ def explain(report: Report, site: str) -> dict[str, Any]:
         "settings": to_json(report.plan.settings.get(found.name, {})),
         "alternatives": [_alternative(report, found, chosen, c) for c in options],
         "undo": _undo(report, found, chosen) if level != native else None,
+        "recovered": _recovered(report, found),
     }
+
+
+def _recovered(report: Report, site: Site) -> list[dict[str, Any]]:
+    """What recovery did to the blocks that have the site's ops."""
+    return [
+        {"what": recovery.what, "is_kept": recovery.is_kept, **to_json(part)}
+        for recovery in report.recoveries
+        for part in recovery.parts
+        if set(part.ops) & set(site.ops)
+    ]
 
 
 def _find(report: Report, name: str) -> Site:

@@ -290,7 +290,8 @@ def all_notes(report: Report) -> tuple[str, ...]:
             f"built against graph: largest difference {verdict.largest_difference:.2g} of the "
             "output's scale"
         )
-    return (*notes, *verdict.notes, *report.notes)
+    recovered = [recovery.describe() for recovery in report.recoveries]
+    return (*notes, *verdict.notes, *recovered, *report.notes)
 
 
 def _held_out(verdict: Verdict) -> str:

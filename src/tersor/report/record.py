@@ -14,6 +14,7 @@ from tersor.core.records import (
     Site,
     Verdict,
 )
+from tersor.core.recovery import Recovery
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Report:
         pareto: Points on the curve, the result's own among them or not.
         notes: What the reader must know beside the numbers.
         undone: Choices that were undone and measured.
+        recoveries: What training towards the original did, before and after formats were rounded.
     """
 
     version: str
@@ -63,6 +65,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     undone: tuple[Undone, ...] = ()
+    recoveries: tuple[Recovery, ...] = ()
 
     def table(self) -> PriceTable | None:
         """The price table of the plan's build choice; None where it was not priced."""

@@ -4,9 +4,11 @@ Two runs of the calibration samples go side by side: the original graph, and the
 weights found so far, which may have lost branches as well. Each linear or convolution behind a cut is fitted by least squares to what the
 original's kept outputs were, on the inputs that the cut model really sees; where its result joins a
 residual stream, the stream's own difference is part of the target; where a ReLU follows, the error
-behind the ReLU counts (ALGORITHMS 3.2b). Producers are fitted as well as consumers.
+behind the ReLU counts (ALGORITHMS 3.2b). Producers are fitted as well as consumers. What gives the
+logits of a classifier is fitted to the original's probabilities.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import NumericalError
+from tersor.core.records import OutputKind
 from tersor.graph.axes import Axes
 from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.slicing import cut, gone_from
+from tersor.graph.bends import ceiling_behind
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, execute, parameters_by_name, rebuild
 from tersor.graph.meta import refresh
@@ -31,10 +35,12 @@ from tersor.graph.operators import (
 )
 from tersor.observe.statistics import token_mask
 from tersor.ops.rectified import RectifiedRows, fit_rectified
+from tersor.ops.softmax import fit_softmax
 
 aten = torch.ops.aten
+# Of the fit of a classifier: it is flat after so many steps, and takes half a minute at most.
+_SOFTMAX_STEPS, _SOFTMAX_MACS, _SOFTMAX_ROWS = 100, 1e11, 64
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
-_RELUS = (aten.relu.default, aten.relu_.default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,8 @@ class NarrowConfig:
         values: Values of those rows at most: all passes of a fit read the same rows in memory.
         seed: Of the choice of rows.
         fixed: Ops whose weights stay as they are, though what they read has changed.
+        kind: What the outputs mean. Linear maps that give logits, a row a sample, are fitted to the
+            original's softmax; None or another kind: least squares.
     """
 
     damping: float = 1e-4
@@ -56,6 +64,7 @@ class NarrowConfig:
     values: int = 1 << 27
     seed: int = 0
     fixed: frozenset[str] = frozenset()
+    kind: OutputKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +91,7 @@ class _Fit:
     kept: Tensor  # output channels that stay
     other: fx.Node | None  # the original's other operand of the addition behind the op
     is_gone: bool  # the new graph does not have that operand: the op takes over all of it
-    has_relu: bool
+    ceiling: float | None  # of the ReLU that follows; None: another op does
     picks: list[Tensor | None] = field(default_factory=list)
 
 
@@ -227,15 +236,38 @@ class _Run:
             lambda: rows,
             prior=grouped_weight(weight, groups),
             damping=self.config.damping,
-            iterations=self.config.iterations if fit.has_relu else 0,
+            iterations=0 if fit.ceiling is None else self.config.iterations,
+            ceiling=fit.ceiling or math.inf,
         )
-        if not bool(torch.isfinite(found.weight).all()):
+        solved = found.weight.reshape(weight.shape), found.bias.reshape(-1)
+        if self._gives_logits(fit):
+            solved = self._classifier(rows, solved)
+        if not bool(torch.isfinite(solved[0]).all()):
             raise NumericalError(f"{node.name}: the refit is not finite; raise the damping")
-        self._store(fit, found.weight.reshape(weight.shape), found.bias.reshape(-1))
+        self._store(fit, *solved)
         self.losses[node.name] = found.losses[found.step]
         for batch in self.batches:
             batch.new[node.name] = execute(self.module, node, batch.new)
         return True
+
+    def _gives_logits(self, fit: _Fit) -> bool:
+        if self.config.kind != "logits" or fit.other is not None or fit.op.kind != "linear":
+            return False
+        is_output = all(reader.op == "output" for reader in fit.op.node.users)
+        return is_output and self.batches[0].original[fit.op.node.name].dim() == 2
+
+    def _classifier(
+        self, rows: Sequence[RectifiedRows], start: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        inputs = torch.cat([part.inputs[:, 0] for part in rows])
+        wanted = torch.cat([part.wanted[:, 0] for part in rows])
+        products = 6.0 * inputs.numel() * wanted.shape[1]  # of one look at value and gradient
+        iterations = min(_SOFTMAX_STEPS, int(_SOFTMAX_MACS / products))
+        if len(inputs) < _SOFTMAX_ROWS or iterations < 1:
+            return start
+        damping = self.config.damping
+        found = fit_softmax(inputs, wanted, *start, damping=damping, iterations=iterations)
+        return found.weight, found.bias
 
     def _plan(self, op: WeightedOp) -> _Fit:
         name = op.node.name
@@ -243,14 +275,13 @@ class _Run:
         kept = torch.from_numpy(self.axes.kept(dim, self.removed).nonzero()[0])
         other = self._other(op.node)
         last = op.node if other is None else next(iter(op.node.users))
-        readers = list(last.users)
         return _Fit(
             op=op,
             cut_op=self.cut_ops[name],
             kept=kept,
             other=other,
             is_gone=other is not None and other.name not in self.after,
-            has_relu=len(readers) == 1 and readers[0].target in _RELUS,
+            ceiling=ceiling_behind(last),
         )
 
     def _other(self, node: fx.Node) -> fx.Node | None:

@@ -1,5 +1,7 @@
 """The fit before a ReLU: its bound falls, its loss is never above least squares, exact cases are exact."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,3 +194,29 @@ def test_what_does_not_fit_is_refused() -> None:
     rows.wanted[3, 1, 2] = float("nan")
     with pytest.raises(NumericalError, match=r"wanted pre-activations or offset: found NaN"):
         fit_rectified(lambda: [rows])
+
+
+@given(SEEDS, st.sampled_from([0.5, 1.0, 6.0]))
+@settings(max_examples=20, deadline=None)
+def test_above_a_ceiling_anything_goes(seed: int, ceiling: float) -> None:
+    rows = problem(seed)
+    got = fit_rectified(lambda: [rows], iterations=6, ceiling=ceiling)
+    plain = fit_rectified(lambda: [rows], iterations=0, ceiling=ceiling)
+    error = predicted(rows, got.weight, got.bias).clamp(0, ceiling) - rows.wanted.clamp(0, ceiling)
+    assert float(error.square().sum((1, 2)).mean()) == pytest.approx(got.losses[got.step], rel=1e-9)
+    assert got.losses[got.step] <= plain.losses[0]
+    bounds = got.bounds
+    # The ridge is part of what falls: it is 1e-4 of the inputs' variance.
+    assert all(b <= a * (1 + 1e-2) + 1e-9 for a, b in itertools.pairwise(bounds))
+
+
+def test_a_ceiling_helps_where_most_is_above_it() -> None:
+    rows = problem(1, 400, groups=1)
+    rows = RectifiedRows(inputs=rows.inputs, wanted=4 * rows.wanted.square(), offset=None)
+    capped = fit_rectified(lambda: [rows], iterations=8, ceiling=1.0)
+    assert capped.losses[capped.step] < 0.9 * capped.losses[0]
+
+
+def test_a_ceiling_is_positive() -> None:
+    with pytest.raises(ConfigError, match="ceiling must be > 0, got 0"):
+        fit_rectified(lambda: [problem(0)], ceiling=0)

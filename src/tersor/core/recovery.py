@@ -1,0 +1,128 @@
+"""What the caller allows for recovery, and what it did: plain values."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tersor.core.errors import ConfigError
+
+_MOST_SECONDS = 86400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recover:
+    """Train what compression has left towards the original's own outputs; labels are never read.
+
+    Args:
+        seconds: Wall-clock time for all gradient steps of one result. How many steps fit in depends
+            on the machine; the report says how many were made.
+        steps: Steps of each part in place of a time: the same numbers on every run.
+        rate: Size of a full step of a block, relative to the root mean square of the tensor that it
+            changes; steps of all blocks together are a quarter as large.
+        batch: Samples of one step.
+        whole: Share of the budget for training all blocks together after each by itself, 0 to 1.
+
+    Raises:
+        ConfigError: A value out of its range.
+    """
+
+    seconds: float = 60.0
+    steps: int | None = None
+    rate: float = 0.02
+    batch: int = 64
+    whole: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.seconds) and 0 < self.seconds <= _MOST_SECONDS):
+            raise ConfigError(
+                f"recover: found seconds={self.seconds}, wanted more than 0 and at most "
+                f"{_MOST_SECONDS:.0f}; recover=None leaves it out"
+            )
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
+            raise ConfigError(
+                f"recover: found steps={self.steps!r}, wanted a whole number of at least 1, or None "
+                "to go by seconds"
+            )
+        if not 0 < self.rate <= 1:
+            raise ConfigError(f"recover: found rate={self.rate}, wanted more than 0 and at most 1")
+        if type(self.batch) is not int or self.batch < 1:
+            raise ConfigError(
+                f"recover: found batch={self.batch!r}, wanted a whole number of at least 1"
+            )
+        if not 0 <= self.whole <= 1:
+            raise ConfigError(f"recover: found whole={self.whole}, wanted a share from 0 to 1")
+
+
+Part = Literal["block", "whole"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartRecovery:
+    """One block, or all of them together.
+
+    Attributes:
+        part: "block", or "whole" for all that can be trained.
+        name: The node that the block ends with; several are joined by commas.
+        ops: Its linear maps and convolutions, by node.
+        steps: Gradient steps that were made.
+        before, after: The loss on samples that no step read: of a block the squared difference of
+            its outputs over their variance, of the whole the error of the model's outputs.
+            ``after`` is never above ``before``: what did not help was undone.
+    """
+
+    part: Part
+    name: str
+    ops: tuple[str, ...]
+    steps: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """What recovery did to one graph.
+
+    Attributes:
+        what: "weights" of a graph without rounded weights, or "rounded" ones, whose codes and bits
+            stay: their scales, and biases.
+        parts: Blocks front to back, then the whole; empty where nothing could be trained.
+        seconds: Wall-clock time that it took.
+        samples, held_out: Calibration samples that steps were made on, and that they were checked on.
+        before, after: Mean error of the outputs on the held-out samples, as errors of candidates are
+            measured. ``after`` is never above ``before``.
+        search_before, search_after: The loss on the search part; None where it was not measured.
+        is_kept: Whether the result has the trained tensors; else it has those from before.
+        reason: Why nothing was trained or kept; "" otherwise.
+    """
+
+    what: Literal["weights", "rounded"]
+    parts: tuple[PartRecovery, ...] = ()
+    seconds: float = 0.0
+    samples: int = 0
+    held_out: int = 0
+    before: float = 0.0
+    after: float = 0.0
+    search_before: float | None = None
+    search_after: float | None = None
+    is_kept: bool = False
+    reason: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps of all parts."""
+        return sum(part.steps for part in self.parts)
+
+    def describe(self) -> str:
+        """One line for people."""
+        what = "weights" if self.what == "weights" else "scales and biases of rounded weights"
+        if not self.parts:
+            return f"recovery: {what}: nothing was trained: {self.reason}"
+        text = (
+            f"recovery: {what}: {self.steps} steps on {len(self.parts)} parts in "
+            f"{self.seconds:.0f} s, error on {self.held_out} samples that no step read "
+            f"{self.before:.4g} -> {self.after:.4g}"
+        )
+        if self.search_before is not None and self.search_after is not None:
+            losses = f"{self.search_before:.4g} -> {self.search_after:.4g}"
+            text += f", loss on the search part {losses}"
+        return text if self.is_kept else f"{text}; not kept: {self.reason}"

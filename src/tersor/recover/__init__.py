@@ -1,0 +1,1 @@
+"""Trains what compression has left towards the original's own outputs, without labels."""

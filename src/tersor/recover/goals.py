@@ -1,0 +1,151 @@
+"""What a part reads and what it should give, on the samples of the calibration part."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tersor.core.records import OutputKind
+from tersor.graph.axes.matching import Counterparts
+from tersor.graph.contracts import Graph
+from tersor.graph.frontiers import Block
+from tersor.graph.geometry import output_error, output_spreads
+from tersor.observe.statistics import token_mask
+from tersor.ops.reconstruction import block_loss, spread
+from tersor.recover.runs import Run, Values
+from tersor.recover.samples import Drawn, Flat, Pool, sample_rows
+from tersor.recover.training import Loss, Part
+
+HELD_OUT = 8  # one batch in so many is never trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Teacher:
+    """What is wanted.
+
+    Attributes:
+        graph: The original.
+        kind: What its outputs mean.
+        counterparts: Nodes that can be compared; None: all of the same name, which are whole.
+    """
+
+    graph: Graph
+    kind: OutputKind
+    counterparts: Counterparts | None = None
+
+    def known(self) -> set[str]:
+        """Names of the nodes that can be compared."""
+        found = {n.name for n in self.graph.module.graph.nodes if n.op == "call_function"}
+        return found if self.counterparts is None else found & set(self.counterparts.kept)
+
+    def part(self, name: str, value: Tensor) -> Tensor:
+        """What the compressed graph has left of the original's value."""
+        return value if self.counterparts is None else self.counterparts.of(name, value)
+
+
+class Goals:
+    """The samples, which of them are held out, and the outputs that are wanted."""
+
+    def __init__(self, teacher: Teacher, compressed: Graph, batches: Sequence[Flat]) -> None:
+        self.teacher, self.batches = teacher, list(batches)
+        self.unseen = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(self.batches))]
+        if not any(self.unseen):
+            self.unseen[-1] = True
+        self._outputs: list[tuple[Tensor, ...]] = []
+        self._masks = [token_mask(compressed.signature, flat) for flat in self.batches]
+        self._rows = sample_rows(compressed.module)
+        output = next(n for n in compressed.module.graph.nodes if n.op == "output")
+        self._results: Any = output.args[0]
+
+    def outputs(self) -> list[tuple[Tensor, ...]]:
+        """What the original gives, by batch: one pass, unless ``take`` has seen it."""
+        if not self._outputs:
+            self._outputs = [self.teacher.graph.run(flat) for flat in self.batches]
+        return self._outputs
+
+    def take(self, run: Run) -> None:
+        """The outputs from a run of the original that has come as far as the last block."""
+        output = next(n for n in run.nodes if n.op == "output")
+        results: Any = output.args[0]
+        if self._outputs or not all(isinstance(r, fx.Node) for r in results):
+            return
+        run.run(run.nodes)
+        self._outputs = [tuple(values[r.name] for r in results) for values in run.values]
+
+    def unseen_batches(self) -> list[Flat]:
+        """Those that no step reads."""
+        pairs = zip(self.batches, self.unseen, strict=True)
+        return [flat for flat, is_unseen in pairs if is_unseen]
+
+    def counts(self) -> tuple[int, int]:
+        """Samples that steps are made on, and that they are checked on."""
+        sizes = [int(flat[0].shape[0]) for flat in self.batches]
+        unseen = sum(n for n, is_unseen in zip(sizes, self.unseen, strict=True) if is_unseen)
+        return sum(sizes) - unseen, unseen
+
+    def read(self, block: Block, run: Run, moving: Collection[str]) -> list[Values]:
+        """What a block reads, after all that depends on nothing trained has been run up to it.
+
+        Args:
+            block: The block; all before it have been run.
+            run: The compressed graph's.
+            moving: Names of the nodes that depend on anything trained.
+        """
+        stop = max(run.place[n.name] for n in block.nodes)
+        run.run([n for n in run.nodes[:stop] if n.name not in moving])
+        names = (*block.reads, *block.context)
+        return [{n: values[n] for n in names} for values in run.values]
+
+    def values_of(
+        self, block: Block, values: Sequence[Values], found: Sequence[Values], size: int
+    ) -> Part:
+        """A block that should give what the original gives there; ``size``: samples of a step."""
+        wanted = [{n: self.teacher.part(n, f[n]) for n in block.gives} for f in found]
+        scales = {n: _spread([w[n] for w in wanted]) for n in block.gives}
+
+        def loss(got: Mapping[str, Any], drawn: Drawn) -> Tensor:
+            terms = [
+                block_loss(got[n], drawn.wanted[n], scales[n], drawn.mask) for n in block.gives
+            ]
+            return torch.stack(terms).mean()
+
+        return self._part(block, loss, (values, wanted), size)
+
+    def outputs_of(self, block: Block, values: Sequence[Values], size: int) -> Part:
+        """The last block, or all as one: the error of the model's own outputs."""
+        places = {
+            i: r.name
+            for i, r in enumerate(self._results)
+            if isinstance(r, fx.Node) and r.name in block.gives
+        }
+        spreads = output_spreads(self.outputs())
+        wanted = [{str(i): outputs[i] for i in places} for outputs in self.outputs()]
+
+        def loss(got: Mapping[str, Any], drawn: Drawn) -> Tensor:
+            right = [drawn.wanted[str(i)] for i in places]
+            own = [spreads[i] for i in places]
+            new = [got[name] for name in places.values()]
+            return output_error(new, right, self.teacher.kind, own).mean()
+
+        return self._part(block, loss, (values, wanted), size)
+
+    def _part(
+        self,
+        block: Block,
+        loss: Loss,
+        pairs: tuple[Sequence[Values], Sequence[Values]],
+        size: int,
+    ) -> Part:
+        drawn = [Drawn(*each) for each in zip(*pairs, self._masks, strict=True)]
+        seen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if not is_unseen]
+        unseen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if is_unseen]
+        return Part(block, loss, Pool(seen, self._rows, size), unseen)
+
+
+def _spread(values: Sequence[Tensor]) -> float:
+    """Of a few hundred samples: of one shape where there are several."""
+    shape = values[0].shape[1:]
+    alike = [v for v in values if v.shape[1:] == shape]
+    return spread(torch.cat(alike[:8]))

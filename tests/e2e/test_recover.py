@@ -1,0 +1,110 @@
+"""compress(recover=...): trained before and after rounding, reported, kept, and on behind a stop."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tersor
+from tersor.api.result import Result
+from tersor.core.errors import ConfigError
+from tersor.core.jsonable import from_json, to_json
+from tersor.core.store import Store
+from tersor.graph.edit import parameters_by_name
+from tersor.report.record import Report
+from tests.data.zoo import load_lenet5
+from tests.e2e.conftest import PRUNED_TARGET
+from tests.e2e.helpers import Finished, Recorded, close_logits, warm_copy
+
+# The shape of what each run does is tested here; how much it gains is in the unit tests.
+STEPS = tersor.Recover(steps=6, batch=16)
+
+pytestmark = pytest.mark.usefixtures("never_slower")
+
+
+def again(run: Finished, store: Path, progress: Recorded, **options: Any) -> Result:
+    """The pruned run once more, from its own prices and plan."""
+    settings = {"recover": STEPS, "metric": run.metric, "methods": "all", **options}
+    return tersor.compress(
+        load_lenet5(),
+        run.data,
+        target=PRUNED_TARGET,
+        cache_dir=store,
+        progress=progress,
+        **settings,
+    )
+
+
+def tensors_of(result: Result) -> dict[str, Tensor]:
+    graph = result.module.graph_module
+    assert isinstance(graph, torch.fx.GraphModule)
+    return parameters_by_name(graph)
+
+
+def test_recovery_from_a_plan_to_a_file(
+    pruned_run: Finished, tmp_path: Path, images: dict[str, Tensor]
+) -> None:
+    store, progress = warm_copy(pruned_run, tmp_path), Recorded()
+    result = again(pruned_run, store, progress)
+    assert result.plan.assignment == pruned_run.result.plan.assignment  # no part of a plan
+    assert progress.stages.count("recover") == 2
+    record = result.record
+    assert [r.what for r in record.recoveries] == ["weights", "rounded"]
+    for recovery in record.recoveries:
+        assert recovery.steps > 0
+        assert recovery.after <= recovery.before
+        assert recovery.describe() in progress.notes
+        if recovery.is_kept:
+            assert recovery.search_before is not None
+            assert recovery.search_after is not None
+    assert from_json(Report, to_json(record)) == record
+    site = next(s for s in record.sites if s.name == "conv2")
+    parts = result.explain(site.name)["recovered"]
+    assert parts
+    assert all(set(part["ops"]) & set(site.ops) for part in parts)
+    path = tmp_path / "recovered.tersor"
+    result.save(path)
+    test = images["test"][:20]
+    assert close_logits(tersor.load(path)(test), result.module(test))
+
+    found = again(pruned_run, store, quiet := Recorded())
+    assert "recover" not in quiet.stages  # found in the store
+    assert "transform" not in quiet.stages
+    assert found.record.recoveries == record.recoveries
+    left, right = tensors_of(result), tensors_of(found)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(t, right[n]) for n, t in left.items())
+
+
+def test_a_stop_in_the_middle_changes_nothing(pruned_run: Finished, tmp_path: Path) -> None:
+    store = warm_copy(pruned_run, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        again(pruned_run, store, Recorded(stop_at="recover"))
+    (partial,) = (store / "recovering").iterdir()
+    assert partial.name
+    result = again(pruned_run, store, Recorded())
+    assert not list((store / "recovering").glob("*"))
+    (tmp_path / "other").mkdir()
+    whole_store = warm_copy(pruned_run, tmp_path / "other")
+    whole = again(pruned_run, whole_store, Recorded())
+    left, right = tensors_of(result), tensors_of(whole)
+    assert all(torch.equal(t, right[n]) for n, t in left.items())
+    mine, other = result.record.recoveries, whole.record.recoveries
+    assert [r.parts for r in mine] == [r.parts for r in other]
+
+
+def test_a_result_without_recovery_is_what_it_was(pruned_run: Finished, tmp_path: Path) -> None:
+    assert pruned_run.result.record.recoveries == ()
+    store, progress = warm_copy(pruned_run, tmp_path), Recorded()
+    result = again(pruned_run, store, progress, recover=None)
+    assert "recover" not in progress.stages
+    assert "transform" not in progress.stages
+    left, right = tensors_of(result), tensors_of(pruned_run.result)
+    assert all(torch.equal(t, right[n]) for n, t in left.items())
+
+
+def test_a_number_is_no_recovery(pruned_run: Finished, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"found int, wanted tersor.Recover\(seconds=...\)"):
+        again(pruned_run, Store(tmp_path / "new").root, Recorded(), recover=60)
