@@ -6,7 +6,7 @@ final one reads as many as the fit can use.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from tersor.core.records import Candidate
 from tersor.graph.apply import apply
 from tersor.graph.axes import Axes, analyse_axes, keep_units
 from tersor.graph.axes.gate import require
-from tersor.graph.axes.heads import heads_of, turned
+from tersor.graph.axes.heads import Heads, Turn, heads_of, turned
 from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.axes.slicing import gone_from
 from tersor.graph.branches import REMOVED, BranchStatistics, replace_branches, widths_after
@@ -301,12 +301,17 @@ def narrowed(session: Session, changes: Changes) -> Graph:
 
 def _turned(session: Session, graph: Graph, changes: Changes) -> Graph:
     """A graph with the heads turned whose dimensions go; its outputs are the same."""
-    for change in changes.widths:
-        axes = _axes(session)
-        heads = heads_of(axes, axes[change.site.width]) if change.turn else None
-        if heads is not None:
-            graph = turned(graph, heads.places, change.turn)
+    for heads, turn in _turns(session, changes):
+        graph = turned(graph, heads.places, turn)
     return graph
+
+
+def _turns(session: Session, changes: Changes) -> Iterator[tuple[Heads, Turn]]:
+    axes = session.axes
+    for change in changes.widths:
+        heads = heads_of(axes, axes[change.site.width]) if axes and change.turn else None
+        if heads is not None:
+            yield heads, change.turn
 
 
 def _prove(session: Session, base: Graph, axes: Axes, keep: Mapping[str, list[int]]) -> None:
@@ -332,7 +337,12 @@ def formats_on(session: Session, changes: Changes, graph: Graph) -> list[SiteCha
         return list(changes.formats)
     _, axes = without_branches(session, changes.branches)
     removed = axes.removed(gone_from(axes, kept(session, changes)))
-    return requantized(changes.formats, session.graph, axes, removed, graph)
+    turns: dict[str, list[tuple[tuple[int, Tensor], Tensor]]] = {}
+    for heads, turn in _turns(session, changes):
+        for name, maps in turn.items():
+            if heads.places[name][0] == 0:
+                turns.setdefault(name, []).append((heads.places[name], maps))
+    return requantized(changes.formats, session.graph, axes, removed, graph, turns)
 
 
 def _formatted(session: Session, changes: Changes, graph: Graph) -> Graph:
