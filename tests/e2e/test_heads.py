@@ -11,15 +11,21 @@ import tersor
 from tersor.api.result import Result
 from tersor.graph.edit import parameters_by_name
 from tersor.price.price import PriceConfig
-from tests.e2e.helpers import Recorded, close_logits, quick_runs
+from tests.e2e.helpers import Recorded, quick_runs
 from tests.unit.attending import Attention
-from tests.unit.capturing import random, trained
+from tests.unit.capturing import random, scale_error, trained
 
 X = random(120, 8, 64, seed=5)
 
 
 def model() -> Attention:
-    return trained(Attention(heads=4, size=16, inputs=64), seed=3)  # type: ignore[return-value]
+    """Of one head, whose softmax is not saturated."""
+    found = Attention(heads=1, size=64, inputs=64)
+    trained(found, seed=3)
+    with torch.no_grad():
+        for tensor in (found.q.weight, found.k.weight):
+            tensor.mul_(0.25)
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,9 +56,8 @@ def result(data: tersor.Data, store: Path, progress: Recorded) -> Result:
     return tersor.compress(
         model(),
         data,
-        target=tersor.Target(size_ratio=1.25, min_agreement=0.01),
+        target=tersor.Target(size_ratio=1.4, min_agreement=0.3),
         methods=("prune",),
-        keep=("up",),
         cache_dir=store,
         progress=progress,
     )
@@ -67,7 +72,7 @@ def narrowed(result: Result) -> dict[str, tuple[int, int]]:
 def test_heads_are_narrowed_by_directions(result: Result, progress: Recorded) -> None:
     cut = narrowed(result)
     assert cut
-    assert {units for _, units in cut.values()} == {16}
+    assert {units for _, units in cut.values()} == {64}
     assert any("cutting equals zeroing" in note for note in progress.notes)
     shapes = {
         n: tuple(t.shape)
@@ -75,7 +80,7 @@ def test_heads_are_narrowed_by_directions(result: Result, progress: Recorded) ->
     }
     for site, (kept, _) in cut.items():
         rows = shapes[f"{site.removeprefix('width:').partition(':')[0]}.weight"][0]
-        assert rows == 4 * kept
+        assert rows == kept
     assert result.verdict.size_bytes == pytest.approx(result.plan.predicted_bytes, rel=0.05)
 
 
@@ -88,11 +93,11 @@ def test_it_is_told_and_saved(result: Result, tmp_path: Path) -> None:
     result.save(path)
     with torch.no_grad():
         wanted: Tensor = result.module(X[:20])
-    assert close_logits(tersor.load(path)(X[:20]), wanted)
+    assert scale_error(tersor.load(path)(X[:20]), wanted) < 1e-4
 
 
 def test_the_plan_is_replayed(result: Result, data: tersor.Data, tmp_path: Path) -> None:
     again = tersor.apply_plan(model(), data, result.plan, cache_dir=tmp_path, progress=False)
     assert narrowed(again) == narrowed(result)
     with torch.no_grad():
-        torch.testing.assert_close(again.module(X[:9]), result.module(X[:9]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(again.module(X[:9]), result.module(X[:9]), rtol=1e-3, atol=1e-2)

@@ -32,10 +32,10 @@ RANK = 3  # of the six dimensions that every head has
 
 
 def thin(model: Attention) -> Attention:
-    """Each head's values, and its queries, in three directions of six, in other units for each head."""
+    """Each head's values, and its keys, in three directions of six, in other units for each head."""
     trained(model)
     with torch.no_grad():
-        for layer, seed in ((model.v, 2), (model.q, 3)):
+        for layer, seed in ((model.v, 2), (model.k, 3)):
             heads = len(layer.weight) // model.size
             for h in range(heads):
                 own = slice(h * model.size, (h + 1) * model.size)
