@@ -65,6 +65,7 @@ def named(method: Method) -> str:
 MOST_ERROR: Mapping[Level, float] = {
     "lut8_weight": 1e-3, "lut4_weight": 0.02, "int4_weight": 0.02, "int3_weight": 0.08,
     "int2_weight": 0.3, "sparse50_weight": 0.1, "sparse70_weight": 0.3, "sparse90_weight": 0.8,
+    "sparse50_int4_weight": 0.12, "sparse2of4_weight": 0.15, "sparse2of4_int4_weight": 0.17,
 }  # fmt: skip
 
 

@@ -9,12 +9,15 @@ from torch import Tensor, fx
 from tersor.analyse.sites import matches
 from tersor.core.records import WIDTH_PREFIX, Site
 from tersor.graph.axes import Axes, Width
+from tersor.graph.axes.gate import turns_freely
+from tersor.graph.axes.heads import Heads, heads_of
 from tersor.graph.axes.macs import node_macs
 from tersor.graph.axes.rulebook import op_name, sizes_of
-from tersor.graph.contracts import WidthStatistics
+from tersor.graph.contracts import HeadStatistics, WidthStatistics
 from tersor.graph.edit import attribute
 from tersor.graph.operators import WeightedOp, grouped_weight, weighted_ops
 from tersor.observe.statistics import Observed
+from tersor.ops.heads import output_moments
 from tersor.ops.kept import damped
 from tersor.ops.moments import centred
 from tersor.ops.obs import Consumer
@@ -87,15 +90,23 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _ops(axes: Axes, width: Width) -> list[fx.Node]:
-    """What a width is for: linear maps that sum over it; of experts what takes the chosen maps."""
-    return [op.node for op in _readers(axes, width)] or _takers(axes, width)
+    """What a width is for: linear maps that sum over it; else what takes experts, or makes scores."""
+    readers = [op.node for op in _readers(axes, width)]
+    return readers or _takers(axes, width) or _scorers(axes, width)
 
 
 def _macs(axes: Axes, width: Width) -> int:
-    """Of the linear maps that sum over a width; of experts one for each element of a chosen map."""
+    """Of the linear maps that sum over a width; of experts one for each element of a chosen map.
+
+    Of scores those of both projections, of which as much goes.
+    """
     readers = _readers(axes, width)
     if readers:
         return sum(node_macs(axes.graph, op.node) for op in readers)
+    if _scorers(axes, width):
+        made = {c.tensor for c in width.couplings if c.role == "producer"}
+        ops = [op for op in weighted_ops(axes.graph.module) if str(op.weight.target) in made]
+        return sum(node_macs(axes.graph, op.node) for op in ops)
     return sum(math.prod(sizes_of(node.meta["val"])) for node in _takers(axes, width))
 
 
@@ -111,6 +122,14 @@ def _takers(axes: Axes, width: Width) -> list[fx.Node]:
         and op_name(node) in _TAKES
         and any(s.op == "get_attr" and str(s.target) in stored for s in node.all_input_nodes)
     ]
+
+
+def _scorers(axes: Axes, width: Width) -> list[fx.Node]:
+    """Where queries and keys meet whose dimensions this width is."""
+    if any(c.role == "consumer" for c in width.couplings) or width.kind == "experts":
+        return []
+    heads = heads_of(axes, width)
+    return [n for n in axes.graph.module.graph.nodes if heads is not None and n.name == heads.sink]
 
 
 def _readers(axes: Axes, width: Width) -> list[WeightedOp]:
@@ -148,7 +167,45 @@ def width_statistics(
                 scale=max(variance, 1e-30),
             )
         )
-    return WidthStatistics(consumers=tuple(consumers))
+    heads = heads_of(axes, width)
+    if heads is None or not turns_freely(axes.graph, heads):
+        return WidthStatistics(consumers=tuple(consumers))
+    return WidthStatistics(
+        consumers=tuple(consumers), heads=_head_statistics(axes, heads, observed)
+    )
+
+
+def _head_statistics(axes: Axes, heads: Heads, observed: Mapping[str, Observed]) -> HeadStatistics:
+    first, second = (heads.tensors_of(axes.graph, side) for side in ("first", "second"))
+    if heads.kind == "values":
+        return HeadStatistics(
+            first=first, second=second, sharing=heads.sharing, columns=heads.places[second[0]][1]
+        )
+    queries, _ = _made(axes, heads, (heads.first, first), observed)
+    _, keys = _made(axes, heads, (heads.second, second), observed)
+    return HeadStatistics(
+        first=first,
+        second=second,
+        sharing=heads.sharing,
+        queries=queries.reshape(len(keys), heads.sharing, *queries.shape[1:]).sum(1),
+        keys=keys,
+    )
+
+
+def _made(
+    axes: Axes,
+    heads: Heads,
+    projection: tuple[str, tuple[str, ...]],
+    observed: Mapping[str, Observed],
+) -> tuple[Tensor, Tensor]:
+    """Second moment and covariance of what a projection gives to each head [h, d, d]."""
+    node, tensors = projection
+    rows = heads.places[tensors[0]][1]
+    values = [attribute(axes.graph.module, name)[rows.flatten()].double() for name in tensors]
+    weight = values[0]
+    bias = values[1] if len(values) > 1 else weight.new_zeros(len(weight))
+    H, mean = centred(observed[node].moments)
+    return output_moments(weight, bias, H[0], mean[0], len(rows))
 
 
 def _columns(axes: Axes, width: Width, op: WeightedOp, groups: int, inputs: int) -> Tensor:

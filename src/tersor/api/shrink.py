@@ -6,7 +6,7 @@ final one reads as many as the fit can use.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from tersor.core.records import Candidate
 from tersor.graph.apply import apply
 from tersor.graph.axes import Axes, analyse_axes, keep_units
 from tersor.graph.axes.gate import require
+from tersor.graph.axes.heads import Heads, Turn, heads_of, turned
 from tersor.graph.axes.matching import Counterparts, counterparts
 from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.axes.slicing import gone_from
@@ -119,7 +120,9 @@ def width_sites_statistics(
         return {}
     free = [site for site in session.widths if site.pinned is None]
     found = {site.name: width_statistics(session.axes, site, observed) for site in free}
-    alone = [site for site in free if not found[site.name].consumers]
+    alone = [
+        site for site in free if not found[site.name].consumers and found[site.name].heads is None
+    ]
     part = session.parts["search"].limited(_affordable(session, _UNIT_SAMPLES))
     for site in alone:
         session.progress.note(f"{site.name}: {site.units} runs without one unit each")
@@ -273,7 +276,15 @@ def evaluated(session: Session, changes: Changes) -> Graph:
         _, axes = without_branches(session, changes.branches)
         batches = fit_batches(session, light=True)
         keep, config = kept(session, changes), _config(session, _LIGHT)
-        session.fits[changes.key] = narrow(session.graph, axes, keep, batches, config).graph
+        fitted = narrow(
+            _turned(session, session.graph, changes),
+            axes,
+            keep,
+            batches,
+            config,
+            base=_turned(session, axes.graph, changes),
+        )
+        session.fits[changes.key] = fitted.graph
     return _formatted(session, changes, session.fits[changes.key])
 
 
@@ -288,6 +299,7 @@ def narrowed(session: Session, changes: Changes) -> Graph:
         how = "its mean" if change.level == REMOVED else "a linear map"
         session.progress.note(f"{change.site.name}: {how} in its place")
     keep = kept(session, changes)
+    base = _turned(session, base, changes)
     if keep:
         _prove(session, base, axes, keep)
     batches = fit_batches(session)
@@ -295,7 +307,23 @@ def narrowed(session: Session, changes: Changes) -> Graph:
     session.progress.stage("fit", ops)
     config = _config(session, NarrowConfig())
     advance = session.progress.advance
-    return narrow(session.graph, axes, keep, batches, config, advance).graph
+    original = _turned(session, session.graph, changes)
+    return narrow(original, axes, keep, batches, config, advance, base=base).graph
+
+
+def _turned(session: Session, graph: Graph, changes: Changes) -> Graph:
+    """A graph with the heads turned whose dimensions go; its outputs are the same."""
+    for heads, turn in _turns(session, changes):
+        graph = turned(graph, heads.places, turn)
+    return graph
+
+
+def _turns(session: Session, changes: Changes) -> Iterator[tuple[Heads, Turn]]:
+    axes = session.axes
+    for change in changes.widths:
+        heads = heads_of(axes, axes[change.site.width]) if axes and change.turn else None
+        if heads is not None:
+            yield heads, change.turn
 
 
 def _prove(session: Session, base: Graph, axes: Axes, keep: Mapping[str, list[int]]) -> None:
@@ -329,7 +357,12 @@ def formats_on(session: Session, changes: Changes, graph: Graph) -> list[SiteCha
         return list(changes.formats)
     _, axes = without_branches(session, changes.branches)
     removed = axes.removed(gone_from(axes, kept(session, changes)))
-    return requantized(changes.formats, session.graph, axes, removed, graph)
+    turns: dict[str, list[tuple[tuple[int, Tensor], Tensor]]] = {}
+    for heads, turn in _turns(session, changes):
+        for name, maps in turn.items():
+            if heads.places[name][0] == 0:
+                turns.setdefault(name, []).append((heads.places[name], maps))
+    return requantized(changes.formats, session.graph, axes, removed, graph, turns)
 
 
 def _formatted(session: Session, changes: Changes, graph: Graph) -> Graph:

@@ -23,6 +23,9 @@ Format = Literal[
     "sparse90_weight",
     "hardswish",
     "relu",
+    "sparse50_int4_weight",
+    "sparse2of4_weight",
+    "sparse2of4_int4_weight",
 ]
 # What a site may be set to: a number format, one with a rank, a width's kept units, or what is left
 # of a branch.

@@ -18,7 +18,7 @@ from typing import Literal
 
 from tersor.core.errors import ConfigError
 
-PackingKind = Literal["grid", "table", "sparse"]
+PackingKind = Literal["grid", "table", "sparse", "pairs"]
 FLOAT_BITS = 32
 MAX_RANK = 8  # a weight of a convolution has five at most
 STEP_BYTES = ENTRY_BYTES = 2  # float16
@@ -26,7 +26,12 @@ _BITS: dict[PackingKind, tuple[int, ...]] = {
     "grid": tuple(range(2, 9)),
     "table": (4, 8),
     "sparse": (*range(2, 9), FLOAT_BITS),
+    "pairs": (*range(2, 9), FLOAT_BITS),
 }
+# The places of the two in a group of four, by number.
+PLACES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+GROUP, GROUPS_OF_BYTE = 4, 3
+_SMALL_ORDER = 2**16  # so many inputs have uint16 numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +86,16 @@ class Packing:
         return -(-self.inputs // self.group) if self.group else 1
 
     @property
+    def fours(self) -> int:
+        """Groups of four inputs in a row; the last one may go beyond the inputs."""
+        return -(-self.inputs // GROUP)
+
+    @property
+    def order_type(self) -> str:
+        """NumPy's name for the numbers of the inputs of ``pairs``."""
+        return "<u2" if self.inputs <= _SMALL_ORDER else "<u4"
+
+    @property
     def tables(self) -> int:
         """Tables."""
         return self.outputs if self.per_output else 1
@@ -93,6 +108,11 @@ class Packing:
         if self.kind == "table":
             return self.outputs * row, self.tables * 2**self.bits * ENTRY_BYTES
         steps = 0 if self.bits == FLOAT_BITS else self.outputs * STEP_BYTES
+        if self.kind == "pairs":
+            groups = self.outputs * self.fours
+            order = int(self.order_type[-1]) * self.inputs
+            ways = -(-groups // GROUPS_OF_BYTE)
+            return order, ways, steps, _bytes(len(PLACES[0]) * groups, self.bits)
         return _bytes(self.outputs * self.inputs, 1), steps, _bytes(self.kept, self.bits)
 
     def size_bytes(self) -> int:

@@ -19,6 +19,7 @@ Arrays = dict[str, NDArray[Any]]
 _TENSORS = ("codes", "scale", "weight", "bias", "kept")
 _FACTOR_TENSORS = ("codes", "scale", "weight", "bias")
 _PACKED = "packed"
+_TURN = "turn:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class ChangeRecord:
     quantizer: QuantizerRecord | None = None
     factors: tuple[FactorRecord, ...] = ()
     factor: float = 1.0
+    turned: tuple[str, ...] = ()  # tensors that have maps
     operands: Mapping[str, QuantizerRecord] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -83,13 +85,21 @@ def pack(changes: Sequence[SiteChange]) -> tuple[ChangeRecords, Arrays]:
                 arrays[f"{i}.{name}"] = value.detach().contiguous().numpy()
         if change.packed is not None:
             arrays[f"{i}.{_PACKED}"] = np.frombuffer(change.packed.data, dtype=np.uint8)
-        for j, factor in enumerate(change.factors):
-            for name in _FACTOR_TENSORS:
-                own: Tensor | None = getattr(factor, name)
-                if own is not None:
-                    arrays[f"{i}.factor{j}.{name}"] = own.detach().contiguous().numpy()
+        for tensor, maps in change.turn.items():
+            arrays[f"{i}.{_TURN}{tensor}"] = maps.detach().contiguous().numpy()
+        arrays |= _factor_arrays(i, change)
         records.append(_record(i, change, arrays))
     return ChangeRecords(changes=tuple(records)), arrays
+
+
+def _factor_arrays(position: int, change: SiteChange) -> Arrays:
+    found: Arrays = {}
+    for j, factor in enumerate(change.factors):
+        for name in _FACTOR_TENSORS:
+            own: Tensor | None = getattr(factor, name)
+            if own is not None:
+                found[f"{position}.factor{j}.{name}"] = own.detach().contiguous().numpy()
+    return found
 
 
 def _record(position: int, change: SiteChange, arrays: Arrays) -> ChangeRecord:
@@ -106,6 +116,7 @@ def _record(position: int, change: SiteChange, arrays: Arrays) -> ChangeRecord:
         quantizer=None if change.quantizer is None else _quantizer_record(change.quantizer),
         factors=tuple(map(_factor_record, change.factors)),
         factor=change.factor,
+        turned=tuple(change.turn),
         operands={tensor: _quantizer_record(q) for tensor, q in change.operands.items()},
         report=dict(change.report),
     )
@@ -172,6 +183,7 @@ def unpack(
             packed=_packed(record, arrays.get(f"{i}.{_PACKED}")),
             bias=tensor(i, "bias"),
             kept=tensor(i, "kept"),
+            turn={name: torch.from_numpy(arrays[f"{i}.{_TURN}{name}"]) for name in record.turned},
             quantizer=None
             if record.quantizer is None
             else _quantizer(record.quantizer, tensor(i, "inverse_scale")),

@@ -120,6 +120,27 @@ class SiteStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadStatistics:
+    """What is known about a width whose dimensions may be mixed inside of every head.
+
+    Attributes:
+        first: Stored tensors of the projection of values, or of queries: weight, and bias if any.
+        second: Of the projection that reads the values, its weight; of keys, as above.
+        sharing: Heads that share one of fewer: readers of a value head, queries of a key head.
+        columns: Of values: inputs of the reader that belong to each head and unit [q, d].
+        queries: Of scores: second moment of the queries, summed over those of a key head [h, d, d].
+        keys: Of scores: covariance of the keys [h, d, d].
+    """
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    sharing: int = 1
+    columns: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WidthStatistics:
     """What is known about a width before any unit of it goes.
 
@@ -127,10 +148,12 @@ class WidthStatistics:
         consumers: All linear maps that sum over it, from one statistics pass.
         costs: Where none does (experts): the output's error with only that unit removed, one a
             unit [units], by real forwards.
+        heads: Where the units of every head may be mixed before any goes.
     """
 
     consumers: tuple[Consumer, ...] = ()
     costs: Tensor | None = None
+    heads: HeadStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +247,8 @@ class SiteChange:
         bias: The new bias [c_out], or None to keep it.
         quantizer: The quantiser of the tensor that the ops read, or None.
         kept: Of a width: indices of the units that stay.
+        turn: Of a width whose dimensions are mixed before: stored tensor -> map of each head
+            [h, d, d]. All maps together change no output; the first dimensions are the ones to keep.
         factors: Ops that take the layer's place, in order, at least two; ``bias`` is the last one's.
         factor: Of an activation: what the values that it reads are multiplied by, and divided by
             behind it; ``weight`` and ``bias`` are then those of the layer that reads it, for
@@ -241,6 +266,7 @@ class SiteChange:
     bias: Tensor | None = None
     quantizer: Quantizer | None = None
     kept: Tensor | None = None
+    turn: Mapping[str, Tensor] = field(default_factory=dict)
     factors: tuple[Factor, ...] = ()
     factor: float = 1.0
     operands: Mapping[str, Quantizer] = field(default_factory=dict)

@@ -8,12 +8,14 @@ a price or an evaluation needs at once; the final weights come from the transfor
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
 
 from tersor.core.errors import ShapeError
 from tersor.core.packing import Packing
+from tersor.graph.axes.heads import turned_tensor
 from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.widths import Axes
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
@@ -24,9 +26,18 @@ from tersor.graph.quantizer import column_scale
 from tersor.ops.grids import round_nearest, weight_steps
 from tersor.ops.storing import pack_nearest
 
+# Weight -> for each width that runs through its rows: (0, elements [h, d]), and the maps [h, d, d].
+Turns = Mapping[str, Sequence[tuple[tuple[int, Tensor], Tensor]]]
+NO_TURNS: Turns = MappingProxyType({})
+
 
 def requantized(
-    changes: Sequence[SiteChange], original: Graph, axes: Axes, removed: Flags, graph: Graph
+    changes: Sequence[SiteChange],
+    original: Graph,
+    axes: Axes,
+    removed: Flags,
+    graph: Graph,
+    turns: Turns = NO_TURNS,
 ) -> list[SiteChange]:
     """Changes of formats for a graph that has lost some units, and perhaps branches before.
 
@@ -37,6 +48,8 @@ def requantized(
         removed: The labels that are gone, as ``Axes.removed`` gives them.
         graph: What ``axes`` describes without those, with whatever weights; nodes keep their
             names.
+        turns: Weight -> where its rows lie by head and unit, and the map of each head, for those
+            whose heads were turned before they were cut.
 
     Returns:
         Changes whose ops are still there.
@@ -49,6 +62,7 @@ def requantized(
         new=parameters_by_name(graph.module),
         before={op.node.name: op for op in weighted_ops(axes.graph.module)},
         quantizers={},
+        turns=turns,
     )
     nodes = {n.name for n in graph.module.graph.nodes}
     return [
@@ -68,6 +82,7 @@ class _Work:
     new: Mapping[str, Tensor]
     before: Mapping[str, WeightedOp]
     quantizers: dict[int, Quantizer]  # readers of one tensor share the object
+    turns: Turns
 
     def weightless(self, change: SiteChange) -> SiteChange:
         """An addition's operands; an activation without the reader's weight, which was cut or fitted."""
@@ -151,14 +166,19 @@ class _Work:
         """The layer's new weight, at the directions of the outputs that the change had chosen."""
         before = self.before[op.node.name]
         dim = self.axes.walk.shapes[before.node][op.channel_dim]
+        bias_before = None
+        if before.bias is not None:
+            bias_before = self.old[str(before.bias.target)].detach().double()
+        for place, maps in self.turns.get(str(op.weight.target), ()):
+            change = _turned(change, place, maps)
+            if bias_before is not None:
+                bias_before = turned_tensor(bias_before, place, maps)
         return projected(
             change,
             Moved(
                 weight=now.detach().double(),
                 bias=None if op.bias is None else self.new[str(op.bias.target)].detach().double(),
-                bias_before=None
-                if before.bias is None
-                else self.old[str(before.bias.target)].detach().double(),
+                bias_before=bias_before,
                 kept=torch.from_numpy(self.axes.kept(dim, self.removed)),
                 quantizer=quantizer,
             ),
@@ -176,6 +196,22 @@ class _Work:
                 own if whole else replace(own, inverse_scale=own.inverse_scale[flags])
             )
         return self.quantizers[id(own)]
+
+
+def _turned(change: SiteChange, place: tuple[int, Tensor], maps: Tensor) -> SiteChange:
+    """A low-rank layer whose outputs were mixed inside of every head: so are the last factor's rows."""
+    last = change.factors[-1]
+    rows = turned_tensor(last.dense().double(), place, maps)
+    if last.codes is None:
+        fresh = replace(last, weight=rows.float())
+    else:
+        flat = rows.reshape(1, len(rows), -1)
+        limit = max(1, int(last.codes.abs().max()))
+        step = weight_steps(flat, limit).float().double()
+        codes = round_nearest(flat, step, limit).reshape(rows.shape)
+        fresh = replace(last, codes=codes, scale=step.reshape(-1).float())
+    bias = None if change.bias is None else turned_tensor(change.bias, place, maps)
+    return replace(change, factors=(*change.factors[:-1], fresh), bias=bias)
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tersor.core.errors import ShapeError
-from tersor.core.packing import FLOAT_BITS, Packing
+from tersor.core.packing import FLOAT_BITS, GROUP, GROUPS_OF_BYTE, PLACES, Packing
 
 Floats = NDArray[np.float32]
 BYTE = 8
@@ -46,9 +46,12 @@ class Packed:
         constructor has compared the sizes.
 
         Raises:
-            ShapeError: A mask with another number of kept weights than the layout says.
+            ShapeError: A mask with another number of kept weights than the layout says, or pairs whose
+                order names an input twice or whose bytes name no places.
         """
-        read = {"grid": _grid, "table": _table, "sparse": _sparse}[self.packing.kind]
+        read = {"grid": _grid, "table": _table, "sparse": _sparse, "pairs": _pairs}[
+            self.packing.kind
+        ]
         return read(self.packing, self._parts()).reshape(self.packing.shape)
 
     def _parts(self) -> list[NDArray[np.uint8]]:
@@ -125,6 +128,38 @@ def _sparse(packing: Packing, parts: list[NDArray[np.uint8]]) -> Floats:
     table: Any = values.reshape(packing.outputs, packing.inputs)
     table *= _half(parts[1]).reshape(-1, 1)
     return values
+
+
+def _pairs(packing: Packing, parts: list[NDArray[np.uint8]]) -> Floats:
+    order = parts[0].view(packing.order_type)
+    if not np.array_equal(np.sort(order), np.arange(packing.inputs, dtype=order.dtype)):
+        raise ShapeError(
+            f"packed weight {packing.shape}: its order of {packing.inputs} inputs does not name "
+            "each once"
+        )
+    ways = len(PLACES)
+    if len(parts[1]) and int(parts[1].max()) >= ways**GROUPS_OF_BYTE:
+        raise ShapeError(
+            f"packed weight {packing.shape}: found a byte of {int(parts[1].max())} for the places of "
+            f"{GROUPS_OF_BYTE} pairs, wanted less than {ways**GROUPS_OF_BYTE}"
+        )
+    groups = packing.outputs * packing.fours
+    powers = np.array([ways**i for i in range(GROUPS_OF_BYTE)], dtype=np.uint8)
+    numbers = (parts[1][:, None] // powers % ways).reshape(-1)[:groups]
+    places = np.array(PLACES, dtype=np.uint8)[numbers]
+    count = places.size
+    if packing.bits == FLOAT_BITS:
+        kept: Floats = parts[3].view("<f4")
+    else:
+        kept = _signed(parts[3].reshape(1, -1), packing.bits, count)[0]
+    values = np.zeros((groups, GROUP), dtype=np.float32)
+    np.put_along_axis(values, places.astype(np.intp), kept.reshape(places.shape), axis=1)
+    rows = values.reshape(packing.outputs, -1)[:, : packing.inputs]
+    found = np.empty_like(rows)
+    found[:, order] = rows
+    if packing.bits != FLOAT_BITS:
+        found *= _half(parts[2]).reshape(-1, 1)
+    return found
 
 
 def _rows(part: NDArray[np.uint8], packing: Packing) -> NDArray[np.uint8]:

@@ -11,17 +11,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int8
+from jaxtyping import Bool, Float, Float64, Int8, Int64
 from torch import Tensor
 
-from tersor.core.errors import NumericalError
-from tersor.core.packing import FLOAT_BITS, Packing
+from tersor.core.errors import ConfigError, NumericalError
+from tersor.core.packing import FLOAT_BITS, GROUP, GROUPS_OF_BYTE, PLACES, Packing
 from tersor.ops.bit_packing import pack
 from tersor.ops.codebook import Codebook, CodebookScheme, first_tables, nearest_codes
 from tersor.ops.group_grids import GroupGrid, Steps, fit_steps
 from tersor.ops.group_grids import nearest_codes as nearest_grid_codes
 from tersor.ops.packed import Packed
-from tersor.ops.sparsity import Unstructured, best_mask, magnitude_scores
+from tersor.ops.sparsity import NofM, Unstructured, best_mask, magnitude_scores
 
 LARGEST_HALF = 65504.0  # of a float16, which stores steps and entries
 
@@ -102,6 +102,52 @@ def pack_sparse(
     return Packed(packing, mask + _halves(steps.step) + _bytes(pack(kept, packing.bits)))
 
 
+def pack_pairs(
+    packing: Packing,
+    order: Int64[Tensor, " n"],
+    keep: Bool[Tensor, "g m n"],
+    values: Int8[Tensor, "g m n"] | Float[Tensor, "g m n"],
+    steps: Steps | None,
+) -> Packed:
+    """Two of every four inputs in an order.
+
+    Args:
+        packing: Of kind ``pairs``.
+        order: Which input stands at each place; read only.
+        keep: At most two in each four of that order, zeros elsewhere; read only.
+        values: As for ``pack_sparse``; zero where ``keep`` is not.
+        steps: As for ``pack_sparse``.
+
+    Raises:
+        ConfigError: Codes that do not fit the bits, or more than two of four that are kept.
+        NumericalError: A step that float16 does not hold.
+    """
+    rows = keep.flatten(0, 1)[:, order]
+    fill = [0, packing.fours * GROUP - packing.inputs]
+    fours = torch.nn.functional.pad(rows, fill).reshape(-1, GROUP)
+    if fours.numel() and int(fours.sum(1).max()) > len(PLACES[0]):
+        raise ConfigError(
+            f"pairs: found {int(fours.sum(1).max())} kept weights in a group of {GROUP}, wanted at most "
+            f"{len(PLACES[0])}"
+        )
+    # Whole pairs: what is kept comes first, then what is not, in order.
+    first = fours.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    places = first[:, : len(PLACES[0])].sort(1).values
+    table = torch.zeros(GROUP, GROUP, dtype=torch.int64)
+    for number, place in enumerate(PLACES):
+        table[place] = number
+    numbers = table[places[:, 0], places[:, 1]]
+    numbers = torch.nn.functional.pad(numbers, [0, -len(numbers) % GROUPS_OF_BYTE])
+    powers = torch.tensor([len(PLACES) ** i for i in range(GROUPS_OF_BYTE)])
+    ways = (numbers.reshape(-1, GROUPS_OF_BYTE) * powers).sum(1).to(torch.uint8)
+    flat = torch.nn.functional.pad(values.flatten(0, 1)[:, order], fill).reshape(-1, GROUP)
+    kept = flat.gather(1, places).reshape(-1)
+    head = order.numpy().astype(packing.order_type).tobytes() + _bytes(ways)
+    if steps is None:
+        return Packed(packing, head + _bytes(kept.to(torch.float32)))
+    return Packed(packing, head + _halves(steps.step) + _bytes(pack(kept, packing.bits)))
+
+
 def kept_of(shape: Sequence[int], zeros: float) -> int:
     """How many weights stay where a share of them are zeros."""
     return round((1 - zeros) * math.prod(shape))
@@ -127,13 +173,21 @@ def pack_nearest(weight: Float[Tensor, "g m n"], packing: Packing) -> Packed:
         assert grid is not None
         steps = fit_steps(weight, grid)
         return pack_grid(packing, nearest_grid_codes(weight, steps, grid), steps)
-    share = packing.kept / max(1, weight.numel())
-    keep = best_mask(magnitude_scores(weight), Unstructured(kept=share))
-    if grid is None:
-        return pack_sparse(packing, keep, weight, None)
-    rest = weight * keep
-    steps = fit_steps(rest, grid)
-    return pack_sparse(packing, keep, nearest_grid_codes(rest, steps, grid), steps)
+    order = torch.arange(packing.inputs)
+    if packing.kind == "pairs":
+        fill = [0, -packing.inputs % GROUP]
+        scores = torch.nn.functional.pad(magnitude_scores(weight), fill)
+        keep = best_mask(scores, NofM(kept=2, of=GROUP))[:, :, : packing.inputs]
+    else:
+        share = packing.kept / max(1, weight.numel())
+        keep = best_mask(magnitude_scores(weight), Unstructured(kept=share))
+    rest, steps = weight * keep, None
+    if grid is not None:
+        steps = fit_steps(rest, grid)
+        rest = nearest_grid_codes(rest, steps, grid)
+    if packing.kind == "pairs":
+        return pack_pairs(packing, order, keep, rest, steps)
+    return pack_sparse(packing, keep, rest, steps)
 
 
 def _mask_bits(flat: Bool[Tensor, " n"]) -> Tensor:

@@ -8,14 +8,17 @@ from torch import Tensor
 
 from tersor.core.records import Candidate, OutputKind
 from tersor.graph.axes import Axes, Width, keep_units
-from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
+from tersor.graph.axes.heads import heads_of, turned
+from tersor.graph.contracts import Graph, HeadStatistics, SiteChange, WidthStatistics
 from tersor.graph.edit import (
     copy_graph,
     rebuild,
 )
 from tersor.graph.operators import WeightedOp, weighted_ops
+from tersor.ops.head_turns import turned_consumer
 from tersor.ops.kept import kept_columns, refit_columns
 from tersor.ops.moments import Moments, means
+from tersor.ops.obs import Consumer
 from tersor.propose.errors import sampled_errors, with_errors
 from tersor.propose.sampling import Precision
 
@@ -35,20 +38,41 @@ def replaced(
         moments: Of each reader's input, by op: their means move the biases.
     """
     assert change.kept is not None
-    fresh, tensors = copy_graph(axes.graph.module)
+    base = _turned(axes, change)
+    fresh, tensors = copy_graph(base.module)
     ops = {op.node.name: op for op in weighted_ops(axes.graph.module)}
-    readers = [name for name in change.site.ops if name in ops]  # none of experts
-    for name, consumer in zip(readers, statistics.consumers, strict=True):
-        op = ops[name]
+    readers = [name for name in change.site.ops if name in ops]  # none of experts and scores
+    for name, given in zip(readers, statistics.consumers, strict=True):
+        op, consumer, mean = ops[name], given, means(moments[name])[0]
+        if change.turn and statistics.heads is not None:
+            consumer, mean = _on_turned(consumer, mean, change, statistics.heads)
         kept = kept_columns(consumer.columns, consumer.weight.shape[2], change.kept)
         fitted, _ = refit_columns(consumer.weight, consumer.second_moment, kept)
         index = kept.unsqueeze(1).expand_as(fitted)
         weight = torch.zeros_like(consumer.weight).scatter(2, index, fitted)
         old = tensors[str(op.weight.target)]
         tensors[str(op.weight.target)] = weight.reshape(old.shape).to(old.dtype)
-        _move_bias(tensors, op, consumer.weight - weight, means(moments[name])[0])
-    graph = replace(axes.graph, module=rebuild(fresh, tensors))
+        _move_bias(tensors, op, consumer.weight - weight, mean)
+    graph = replace(base, module=rebuild(fresh, tensors))
     return keep_units(graph, axes, {change.site.width: change.kept.tolist()}, meta=False)
+
+
+def _turned(axes: Axes, change: SiteChange) -> Graph:
+    """The original, with the heads turned that a width is about to narrow."""
+    heads = heads_of(axes, axes[change.site.width]) if change.turn else None
+    return axes.graph if heads is None else turned(axes.graph, heads.places, change.turn)
+
+
+def _on_turned(
+    consumer: Consumer, mean: Tensor, change: SiteChange, heads: HeadStatistics
+) -> tuple[Consumer, Tensor]:
+    """A reader and the mean of its input [1, n] on turned heads."""
+    assert heads.columns is not None
+    maps = change.turn[heads.second[0]]
+    moved = mean.double().clone()
+    values = moved[0, heads.columns].unsqueeze(2)
+    moved[0, heads.columns.flatten()] = (maps.double() @ values).flatten()
+    return turned_consumer(consumer, heads.columns, maps), moved
 
 
 def _move_bias(tensors: dict[str, Tensor], op: WeightedOp, delta: Tensor, mean: Tensor) -> None:

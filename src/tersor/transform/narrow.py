@@ -95,13 +95,15 @@ class _Fit:
     picks: list[Tensor | None] = field(default_factory=list)
 
 
-def narrow(
+def narrow(  # noqa: PLR0913 - the stage's inputs
     graph: Graph,
     axes: Axes,
     keep: Mapping[str, Sequence[int]],
     batches: Sequence[tuple[Tensor, ...]],
     config: NarrowConfig = NarrowConfig(),
     advance: Callable[[], None] = lambda: None,
+    *,
+    base: Graph | None = None,
 ) -> Narrowed:
     """Cut a graph and fit what is left.
 
@@ -112,13 +114,16 @@ def narrow(
         batches: Flat inputs of the calibration part, without labels.
         config: How ops are fitted.
         advance: Called once for each op that was fitted.
+        base: What is cut in place of the graph of ``axes``: the same nodes with other weights, as
+            where heads were turned, in ``graph`` as well.
 
     Raises:
         ShapeError: A width that would lose all its units.
         NumericalError: A fit gives values that are not finite.
     """
     removed = axes.removed(gone_from(axes, keep))
-    run = _Run(graph, axes, removed, batches, config)
+    small = cut(base or axes.graph, axes, removed)
+    run = _Run(graph, axes, removed, (small, batches), config)
     with torch.no_grad():
         for i, step in enumerate(run.steps):
             run.step(step)
@@ -143,11 +148,11 @@ class _Run:
         graph: Graph,
         axes: Axes,
         removed: Flags,
-        batches: Sequence[tuple[Tensor, ...]],
+        work: tuple[Graph, Sequence[tuple[Tensor, ...]]],
         config: NarrowConfig,
     ) -> None:
+        small, batches = work
         self.graph, self.axes, self.removed, self.config = graph, axes, removed, config
-        small = cut(axes.graph, axes, removed)
         fresh, tensors = copy_graph(small.module)
         # Weights are written in place below; what was not cut is still the original's own tensor.
         self.tensors = {name: t.clone() for name, t in tensors.items()}

@@ -22,6 +22,10 @@ from tersor.core.packing import Packing
         ({"kind": "sparse", "bits": 8, "kept": 50}, (14, 5 * 2, 50)),
         ({"kind": "sparse", "bits": 3, "kept": 50}, (14, 5 * 2, 19)),
         ({"kind": "sparse", "bits": 32, "kept": 50}, (14, 0, 200)),
+        # 21 inputs of two bytes; six groups of four a row are 30, in 10 bytes; 60 codes.
+        ({"kind": "pairs", "bits": 8}, (42, 10, 5 * 2, 60)),
+        ({"kind": "pairs", "bits": 3}, (42, 10, 5 * 2, 23)),
+        ({"kind": "pairs", "bits": 32}, (42, 10, 0, 240)),
     ],
 )
 def test_sizes(fields: dict[str, Any], parts: tuple[int, ...]) -> None:
@@ -34,6 +38,10 @@ def test_a_cut_weight_keeps_its_layout_and_its_share_of_zeros() -> None:
     packing = Packing(kind="sparse", shape=(8, 10), bits=8, kept=20)
     cut = packing.resized((4, 10))
     assert (cut.shape, cut.kept, cut.bits) == ((4, 10), 10, 8)
+    pairs = Packing(kind="pairs", shape=(8, 12), bits=4)
+    assert pairs.resized((7, 9)).parts() == (18, 7, 14, 21)
+    long = Packing(kind="pairs", shape=(1, 2**16 + 4), bits=4)  # numbers beyond uint16
+    assert long.parts()[0] == 4 * (2**16 + 4)
     grid = Packing(kind="grid", shape=(8, 64), bits=4, group=32)
     assert grid.resized((8, 40)).parts() == (8 * 20, 8 * 2 * 2)
 

@@ -22,6 +22,7 @@ from tersor.ops.storing import (
     kept_of,
     pack_grid,
     pack_nearest,
+    pack_pairs,
     pack_sparse,
     pack_tables,
     scheme_of,
@@ -99,6 +100,47 @@ def test_a_mask(bits: int) -> None:
             assert float(found[i, j]) == (float(wanted[0, i, j]) if keep[0, i, j] else 0.0)
 
 
+@pytest.mark.parametrize("inputs", [8, 7])  # the last group of a row may go beyond them
+@pytest.mark.parametrize("bits", [3, 8, 32])
+def test_pairs(bits: int, inputs: int) -> None:
+    """By the definition: two of each four of an order, the others zero."""
+    order = torch.randperm(inputs, generator=generator(3))
+    keep = torch.zeros(1, 5, inputs, dtype=torch.bool)
+    for i in range(5):
+        for start in range(0, inputs, 4):
+            own = order[start : start + 4]
+            chosen = torch.randperm(len(own), generator=generator(i + start))[: i % 3]
+            keep[0, i, own[chosen]] = True  # none, one or two of them
+    packing = Packing(kind="pairs", shape=(5, inputs), bits=bits)
+    steps = steps_of(halves(5, 1, 5, 1))
+    if bits == 32:
+        weight = torch.randn(1, 5, inputs, generator=generator(6)) * keep
+        packed, wanted = pack_pairs(packing, order, keep, weight, None), weight.double()
+    else:
+        codes = codes_of(6, bits, 1, 5, inputs) * keep
+        packed, wanted = pack_pairs(packing, order, keep, codes, steps), codes.double() * steps.step
+    found = packed.expand()
+    for i in range(5):
+        for j in range(inputs):
+            assert float(found[i, j]) == float(wanted[0, i, j])
+
+
+def test_pairs_that_lie() -> None:
+    packing = Packing(kind="pairs", shape=(1, 4), bits=8)
+    good = np.array([3, 1, 0, 2], dtype="<u2").tobytes() + bytes([215]) + bytes(4)
+    Packed(packing, good).expand()
+    with pytest.raises(ShapeError, match="its order of 4 inputs does not name each once"):
+        Packed(packing, np.array([3, 1, 0, 0], dtype="<u2").tobytes() + good[8:]).expand()
+    with pytest.raises(
+        ShapeError, match="a byte of 216 for the places of 3 pairs, wanted less than 216"
+    ):
+        Packed(packing, good[:8] + bytes([216]) + good[9:]).expand()
+    keep = torch.tensor([[[True, True, True, False]]])
+    codes = torch.ones(1, 1, 4, dtype=torch.int8)
+    with pytest.raises(ConfigError, match="found 3 kept weights in a group of 4, wanted at most 2"):
+        pack_pairs(packing, torch.arange(4), keep, codes, steps_of(halves(1, 1, 1, 1)))
+
+
 @pytest.mark.parametrize("kept", [0, 6])
 def test_nothing_and_all_of_a_mask(kept: int) -> None:
     packing = Packing(kind="sparse", shape=(2, 3), bits=8, kept=kept)
@@ -115,6 +157,8 @@ def test_nothing_and_all_of_a_mask(kept: int) -> None:
         {"kind": "table", "bits": 8, "per_output": True},
         {"kind": "sparse", "bits": 8, "kept": 1000},
         {"kind": "sparse", "bits": 32, "kept": 1000},
+        {"kind": "pairs", "bits": 8},
+        {"kind": "pairs", "bits": 32},
     ],
 )
 def test_a_weight_at_its_nearest_codes(fields: dict[str, Any]) -> None:
@@ -125,7 +169,10 @@ def test_a_weight_at_its_nearest_codes(fields: dict[str, Any]) -> None:
     found = torch.from_numpy(packed.expand()).double()
     off = float((found - weight[0]).square().mean())
     kept = packing.kept / weight.numel() if packing.kind == "sparse" else 1.0
-    if kept < 1:
+    if packing.kind == "pairs":
+        assert int((found.reshape(20, 25, 4) != 0).sum(2).max()) <= 2
+        assert 0.1 < off < 0.18  # the smaller two of four: more than the smallest half
+    elif kept < 1:
         assert int((found == 0).sum()) >= 2000 - packing.kept
         # What is left out are the smallest half of normal weights, whose squares sum to 7 % of all.
         assert 0.05 < off < 0.1

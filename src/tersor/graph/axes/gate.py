@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import ParityError
+from tersor.graph.axes.heads import Heads, Turn, turned
 from tersor.graph.axes.slicing import cut, mask
 from tersor.graph.axes.widths import Axes
 from tersor.graph.contracts import Graph
@@ -20,6 +21,8 @@ from tersor.graph.edit import copy_graph, rebuild
 # Sums of fewer terms in another order: a few hundred roundings of 2**-24, of the output's scale.
 TOLERANCE = 1e-5
 EFFECT = 100  # how many tolerances zeroing must move the output
+# Maps that are folded into weights round these: once more per weight than a cut does.
+_TURN_TOLERANCE = 1e-4
 _SHARE = 0.5  # of the units of a width whose own cut shows nothing
 
 
@@ -108,6 +111,37 @@ def require(
     silent = {name: shares[name] for name in report.silent}
     again = _equal(check(graph, axes, silent, each=True, exact_norms=exact_norms), silent)
     return replace(report, silent=again.silent)
+
+
+def turns_freely(graph: Graph, heads: Heads, *, seed: int = 0) -> bool:
+    """Whether random maps of the heads, in both projections, leave the outputs as they are.
+
+    The comparison must be able to fail: the maps of one projection alone have to move the outputs.
+
+    Args:
+        graph: The graph that was analysed.
+        heads: How one width lies in it.
+        seed: Of the maps.
+    """
+    flat = other_batch(graph)
+    plain = _run(graph, flat)
+    turn = _random_turn(graph, heads, seed)
+    half = {name: maps for name, maps in turn.items() if name in heads.tensors_of(graph, "first")}
+    moved = _difference(_run(turned(graph, heads.places, half), flat), plain)
+    same = _difference(_run(turned(graph, heads.places, turn), flat), plain)
+    return same <= _TURN_TOLERANCE and moved >= EFFECT * TOLERANCE and same * EFFECT <= moved
+
+
+def _random_turn(graph: Graph, heads: Heads, seed: int) -> Turn:
+    """Orthogonal maps: one a head of the projection that has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    firsts, seconds = (heads.tensors_of(graph, side) for side in ("first", "second"))
+    counts = {name: len(rows) for name, (_, rows) in heads.places.items()}
+    least = min(counts.values())
+    d = next(iter(heads.places.values()))[1].shape[1]
+    square = torch.randn(least, d, d, generator=generator, dtype=torch.float64)
+    maps = torch.linalg.qr(square).Q
+    return {name: maps.repeat_interleave(counts[name] // least, 0) for name in (*firsts, *seconds)}
 
 
 def _equal(report: GateReport, gone: Mapping[str, Sequence[int]]) -> GateReport:
