@@ -37,8 +37,7 @@ FLOATS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bf16", {"mode": "autotune", "graph": True}),
     ("bf16", {"mode": "package", "graph": True}),
 )
-LINEARS = ((32 * 128, 768, 3072), (32 * 128, 3072, 768), (32 * 128, 768, 768),
-           (256 * 128, 768, 3072), (256 * 128, 3072, 768))  # fmt: skip
+LINEARS = ((4096, 768, 3072), (4096, 3072, 768), (4096, 768, 768), (32768, 768, 3072))
 
 
 class Layer(nn.Module):
@@ -48,13 +47,20 @@ class Layer(nn.Module):
         super().__init__()
         size = 64 * heads
         self.q, self.k, self.v = (nn.Linear(width, size) for _ in range(3))
-        self.out, self.up, self.down = nn.Linear(size, width), nn.Linear(width, inner), nn.Linear(inner, width)
+        self.out, self.up, self.down = (
+            nn.Linear(size, width),
+            nn.Linear(width, inner),
+            nn.Linear(inner, width),
+        )
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
         self.heads, self.in_front = heads, in_front
 
     def attend(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
-        parts = [f(x).view(batch, tokens, self.heads, 64).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        parts = [
+            f(x).view(batch, tokens, self.heads, 64).transpose(1, 2)
+            for f in (self.q, self.k, self.v)
+        ]
         found = nn.functional.scaled_dot_product_attention(*parts)
         return self.out(found.transpose(1, 2).reshape(batch, tokens, -1))
 
@@ -72,7 +78,10 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     def __init__(self, heads: int, inner: int) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(30522, 768), nn.Parameter(torch.randn(1, 128, 768) * 0.02)
+        self.words, self.places = (
+            nn.Embedding(30522, 768),
+            nn.Parameter(torch.randn(1, 128, 768) * 0.02),
+        )
         self.norm = nn.LayerNorm(768)
         self.layers = nn.ModuleList(Layer(768, heads, inner, in_front=False) for _ in range(12))
 
@@ -87,7 +96,10 @@ class Vit(nn.Module):
     def __init__(self, heads: int, inner: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 768, 16, 16)
-        self.token, self.places = nn.Parameter(torch.zeros(1, 1, 768)), nn.Parameter(torch.randn(1, 197, 768) * 0.02)
+        self.token, self.places = (
+            nn.Parameter(torch.zeros(1, 1, 768)),
+            nn.Parameter(torch.randn(1, 197, 768) * 0.02),
+        )
         self.layers = nn.ModuleList(Layer(768, heads, inner, in_front=True) for _ in range(12))
         self.norm, self.head = nn.LayerNorm(768), nn.Linear(768, 1000)
 
@@ -132,21 +144,26 @@ def in_eight_bits(graph: Graph) -> Graph:
                     weight=str(op.weight.target), shape=tuple(weight.shape))  # fmt: skip
         codes = (weight / scale[:, None]).round().to(torch.int8)
         grid = Quantizer(step=step, low=-128, high=127)
-        changes.append(SiteChange(site=site, level="int8", codes=codes, scale=scale, quantizer=grid))
+        changes.append(
+            SiteChange(site=site, level="int8", codes=codes, scale=scale, quantizer=grid)
+        )
     return apply(graph, changes)
 
 
-def compare(name: str, batch: int, *, small: bool) -> dict[str, Any]:
+def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]:
     plain = graph_of(name, small=False)
     cut = in_eight_bits(graph_of(name, small=True) if small else plain)
     builds = [("float", plain, p, o) for p, o in FLOATS]
     builds += [("int8", cut, p, o) for p, o in FLOATS[1:]]
+    builds = [b for b in builds if b[3]["mode"] in modes.split(",")]
     (spec,) = plain.signature.inputs
     inputs = {spec.name: example(name, batch).numpy()}
     backend, calls, seconds, notes = InductorBackend("cuda"), {}, {}, {}
     for kind, graph, precision, options in builds:
         label = f"{kind} {precision} {options['mode']}"
-        choice = BuildChoice(backend="inductor", device="cuda", precision=precision, batch=batch, options=options)  # type: ignore[arg-type]
+        choice = BuildChoice(
+            backend="inductor", device="cuda", precision=precision, batch=batch, options=options
+        )  # type: ignore[arg-type]
         start = time.perf_counter()
         try:
             built = backend.build(graph, {spec.name: inputs[spec.name].shape}, choice)
@@ -207,10 +224,10 @@ def kernels(rows: int, inp: int, out: int) -> dict[str, Any]:
         "bf16": lambda: nn.functional.linear(xb, wb, half),
         "int8 kernel to bf16": lambda: linear8(xi, wi, scale, bias, torch.bfloat16),
         "int8 kernel, gelu, to codes": lambda: linear8(xi, wi, scale, bias, torch.int8, "gelu", inverse),
-        "int8 _int_mm to int32": lambda: torch._int_mm(xi, wi.t()),
+        "int8 _int_mm to int32": lambda: torch._int_mm(xi, wi.t()),  # noqa: SLF001
         "fp8 kernel to bf16": lambda: linear8(xf, wf, scale, bias, torch.bfloat16),
         "fp8 kernel, gelu, to codes": lambda: linear8(xf, wf, scale, bias, torch.float8_e4m3fn, "gelu", inverse),
-        "fp8 _scaled_mm to bf16": lambda: torch._scaled_mm(xf, wf.t(), one, one, half, out_dtype=torch.bfloat16),
+        "fp8 _scaled_mm to bf16": lambda: torch._scaled_mm(xf, wf.t(), one, one, half, out_dtype=torch.bfloat16),  # noqa: SLF001
     }  # fmt: skip
     timed: dict[str, SelfTimed] = {n: Timed(c) for n, c in calls.items()}
     times = measure(timed, Protocol(rounds=3, runs=5, max_seconds=3.0))
@@ -227,6 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--work", default="kernels,bert,vit")
     parser.add_argument("--batches", default="32,256")
+    parser.add_argument("--modes", default="eager,compile,autotune,package")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     card = {**facts("cuda"), "torch": torch.__version__}
@@ -234,7 +252,10 @@ def main() -> None:
         rows = (
             (kernels(*shape) for shape in LINEARS)
             if work == "kernels"
-            else (compare(work, int(b), small=options.small) for b in options.batches.split(","))
+            else (
+                compare(work, int(b), small=options.small, modes=options.modes)
+                for b in options.batches.split(",")
+            )
         )
         for row in rows:
             line = json.dumps({**row, "card": card})

@@ -26,9 +26,12 @@ from tests.conformance.test_backends import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-HALF_PRECISION = 2e-4  # normalised squared error of a short chain in bf16: (2**-8)**2 an op, about ten
+HALF_PRECISION = (
+    2e-4  # normalised squared error of a short chain in bf16: (2**-8)**2 an op, about ten
+)
 EXACT = 1e-10
-SHAPES = [(1, 64, 32), (7, 48, 24), (33, 200, 72), (256, 768, 768), (130, 3072, 768)]
+SHAPES = [(1, 64, 32), (33, 200, 72), (130, 3072, 768)]
+CASES = [(*SHAPES[0], a) for a in ACTIVATIONS] + [(*shape, "gelu") for shape in SHAPES[1:]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,8 +45,7 @@ def codes(*shape: int, seed: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, generator=generator).to(torch.int8).cuda()
 
 
-@pytest.mark.parametrize(("rows", "inp", "out"), SHAPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "inp", "out", "activation"), CASES)
 def test_kernel_computes_its_definition(rows: int, inp: int, out: int, activation: str) -> None:
     x, w = codes(rows, inp, seed=1), codes(out, inp, seed=2)
     scale = torch.rand(out, generator=torch.Generator().manual_seed(3)).cuda() / inp / 1000 + 1e-6
@@ -123,12 +125,16 @@ def test_profile_names_the_ops_and_sums_to_the_latency(backend: InductorBackend)
             ops = {op.node.name for op in weighted_ops(graph.module)}
             assert ops <= set(times)
             assert all(times[name] > 0 for name in ops)
-            call_ms = float(np.median([built.resident(named(graph, inputs)).timed_ms() for _ in range(20)]))
+            call_ms = float(
+                np.median([built.resident(named(graph, inputs)).timed_ms() for _ in range(20)])
+            )
             assert 0.3 <= sum(times.values()) / call_ms <= 3
             assert times[OUTSIDE] >= 0
 
 
-def test_package_of_a_file_answers_within_a_second(backend: InductorBackend, tmp_path: Path) -> None:
+def test_package_of_a_file_answers_within_a_second(
+    backend: InductorBackend, tmp_path: Path
+) -> None:
     inputs = (random(4, 7, 64),)
     graph = compressed(graph_of(seeded(Block(64, 256)), *inputs), "int8", 127)
     options = {"mode": "package", "graph": True}
@@ -155,7 +161,7 @@ def test_no_memory_is_a_dropped_build_and_a_clean_card(backend: InductorBackend)
     choice = BuildChoice(backend="inductor", device="cuda", batch=4)
     shrunk = torch.cuda.memory_reserved()
     with pytest.raises(BackendError, match="memory"):
-        backend.build(graph, {graph.signature.inputs[0].name: (rows // 8, 7, 64)}, choice)
+        backend.build(graph, {graph.signature.inputs[0].name: (rows, 7, 64)}, choice)
     assert torch.cuda.memory_allocated() <= before + 2**20
     assert torch.cuda.memory_reserved() <= shrunk + 2**26
 

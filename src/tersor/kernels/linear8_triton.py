@@ -12,23 +12,20 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 _CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-_TILES = (  # M, N, K, warps, stages: tall ones for many rows, flat ones for few
+_TALL = (  # M, N, K, warps, stages
     (128, 256, 128, 8, 3),
     (128, 128, 128, 8, 4),
-    (128, 128, 64, 4, 4),
-    (64, 256, 128, 4, 3),
+    (128, 128, 128, 4, 3),
     (64, 128, 128, 4, 4),
-    (64, 64, 128, 4, 5),
-    (16, 64, 256, 4, 5),
-    (16, 128, 128, 4, 5),
 )
+_FLAT = ((16, 64, 256, 4, 4), (16, 128, 128, 4, 5), (32, 64, 128, 4, 5), (64, 64, 128, 4, 5))
+_FEW = 64  # rows up to which flat tiles are tried
 
 
-def configs() -> list[triton.Config]:
-    """The tiles that are tried for each shape."""
+def _configs(tiles: tuple[tuple[int, ...], ...]) -> list[triton.Config]:
     return [
         triton.Config({"BM": m, "BN": n, "BK": k, "GROUP": 8}, num_warps=w, num_stages=s)
-        for m, n, k, w, s in _TILES
+        for m, n, k, w, s in tiles
     ]
 
 
@@ -100,9 +97,8 @@ def linear8_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201, PLR0915
     tl.store(c, y.to(c_ptr.dtype.element_ty), mask=inside)
 
 
-tuned_kernel = triton.autotune(configs(), key=["M", "N", "K", "TO_CODES", "ACTIVATION"])(
-    linear8_kernel
-)
+_tall = triton.autotune(_configs(_TALL), key=["M", "N", "K"])(linear8_kernel)
+_flat = triton.autotune(_configs(_FLAT), key=["M", "N", "K"])(linear8_kernel)
 
 
 @triton_op("tersor::linear8", mutates_args={})
@@ -127,7 +123,7 @@ def linear8_op(
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)
 
-    wrap_triton(tuned_kernel)[grid](
+    wrap_triton(_flat if M <= _FEW else _tall)[grid](
         codes, weight, result, scale, offset, inverse, M, N, K, zero, low, high,
         IS_INT=codes.dtype == torch.int8, ACTIVATION=activation, TO_CODES=to_codes,
     )  # fmt: skip

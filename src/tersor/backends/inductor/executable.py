@@ -29,6 +29,7 @@ from tersor.backends.inductor.running import (
     failing_as,
     median_ms,
     on_cpu,
+    release,
     set_up,
 )
 from tersor.backends.inductor.sections import Native, read, written
@@ -89,13 +90,19 @@ class InductorExecutable:
         self.native = NativeReport(used=native is not None)
         self._staging = Staging(choice.device) if self.is_resident else None
         self._recent: deque[list[Tensor]] = deque(maxlen=_MIX if self.is_dynamic else 1)
-        with failing_as("building the model", choice.device), self._set_up(), torch.no_grad():
-            self._lowered = lower(graph, _form(choice, self._options, self._lowered_images(graph)))
-            self._example = self._ones()
-            self._compiled = self._made(native)
-            self._call = self._recorded()
+        try:
+            with failing_as("building the model", choice.device), self._set_up(), torch.no_grad():
+                form = _form(choice, self._options, self._has_images(graph))
+                self._lowered = lower(graph, form)
+                self._example = self._ones()
+                self._compiled = self._made(native)
+                self._call = self._recorded()
+        except BackendError:  # whoever keeps the error must not keep the device's memory
+            vars(self).clear()
+            release(choice.device)
+            raise
 
-    def _lowered_images(self, graph: Graph) -> bool:
+    def _has_images(self, graph: Graph) -> bool:
         """Whether the layout of images makes a difference.
 
         Raises:
@@ -245,7 +252,8 @@ class InductorExecutable:
 
     def _ones(self) -> list[Tensor]:
         """Inputs of the built shapes; open sizes are those of the graph's example."""
-        generator = torch.Generator().manual_seed(0)
+        device = self._choice.device
+        generator = torch.Generator(device).manual_seed(0)
         found = []
         for spec, like in zip(self._graph.signature.inputs, self._graph.example, strict=True):
             shape = [
@@ -253,12 +261,11 @@ class InductorExecutable:
                 for d, size in enumerate(self._shapes[spec.name])
             ]
             dtype = like.dtype
-            values = (
-                torch.rand(shape, generator=generator)
-                if dtype.is_floating_point
-                else torch.zeros(shape)
-            )
-            found.append(values.to(dtype).to(self._choice.device))
+            if dtype.is_floating_point:
+                values = torch.rand(shape, generator=generator, device=device).to(dtype)
+            else:
+                values = torch.zeros(shape, dtype=dtype, device=device)
+            found.append(values)
         return found
 
     def _checked(self, inputs: Arrays) -> list[NDArray[Any]]:

@@ -3,6 +3,7 @@
 Everything that asks the driver is a method of ``Driver``; tests put another one in its place.
 """
 
+import ctypes
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,12 @@ class Driver:
 
     def version(self) -> int:
         """CUDA that the driver knows, as 1000 major + 10 minor; 0 where there is no driver."""
-        return int(torch._C._cuda_getDriverVersion()) if self.cuda_build() else 0  # noqa: SLF001
+        try:
+            driver, found = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+            driver.cuDriverGetVersion(ctypes.byref(found))
+        except (OSError, AttributeError):  # no driver, or no library of one
+            return 0
+        return found.value
 
     def capability(self, index: int) -> tuple[int, int]:
         """Compute capability of a device."""

@@ -181,7 +181,8 @@ class _Lowering:
             if _is_call(path[-1], _aten.mul.Tensor):
                 factor = self._vector(path[-1].args[1])
                 path.append(path[-1].args[0] if factor is not None else None)
-            shape = _FUSED.get(path[-1].target) if isinstance(path[-1], fx.Node) else None
+            last = path[-1]
+            shape = _FUSED.get(last.target) if isinstance(last, fx.Node) else None  # type: ignore[call-overload]
             kind = "none" if shape is None else shape(path[-1])
             if shape is not None:
                 path.append(path[-1].args[0])

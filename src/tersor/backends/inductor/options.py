@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from tersor.core.errors import ConfigError
-from tersor.core.records import BuildChoice, FloatChoice
+from tersor.core.records import BuildChoice, FloatChoice, Precision
 
 # eager: torch's own kernels; compile, autotune: torch.compile, in its default mode and with kernels
 # chosen by measurement; package: compiled ahead of time, for a file.
@@ -68,14 +68,15 @@ def float_choices(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
         return tuple(
             FloatChoice(precision=p, options={"mode": m}) for p in ("f32", "bf16") for m in modes
         )
-    plain: list[FloatChoice] = [
-        FloatChoice(precision=precision, options={"mode": mode, "graph": graph} | more)
-        for precision, more in (
-            ("f32", {}),
-            ("f32", {"tf32": True}),
-            ("bf16", {}),
-            ("bf16", {"half": "float16"}),
-        )
+    kinds: tuple[tuple[Precision, dict[str, str | int | bool]], ...] = (
+        ("f32", {}),
+        ("f32", {"tf32": True}),
+        ("bf16", {}),
+        ("bf16", {"half": "float16"}),
+    )
+    plain = [
+        FloatChoice(precision=precision, options={"mode": mode, "graph": graph, **more})
+        for precision, more in kinds
         for mode, graph in (("eager", False), *((m, True) for m in modes))
         if graph or not more
     ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._autograd import DeviceType
 
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
 _KERNEL = re.compile(r"\b((?:triton|cpp|linear8)\w*)(?:\.run)?\(")
@@ -37,7 +38,8 @@ class Launch:
 def launches(program: str) -> list[Launch]:
     """The kernels that a generated program calls, in order."""
     start = program.find("def call(")
-    found, source = [], ""
+    source = ""
+    found: list[Launch] = []
     for line in program[max(0, start) :].splitlines():
         comment = _SOURCES.search(line)
         if comment:
@@ -181,9 +183,10 @@ def profiled(run: Callable[[], None]) -> tuple[list[Any], dict[str, float]]:
         run()
         if on_gpu:
             torch.cuda.synchronize()
-    events, kernels = [], defaultdict(float)
+    events: list[Any] = []
+    kernels: dict[str, float] = defaultdict(float)
     for event in profile.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        if event.device_type == DeviceType.CPU:
             events.append(event)
         elif not event.name.startswith((_MARK, "aten::", "Memcpy HtoD")) and not getattr(
             event, "is_user_annotation", False

@@ -1,6 +1,7 @@
 """How a built module is called: plain or recorded on a device, and the buffers around it."""
 
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,15 +30,16 @@ def failing_as(doing: str, device: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        _clean(device)
+        traceback.clear_frames(error.__traceback__)  # they hold what was computed so far
+        release(device)
         raise BackendError(
             f"inductor: {doing} ran out of memory on {device}: {_short(error)}; use a smaller batch, "
             "or free the device"
-        ) from None  # its frames hold the tensors
+        ) from None
     except TersorError:
         raise
     except Exception as error:  # the compiler's have no common type
-        _clean(device)
+        release(device)
         raise BackendError(
             f"inductor: {doing} failed on {device}: {_short(error)}. Try another mode or backend"
         ) from error
@@ -47,7 +49,8 @@ def _short(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
 
 
-def _clean(device: str) -> None:
+def release(device: str) -> None:
+    """Give memory that nothing uses back to the device."""
     if family(device) == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()
 

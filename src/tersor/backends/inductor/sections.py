@@ -32,7 +32,9 @@ class Native:
 
 def written(graph: Graph, shapes: Shapes, native: Native | None) -> dict[str, bytes]:
     """The sections of a build."""
-    rows, pieces, offset = [], [], 0
+    rows: list[tuple[str, str, list[int], int, int]] = []
+    pieces: list[bytes] = []
+    offset = 0
     placed: dict[tuple[int, tuple[int, ...], str], int] = {}
     for name, tensor in sorted(graph_tensors(graph).items()):
         plain = tensor.detach().cpu().contiguous()
@@ -46,8 +48,8 @@ def written(graph: Graph, shapes: Shapes, native: Native | None) -> dict[str, by
             pad = -size % _ALIGNED
             pieces += [data, bytes(pad)]
             offset += size + pad
-        rows.append([name, dtype, list(plain.shape), at, size])
-    segments = sorted({(int(r[3]), int(r[4])) for r in rows if r[4]})
+        rows.append((name, dtype, list(plain.shape), at, size))
+    segments = sorted({(r[3], r[4]) for r in rows if r[4]})
     index = {"tensors": rows, "shapes": {n: list(s) for n, s in sorted(shapes.items())}}
     sections = {
         "graph.json": dumps(graph_to_json(graph)).encode(),
