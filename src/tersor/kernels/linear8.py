@@ -9,6 +9,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+HAS_KERNEL = find_spec("triton") is not None
+if HAS_KERNEL:  # here, where no compiler traces it
+    from tersor.kernels.linear8_triton import linear8_cuda
+
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _INT8 = (-128, 127)
 
@@ -58,9 +62,7 @@ def linear8(
     Returns:
         [..., out].
     """
-    if codes.is_cuda and find_spec("triton") is not None:
-        from tersor.kernels.linear8_triton import linear8_cuda
-
+    if codes.is_cuda and HAS_KERNEL:
         return linear8_cuda(
             codes, weight, scale, offset, dtype, activation, inverse, zero, low, high
         )

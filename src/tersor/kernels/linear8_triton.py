@@ -30,11 +30,21 @@ def _configs(tiles: tuple[tuple[int, ...], ...]) -> list[triton.Config]:
 
 
 @triton.jit
+def _erf(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Abramowitz and Stegun 7.1.26: 1.5e-7 off at most, in half the steps of the library's."""
+    a = tl.abs(x)
+    t = 1.0 / (1.0 + 0.3275911 * a)
+    p = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
+    y = 1.0 - t * (0.254829592 + t * (-0.284496736 + t * p)) * tl.exp(-a * a)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
 def _activated(y, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     if ACTIVATION == 1:
         y = tl.maximum(y, 0.0)
     elif ACTIVATION == 2:
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+        y = 0.5 * y * (1.0 + _erf(y * 0.7071067811865476))
     elif ACTIVATION == 3:
         inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
         y = y * tl.sigmoid(2.0 * inner)

@@ -15,6 +15,8 @@ from torch import Tensor, fx
 from tersor.backends.inductor.options import Options
 
 Call = Callable[..., Sequence[Tensor]]
+CONSTANTS_INSIDE = False
+SINGLE_THREADED = True
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 
@@ -99,7 +101,7 @@ def _packaged(module: fx.GraphModule, example: Sequence[Tensor], *, is_open: boo
             program,
             package_path=path,
             inductor_configs={
-                "aot_inductor.package_constants_in_so": False,
+                "aot_inductor.package_constants_in_so": CONSTANTS_INSIDE,
                 "always_keep_tensor_constants": True,
             },
         )
@@ -123,7 +125,7 @@ def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
         path = Path(folder) / "model.pt2"
         path.write_bytes(package)
         # One call at a time needs no locks, which a recording could not hold.
-        model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)  # noqa: SLF001
+        model = torch._inductor.aoti_load_package(str(path), run_single_threaded=SINGLE_THREADED)  # noqa: SLF001
     wanted = model.get_constant_fqns()
     known = {name: constants[name] for name in wanted if name in constants}
     arguments: dict[str, Any] = {"check_full_update": False}

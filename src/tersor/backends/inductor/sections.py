@@ -88,6 +88,11 @@ def read(sections: Mapping[str, bytes]) -> tuple[Graph, Shapes, Native | None]:
         raise ArtifactError(
             f"inductor: tensors.json or graph.json is damaged ({error}); write the artifact again"
         ) from error
+    if not isinstance(structure, dict):
+        raise ArtifactError(
+            f"inductor: graph.json holds a {type(structure).__name__}, wanted an object; write the "
+            "artifact again"
+        )
     tensors = _tensors(rows, block)
     return graph_from_json(structure, tensors), shapes, _native(sections)
 
