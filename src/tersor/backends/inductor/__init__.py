@@ -61,16 +61,16 @@ class InductorBackend:
                 reason="torch is not installed",
                 remedy=_REMEDY,
             )
-        from tersor.backends.inductor.host import family, has_triton, problem
-        from tersor.backends.inductor.options import float_choices
-
-        reason, remedy = problem(self.device)
+        kind = self.device.partition(":")[0]
+        reason, remedy = self._problem(kind)
         if reason:
             return BackendInfo(
                 name=_NAME, available=False, device=self.device, reason=reason, remedy=remedy
             )
-        kind = family(self.device)
-        can_compile = has_triton() if kind == "cuda" else any(map(shutil.which, _COMPILERS))
+        from tersor.backends.inductor.options import float_choices
+
+        has_triton = find_spec("triton") is not None
+        can_compile = has_triton if kind == "cuda" else any(map(shutil.which, _COMPILERS))
         folded = "expanded to floats on loading: smaller, not faster"
         return BackendInfo(
             name=_NAME,
@@ -86,6 +86,16 @@ class InductorBackend:
             ),
             floats=float_choices(kind, can_compile=can_compile),
         )
+
+    def _problem(self, kind: str) -> tuple[str, str]:
+        """Why the device can't be used and what to do; torch is asked about GPUs alone."""
+        if self.device == "cpu":
+            return "", ""
+        if kind != "cuda":
+            return f"it knows no device {self.device!r}", "use cpu, cuda or cuda:N"
+        from tersor.backends.inductor.host import problem
+
+        return problem(self.device)
 
     def supports(self, candidate: Candidate) -> Support:
         """Whether it has the candidate's format."""

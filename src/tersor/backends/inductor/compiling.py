@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from tersor.backends.inductor.options import Options
+from tersor.core.errors import BackendError
 
 Call = Callable[..., Sequence[Tensor]]
-CONSTANTS_INSIDE = False
-SINGLE_THREADED = True
+# Loading one ended the process (torch 2.11, H200, 2026-11-28); the cause is not known yet.
+CUDA_PACKAGES = False
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 
@@ -48,6 +49,12 @@ def compile_module(
         options: The mode.
         is_open: Sizes differ from call to call.
     """
+    on_gpu = any(t.is_cuda for t in example)
+    if options.mode == "package" and on_gpu and not CUDA_PACKAGES:
+        raise BackendError(
+            "inductor: mode package is not offered on CUDA devices: torch 2.11 crashes on loading one; "
+            "use mode=compile, which is compiled again where the file is loaded"
+        )
     if options.mode == "eager":
         return Compiled(call=module)
     with _quiet():
@@ -101,7 +108,7 @@ def _packaged(module: fx.GraphModule, example: Sequence[Tensor], *, is_open: boo
             program,
             package_path=path,
             inductor_configs={
-                "aot_inductor.package_constants_in_so": CONSTANTS_INSIDE,
+                "aot_inductor.package_constants_in_so": False,
                 "always_keep_tensor_constants": True,
             },
         )
@@ -125,7 +132,7 @@ def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
         path = Path(folder) / "model.pt2"
         path.write_bytes(package)
         # One call at a time needs no locks, which a recording could not hold.
-        model = torch._inductor.aoti_load_package(str(path), run_single_threaded=SINGLE_THREADED)  # noqa: SLF001
+        model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)  # noqa: SLF001
     wanted = model.get_constant_fqns()
     known = {name: constants[name] for name in wanted if name in constants}
     arguments: dict[str, Any] = {"check_full_update": False}

@@ -11,7 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersor.backends.inductor.compiling import Call, Compiled, compile_module, open_package
+from tersor.backends.inductor.compiling import (
+    CUDA_PACKAGES,
+    Call,
+    Compiled,
+    compile_module,
+    open_package,
+)
 from tersor.backends.inductor.host import check_device, family, mismatch, read_host
 from tersor.backends.inductor.lowering import Form, lower
 from tersor.backends.inductor.options import Options, read_options
@@ -327,6 +333,8 @@ def load(
     if native is None:
         return InductorExecutable(graph, shapes, choice, cache=known)
     reason = mismatch(read_host(choice.device), native.host)
+    if not reason and family(choice.device) == "cuda" and not CUDA_PACKAGES:
+        reason = "found a package for CUDA, wanted one for a CPU: torch crashes on loading it"
     if not reason and not known.knows(native.package):
         reason = "found no record that this user built it, wanted one in the build cache"
     if not reason:

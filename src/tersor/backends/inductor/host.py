@@ -7,7 +7,6 @@ import ctypes
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -166,11 +165,6 @@ def mismatch(found: Host, wanted: Host) -> str:
     if not differing and wanted.driver and _number(found.driver) < _number(wanted.driver):
         differing = [f"driver for CUDA {found.driver}, wanted at least {wanted.driver}"]
     return "; ".join(f"found {text}" for text in differing)
-
-
-def has_triton() -> bool:
-    """Whether kernels can be generated for a GPU."""
-    return find_spec("triton") is not None
 
 
 def facts(device: str, driver: Driver = DRIVER) -> Mapping[str, Any]:

@@ -63,8 +63,9 @@ def read_options(choice: BuildChoice) -> Options:
 
 def float_choices(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
     """The uncompressed builds that are worth measuring on a kind of device."""
-    modes = ("eager", "compile", "package") if can_compile else ("eager",)
+    modes: tuple[Mode, ...] = ("eager", "compile") if can_compile else ("eager",)
     if device == "cpu":
+        modes += ("package",) if can_compile else ()
         return tuple(
             FloatChoice(precision=p, options={"mode": m}) for p in ("f32", "bf16") for m in modes
         )
