@@ -42,6 +42,7 @@ FLOAT = 64 * 2.0**-24
 # Integer sums are exact; the scale, the bias and what follows are a few float32 roundings.
 INTEGER = 1e-5
 STEP = 0.03
+OF_TORCH = ("inductor",)  # what torch runs, runs there, and nothing without it
 
 
 @pytest.fixture(scope="module", params=names(BACKENDS))
@@ -279,6 +280,8 @@ def test_round_trip_gives_identical_outputs(
 def test_loads_without_torch(
     backend: Backend, block: tuple[Graph, tuple[Tensor, ...]], tmp_path: Path
 ) -> None:
+    if backend.describe().name in OF_TORCH:
+        pytest.skip("torch is its runtime")
     graph, inputs = block
     choice = choices(backend)[-1]
     executable = built(backend, graph, inputs, choice)
@@ -536,6 +539,9 @@ def test_unsupported_op_names_it_and_the_way_out(backend: Backend) -> None:
 
     inputs = (random(2, 3),)
     graph = graph_of(Bessel(), *inputs)
+    if backend.describe().name in OF_TORCH:
+        assert_close(graph, built(backend, graph, inputs, choices(backend)[0]), inputs, FLOAT)
+        return
     with pytest.raises(BackendError, match=r"special_bessel_j0.*another backend"):
         built(backend, graph, inputs, choices(backend)[0])
 

@@ -248,11 +248,11 @@ def load(path: str | Path, *, device: str = "cpu", guards: "Guards | None" = Non
     """
     from tersor.runtime.load import load_runner
 
-    return load_runner(path, device, guards, resolve_backend=_backend)
+    return load_runner(path, device, guards, resolve_backend=lambda name: _backend(name, device))
 
 
-def _backend(name: str) -> Any:
-    return registry.resolve(registry.BACKENDS, name)()
+def _backend(name: str, device: str = "cpu") -> Any:
+    return registry.backend(name, device)
 
 
 def inspect(

@@ -38,6 +38,7 @@ from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
 from tersor.graph.serial import structure_text
 from tersor.price.grid import kept_counts
 from tersor.runtime.runner import Runner
+from tersor.timing.device import InTurn
 
 _REFERENCE_BATCH = 16  # of graphs that torch runs
 _LEAST_SHARE = 0.002  # of the multiply-accumulates that widths reach: a smaller one saves nothing
@@ -184,6 +185,8 @@ class Session:
         def run() -> object:
             return [executable.run(inputs) for inputs in examples]
 
+        if getattr(executable, "is_resident", False):  # inputs that lie on the device
+            return InTurn([executable.resident(inputs) for inputs in examples])  # type: ignore[attr-defined]
         return run
 
     def as_given(self, predict: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,7 +292,10 @@ def pick_backends(name: str, device: str) -> tuple[dict[str, Backend], tuple[Bac
     backends: dict[str, Backend] = {}
     infos, reasons = [], []
     for candidate in names:
-        backend: Backend = registry.resolve(registry.BACKENDS, candidate)()
+        backend: Backend = registry.backend(candidate, device)
+        if name == "auto" and getattr(backend, "by_name", False):
+            reasons.append(f"{candidate}: not tried unless it is named on {device}")
+            continue
         info = backend.describe()
         if info.available and info.device == device and info.precisions:
             backends[candidate] = backend

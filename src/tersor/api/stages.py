@@ -32,6 +32,7 @@ from tersor.core.jsonable import digest
 from tersor.core.levels import Inside, gone_with, settled
 from tersor.core.machine import describe_machine, usable_cores
 from tersor.core.records import (
+    BackendInfo,
     BaselineRow,
     BuildChoice,
     Candidate,
@@ -443,10 +444,20 @@ def _ways(session: Session, base: BuildChoice) -> list[BuildChoice]:
     infos = [info for info in session.infos if base.precision in info.precisions]
     ordered = sorted(infos, key=lambda info: info.name != base.backend)
     return [
-        replace(base, backend=info.name, options=dict(options))
+        replace(base, backend=info.name, options=_floats_of(info, base) | dict(options))
         for info in ordered
         for options in info.choices or ({},)
     ]
+
+
+def _floats_of(info: BackendInfo, base: BuildChoice) -> dict[str, str | int | bool]:
+    """How a backend builds floats: as the baseline does where it is the baseline's."""
+    if not info.floats:
+        return {}
+    if info.name == base.backend:
+        return dict(base.options)
+    ways = [way.options for way in info.floats if way.precision == base.precision]
+    return dict(ways[0]) if ways else {}
 
 
 def _native_ms(rows: Sequence[BaselineRow], base: BuildChoice) -> dict[str, float]:
@@ -459,7 +470,8 @@ def _native_ms(rows: Sequence[BaselineRow], base: BuildChoice) -> dict[str, floa
             base.threads,
             base.shapes,
         ):
-            found[choice.backend] = row.timing.median_ms
+            known = found.get(choice.backend, row.timing.median_ms)
+            found[choice.backend] = min(known, row.timing.median_ms)
     return found
 
 

@@ -60,7 +60,7 @@ def build(
     executable: Executable = routed(backend.build(graph, shapes, choice), graph.signature, choice)
     groups = (flat, *others, *_bucketed(graph.signature, choice, flat))
     difference = max(parity(graph, executable, choice.batch, group) for group in groups)
-    rounds = choice.precision != "f32" or _is_quantized(graph)
+    rounds = choice.rounds or _is_quantized(graph)
     limit = _ROUNDED if rounds else EXACT
     if not difference <= limit:
         raise ParityError(

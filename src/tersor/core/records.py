@@ -172,6 +172,11 @@ class BuildChoice:
         if self.shapes == "exact" and any(b.pads for b in self.buckets):
             raise ConfigError("shapes=exact: found a bucket that pads, wanted least == sizes")
 
+    @property
+    def rounds(self) -> bool:
+        """Whether sums are taken of values with fewer bits than float32 has."""
+        return self.precision != "f32" or bool(self.options.get("tf32"))
+
     def describe(self) -> str:
         """One short line for a table."""
         extra = "".join(f" {k}={v}" for k, v in sorted(self.options.items()))
@@ -193,6 +198,14 @@ class FormatInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FloatChoice:
+    """A way to build floats."""
+
+    precision: Precision
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackendInfo:
     """What a backend is and can do on this machine."""
 
@@ -205,6 +218,8 @@ class BackendInfo:
     precisions: tuple[Precision, ...] = ()
     formats: tuple[FormatInfo, ...] = ()
     choices: tuple[Mapping[str, str | int | bool], ...] = ()  # option sets worth measuring
+    # Uncompressed builds worth measuring, where options decide how floats are computed, too.
+    floats: tuple[FloatChoice, ...] = ()
 
     def format(self, name: Format) -> FormatInfo | None:
         """The format of that name, or None where the backend has none."""

@@ -19,6 +19,7 @@ _BUILT_IN = {
         "sparsify": "tersor.methods.sparsify:Sparsify",
     },
     BACKENDS: {
+        "inductor": "tersor.backends.inductor:InductorBackend",
         "onnxruntime": "tersor.backends.onnxruntime:ONNXRuntimeBackend",
         "openvino": "tersor.backends.openvino:OpenVINOBackend",
     },
@@ -44,6 +45,16 @@ def resolve(group: str, name: str) -> Any:
             return _loaded(entry)
     kind = group.removeprefix("tersor.").removesuffix("s")
     raise ConfigError(f"no {kind} is called {name!r}; there are {names(group)}")
+
+
+def backend(name: str, device: str = "cpu") -> Any:
+    """The backend of a name; one that runs on several kinds of devices for this one.
+
+    Raises:
+        ConfigError: No backend of that name.
+    """
+    cls = resolve(BACKENDS, name)
+    return cls.for_device(device) if hasattr(cls, "for_device") else cls()
 
 
 def _loaded(entry: EntryPoint) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tersor.core.errors import BackendError
-from tersor.core.records import BackendInfo, BaselineRow, BuildChoice, Timing
+from tersor.core.records import BackendInfo, BaselineRow, BuildChoice, FloatChoice, Timing
 
 Call = Callable[[], object]
 Meter = Callable[[Mapping[str, Call]], Mapping[str, Timing]]  # measures interleaved
@@ -69,22 +69,26 @@ def thread_settings(cores: int) -> tuple[int, ...]:
 
 
 def baseline_choices(info: BackendInfo, *, cores: int, batch: int) -> tuple[BuildChoice, ...]:
-    """Every precision of a backend with every thread setting.
+    """Every way to build floats that a backend offers, with every thread setting.
 
-    The backend's first option set stands for all: the others say how int8 is lowered.
+    Where it offers none, every precision with its first option set, which stands for all: the
+    others say how int8 is lowered.
     """
     options = info.choices[0] if info.choices else {}
+    floats = info.floats or tuple(
+        FloatChoice(precision=precision, options=options) for precision in info.precisions
+    )
     threads = thread_settings(cores) if info.device == "cpu" else (1,)
     return tuple(
         BuildChoice(
             backend=info.name,
             device=info.device,
-            precision=precision,
+            precision=way.precision,
             threads=n,
             batch=batch,
-            options=options,
+            options=way.options,
         )
-        for precision in info.precisions
+        for way in floats
         for n in threads
     )
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tersor.core.errors import ConfigError, MeasurementError
 from tersor.core.records import Timing
+from tersor.timing.device import SelfTimed
 from tersor.timing.interruptions import Sample, interrupted
 from tersor.timing.speed import factors, probe_ms
 
@@ -130,7 +131,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Latency of every callable, measured side by side in one process.
 
-    A callable returns when its work is done (on a GPU it synchronises). The order rotates from
+    A callable returns when its work is done (on a GPU it synchronises); one that reads its own time
+    (``device.SelfTimed``) is timed by its device's clock. The order rotates from
     round to round, so that nobody always follows the same neighbour. Runs that the system
     interrupted are dropped and counted, unless that is more than half of a round: then
     interruption is how the machine is, the round keeps all its runs, and those are counted.
@@ -142,7 +144,8 @@ def measure(
     if not callables:
         raise ConfigError("nothing to measure: found no callables, wanted at least one")
     protocol = protocol or Protocol()
-    if not protocol.one_speed:
+    on_device = any(isinstance(call, SelfTimed) for call in callables.values())
+    if on_device or not protocol.one_speed:  # a probe of this processor says nothing of a GPU
         clock = replace(clock, probe_ms=None)
     with _no_garbage_collection():
         estimates = {name: _estimate_ms(call, clock) for name, call in callables.items()}
@@ -323,6 +326,8 @@ def _scaled(sample: Sample, factor: float) -> Sample:
 
 def _timed(call: Callable[[], object], clock: Clock) -> Sample:
     # Wall time is read innermost: the other two readings cost CPU time, never latency.
+    if isinstance(call, SelfTimed):
+        return _device_timed(call)
     preemptions = clock.preemptions()
     cpu = clock.cpu_ns()
     start = clock.wall_ns()
@@ -335,6 +340,17 @@ def _timed(call: Callable[[], object], clock: Clock) -> Sample:
             "went back; measure more work in one call, or on a machine with a steady clock"
         )
     return Sample(wall / 1e6, cpu / 1e6, clock.preemptions() - preemptions)
+
+
+def _device_timed(call: SelfTimed) -> Sample:
+    """By the device's own clock, which other processes do not interrupt."""
+    ms = call.timed_ms()
+    if not ms > 0:
+        raise MeasurementError(
+            f"a timed call took {ms} ms by the device's clock, wanted more than 0: measure more work "
+            "in one call"
+        )
+    return Sample(ms, ms, 0)
 
 
 def _summarise(rows: Sequence[Sequence[Sample]]) -> Timing:

@@ -30,7 +30,7 @@ def test_a_plug_in_of_another_distribution_is_found(monkeypatch: pytest.MonkeyPa
     assert registry.names(registry.METHODS) == [
         "activation", "codebook", "depth", "fast", "lowrank", "prune", "quantize", "sparsify",
     ]  # fmt: skip
-    assert registry.names(registry.BACKENDS) == ["onnxruntime", "openvino"]
+    assert registry.names(registry.BACKENDS) == ["inductor", "onnxruntime", "openvino"]
 
 
 def test_a_built_in_name_cannot_be_taken_over(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,268 @@
+"""Uncompressed builds against 8-bit linears on one card: BERT-base and ViT-B, random weights.
+
+    python -m benchmarks.gpu_builds --out results.jsonl [--work bert,vit,kernels] [--batches 32,256]
+
+Speed only. All builds of one line were measured in turn in one run by device events, inputs on the
+device; "best float" is the fastest of the float builds. Widths are cut in the models themselves
+(``--small``: feed-forward 2048, nine heads).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.backends.inductor import InductorBackend
+from tersor.backends.inductor.host import facts
+from tersor.capture.module import capture
+from tersor.capture.samples import Call, Samples
+from tersor.core.errors import BackendError
+from tersor.core.records import BuildChoice, Site, Structure
+from tersor.graph.apply import apply
+from tersor.graph.contracts import Graph, Quantizer, SiteChange
+from tersor.graph.edit import attribute, run_all
+from tersor.graph.operators import weighted_ops
+from tersor.kernels.linear8 import linear8
+from tersor.timing.device import SelfTimed
+from tersor.timing.protocol import Protocol, measure, noise
+
+PROTOCOL = Protocol(rounds=5, runs=15, max_seconds=20.0)
+FLOATS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("bf16", {"mode": "eager", "graph": True}),
+    ("bf16", {"mode": "compile", "graph": True}),
+    ("bf16", {"mode": "autotune", "graph": True}),
+)
+LINEARS = ((4096, 768, 3072), (4096, 3072, 768), (4096, 768, 768), (32768, 768, 3072))
+
+
+class Layer(nn.Module):
+    """A transformer's layer, norms in front (ViT) or behind (BERT)."""
+
+    def __init__(self, width: int, heads: int, inner: int, *, in_front: bool) -> None:
+        super().__init__()
+        size = 64 * heads
+        self.q, self.k, self.v = (nn.Linear(width, size) for _ in range(3))
+        self.out, self.up, self.down = (
+            nn.Linear(size, width),
+            nn.Linear(width, inner),
+            nn.Linear(inner, width),
+        )
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.heads, self.in_front = heads, in_front
+
+    def attend(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        parts = [
+            f(x).view(batch, tokens, self.heads, 64).transpose(1, 2)
+            for f in (self.q, self.k, self.v)
+        ]
+        found = nn.functional.scaled_dot_product_attention(*parts)
+        return self.out(found.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def feed(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_front:
+            x = x + self.attend(self.first(x))
+            return x + self.feed(self.second(x))
+        x = self.first(x + self.attend(x))
+        return self.second(x + self.feed(x))
+
+
+class Bert(nn.Module):
+    def __init__(self, heads: int, inner: int) -> None:
+        super().__init__()
+        self.words, self.places = (
+            nn.Embedding(30522, 768),
+            nn.Parameter(torch.randn(1, 128, 768) * 0.02),
+        )
+        self.norm = nn.LayerNorm(768)
+        self.layers = nn.ModuleList(Layer(768, heads, inner, in_front=False) for _ in range(12))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.words(ids) + self.places)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Vit(nn.Module):
+    def __init__(self, heads: int, inner: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 768, 16, 16)
+        self.token, self.places = (
+            nn.Parameter(torch.zeros(1, 1, 768)),
+            nn.Parameter(torch.randn(1, 197, 768) * 0.02),
+        )
+        self.layers = nn.ModuleList(Layer(768, heads, inner, in_front=True) for _ in range(12))
+        self.norm, self.head = nn.LayerNorm(768), nn.Linear(768, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+def example(name: str, batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if name == "bert":
+        return torch.randint(0, 30522, (batch, 128), generator=generator)
+    return torch.randn(batch, 3, 224, 224, generator=generator)
+
+
+def graph_of(name: str, *, small: bool) -> Graph:
+    generator = torch.Generator().manual_seed(1)
+    model = {"bert": Bert, "vit": Vit}[name](9 if small else 12, 2048 if small else 3072)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    leaf = Structure(kind="tensor")
+    call = Call(Structure(kind="tuple", children=(leaf,)), Structure(kind="dict"))
+    return capture(model.eval(), Samples(call, (example(name, 2),))).graph
+
+
+def in_eight_bits(graph: Graph) -> Graph:
+    """Every linear on symmetric codes: a scale a row, a step a tensor from the largest value seen."""
+    seen = run_all(graph.module, graph.example)
+    changes = []
+    for op in weighted_ops(graph.module):
+        if op.kind != "linear":
+            continue
+        weight = attribute(graph.module, str(op.weight.target)).detach()
+        scale = weight.abs().amax(1) / 127
+        step = float(seen[op.data.name].abs().max()) / 127
+        site = Site(name=op.node.name, kind="format", ops=(op.node.name,), op_kind="linear",
+                    weight=str(op.weight.target), shape=tuple(weight.shape))  # fmt: skip
+        codes = (weight / scale[:, None]).round().to(torch.int8)
+        grid = Quantizer(step=step, low=-128, high=127)
+        changes.append(
+            SiteChange(site=site, level="int8", codes=codes, scale=scale, quantizer=grid)
+        )
+    return apply(graph, changes)
+
+
+def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]:
+    plain = graph_of(name, small=False)
+    cut = in_eight_bits(graph_of(name, small=True) if small else plain)
+    builds = [("float", plain, p, o) for p, o in FLOATS]
+    builds += [("int8", cut, p, o) for p, o in FLOATS[1:]]
+    builds = [b for b in builds if b[3]["mode"] in modes.split(",")]
+    (spec,) = plain.signature.inputs
+    inputs = {spec.name: example(name, batch).numpy()}
+    backend, calls, seconds, notes = InductorBackend("cuda"), {}, {}, {}
+    for kind, graph, precision, options in builds:
+        label = f"{kind} {precision} {options['mode']}"
+        choice = BuildChoice(
+            backend="inductor", device="cuda", precision=precision, batch=batch, options=options
+        )  # type: ignore[arg-type]
+        start = time.perf_counter()
+        try:
+            built = backend.build(graph, {spec.name: inputs[spec.name].shape}, choice)
+        except BackendError as error:
+            notes[label] = str(error)
+            continue
+        seconds[label] = round(time.perf_counter() - start, 1)
+        calls[label] = built.resident(inputs)
+    times = measure(calls, PROTOCOL)
+    best = {
+        kind: min((t.median_ms, n) for n, t in times.items() if n.startswith(kind))
+        for kind in ("float", "int8")
+        if any(n.startswith(kind) for n in times)
+    }
+    row: dict[str, Any] = {
+        "work": name, "batch": batch, "small": small,
+        "ms": {n: [round(t.median_ms, 4), round(noise(t), 4)] for n, t in times.items()},
+        "build_s": seconds, "dropped": notes, "best": best,
+    }  # fmt: skip
+    if len(best) == 2:
+        row["speedup"] = round(best["float"][0] / best["int8"][0], 3)
+    return row
+
+
+class Timed:
+    """Many calls of one kernel between two events."""
+
+    def __init__(self, call: Any, count: int = 20) -> None:
+        self.call, self.count = call, count
+
+    def __call__(self) -> object:
+        self.call()
+        torch.cuda.synchronize()
+        return None
+
+    def timed_ms(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(self.count):
+            self.call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / self.count
+
+
+def kernels(rows: int, inp: int, out: int) -> dict[str, Any]:
+    """One layer, whatever computes it: with bias, to bf16 and (fused) to the next codes."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(rows, inp, device="cuda", generator=generator)
+    w = torch.randn(out, inp, device="cuda", generator=generator)
+    xi, wi = ((t * 30).round().clamp(-127, 127).to(torch.int8) for t in (x, w))
+    xf, wf = (t.to(torch.float8_e4m3fn) for t in (x, w))
+    xb, wb = x.bfloat16(), w.bfloat16()
+    scale, bias = torch.full((out,), 0.01, device="cuda"), torch.randn(out, device="cuda")
+    inverse, half = torch.full((out,), 20.0, device="cuda"), bias.bfloat16()
+    one = torch.ones((), device="cuda")
+    calls: dict[str, Any] = {
+        "bf16": lambda: nn.functional.linear(xb, wb, half),
+        "int8 kernel to bf16": lambda: linear8(xi, wi, scale, bias, torch.bfloat16),
+        "int8 kernel, gelu, to codes": lambda: linear8(xi, wi, scale, bias, torch.int8, "gelu", inverse),
+        "int8 _int_mm to int32": lambda: torch._int_mm(xi, wi.t()),  # noqa: SLF001
+        "fp8 kernel to bf16": lambda: linear8(xf, wf, scale, bias, torch.bfloat16),
+        "fp8 kernel, gelu, to codes": lambda: linear8(xf, wf, scale, bias, torch.float8_e4m3fn, "gelu", inverse),
+        "fp8 _scaled_mm to bf16": lambda: torch._scaled_mm(xf, wf.t(), one, one, half, out_dtype=torch.bfloat16),  # noqa: SLF001
+    }  # fmt: skip
+    timed: dict[str, SelfTimed] = {n: Timed(c) for n, c in calls.items()}
+    times = measure(timed, Protocol(rounds=3, runs=5, max_seconds=3.0))
+    flop = 2.0 * rows * inp * out
+    return {
+        "work": "linear", "shape": [rows, inp, out],
+        "us": {n: round(t.median_ms * 1e3, 2) for n, t in times.items()},
+        "tera": {n: round(flop / t.median_ms / 1e9) for n, t in times.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--work", default="kernels,bert,vit")
+    parser.add_argument("--batches", default="32,256")
+    parser.add_argument("--modes", default="eager,compile,autotune")
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    card = {**facts("cuda"), "torch": torch.__version__}
+    for work in options.work.split(","):
+        rows = (
+            (kernels(*shape) for shape in LINEARS)
+            if work == "kernels"
+            else (
+                compare(work, int(b), small=options.small, modes=options.modes)
+                for b in options.batches.split(",")
+            )
+        )
+        for row in rows:
+            line = json.dumps({**row, "card": card})
+            print(line, flush=True)
+            if options.out is not None:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Torch's own kernels and compiler, on the CPU and on CUDA devices: one Backend.
+
+Importing it loads no torch; everything else here needs it, loading included: what a file holds is the
+graph, and native code that links against torch.
+"""
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from tersor.core.errors import MissingDependencyError
+from tersor.core.records import ADD_PREFIX, BackendInfo, BuildChoice, Candidate, FormatInfo, Support
+from tersor.core.support import support_of
+
+if TYPE_CHECKING:  # annotations name these in full, so that run-time type checks find them
+    import tersor.backends.inductor.executable
+    import tersor.graph.contracts
+
+__all__ = ["InductorBackend"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+_NAME = "inductor"
+_REMEDY = "pip install 'tersor[compress]'"
+_FULL_LIMIT = 127  # products of int8 codes are added in 32 bits
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class InductorBackend:
+    """Torch and its inductor compiler.
+
+    Args:
+        device: cpu, cuda or cuda:N; what ``describe`` is about.
+
+    Attributes:
+        by_name: It takes part in ``backend="auto"`` on CUDA devices alone: on a CPU each of the dozens
+            of builds that prices need is compiled as C++ for tens of seconds.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self.by_name = device == "cpu"
+
+    @classmethod
+    def for_device(cls, device: str) -> "InductorBackend":
+        """The backend on a device."""
+        return cls(device)
+
+    def describe(self) -> BackendInfo:
+        """Formats, precisions and uncompressed builds on its device."""
+        try:
+            installed = version("torch") if find_spec("torch") is not None else ""
+        except (PackageNotFoundError, ValueError):  # a module that is there in name only
+            installed = ""
+        if not installed:
+            return BackendInfo(
+                name=_NAME,
+                available=False,
+                device=self.device,
+                reason="torch is not installed",
+                remedy=_REMEDY,
+            )
+        kind = self.device.partition(":")[0]
+        reason, remedy = self._problem(kind)
+        if reason:
+            return BackendInfo(
+                name=_NAME, available=False, device=self.device, reason=reason, remedy=remedy
+            )
+        from tersor.backends.inductor.options import float_choices
+
+        has_triton = find_spec("triton") is not None
+        can_compile = has_triton if kind == "cuda" else any(map(shutil.which, _COMPILERS))
+        folded = "expanded to floats on loading: smaller, not faster"
+        return BackendInfo(
+            name=_NAME,
+            available=True,
+            version=installed,
+            device=self.device,
+            precisions=("f32", "bf16"),
+            formats=(
+                FormatInfo(name="f32"),
+                FormatInfo(name="bf16"),
+                FormatInfo(name="int8", weight_limit=_FULL_LIMIT),
+                FormatInfo(name="int8_weight", weight_limit=_FULL_LIMIT, note=folded),
+            ),
+            floats=float_choices(kind, can_compile=can_compile),
+        )
+
+    def _problem(self, kind: str) -> tuple[str, str]:
+        """Why the device can't be used and what to do; torch is asked about GPUs alone."""
+        if self.device == "cpu":
+            return "", ""
+        if kind != "cuda":
+            return f"it knows no device {self.device!r}", "use cpu, cuda or cuda:N"
+        from tersor.backends.inductor.host import problem
+
+        return problem(self.device)
+
+    def supports(self, candidate: Candidate) -> Support:
+        """Whether it has the candidate's format."""
+        if candidate.site.startswith(ADD_PREFIX) and candidate.level not in ("f32", "bf16"):
+            return Support(ok=False, reason="inductor computes additions in floats here")
+        return support_of(self.describe(), candidate)
+
+    def build(
+        self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice
+    ) -> "tersor.backends.inductor.executable.InductorExecutable":
+        """Build a graph; sizes beyond the batch may stay open (``graph.shapes.OPEN``).
+
+        Raises:
+            BackendError: A device that is not here, or a build that fails or has no memory left.
+            ConfigError: A device or an option that this backend does not have.
+            ShapeError: Shapes that the graph can't take.
+        """
+        _require()
+        from tersor.backends.inductor.executable import InductorExecutable
+
+        return InductorExecutable(graph, shapes, choice)
+
+    def load(
+        self, sections: Mapping[str, bytes], choice: BuildChoice
+    ) -> "tersor.backends.inductor.executable.InductorExecutable":
+        """Build what ``serialize`` gave; native code runs only where this user built it.
+
+        Raises:
+            ArtifactError: A section is missing or damaged.
+            BackendError: The device is not here, or the graph can't be built on it.
+        """
+        _require()
+        from tersor.backends.inductor.executable import load
+
+        return load(sections, choice)
+
+
+def _require() -> None:
+    if find_spec("torch") is None:
+        raise MissingDependencyError(f"torch is not installed; {_REMEDY}")

@@ -1,0 +1,149 @@
+"""A lowered module -> something to call: torch's own kernels, torch.compile, or a package."""
+
+import inspect
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tersor.backends.inductor.options import Options
+from tersor.core.errors import BackendError
+
+Call = Callable[..., Sequence[Tensor]]
+# Loading one ended the process (torch 2.11, H200, 2026-11-28); the cause is not known yet.
+CUDA_PACKAGES = False
+_AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
+
+
+@dataclass(slots=True)
+class Compiled:
+    """A call, and what is known about how it was made.
+
+    Attributes:
+        call: Takes the flat inputs on the device.
+        sources: Text of the generated programs that make the calls of kernels.
+        traced: Nodes of the compiler's own graph: name and target, in order.
+        package: The bytes of an ahead-of-time package; empty without one.
+    """
+
+    call: Call
+    sources: list[str] = field(default_factory=list)
+    traced: list[tuple[str, str]] = field(default_factory=list)
+    package: bytes = b""
+
+
+def compile_module(
+    module: fx.GraphModule, example: Sequence[Tensor], options: Options, *, is_open: bool
+) -> Compiled:
+    """Make the call of a mode, and run it once, which is when torch.compile compiles.
+
+    Args:
+        module: Lowered, on its device.
+        example: Flat inputs on the device.
+        options: The mode.
+        is_open: Sizes differ from call to call.
+    """
+    on_gpu = any(t.is_cuda for t in example)
+    if options.mode == "package" and on_gpu and not CUDA_PACKAGES:
+        raise BackendError(
+            "inductor: mode package is not offered on CUDA devices: torch 2.11 crashes on loading one; "
+            "use mode=compile, which is compiled again where the file is loaded"
+        )
+    if options.mode == "eager":
+        return Compiled(call=module)
+    with _quiet():
+        if options.mode == "package":
+            return _packaged(module, example, is_open=is_open)
+        return _just_in_time(module, example, options, is_open=is_open)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        yield
+
+
+def _just_in_time(
+    module: fx.GraphModule, example: Sequence[Tensor], options: Options, *, is_open: bool
+) -> Compiled:
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {"cpp.enable_kernel_profile": True}
+    if options.mode == "autotune":
+        patches |= _AUTOTUNE
+    traced: list[tuple[str, str]] = []
+
+    def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        traced.extend((n.name, str(n.target)) for n in graph.graph.nodes if n.op == "call_function")
+        return compile_fx(graph, list(inputs), config_patches=patches)
+
+    before = {id(m) for m in PyCodeCache.modules}
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=is_open)
+    compiled(*example)
+    texts = [
+        Path(str(m.__file__)).read_text(encoding="utf-8")
+        for m in PyCodeCache.modules
+        if id(m) not in before and m.__file__ and Path(m.__file__).is_file()
+    ]
+    return Compiled(call=compiled, sources=texts, traced=traced)
+
+
+def _packaged(module: fx.GraphModule, example: Sequence[Tensor], *, is_open: bool) -> Compiled:
+    """Constants stay outside: the file holds them once, and they are on the device already."""
+    shapes = None
+    if is_open:
+        shapes = tuple(dict.fromkeys(range(1, t.dim()), torch.export.Dim.AUTO) for t in example)
+    program = torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "model.pt2")
+        torch._inductor.aoti_compile_and_package(  # noqa: SLF001 - its documented home
+            program,
+            package_path=path,
+            inductor_configs={
+                "aot_inductor.package_constants_in_so": False,
+                "always_keep_tensor_constants": True,
+            },
+        )
+        package = Path(path).read_bytes()
+    return Compiled(call=open_package(package, constants_of(program)), package=package)
+
+
+def constants_of(program: Any) -> dict[str, Tensor]:
+    """The tensors of an exported program, by the names that its package gives them."""
+    return {**program.state_dict, **program.constants}
+
+
+def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
+    """The call of a package; its native code is loaded into this process.
+
+    Args:
+        package: The bytes of a ``.pt2``.
+        constants: On the device; they are used where they lie and must stay as they are.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt2"
+        path.write_bytes(package)
+        # One call at a time needs no locks, which a recording could not hold.
+        model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)  # noqa: SLF001
+    wanted = model.get_constant_fqns()
+    known = {name: constants[name] for name in wanted if name in constants}
+    arguments: dict[str, Any] = {"check_full_update": False}
+    if "user_managed" in inspect.signature(model.load_constants).parameters:
+        arguments["user_managed"] = True
+    model.load_constants(known, **arguments)
+
+    def call(*inputs: Tensor) -> Sequence[Tensor]:
+        found = model(*inputs)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+    call.model = model  # type: ignore[attr-defined]  # lives as long as the call
+    call.constants = known  # type: ignore[attr-defined]
+    return call

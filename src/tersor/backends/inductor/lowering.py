@@ -1,0 +1,340 @@
+"""A graph -> the module that torch runs or compiles: integer linears, precision, layout, device.
+
+Linears that read codes become ``kernels.linear8``; where one's result goes through an activation to the
+next one's codes alone, all of it is one call. Every other quantiser is computed in floats, and weights of
+codes become the floats that they stand for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+from torch import Tensor, fx
+
+from tersor.graph.contracts import Graph
+from tersor.graph.edit import copy_graph, rebuild
+from tersor.kernels.linear8 import linear8, quantize_codes
+
+_aten = torch.ops.aten
+_decomposed = torch.ops.quantized_decomposed
+_QUANTIZE = _decomposed.quantize_per_tensor.default
+_DEQUANTIZE = _decomposed.dequantize_per_tensor.default
+_WEIGHT = _decomposed.dequantize_per_channel.default
+_MOST = 127  # of an int8 code
+_SHIFT = 128  # from unsigned to signed codes
+_SIDES = 4  # dimensions of an image
+_FUSED = {  # ops that the kernel computes behind its product
+    _aten.relu.default: lambda _: "relu",
+    _aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
+    _aten.silu.default: lambda _: "silu",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What a graph is lowered to.
+
+    Attributes:
+        dtype: Of floats: float32, bfloat16 or float16.
+        device: Where its tensors live.
+        channels_last: Images and the weights of their convolutions have their channels last.
+        integers: Linears multiply codes; false: the floats that those stand for.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    channels_last: bool = False
+    integers: bool = True
+
+
+@dataclass(slots=True)
+class Lowered:
+    """The module, and the graph's node for every node of it that has another name."""
+
+    module: fx.GraphModule
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def lower(graph: Graph, form: Form) -> Lowered:
+    """The module of a form; takes the graph's flat inputs on the device, gives its outputs."""
+    copied, tensors = copy_graph(graph.module)
+    for node in copied.nodes:
+        node.meta = {}
+    work = _Lowering(copied, dict(tensors), form)
+    work.linears()
+    work.quantizers()
+    copied.eliminate_dead_code()
+    work.chains()
+    copied.eliminate_dead_code()
+    work.floats()
+    work.images()
+    used = {str(n.target) for n in copied.nodes if n.op == "get_attr"}
+    copied.lint()
+    return Lowered(rebuild(copied, work.moved(used)), work.sources)
+
+
+def floats_of(value: Tensor, step: float, zero: int, low: int, high: int) -> Tensor:
+    """What is left of a tensor that went through a quantiser, in its own type."""
+    codes = torch.clamp(torch.round(value.float() * (1.0 / step)) + zero, low, high)
+    return ((codes - zero) * step).to(value.dtype)
+
+
+class _Lowering:
+    """One graph in the making."""
+
+    def __init__(self, graph: fx.Graph, tensors: dict[str, Tensor], form: Form) -> None:
+        self.graph = graph
+        self.tensors = tensors
+        self.form = form
+        self.sources: dict[str, str] = {}
+        self._codes: dict[fx.Node, fx.Node] = {}
+        self._exact: set[str] = set()  # float32 whatever the build's type is
+
+    def linears(self) -> None:
+        """Products of codes."""
+        for node in list(self.graph.nodes):
+            if not self.form.integers or not _is_call(node, _aten.linear.default):
+                continue
+            grid, weight = _quantizer(node.args[0]), node.args[1]
+            if grid is None or not self._is_coded(weight):
+                continue
+            self._linear(node, grid, weight)
+
+    def _is_coded(self, weight: Any) -> bool:
+        if not _is_call(weight, _WEIGHT) or weight.args[2] is not None or weight.args[3] != 0:
+            return False
+        codes = weight.args[0]
+        return codes.op == "get_attr" and self.tensors[str(codes.target)].dtype == torch.int8
+
+    def _linear(self, node: fx.Node, grid: "_Grid", weight: fx.Node) -> None:
+        codes, steps = (self.tensors[str(weight.args[i].target)] for i in (0, 1))  # type: ignore[union-attr]
+        bias = node.args[2] if len(node.args) > 2 else None
+        scale = steps.double() * grid.step
+        offset = -scale * grid.zero * codes.sum(1, dtype=torch.float64)
+        if bias is not None:
+            if not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
+                return
+            offset = offset + self.tensors[str(bias.target)].double()
+        with self.graph.inserting_before(node):
+            read = self._read(grid)
+            arguments = (
+                read,
+                self.graph.get_attr(str(weight.args[0].target)),  # type: ignore[union-attr]
+                self._constant(f"{node.name}_scale", scale.float()),
+                self._constant(f"{node.name}_offset", offset.float()),
+                torch.float32,
+            )
+            product = self.graph.call_function(linear8, arguments)
+        self.sources[product.name] = node.name
+        node.replace_all_uses_with(product)
+
+    def _read(self, grid: "_Grid") -> fx.Node:
+        """The codes that a quantiser's readers share."""
+        if grid.node not in self._codes:
+            with self.graph.inserting_after(grid.node):
+                arguments = (grid.source, grid.step, grid.zero, grid.low, grid.high)
+                found = self.graph.call_function(quantize_codes, arguments)
+            self._codes[grid.node] = found
+            self.sources[found.name] = grid.node.name
+        return self._codes[grid.node]
+
+    def _constant(self, name: str, value: Tensor) -> fx.Node:
+        name = f"tersor_{name}"
+        self.tensors[name] = value
+        self._exact.add(name)
+        return self.graph.get_attr(name)
+
+    def quantizers(self) -> None:
+        """What is left of quantisers, in floats."""
+        for node in list(self.graph.nodes):
+            if _is_call(node, _WEIGHT):
+                self._expand(node)
+            elif _is_call(node, _DEQUANTIZE) and _is_call(node.args[0], _QUANTIZE):
+                inner = node.args[0]
+                with self.graph.inserting_before(node):
+                    found = self.graph.call_function(floats_of, (inner.args[0], *inner.args[1:5]))
+                self.sources[found.name] = node.name
+                node.replace_all_uses_with(found)
+
+    def _expand(self, node: fx.Node) -> None:
+        codes, steps, zeros, axis = node.args[:4]
+        if not all(isinstance(v, fx.Node) and v.op == "get_attr" for v in (codes, steps)):
+            return
+        if zeros is not None or not node.users:
+            return
+        values, scale = (self.tensors[str(v.target)] for v in (codes, steps))  # type: ignore[union-attr]
+        shape = [1] * values.dim()
+        shape[int(axis)] = -1  # type: ignore[arg-type]
+        name = f"tersor_{node.name}"
+        self.tensors[name] = values.float() * scale.float().reshape(shape)
+        with self.graph.inserting_before(node):
+            node.replace_all_uses_with(self.graph.get_attr(name))
+
+    def chains(self) -> None:
+        """Activation and the next codes behind a product, where nothing else reads what is between."""
+        for node in list(self.graph.nodes):
+            if not _is_call(node, quantize_codes):
+                continue
+            path, factor = [node.args[0]], None
+            if _is_call(path[-1], _aten.mul.Tensor):
+                factor = self._vector(path[-1].args[1])
+                path.append(path[-1].args[0] if factor is not None else None)
+            last = path[-1]
+            shape = _FUSED.get(last.target) if isinstance(last, fx.Node) else None  # type: ignore[call-overload]
+            kind = "none" if shape is None else shape(path[-1])
+            if shape is not None:
+                path.append(path[-1].args[0])
+            if _is_call(path[-1], linear8) and all(len(p.users) == 1 for p in path):
+                self._fuse(node, path[-1], kind, factor)
+
+    def _vector(self, value: Any) -> Tensor | None:
+        """One factor a channel of the last dimension."""
+        if not (isinstance(value, fx.Node) and value.op == "get_attr"):
+            return None
+        tensor = self.tensors[str(value.target)]
+        return tensor if tensor.dim() == 1 and tensor.dtype == torch.float32 else None
+
+    def _fuse(self, node: fx.Node, product: fx.Node, kind: str, factor: Tensor | None) -> None:
+        _, step, zero, low, high = node.args
+        width = self.tensors[str(product.args[2].target)].numel()  # type: ignore[union-attr]
+        inverse = torch.full((width,), 1.0 / float(step))  # type: ignore[arg-type]
+        if factor is not None:
+            if factor.numel() != width:
+                return
+            inverse = inverse * factor.cpu()
+        with self.graph.inserting_before(node):
+            constant = self._constant(f"{product.name}_inverse", inverse)
+            arguments = (*product.args[:4], torch.int8, kind, constant, float(zero), low, high)  # type: ignore[arg-type]
+            fused = self.graph.call_function(linear8, arguments)
+        self.sources[fused.name] = self.sources[product.name]
+        node.replace_all_uses_with(fused)
+        self.graph.erase_node(node)
+        self.graph.eliminate_dead_code()
+
+    def floats(self) -> None:
+        """The build's type in place of float32."""
+        target = self.form.dtype
+        device = torch.device(self.form.device)
+        limit = torch.finfo(target).max
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, torch.device):
+                return device
+            if value is torch.float32:
+                return target
+            if (
+                isinstance(value, float)
+                and not -limit <= value <= limit
+                and abs(value) != float("inf")
+            ):
+                return limit if value > 0 else -limit
+            return value
+
+        for node in list(self.graph.nodes):
+            if node.op == "call_function":
+                node.args = _mapped(node.args, changed)
+                node.kwargs = {k: _mapped(v, changed) for k, v in node.kwargs.items()}
+
+    def images(self) -> None:
+        """Inputs and outputs between the caller's types and the build's, images as they are wanted."""
+        target = self.form.dtype
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder":
+                with self.graph.inserting_after(node):
+                    found = self.graph.call_function(
+                        _taken, (node, target, self.form.channels_last)
+                    )
+                node.replace_all_uses_with(
+                    found, delete_user_cb=lambda user, f=found: user is not f
+                )
+                self._last_placeholder(found)
+            elif node.op == "output" and target != torch.float32:
+                with self.graph.inserting_before(node):
+                    given = [
+                        self.graph.call_function(_given, (v,)) if isinstance(v, fx.Node) else v
+                        for v in node.args[0]
+                    ]
+                node.args = (tuple(given),)
+
+    def _last_placeholder(self, node: fx.Node) -> None:
+        """Move a node behind all placeholders: those come first."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        if node.prev is not last:
+            last.append(node)
+
+    def moved(self, used: set[str]) -> dict[str, Tensor]:
+        """The tensors on the device, one copy for each storage and form."""
+        limit = torch.finfo(self.form.dtype).max
+        known: dict[tuple[Any, ...], Tensor] = {}
+        found = {}
+        for name in sorted(used):
+            tensor = self.tensors[name].detach()
+            key = (
+                tensor.data_ptr(),
+                tensor.dtype,
+                tuple(tensor.shape),
+                tensor.stride(),
+                name in self._exact,
+            )
+            if tensor.numel() == 0 or key not in known:
+                new = tensor
+                if new.dtype == torch.float32 and name not in self._exact:
+                    if self.form.dtype != torch.float32:
+                        finite = torch.clamp(new, -limit, limit)
+                        new = torch.where(torch.isinf(new), new, finite).to(self.form.dtype)
+                    if self.form.channels_last and new.dim() == _SIDES:
+                        new = new.contiguous(memory_format=torch.channels_last)
+                known[key] = new.to(self.form.device)
+            found[name] = known[key]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """A quantiser whose codes are int8."""
+
+    node: fx.Node
+    source: Any
+    step: float
+    zero: int
+    low: int
+    high: int
+
+
+def _quantizer(value: Any) -> _Grid | None:
+    """The quantiser behind a value, its codes moved to int8; None: there is none."""
+    if not _is_call(value, _DEQUANTIZE) or not _is_call(value.args[0], _QUANTIZE):
+        return None
+    node = value.args[0]
+    if node.args[1:] != value.args[1:]:
+        return None
+    step, zero, low, high = node.args[1:5]
+    shift = _SHIFT if high > _MOST else 0
+    return _Grid(node, node.args[0], float(step), int(zero) - shift, low - shift, high - shift)
+
+
+def _is_call(value: Any, target: Callable[..., Any]) -> bool:
+    return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(v, change) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return change(value)
+
+
+def _taken(value: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An input as the module works with it."""
+    found = value.to(dtype) if value.dtype == torch.float32 else value
+    if channels_last and found.dim() == _SIDES:
+        found = found.contiguous(memory_format=torch.channels_last)
+    return found
+
+
+def _given(value: Tensor) -> Tensor:
+    """An output as the caller knows it."""
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
