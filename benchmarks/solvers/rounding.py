@@ -18,8 +18,9 @@ from tersor.ops.group_rounding import round_weight
 BITS = (4, 3, 2)
 # Layers of ResNet-20 have 9 to 576 inputs: a step an output there, as its kernels would have.
 GROUPS: Mapping[str, int] = {"minilm": 64, "lm": 64, "resnet20": 0, "lenet5": 0}
-# Few rows fit a weight to their noise: of the metric of the sequential row alone.
-SEQUENTIAL = ("GPTQ", "GPTQ, searched steps", "ours")
+QUICK = ("round-to-nearest", "GPTQ", "GPTQ, searched steps", "HQQ", "torchao", "ours")
+SLOW = ("ours, table an output", "NNCF, scale estimation", "AutoRound")
+SEQUENTIAL = ("GPTQ, searched steps", "ours")
 
 
 def ours(grid: Grid) -> Solve:
@@ -83,27 +84,54 @@ def setting(grid: Grid) -> str:
 
 
 def run(subject: Subject, model: str, recorder: Recorder) -> None:
-    """Every cell of one model that is not recorded yet."""
-    for grid in _grids(model):
-        for name, (solve, source) in methods(grid).items():
-            around = {"table": "rounding", "model": model, "setting": setting(grid)}
-            if not recorder.has("rounding", model, setting(grid), name, "layer"):
-                weights = subject.solved(solve)
-                recorder.add(
-                    Row(
-                        **around,
-                        method=name,
-                        layers=subject.errors(weights),
-                        quality=subject.judge(subject.stitched(weights)),
-                        source=source,
-                    )
-                )
-            is_known = recorder.has("rounding", model, setting(grid), name, "sequential")
-            if name in SEQUENTIAL and not is_known:
-                quality = subject.judge(subject.sequential(solve))
-                recorder.add(
-                    Row(**around, method=name, mode="sequential", quality=quality, source=source)
-                )
+    """Every cell of one model that is not recorded yet; what takes long comes last."""
+    for names in (QUICK, SLOW):
+        for grid in _grids(model):
+            for name, method in methods(grid).items():
+                if name in names:
+                    _record(subject, model, recorder, grid, (name, *method))
+        for grid in _grids(model):
+            for name in set(SEQUENTIAL) & set(names):
+                _record_sequential(subject, model, recorder, grid, (name, *methods(grid)[name]))
+
+
+def _record(
+    subject: Subject, model: str, recorder: Recorder, grid: Grid, method: tuple[str, Solve, str]
+) -> None:
+    name, solve, source = method
+    if recorder.has("rounding", model, setting(grid), name, "layer"):
+        return
+    weights = subject.solved(solve)
+    recorder.add(
+        Row(
+            table="rounding",
+            model=model,
+            setting=setting(grid),
+            method=name,
+            layers=subject.errors(weights),
+            quality=subject.judge(subject.stitched(weights)),
+            source=source,
+        )
+    )
+
+
+def _record_sequential(
+    subject: Subject, model: str, recorder: Recorder, grid: Grid, method: tuple[str, Solve, str]
+) -> None:
+    name, solve, source = method
+    if recorder.has("rounding", model, setting(grid), name, "sequential"):
+        return
+    recorder.add(
+        Row(
+            table="rounding",
+            model=model,
+            setting=setting(grid),
+            method=name,
+            mode="sequential",
+            quality=subject.judge(subject.sequential(solve)),
+            source=source,
+        )
+    )
 
 
 def _grids(model: str) -> Iterator[Grid]:

@@ -17,8 +17,8 @@ from tests.data.zoo import load_lenet5, load_resnet20
 
 # Sentences of more tokens are left out, so that nothing is spent on padding.
 TOKENS = 64
-SENTENCES: Mapping[str, int] = {"calibration": 256, "search": 1, "test": 400}
-IMAGES, HELD_IMAGES, TEST_IMAGES = 1000, 1000, 4000
+SENTENCES: Mapping[str, int] = {"calibration": 256, "search": 1, "test": 200}
+IMAGES, HELD_IMAGES, TEST_IMAGES = 500, 500, 2000
 WINDOWS, HELD_WINDOWS = 128, 64
 
 
