@@ -208,7 +208,7 @@ class Subject:
             {"whole": Whole()},
             self.calibration,
             readers=tensor_readers(self.graph, sites),
-            embedding=lambda site: embedding_statistics(torch.zeros(0)),
+            embedding=lambda _: embedding_statistics(torch.zeros(0)),
             seed=self.seed,
         ).graph
 

@@ -208,7 +208,7 @@ def nncf(weight: Tensor, rows: Tensor, grid: Grid) -> Tensor:
     sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
     import nncf as package
 
-    m, n = weight.shape
+    n = weight.shape[1]
     layer = _Single(weight)
     samples = [part.float() for part in rows[:2048].split(64)]
     mode = package.CompressWeightsMode

@@ -1,6 +1,7 @@
 """Rows of the tables: what is recorded, what is recorded already, and how it is printed."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +130,6 @@ def cells(
 
 def layer_ratio(ours: Cell, theirs: Cell) -> float:
     """Geometric mean over seeds and layers of one error over the other; nan where none is shared."""
-    import math
-
     logs = []
     by_seed = dict(zip(theirs.seeds, theirs.rows, strict=True))
     for seed, row in zip(ours.seeds, ours.rows, strict=True):
@@ -165,7 +164,7 @@ def table_text(
                 method,
                 mode,
                 _shown(cell.error(), 5),
-                "" if ratio != ratio else f"{ratio:.3f}",
+                "" if math.isnan(ratio) else f"{ratio:.3f}",
                 *[_shown(quality[m], 4) if m in quality else "" for m in measures],
                 str(len(cell.seeds)),
             ]
@@ -180,6 +179,6 @@ def _order(item: tuple[tuple[str, str], Cell]) -> tuple[object, ...]:
 
 def _shown(value: tuple[float, float], digits: int) -> str:
     mean, half = value
-    if mean != mean:
+    if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")

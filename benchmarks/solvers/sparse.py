@@ -47,9 +47,7 @@ def sparse_gpt(layer: Layer, pattern: Pattern, block: int = 128) -> Tensor:
     H.diagonal()[dead] = 1
     W[:, dead] = 0
     H.diagonal().add_(0.01 * H.diagonal().mean())
-    U = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True
-    )
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
     n = W.shape[1]
     for start in range(0, n, block):
         stop = min(start + block, n)
@@ -61,7 +59,9 @@ def sparse_gpt(layer: Layer, pattern: Pattern, block: int = 128) -> Tensor:
         for j in range(start, stop):
             if isinstance(pattern, NofM) and j % pattern.of == 0:
                 here = slice(j - start, j - start + pattern.of)
-                keep[:, here] = best_mask(((part[:, here] / pivots[here]).square())[None], pattern)[0]
+                keep[:, here] = best_mask(((part[:, here] / pivots[here]).square())[None], pattern)[
+                    0
+                ]
             error = W[:, j] * ~keep[:, j - start] / U[j, j]
             W[:, j] = W[:, j] * keep[:, j - start]
             W[:, j + 1 : stop] -= error.unsqueeze(1) * U[j, j + 1 : stop]

@@ -25,8 +25,13 @@ NEURONS = (250, 125, 50)
 SHARES = (0.5, 0.25)
 IMAGES, SEARCH = 2000, 500
 LABELLED = 1000  # images of gradients
-STEP = 2  # of the kept counts that are planned
-PAIR_ITERATIONS = 60
+STEPS: Mapping[str, int] = {"resnet20": 2, "lenet5": 25}  # of the kept counts on offer
+PAIR_IMAGES, PAIR_ITERATIONS = 10_000, 60
+TOGETHER, RECONSTRUCTED = "ours, layers together", "ours, 60 s of block reconstruction"
+WAYS: Mapping[str, tuple[str, ...]] = {
+    "resnet20": ("ours, planned", "ours, uniform"),
+    "lenet5": ("ours", TOGETHER),
+}
 RECOVERY_SECONDS = 60
 
 
@@ -148,7 +153,7 @@ def taylor(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
         loss = functional.cross_entropy(net(part), truth)
         slopes = torch.autograd.grad(loss, weights)
         for score, weight, slope in zip(scores, weights, slopes, strict=True):
-            score += (weight.detach() * slope).flatten(1).sum(1).double().square()
+            score.add_((weight.detach() * slope).flatten(1).sum(1).double().square())
     return scores
 
 
@@ -162,7 +167,9 @@ def kept_of(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     return [s.topk(c).indices.sort().values for s, c in zip(scores, counts, strict=True)]
 
 
-def global_kept(scores: Sequence[Tensor], cost: Callable[[Sequence[int]], float], budget: float) -> list[Tensor]:
+def global_kept(
+    scores: Sequence[Tensor], cost: Callable[[Sequence[int]], float], budget: float
+) -> list[Tensor]:
     """The highest over all widths, as many as a budget holds; one of each stays."""
     order = torch.cat(list(scores)).sort(descending=True).values
     low, high = 0, len(order) - 1
@@ -213,14 +220,17 @@ def _compensate_(width: Inner, net: nn.Module, gone: Tensor, mean: Tensor) -> No
 def macs_of(model: nn.Module, image: Tensor) -> Callable[[Sequence[int]], float]:
     """MACs as a function of the kept counts of the inner widths."""
     places: dict[nn.Module, int] = {}
-    handles = []
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        places[module] = weight_of(module).numel() * (output[0, 0].numel() if output.dim() > 2 else 1)
+    def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        places[module] = weight_of(module).numel() * (
+            output[0, 0].numel() if output.dim() > 2 else 1
+        )
 
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            handles.append(module.register_forward_hook(count))
+    handles = [
+        module.register_forward_hook(count)
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
     with torch.no_grad():
         model(image)
     for handle in handles:
@@ -238,7 +248,9 @@ def macs_of(model: nn.Module, image: Tensor) -> Callable[[Sequence[int]], float]
     return cost
 
 
-def uniform_share(widths: Sequence[int], cost: Callable[[Sequence[int]], float], budget: float) -> float:
+def uniform_share(
+    widths: Sequence[int], cost: Callable[[Sequence[int]], float], budget: float
+) -> float:
     """The largest share of every width within a budget, to a thousandth."""
     shares = [i / 1000 for i in range(1, 1001)]
     fitting = [s for s in shares if cost(uniform_kept(widths, s)) <= budget]
@@ -328,7 +340,9 @@ def torch_pruning(case: Case, setting: str, ratio: float) -> None:
             continue
         net = copy.deepcopy(case.model)
         head = [m for m in net.modules() if isinstance(m, nn.Linear)][-1:]
-        kept_layers = [m for m in net.modules() if isinstance(m, nn.Conv2d)] if case.name == "lenet5" else []
+        kept_layers = (
+            [m for m in net.modules() if isinstance(m, nn.Conv2d)] if case.name == "lenet5" else []
+        )
         pruner = tp.pruner.BasePruner(
             net,
             case.images[:2],
@@ -344,7 +358,9 @@ def torch_pruning(case: Case, setting: str, ratio: float) -> None:
             if name == "Taylor":
                 net.zero_grad()
                 for part, truth in zip(
-                    case.images[:LABELLED].split(BATCH), case.labels[:LABELLED].split(BATCH), strict=True
+                    case.images[:LABELLED].split(BATCH),
+                    case.labels[:LABELLED].split(BATCH),
+                    strict=True,
                 ):
                     torch.autograd.backward(functional.cross_entropy(net(part), truth))
             pruner.step()
@@ -362,31 +378,37 @@ def torch_pruning(case: Case, setting: str, ratio: float) -> None:
 
 def _too_large(case: Case, net: nn.Module, macs: float, budget: float, setting: str) -> bool:
     if case.name == "lenet5":
-        return len(weight_of(inner_widths(net)[0].make)) > int(setting.split()[0])
+        return len(weight_of(inner_widths(net)[0].make)) > int(setting.split(maxsplit=1)[0])
     return macs > budget
 
 
 def ours(case: Case, settings: Mapping[str, float]) -> None:
     """Planned and uniform widths, exact refits of all that is cut or reads what is cut."""
-    names = ["ours, planned", "ours, uniform"] if case.name == "resnet20" else ["ours", "ours, layers together"]
-    if find_spec("tersor.recover") is not None and find_spec("tersor.recover.blocks") is not None:
-        names.append("ours, 60 s of block reconstruction")
-    if not any(case.lacks(s, n) for s in settings for n in names):
+    ways = WAYS[case.name]
+    wanted = [*ways, RECONSTRUCTED] if _has_reconstruction() else [*ways]
+    if not any(case.lacks(s, n) for s in settings for n in wanted):
         return
     calibration, search = case.images[:IMAGES], case.images[IMAGES : IMAGES + SEARCH]
-    pruner = Pruner(case.model, calibration, search, step=STEP if case.name == "resnet20" else 25)
+    pruner = Pruner(case.model, calibration, search, step=STEPS[case.name])
     for setting, share in settings.items():
-        for name in names[:2]:
-            if not case.lacks(setting, name) and len(names) == 2:
-                continue
-            keep = _keep(case, pruner, name, share)
-            small = pruner.pruned(keep)
-            if name == "ours, layers together":
-                small = pruner.together(small, keep, case.images[:10_000], PAIR_ITERATIONS)
+        for name in ways:
             if case.lacks(setting, name):
-                _judge(case, setting, name, small)
-            if len(names) == 3 and name == names[0] and case.lacks(setting, names[2]):
-                _judge(case, setting, names[2], reconstructed(pruner, small, calibration))
+                _judge(case, setting, name, _pruned(case, pruner, name, share))
+        if RECONSTRUCTED in wanted and case.lacks(setting, RECONSTRUCTED):
+            small = _pruned(case, pruner, ways[0], share)
+            _judge(case, setting, RECONSTRUCTED, reconstructed(pruner, small, calibration))
+
+
+def _has_reconstruction() -> bool:
+    return bool(find_spec("tersor.recover")) and bool(find_spec("tersor.recover.blocks"))
+
+
+def _pruned(case: Case, pruner: Pruner, name: str, share: float) -> Graph:
+    keep = _keep(case, pruner, name, share)
+    small = pruner.pruned(keep)
+    if name == TOGETHER:
+        return pruner.together(small, keep, case.images[:PAIR_IMAGES], PAIR_ITERATIONS)
+    return small
 
 
 def _keep(case: Case, pruner: Pruner, name: str, share: float) -> dict[str, list[int]]:
@@ -398,7 +420,8 @@ def _keep(case: Case, pruner: Pruner, name: str, share: float) -> dict[str, list
     inner = [s for s in pruner.sites if len(s.ops) == 1]
     units = [w.units for w in case.widths]
     each = uniform_share(units, case.cost, share * case.whole)
-    counts = {s.name: STEP * max(1, round(s.units * each / STEP)) for s in inner}
+    step = STEPS[case.name]
+    counts = {s.name: step * max(1, round(s.units * each / step)) for s in inner}
     return pruner.kept(counts)
 
 

@@ -141,7 +141,9 @@ def train(steps: int = STEPS) -> LanguageModel:
             nn.init.normal_(parameter, std=0.02, generator=generator)
     windows = corpus().train
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps, pct_start=0.1
+    )
     for step in range(steps):
         part = windows[torch.randint(len(windows), (BATCH,), generator=generator)]
         logits = model(part[:, :-1])
@@ -152,5 +154,8 @@ def train(steps: int = STEPS) -> LanguageModel:
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"language model: step {step} of {steps}, loss {float(loss.detach()):.3f}", flush=True)
+            print(
+                f"language model: step {step} of {steps}, loss {float(loss.detach()):.3f}",
+                flush=True,
+            )
     return model.eval()

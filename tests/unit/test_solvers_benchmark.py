@@ -71,7 +71,10 @@ def test_searched_steps_lose_no_more_than_those_of_the_whole_range() -> None:
     grid, W = Grid(bits=2, group=8, symmetric=False), layer.weight[0]
     losses = [
         sum(
-            (peers.rounded(p, *peers.parameters(p, grid, search=search), grid) - p).abs().pow(2.4).sum()
+            (peers.rounded(p, *peers.parameters(p, grid, search=search), grid) - p)
+            .abs()
+            .pow(2.4)
+            .sum()
             for p in W.split(8, 1)
         )
         for search in (True, False)
@@ -95,7 +98,9 @@ def test_the_held_error_is_that_of_rows() -> None:
     D = (layer.weight - new)[0]
     shift = (x @ D.T).mean(0)
     out = fresh @ layer.weight[0].T
-    wanted = (fresh @ D.T - shift).square().sum(1).mean() / (out - out.mean(0)).square().sum(1).mean()
+    wanted = (fresh @ D.T - shift).square().sum(1).mean() / (out - out.mean(0)).square().sum(
+        1
+    ).mean()
     found = held_error(layer.weight, new, layer.moments, moments_of(fresh.unsqueeze(1)))
     assert found == pytest.approx(float(wanted), rel=1e-9)
 
@@ -105,9 +110,7 @@ def test_factors_hold_no_more_than_their_share_and_the_whitened_ones_win(share: 
     layer, _ = _layer()
     rank = ranks.rank_at(12, 32, share)
     assert rank * (12 + 32) <= share * 12 * 32
-    found = {
-        name: method(layer, share) for name, (method, _) in ranks.METHODS.items()
-    }
+    found = {name: method(layer, share) for name, (method, _) in ranks.METHODS.items()}
     for new in found.values():
         assert int(torch.linalg.matrix_rank(new[0])) <= rank
     errors = {name: _error(layer, new) for name, new in found.items()}
