@@ -14,7 +14,9 @@ from tests.unit.capturing import graph_of, random
 def blocks_of(graph: Graph, size: BlockSize | None = None) -> tuple[Block, ...]:
     names = [n.name for n in graph.module.graph.nodes if n.op == "call_function"]
     trained = [leaf.target for leaf in leaves(graph)]
-    return find_blocks(graph.module, trained, map_names(graph.module), names, size or BlockSize())
+    return find_blocks(
+        graph.module, trained, map_names(graph.module), names, size or BlockSize(least=2)
+    )
 
 
 def check_cover(graph: Graph, blocks: tuple[Block, ...]) -> None:
@@ -90,6 +92,12 @@ def test_blocks_end_at_known_nodes_only(resnet20_graph: Graph) -> None:
 def test_nothing_to_train_gives_no_blocks(resnet20_graph: Graph) -> None:
     assert find_blocks(resnet20_graph.module, (), (), ()) == ()
     assert whole(resnet20_graph.module, (), ()) is None
+
+
+def test_small_blocks_join_the_next_one(resnet20_graph: Graph) -> None:
+    blocks = blocks_of(resnet20_graph, BlockSize())
+    check_cover(resnet20_graph, blocks)
+    assert [len(b.ops) for b in blocks] == [7, 7, 7, 1]  # three residual blocks each
 
 
 def test_sizes_fit_each_other() -> None:

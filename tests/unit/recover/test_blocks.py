@@ -14,12 +14,14 @@ from tersor.graph.axes.matching import counterparts
 from tersor.graph.axes.slicing import gone_from
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import parameters_by_name
+from tersor.graph.frontiers import BlockSize
 from tersor.graph.geometry import output_error
 from tersor.recover.blocks import Hooks, Progressed, Reconstructed, part_count, reconstruct
 from tersor.recover.goals import Teacher
 from tests.unit.capturing import graph_of, random, site_of, trained
 
 QUICK = Recover(steps=30, batch=16)
+SIZE = BlockSize(least=2)  # the stem with the first residual block, the second, the classifier
 
 
 class Residual(nn.Module):
@@ -84,7 +86,7 @@ def run(
     seed: int = 0,
     **more: object,
 ) -> Reconstructed:
-    return reconstruct(*cut, images, config, seed=seed, **more)  # type: ignore[arg-type]
+    return reconstruct(*cut, images, config, seed=seed, size=SIZE, **more)  # type: ignore[arg-type]
 
 
 def same_tensors(one: Graph, other: Graph) -> bool:
@@ -110,7 +112,7 @@ def test_a_cut_graph_comes_closer_on_new_samples(
     assert [p.part for p in record.parts] == ["block"] * 3 + ["whole"]
     assert all(p.after <= p.before for p in record.parts)
     assert record.steps == 4 * 30
-    assert part_count(cut[1], cut[0]) == 4
+    assert part_count(cut[1], cut[0], SIZE) == 4
     stored = parameters_by_name(cut[1].module)
     assert all(torch.equal(t, stored[n]) for n, t in before.items())  # what was given stays
 
