@@ -181,7 +181,8 @@ def pack_nearest(weight: Float[Tensor, "g m n"], packing: Packing) -> Packed:
     else:
         share = packing.kept / max(1, weight.numel())
         keep = best_mask(magnitude_scores(weight), Unstructured(kept=share))
-    rest, steps = weight * keep, None
+    rest: Tensor = weight * keep
+    steps: Steps | None = None
     if grid is not None:
         steps = fit_steps(rest, grid)
         rest = nearest_grid_codes(rest, steps, grid)
