@@ -34,6 +34,7 @@ from tersor.core.records import BackendInfo, OutputKind, Site
 from tersor.core.recovery import Recover
 from tersor.core.store import Store
 from tersor.graph.axes import Axes, analyse_axes
+from tersor.graph.axes.heads import Heads
 from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
 from tersor.graph.serial import structure_text
 from tersor.price.grid import kept_counts
@@ -114,6 +115,7 @@ class Session:
     scores: dict[str, float] = field(default_factory=dict)  # of the original, by metric
     answers: dict[str, list[Tensor]] = field(default_factory=dict)  # its classes, by metric
     fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
+    heads: dict[str, Heads | None] = field(default_factory=dict)  # width -> how its heads lie
     detector: Detector | None = None  # whose core the captured model is
     drawn: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)  # examples
 

@@ -321,7 +321,12 @@ def _turned(session: Session, graph: Graph, changes: Changes) -> Graph:
 def _turns(session: Session, changes: Changes) -> Iterator[tuple[Heads, Turn]]:
     axes = session.axes
     for change in changes.widths:
-        heads = heads_of(axes, axes[change.site.width]) if axes and change.turn else None
+        if axes is None or not change.turn:
+            continue
+        name = change.site.width
+        if name not in session.heads:
+            session.heads[name] = heads_of(axes, axes[name])
+        heads = session.heads[name]
         if heads is not None:
             yield heads, change.turn
 

@@ -171,8 +171,8 @@ def pack_nearest(weight: Float[Tensor, "g m n"], packing: Packing) -> Packed:
     grid = grid_of(packing) if packing.bits != FLOAT_BITS else None
     if packing.kind == "grid":
         assert grid is not None
-        steps = fit_steps(weight, grid)
-        return pack_grid(packing, nearest_grid_codes(weight, steps, grid), steps)
+        fitted = fit_steps(weight, grid)
+        return pack_grid(packing, nearest_grid_codes(weight, fitted, grid), fitted)
     order = torch.arange(packing.inputs)
     if packing.kind == "pairs":
         fill = [0, -packing.inputs % GROUP]
@@ -181,7 +181,8 @@ def pack_nearest(weight: Float[Tensor, "g m n"], packing: Packing) -> Packed:
     else:
         share = packing.kept / max(1, weight.numel())
         keep = best_mask(magnitude_scores(weight), Unstructured(kept=share))
-    rest, steps = weight * keep, None
+    rest: Tensor = weight * keep
+    steps: Steps | None = None
     if grid is not None:
         steps = fit_steps(rest, grid)
         rest = nearest_grid_codes(rest, steps, grid)
