@@ -434,7 +434,7 @@ def test_explain_says_price_error_alternatives_and_undo(finished: Finished) -> N
         assert set(facts) == {
             "site", "op_kind", "shape", "macs", "pinned", "level", "method", "error", "error_se", "samples",
             "size_bytes", "predicted_ms", "predicted_ms_se", "reason", "settings", "alternatives", "undo",
-            "kind", "units", "members", "native",
+            "kind", "units", "members", "native", "recovered",
         }  # fmt: skip
         assert (facts["site"], facts["level"]) == (site, level)
         assert facts["reason"]

@@ -239,7 +239,10 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         list(settings.keep),
         sorted(methods),
         settings.for_size,
-        dict(settings.made_by),
+        # Own methods share no level of a site: who made one is no choice.
+        {}
+        if all(registry.is_own(registry.METHODS, m) for m in methods)
+        else dict(settings.made_by),
         tiles,
         describe_machine().fingerprint(),
     )

@@ -31,6 +31,11 @@ def names(group: str) -> list[str]:
     return sorted({*_BUILT_IN[group], *(e.name for e in entry_points(group=group))})
 
 
+def is_own(group: str, name: str) -> bool:
+    """Whether this distribution brings it."""
+    return name in _BUILT_IN[group]
+
+
 def resolve(group: str, name: str) -> Any:
     """The class behind a name.
 

@@ -225,7 +225,13 @@ class _Run:
         pair = self.pairs[0]
         original = as_rows(pair.original[op.data.name], op, pair.mask)
         compressed = as_rows(pair.compressed[op.data.name], op, pair.mask)
-        output = execute(self.graph.module, op.node, pair.original)
+        # An addition asks for a layer that is still to come: its weight has no value yet.
+        stored = {
+            a.name: execute(self.graph.module, a, {})
+            for a in op.node.all_input_nodes
+            if a.op == "get_attr"
+        }
+        output = execute(self.graph.module, op.node, {**pair.original, **stored})
         return Rows(
             original=original, compressed=compressed, output=output_rows(output, op, pair.mask)
         )

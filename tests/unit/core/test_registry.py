@@ -40,3 +40,9 @@ def test_a_built_in_name_cannot_be_taken_over(monkeypatch: pytest.MonkeyPatch):
     import json
 
     assert registry.resolve(registry.METHODS, "builtin") is json.JSONEncoder
+
+
+def test_own_plug_ins_are_told_from_others():
+    assert registry.is_own(registry.METHODS, "quantize")
+    assert not registry.is_own(registry.METHODS, "openvino")
+    assert not registry.is_own(registry.METHODS, "fast")
