@@ -74,7 +74,8 @@ def test_the_file_holds_the_bits(result: "tersor.api.result.Result", path: Path)
     assert len(opened.packed) == len(chosen)
     levels = {level for level in result.plan.assignment.values() if level in PACKED}
     kinds = {"int": "grid", "lut": "table", "spa": "sparse"}
-    assert {p.packing.kind for p in opened.packed.values()} == {kinds[v[:3]] for v in levels}
+    wanted = {"pairs" if "2of4" in v else kinds[v[:3]] for v in levels}
+    assert {p.packing.kind for p in opened.packed.values()} == wanted
     for name, packed in opened.packed.items():
         assert np.array_equal(opened.tensors[name].to_numpy(), packed.expand())
 
