@@ -5,7 +5,8 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from benchmarks.solvers.layers import Layer, Solve, Subject
+from benchmarks.solvers.cells import Setting
+from benchmarks.solvers.layers import Layer, Subject
 from benchmarks.solvers.peers import REFERENCE
 from benchmarks.solvers.rows import Recorder, Row
 from tersor.ops.damping import damped_cholesky
@@ -119,6 +120,9 @@ def run(subject: Subject, model: str, recorder: Recorder, *, latency: bool = Fal
     """
     for share in SHARES:
         setting = f"factors of {share:.0%} of the parameters"
+        place = Setting(
+            table="lowrank", model=model, name=setting, subject=subject, recorder=recorder
+        )
         for name, (method, source) in METHODS.items():
             if name == "ours, best form" and not any(layer.kernel for layer in subject.layers):
                 continue
@@ -128,45 +132,11 @@ def run(subject: Subject, model: str, recorder: Recorder, *, latency: bool = Fal
                 new: Tensor = method(layer, share)
                 return new
 
-            around = {"table": "lowrank", "model": model, "setting": setting}
-            if not recorder.has("lowrank", model, setting, name, "layer"):
-                weights = subject.solved(solve)
-                recorder.add(
-                    Row(
-                        **around,
-                        method=name,
-                        layers=subject.errors(weights),
-                        quality=subject.judge(subject.stitched(weights)),
-                        source=source,
-                    )
-                )
-            _sequential(subject, solve, around, (name, source), recorder)
+            place.layers(name, solve, source)
+            if name in SEQUENTIAL:
+                place.sequential(name, solve, source)
         if latency and not recorder.has("lowrank", model, setting, "latency", "layer"):
             recorder.add(_latency_row(subject, model, setting, share))
-
-
-def _sequential(
-    subject: Subject,
-    solve: Solve,
-    around: dict[str, str],
-    method: tuple[str, str],
-    recorder: Recorder,
-) -> None:
-    name, source = method
-    key = ("lowrank", around["model"], around["setting"], name, "sequential")
-    if name in SEQUENTIAL and not recorder.has(*key):
-        quality = subject.judge(subject.sequential(solve))
-        recorder.add(
-            Row(
-                table="lowrank",
-                model=around["model"],
-                setting=around["setting"],
-                method=name,
-                mode="sequential",
-                quality=quality,
-                source=source,
-            )
-        )
 
 
 def _latency_row(subject: Subject, model: str, setting: str, share: float) -> Row:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.solvers import peers
+from benchmarks.solvers.cells import Setting
 from benchmarks.solvers.layers import Layer, Solve, Subject
 from benchmarks.solvers.peers import REFERENCE, Grid
-from benchmarks.solvers.rows import Recorder, Row
+from benchmarks.solvers.rows import Recorder
 from tersor.ops.codebook import CodebookScheme, decode
 from tersor.ops.codebook_fit import fit_codebook
 from tersor.ops.group_grids import GroupGrid, dequantize
@@ -85,53 +86,20 @@ def setting(grid: Grid) -> str:
 
 def run(subject: Subject, model: str, recorder: Recorder) -> None:
     """Every cell of one model that is not recorded yet; what takes long comes last."""
+    places = {
+        grid: Setting(
+            table="rounding", model=model, name=setting(grid), subject=subject, recorder=recorder
+        )
+        for grid in _grids(model)
+    }
     for names in (QUICK, SLOW):
-        for grid in _grids(model):
+        for grid, place in places.items():
             for name, method in methods(grid).items():
                 if name in names:
-                    _record(subject, model, recorder, grid, (name, *method))
-        for grid in _grids(model):
+                    place.layers(name, *method)
+        for grid, place in places.items():
             for name in set(SEQUENTIAL) & set(names):
-                _record_sequential(subject, model, recorder, grid, (name, *methods(grid)[name]))
-
-
-def _record(
-    subject: Subject, model: str, recorder: Recorder, grid: Grid, method: tuple[str, Solve, str]
-) -> None:
-    name, solve, source = method
-    if recorder.has("rounding", model, setting(grid), name, "layer"):
-        return
-    weights = subject.solved(solve)
-    recorder.add(
-        Row(
-            table="rounding",
-            model=model,
-            setting=setting(grid),
-            method=name,
-            layers=subject.errors(weights),
-            quality=subject.judge(subject.stitched(weights)),
-            source=source,
-        )
-    )
-
-
-def _record_sequential(
-    subject: Subject, model: str, recorder: Recorder, grid: Grid, method: tuple[str, Solve, str]
-) -> None:
-    name, solve, source = method
-    if recorder.has("rounding", model, setting(grid), name, "sequential"):
-        return
-    recorder.add(
-        Row(
-            table="rounding",
-            model=model,
-            setting=setting(grid),
-            method=name,
-            mode="sequential",
-            quality=subject.judge(subject.sequential(solve)),
-            source=source,
-        )
-    )
+                place.sequential(name, *methods(grid)[name])
 
 
 def _grids(model: str) -> Iterator[Grid]:

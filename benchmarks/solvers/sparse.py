@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from benchmarks.solvers.cells import Setting
 from benchmarks.solvers.layers import Layer, Subject
 from benchmarks.solvers.peers import REFERENCE
-from benchmarks.solvers.rows import Recorder, Row
+from benchmarks.solvers.rows import Recorder
 from tersor.ops.admm import choose_support
 from tersor.ops.sparsity import NofM, Pattern, Unstructured, best_mask
 from tersor.ops.support import refit_support
@@ -87,6 +88,9 @@ METHODS: Mapping[str, tuple[Callable[[Layer, Pattern], Tensor], str]] = {
 def run(subject: Subject, model: str, recorder: Recorder) -> None:
     """Every cell of one model that is not recorded yet; layers that do not split into fours stay dense."""
     for setting, pattern in PATTERNS.items():
+        place = Setting(
+            table="sparsity", model=model, name=setting, subject=subject, recorder=recorder
+        )
         for name, (method, source) in METHODS.items():
 
             def solve(
@@ -98,21 +102,6 @@ def run(subject: Subject, model: str, recorder: Recorder) -> None:
                     return layer.weight
                 return method(layer, pattern)
 
-            around = {"table": "sparsity", "model": model, "setting": setting}
-            if not recorder.has("sparsity", model, setting, name, "layer"):
-                weights = subject.solved(solve)
-                recorder.add(
-                    Row(
-                        **around,
-                        method=name,
-                        layers=subject.errors(weights),
-                        quality=subject.judge(subject.stitched(weights)),
-                        source=source,
-                    )
-                )
-            is_known = recorder.has("sparsity", model, setting, name, "sequential")
-            if name in SEQUENTIAL and not is_known:
-                quality = subject.judge(subject.sequential(solve))
-                recorder.add(
-                    Row(**around, method=name, mode="sequential", quality=quality, source=source)
-                )
+            place.layers(name, solve, source)
+            if name in SEQUENTIAL:
+                place.sequential(name, solve, source)

@@ -19,7 +19,12 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+)
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
@@ -242,7 +247,10 @@ class _Lowering:
 
         def compute() -> Any:
             given, named = pytree.tree_unflatten(values, spec)
-            return target(*given, **named)
+            found = target(*given, **named)
+            if free_unbacked_symbols([v for v in pytree.tree_leaves(found) if _is_open(v)]):
+                raise TypeError(f"{target}: sizes depend on the data, and differ from call to call")
+            return found
 
         value = self._world.values(key, compute)
         size = str(value) if isinstance(value, torch.SymInt) else ""

@@ -153,6 +153,17 @@ def test_leaves_to_torch_what_it_cannot_do(decompose: Decomposer) -> None:
     assert decompose(alone, parts) is None
 
 
+def test_sizes_that_depend_on_the_data_are_left_to_torch(decompose: Decomposer) -> None:
+    """What is known of ops is kept by their inputs' sizes, which say nothing of such outputs."""
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[x[:, 0] > 0]
+
+    graph = graph_of(Masked(), random(3, 4))
+    assert decompose(graph, split(graph.module)) is None
+
+
 def test_a_size_that_an_op_fixes_is_left_to_torch(decompose: Decomposer) -> None:
     """A graph that holds for one batch only is none for all."""
     graph = graph_of(trained(Convolutions()), random(3, 3, 12, 12))
