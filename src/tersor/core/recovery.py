@@ -18,7 +18,8 @@ class Recover:
             on the machine; the report says how many were made.
         steps: Steps of each part in place of a time: the same numbers on every run.
         rate: Size of a full step of a block, relative to the root mean square of the tensor that it
-            changes; steps of all blocks together are a quarter as large.
+            changes; steps of all blocks together are a quarter as large, and steps that only hurt
+            become smaller.
         batch: Samples of one step.
         whole: Share of the budget for training all blocks together after each by itself, 0 to 1.
 

@@ -59,6 +59,15 @@ class Tensors:
         """What the free tensors stand for now."""
         return {name: self.value(name).detach().clone() for name in self._free}
 
+    def restore_(self, values: Mapping[str, Tensor]) -> None:
+        """Set the free tensors back to some values of theirs; they stay free."""
+        with torch.no_grad():
+            for name, free in self._free.items():
+                own = values[name]
+                if self.leaves[name].is_scale:  # a step of 0 stays 0, whatever its factor
+                    own = (own / self.now[name]).log().nan_to_num(nan=0.0)
+                free.copy_(own)
+
     def end(self, values: Mapping[str, Tensor]) -> None:
         """Take over some values; nothing is free any more."""
         self._free = {}

@@ -14,7 +14,8 @@ from tersor.ops.reconstruction import step_share
 from tersor.recover.samples import Drawn, Pool
 from tersor.recover.tensors import Tensors
 
-_LOOKS = (0.5, 0.75)  # of a part: what is best there or at the end stays
+_LOOKS = (0.1, 0.25, 0.5, 0.75)  # of a part: what is best there or at the end stays
+_SMALLER = 0.25  # of a step's size, each time that a look finds a part worse than it was given
 _BETAS = (0.9, 0.99)  # a part has hundreds of steps: a longer memory of squares would not fill
 
 Loss = Callable[[Mapping[str, Any], Drawn], Tensor]
@@ -86,17 +87,24 @@ def train(
     if groups and before > 0:
         optimizer = torch.optim.Adam(groups, betas=_BETAS)
         sizes = [float(group["lr"]) for group in optimizer.param_groups]
-        looks = list(_LOOKS)
+        looks, factor = list(_LOOKS), 1.0
         for progress in budget.progress():
             if looks and progress >= looks[0]:
-                looks.pop(0)
-                best, kept = _better(part, tensors, best, kept)
+                looks = [look for look in looks if look > progress]
+                found = _unseen_loss(part, tensors)
+                if found < best:
+                    best, kept = found, tensors.snapshot()
+                elif not found < before:
+                    tensors.restore_(kept)
+                    factor *= _SMALLER
+                    optimizer.state.clear()
             for group, size in zip(optimizer.param_groups, sizes, strict=True):
-                group["lr"] = size * step_share(progress)
+                group["lr"] = factor * size * step_share(progress)
             if not _step(part, tensors, optimizer, part.seen.draw(generator)):
                 break
             steps += 1
-        best, kept = _better(part, tensors, best, kept)
+        found = _unseen_loss(part, tensors)
+        best, kept = (found, tensors.snapshot()) if found < best else (best, kept)
     tensors.end(kept)
     return Trained(before, best, steps)
 
@@ -131,10 +139,3 @@ def _unseen_loss(part: Part, tensors: Tensors) -> float:
             total += rows * float(part.loss(outputs(part.block, tensors, drawn), drawn))
             count += rows
     return total / count
-
-
-def _better(
-    part: Part, tensors: Tensors, best: float, kept: dict[str, Tensor]
-) -> tuple[float, dict[str, Tensor]]:
-    found = _unseen_loss(part, tensors)
-    return (found, tensors.snapshot()) if found < best else (best, kept)

@@ -97,7 +97,7 @@ def test_nothing_to_train_gives_no_blocks(resnet20_graph: Graph) -> None:
 def test_small_blocks_join_the_next_one(resnet20_graph: Graph) -> None:
     blocks = blocks_of(resnet20_graph, BlockSize())
     check_cover(resnet20_graph, blocks)
-    assert [len(b.ops) for b in blocks] == [7, 7, 7, 1]  # three residual blocks each
+    assert [len(b.ops) for b in blocks] == [5, 5, 4, 5, 3]
 
 
 def test_sizes_fit_each_other() -> None:

@@ -155,6 +155,16 @@ def test_what_does_not_help_is_undone(
     assert "no closer" in right.recovery.reason
 
 
+def test_steps_that_are_far_too_large_become_smaller(
+    cut: tuple[Teacher, Graph], images: list[tuple[Tensor, ...]]
+) -> None:
+    """A full step changes each weight by its own size: without smaller ones nothing is gained."""
+    found = run(cut, images, Recover(steps=60, batch=16, rate=1.0, whole=0.0))
+    assert found.recovery.is_kept
+    blocks = found.recovery.parts
+    assert sum(p.after < 0.9 * p.before for p in blocks) >= 2
+
+
 def test_time_is_the_caller_s_clock(
     cut: tuple[Teacher, Graph], images: list[tuple[Tensor, ...]]
 ) -> None:
