@@ -52,8 +52,8 @@ def recovered(
 ) -> tuple[Graph, Recovery | None]:
     """A compressed graph after recovery, and what was done; as it is where none was asked for.
 
-    ``place``: the key of the plan, and whether formats are rounded already. Found again in the store where it was done before; where it was interrupted, it goes on behind
-    the last part that was done.
+    ``place``: the key of the plan, and whether formats are rounded already. Found again in the store
+    where it was done before; where it was interrupted, it goes on behind the last part that was done.
     """
     key, is_rounded = place
     config = seconds_for(session, changed, is_rounded=is_rounded)
