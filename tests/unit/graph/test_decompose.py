@@ -167,17 +167,21 @@ def test_sizes_that_depend_on_the_data_are_left_to_torch(decompose: Decomposer) 
 def test_a_size_that_an_op_fixes_is_left_to_torch(decompose: Decomposer) -> None:
     """A graph that holds for one batch only is none for all."""
 
-    class Shifted(nn.Module):
+    class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("shift", random(1, 4))
+            self.register_buffer("table", random(1, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.shift
+            return torch.cat([x, self.table.repeat(x.shape[0], 1)], 1)
 
-    graph = graph_of(Shifted(), random(3, 4))
+    graph = graph_of(Beside(), random(3, 4))
     parts = split(graph.module)
     assert decompose(graph, parts) is not None
-    (holder,) = (n for n in parts.module.graph.nodes if n.op == "get_attr")
-    setattr(parts.module, str(holder.target), random(3, 4))  # fits the example alone
+    nodes = parts.module.graph.nodes
+    (holder,) = (n for n in nodes if n.op == "get_attr")
+    joined = next(n for n in nodes if n.target is torch.ops.aten.cat.default)
+    size = len(graph.example[0])
+    setattr(parts.module, str(holder.target), random(size, 4))  # fits the example alone
+    joined.args = ([joined.args[0][0], holder], 1)
     assert decompose(graph, parts) is None
