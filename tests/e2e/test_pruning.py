@@ -37,9 +37,9 @@ def test_units_go_where_formats_alone_are_too_large(pruned_run: Finished) -> Non
     result = pruned_run.result
     cut = cut_widths(result.plan, pruned_run)
     assert cut
-    assert "int8_weight" in result.plan.assignment.values() or "int8" in (
-        result.plan.assignment.values()
-    )
+    # Which format of fewer bits it is depends on what this machine measured.
+    levels = [v for v in result.plan.assignment.values() if isinstance(v, str)]
+    assert set(levels) - {"f32", "bf16"}
     check = next(c for c in result.verdict.checks if c.name == "size_ratio")
     assert check.status == "pass"
     assert result.verdict.size_bytes == pytest.approx(result.plan.predicted_bytes, rel=0.05)
