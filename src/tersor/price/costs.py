@@ -16,12 +16,17 @@ from tersor.core.records import Format, Level, Precision, Site, Term
 from tersor.graph.facts import NodeFacts
 from tersor.price.chains import ChainCosts, chain_shares, chain_times
 from tersor.price.facts import WidthFacts
-from tersor.price.laws import Laws, NodeTime, fit_laws
+from tersor.price.laws import Laws, NodeTime, fit_laws, unseen_error
 from tersor.price.observation import Observation
 from tersor.price.terms import spread
 
-# A gate must tell at least this part of the variance of a node's presence.
+# A gate must tell at least this part of the variance of a node's presence, or of the squared error
+# of its time.
 GATE_SHARE = 0.5
+_GATED_SHARE = (
+    2e-3  # of a build's latency that a node takes in some build, else its format is no matter
+)
+_FEWEST_GATED = 4  # builds of each format that a law of its own needs
 _MOST_ROWS = (
     4096  # of a node that are worked out at once: more widths than two are seldom asked for
 )
@@ -124,10 +129,9 @@ class WidthCosts:
         chosen = None if cost.site is None else assignment.get(cost.site)
         rounds = is_int8(chosen)
         level: Format = "int8" if rounds else self.precision
-        law_format = self.precision if cost.is_glue else level
         total = elements = 0.0
         for node in cost.nodes:
-            ms, written = known.at(node, law_format, assignment)
+            ms, written = known.at(node, level, assignment)
             total += ms * cost.shares.get((node, level), 0.0)
             elements += written / self.full_elements
         if cost.is_glue:
@@ -196,10 +200,13 @@ def width_costs(
     formats = [s for s in sites if s.kind == "format"]
     owners = {node: site for site in formats for node in site.ops}
     sizes = [facts.layers(o.assignment) for o in fitted]
+    shown = {node for o in fitted for node, ms in o.node_ms.items() if ms > 0}
+    glue = [n for n in facts.nodes if n in shown and n not in owners and n not in quantizers]
+    gates = _gates(glue, formats, fitted, facts)
     times = [
         NodeTime(
             node=node,
-            format=_format(owners.get(node), o, precision),
+            format=_format(owners.get(node) or gates.get(node), o, precision),
             build=i,
             facts=facts.at(node, o.assignment),
             ms=o.node_ms[node],
@@ -216,12 +223,11 @@ def width_costs(
         shares=chain_shares(facts.chains, fitted, sizes, precision),
         precision=precision,
     )
-    shown = {node for o in fitted for node, ms in o.node_ms.items() if ms > 0}
     costs = [_site_cost(s, fitted, facts, chains) for s in formats if facts.widths(s.ops)]
     costs += [
-        _glue_cost(node, formats, fitted, facts, chains)
-        for node in facts.ratios
-        if node in shown and node not in owners and node not in quantizers
+        _glue_cost(node, gates[node], fitted, facts, chains)
+        for node in glue
+        if node in facts.ratios
     ]
     written = sum(
         facts.nodes[node].out_elements
@@ -268,12 +274,12 @@ def _site_cost(
 
 def _glue_cost(
     node: str,
-    sites: Sequence[Site],
+    gate: Site | None,
     fitted: Sequence[Observation],
     facts: WidthFacts,
     chains: ChainCosts,
 ) -> NodeCost:
-    gate, precision = _gate(node, sites, fitted, facts), chains.precision
+    precision = chains.precision
     shares, _ = _shares((node,), gate, fitted, facts, precision)
     ranks = () if gate is None else chains.known(gate.name)
     return NodeCost(
@@ -286,22 +292,71 @@ def _glue_cost(
     )
 
 
-def _gate(
-    node: str, sites: Sequence[Site], fitted: Sequence[Observation], facts: WidthFacts
-) -> Site | None:
-    """The format site that decides whether a node stands alone: the best one, nearest of equals."""
-    alive = [o for o in fitted if facts.at(node, o.assignment).out_elements > 0]
-    shown = [o.node_ms.get(node, 0.0) > 0 for o in alive]
-    if all(shown):
-        return None
+def _gates(
+    nodes: Sequence[str], sites: Sequence[Site], fitted: Sequence[Observation], facts: WidthFacts
+) -> dict[str, Site | None]:
+    """The format site that decides whether a node stands alone, or how long it takes.
+
+    A pool in front of an int8 layer works on another layout than in front of a float one, and so it
+    is the next layer that is asked; of all of them one would always seem to tell.
+    """
     place = {name: i for i, name in enumerate(facts.nodes)}
+    found: dict[str, Site | None] = {}
+    for node in nodes:
+        distance = {s.name: min(abs(place[node] - place.get(op, 0)) for op in s.ops) for s in sites}
+        alive = [o for o in fitted if facts.at(node, o.assignment).out_elements > 0]
+        shown = [o.node_ms.get(node, 0.0) > 0 for o in alive]
+        free = [s for s in sites if s.pinned is None]
+        if not all(shown):
+            found[node] = _gate(free, distance, shown, alive)
+        elif max(o.node_ms[node] / o.measured_ms for o in alive) >= _GATED_SHARE:
+            after = [s for s in free if min(place.get(op, 0) for op in s.ops) > place[node]]
+            found[node] = _time_gate(node, after[:1], alive, facts)
+        else:
+            found[node] = None
+    return found
+
+
+def _time_gate(
+    node: str, sites: Sequence[Site], alive: Sequence[Observation], facts: WidthFacts
+) -> Site | None:
+    """The site whose formats need laws of their own; None where one law does as well."""
+    rows = [
+        NodeTime(
+            node=node,
+            format="f32",
+            build=i,
+            facts=facts.at(node, o.assignment),
+            ms=o.node_ms[node],
+        )
+        for i, o in enumerate(alive)
+    ]
+    limit = (1 - GATE_SHARE) * unseen_error(rows, [False] * len(rows))
+    found: Site | None = None
+    for site in sites:
+        int8 = [is_int8(o.assignment.get(site.name)) for o in alive]
+        if min(sum(int8), len(int8) - sum(int8)) < _FEWEST_GATED:
+            continue
+        error = unseen_error(rows, int8)
+        if error < limit:
+            limit, found = error, site
+    return found
+
+
+def _gate(
+    sites: Sequence[Site],
+    distances: Mapping[str, int],
+    shown: Sequence[bool],
+    alive: Sequence[Observation],
+) -> Site | None:
+    """The site that decides whether a node stands alone: the best one, nearest of equals."""
     best: tuple[float, int] = (GATE_SHARE, 0)
     found: Site | None = None
     for site in sites:
         int8 = [is_int8(o.assignment.get(site.name)) for o in alive]
-        if site.pinned is not None or all(int8) or not any(int8):
+        if all(int8) or not any(int8):
             continue
-        distance = min(abs(place[node] - place.get(op, 0)) for op in site.ops)
+        distance = distances[site.name]
         told = 1 - _within(shown, int8) / _within(shown, [False] * len(shown))
         if (told, -distance) > best or (found is None and told >= GATE_SHARE):
             best, found = (told, -distance), site

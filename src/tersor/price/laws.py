@@ -5,6 +5,7 @@ neighbours, caches), so each op keeps its own level: law and levels are fitted i
 at other sizes is the op's level times its law (FINDINGS 1).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,6 +22,7 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
+MOST_BLOCKS = 4  # that a kernel works on at once
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
 RIDGE = 1e-4
@@ -99,11 +101,33 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
     return Laws(laws=laws, levels=levels)
 
 
+def unseen_error(rows: Sequence[NodeTime], groups: Sequence[bool]) -> float:
+    """Sum of squared logs of time over law, on builds that the laws, one a group, did not see."""
+    sizes, ms = _sizes([row.facts for row in rows]), np.array([row.ms for row in rows])
+    builds, member = np.array([row.build for row in rows]), np.array(groups)
+    total = 0.0
+    for seen in _folds(builds):
+        for group in np.unique(member):
+            known, unknown = seen & (member == group), ~seen & (member == group)
+            if not unknown.any():
+                continue
+            if not known.any():
+                return math.inf
+            found = _fit(sizes[known], ms[known], (TILES[0], TILES[0])).times(sizes[unknown])
+            off = np.log((ms[unknown] + RESOLUTION_MS) / (found + RESOLUTION_MS))
+            total += float(np.sum(np.square(off)))
+    return total
+
+
 def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """What a node's time may be made of, a column each.
 
-    A call, MACs with both sides padded to whole tiles, MACs where a side is not whole, weights
-    read, activations read and written.
+    A call, MACs with both sides padded to whole tiles, MACs (or, without any, activations read and
+    written) where a side is not whole, and over the blocks of outputs that are worked on at once,
+    weights read, activations read and written.
+
+    A kernel that keeps several blocks of outputs in registers reads its inputs once for all of them. It
+    takes a divisor of their number, so that 88 channels, 11 blocks of 8, cost more than 96.
 
     Args:
         sizes: Rows of ``NodeFacts.sizes()`` and the window.
@@ -113,12 +137,16 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     macs, weight, read, written, inputs, outputs, window = sizes.T
     channels = inputs / np.maximum(window, 1)
     padded = macs * _share(channels, input_tile) * _share(outputs, output_tile)
-    ragged = [macs * _is_ragged(side, tile) for tile in RAGGED for side in (channels, outputs)]
+    work = np.where(
+        macs > 0, macs, read + written
+    )  # a pool of ragged channels may take ten times as long
+    ragged = [work * _is_ragged(side, tile) for tile in RAGGED for side in (channels, outputs)]
     return np.stack(
         [
             np.ones(len(sizes)),
             padded,
             *ragged,
+            *(work / _at_once(outputs, block) for block in RAGGED),
             weight,
             read,
             written,
@@ -131,6 +159,15 @@ def _share(n: Matrix, tile: int) -> Matrix:
     """Padded over true size."""
     share: Matrix = np.ceil(n / tile) * tile / np.maximum(n, 1)
     return share
+
+
+def _at_once(n: Matrix, block: int) -> Matrix:
+    """The largest divisor, up to four, of the number of blocks."""
+    blocks = np.ceil(n / block)
+    found: Matrix = np.ones_like(blocks)
+    for divisor in range(2, MOST_BLOCKS + 1):
+        found = np.where(blocks % divisor == 0, divisor, found)
+    return found
 
 
 def _is_ragged(n: Matrix, tile: int) -> Matrix:

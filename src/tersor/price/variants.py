@@ -25,7 +25,8 @@ _HELD_OUT_STREAM, _FIT_STREAM, _BETWEEN_STREAM, _RANK_STREAM = 0, 1, 2, 3
 # With widths, this share of the mixtures is all native, and as many are all int8: plans often are.
 PURE = 0.15
 OFF_GRID = 0.5  # of the counts that are drawn for the fit lie between those on offer, about
-BETWEEN = 4  # such counts a width
+BETWEEN = 4  # such counts a width, half of them whole blocks
+BLOCK = 8  # values of a vector register of the smallest kind that counts are padded to
 
 _Joint = tuple[frozenset[str], tuple[int, ...]]  # int8 sites; kept counts in the widths' order
 
@@ -257,15 +258,22 @@ def _counts(
 def counts_between(
     widths: Mapping[str, tuple[int, ...]], names: Sequence[str], seed: int
 ) -> dict[str, tuple[int, ...]]:
-    """A few counts of each width that is named, between the least and the full one, not on offer."""
+    """A few counts of each width that is named, between the least and the full one, not on offer.
+
+    Half of them are whole blocks: an odd number of blocks may cost more than no whole number.
+    """
     rng = np.random.default_rng([seed, _BETWEEN_STREAM])
     found: dict[str, tuple[int, ...]] = {}
     for width in names:
         counts = widths[width]
         rest = sorted(set(range(min(counts), max(counts))) - set(counts))
-        if rest:
-            picked = rng.choice(rest, min(BETWEEN, len(rest)), replace=False)
-            found[width] = tuple(sorted(int(n) for n in picked))
+        whole = [n for n in rest if n % BLOCK == 0]
+        picked: list[int] = []
+        for pool, size in ((whole, BETWEEN // 2), (sorted(set(rest) - set(whole)), BETWEEN)):
+            n = min(size - len(picked), len(pool))
+            picked += [int(v) for v in rng.choice(pool, n, replace=False)] if n else []
+        if picked:
+            found[width] = tuple(sorted(picked))
     return found
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 
 from tersor.backends.openvino.channels_first import RANKS, Crossings
-from tersor.backends.openvino.executable import WEIGHT_ONLY
+from tersor.backends.openvino.executable import CODES, WEIGHT_ONLY
 from tersor.backends.openvino.failures import shapes_refused
 from tersor.backends.openvino.skeleton import Skeleton, skeleton_of
 from tersor.core.errors import BackendError
@@ -201,7 +201,7 @@ class Assembly:
                 constant = op.constant(weight.values.reshape(wanted))
                 self._constants[key] = _named(constant, f"{operation.name}/weight")
             return self._constants[key]
-        codes = _named(op.constant(weight.values.reshape(wanted)), f"{operation.name}/codes")
+        codes = _named(op.constant(weight.values.reshape(wanted)), f"{operation.name}{CODES}")
         scale = _named(op.constant(_scale(weight.scale, weight, wanted)), f"{operation.name}/scale")
         floats = _named(op.convert(codes, "f32"), f"{operation.name}/convert")
         suffix = WEIGHT_ONLY if marked else "dequantize"

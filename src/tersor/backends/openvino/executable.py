@@ -31,6 +31,7 @@ from tersor.timing.profiles import BLOCKS, FEWEST_WARM, block_runs, warm_runs
 
 Arrays = Mapping[str, NDArray[Any]]
 
+CODES = "/codes"  # behind a graph node's name: its stored integers
 WEIGHT_ONLY = "weight_only"  # last part of the name of a product codes * scale to be expanded
 _DEVICES = {"cpu": "CPU"}
 _MICROSECOND = 1e-3  # in milliseconds: counters are cut to whole ones
@@ -354,10 +355,21 @@ def _runtime_names(compiled: Any) -> dict[str, tuple[str, bool]]:
     names = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
-        source = source_name(_text(info, "originalLayersNames"))
+        source = source_name(_text(info, "originalLayersNames")) or _reader_of_codes(node)
         kind = _text(info, "layerType") or str(node.get_type_name())
         names[node.get_friendly_name()] = (source or kind, source is not None)
     return names
+
+
+def _reader_of_codes(node: Any) -> str | None:
+    """The graph node whose stored codes a runtime node reads.
+
+    An int8 product whose bias was moved is called after a multiplication of OpenVINO's own passes.
+    """
+    sources = (
+        node.input_value(i).get_node().get_friendly_name() for i in range(node.get_input_size())
+    )
+    return next((n.removesuffix(CODES) for n in sources if n.endswith(CODES)), None)
 
 
 def _text(info: Any, key: str) -> str:
