@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from tersor.api import (
         apply_plan,
         bench,
+        compare,
         compress,
         doctor,
         export,
         inspect,
         load,
+        profile,
         read_report,
         verify,
     )
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 _HOMES = {
     **dict.fromkeys(
         (
-            "apply_plan", "bench", "compress", "doctor", "export", "inspect", "load",
-            "read_report", "verify",
+            "apply_plan", "bench", "compare", "compress", "doctor", "export", "inspect", "load",
+            "profile", "read_report", "verify",
         ),
         "tersor.api",
     ),
@@ -59,11 +61,13 @@ __all__ = [
     "__version__",
     "apply_plan",
     "bench",
+    "compare",
     "compress",
     "doctor",
     "export",
     "inspect",
     "load",
+    "profile",
     "read_report",
     "verify",
 ]

@@ -17,6 +17,8 @@ from tersor.core.target import Target
 if TYPE_CHECKING:
     from tersor.analyse.doctor import Doctor
     from tersor.analyse.inspection import Inspection
+    from tersor.analyse.roofline import Profile
+    from tersor.api.comparing import Comparison
     from tersor.api.result import Result
     from tersor.core.recovery import Recover
     from tersor.report.record import Report
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 __all__ = [
     "apply_plan",
     "bench",
+    "compare",
     "compress",
     "doctor",
     "export",
     "inspect",
     "load",
+    "profile",
     "read_report",
     "verify",
 ]
@@ -377,6 +381,67 @@ def verify(
 
     checks += compare_build(read_artifact(path), load(path), model, inputs)
     return Verified(path=str(path), checks=tuple(checks))
+
+
+def compare(
+    one: Any, other: Any = None, *, inputs: Any = None, limit: float = 1e-2
+) -> "Comparison":
+    """Find the first value at which two models, or a file's builds and its graph, differ.
+
+    Both graphs run in torch, and every value that has the same name and shape in both is compared:
+    with the error that has come together up to it, and with that of its own op alone. Each build in
+    a file is compared with its graph; where it differs, the first such value is found by bisection.
+
+    Args:
+        one: The path of an artifact, or a model as for ``compress``: what is right.
+        other: What is compared with it; None: only the builds in ``one``.
+        inputs: One batch of inputs, or arrays by input name; None: drawn within the ranges that an
+            artifact was calibrated with.
+        limit: Mean squared difference over mean square above which two values differ, in (0, 1).
+
+    Raises:
+        ConfigError: Two models with different inputs, or no inputs and no artifact.
+        ArtifactError: A file is no artifact, is damaged or was edited.
+    """
+    _require_torch("compare")
+    from tersor.api.comparing import compare_models
+
+    return compare_models(one, other, inputs, limit)
+
+
+def profile(
+    source: Any,
+    data: Any = None,
+    *,
+    device: str = "cpu",
+    backend: str = "auto",
+    batch: int = 1,
+    ceilings: bool = True,
+) -> "Profile":
+    """Where a build spends its time, op by op, beside what the device can do at most.
+
+    Args:
+        source: The path of an artifact, or a model as for ``compress``: then of its best uncompressed
+            build.
+        data: As for ``compress``; of an artifact one batch of inputs or arrays by name, or None for
+            some drawn within the calibrated ranges.
+        device: Where it runs.
+        backend: Of a model: "auto" or a backend's name.
+        batch: Of a model: samples in one call.
+        ceilings: Measure the device's rates in the build's formats, with its threads, through its
+            backend; takes some seconds.
+
+    Raises:
+        ArtifactError: A file is no artifact, is damaged or was edited.
+        BackendError: No build in it runs here.
+        ConfigError: A model without data.
+    """
+    _require_torch("profile")
+    from tersor.api.profiling import profile_model
+
+    return profile_model(
+        source, data, device=device, backend=backend, batch=batch, ceilings=ceilings
+    )
 
 
 def export(path: str | Path, out: str | Path) -> None:

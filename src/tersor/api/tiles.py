@@ -170,17 +170,27 @@ def probe_graph(
     int8 = info.format("int8")
     if level == "int8" and int8 is not None:
         quantizers: dict[str | None, Quantizer] = {}
-        changes = [_rounded(graph, site, int8.weight_limit, quantizers) for site in sites]
+        changes = [
+            rounded(graph, site, int8.weight_limit, quantizers, after=site.name.endswith(".2"))
+            for site in sites
+        ]
         graph = apply(graph, changes)
     return graph, nodes
 
 
-def _rounded(
-    graph: Graph, site: Site, limit: int, quantizers: dict[str | None, Quantizer]
+def rounded(
+    graph: Graph,
+    site: Site,
+    limit: int,
+    quantizers: dict[str | None, Quantizer],
+    *,
+    after: bool,
 ) -> SiteChange:
-    """The simplest int8 change; all readers of a tensor share its quantiser."""
-    is_second = site.name.endswith(".2")  # behind the ReLU
-    grid = Quantizer(step=_STEP, low=0 if is_second else -128, high=255 if is_second else 127)
+    """The simplest int8 change; all readers of a tensor share its quantiser.
+
+    ``after``: the tensor comes out of a ReLU.
+    """
+    grid = Quantizer(step=_STEP, low=0 if after else -128, high=255 if after else 127)
     weight = attribute(graph.module, site.weight).detach().double()
     rows = weight.reshape(1, weight.shape[0], -1)
     step = (rows.abs().amax(2) / limit).clamp(min=1e-12)

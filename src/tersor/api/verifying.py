@@ -56,7 +56,7 @@ def compare_build(
 ) -> list[Check]:
     """Run build, graph and original on the same inputs."""
     graph = open_graph(artifact)
-    flat = drawn_inputs(artifact) if inputs is None else _given(graph, inputs)
+    flat = drawn_inputs(artifact) if inputs is None else given_inputs(graph, inputs)
     wanted = graph.run(flat)
     found = _run(runner, graph, flat)
     pairs = [(found, wanted)]
@@ -108,7 +108,12 @@ def _kind(artifact: ArtifactFile) -> OutputKind:
     return "values" if verdict is None else verdict.output_kind
 
 
-def _given(graph: Graph, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def given_inputs(graph: Graph, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Flat inputs from arrays by name, or in order where no name is the graph's.
+
+    Raises:
+        DataError: One is missing.
+    """
     names = [spec.name for spec in graph.signature.inputs]
     if len(inputs) == len(names) and not set(inputs) & set(names):  # arrays without names
         inputs = dict(zip(names, inputs.values(), strict=True))

@@ -60,8 +60,7 @@ def build(
     executable: Executable = routed(backend.build(graph, shapes, choice), graph.signature, choice)
     groups = (flat, *others, *_bucketed(graph.signature, choice, flat))
     difference = max(parity(graph, executable, choice.batch, group) for group in groups)
-    rounds = choice.rounds or _is_quantized(graph)
-    limit = _ROUNDED if rounds else EXACT
+    limit = limit_for(graph, choice)
     if not difference <= limit:
         raise ParityError(
             f"the {choice.describe()} build differs from its graph: normalised squared error "
@@ -69,6 +68,11 @@ def build(
             "otherwise on this machine"
         )
     return Built(executable, choice, difference)
+
+
+def limit_for(graph: Graph, choice: BuildChoice) -> float:
+    """The largest normalised squared error of a build against its graph that counts as none."""
+    return _ROUNDED if choice.rounds or _is_quantized(graph) else EXACT
 
 
 def _bucketed(

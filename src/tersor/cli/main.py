@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tersor._version import __version__
-from tersor.cli import artifacts, compressing, environment
+from tersor.cli import artifacts, compressing, debugging, environment
 from tersor.cli.exits import ExitCode, TersorGroup
 
 app = typer.Typer(
@@ -32,6 +32,8 @@ for command in (
     artifacts.report,
     artifacts.explain,
     artifacts.export,
+    debugging.profile,
+    debugging.compare,
     environment.demo,
 ):
     app.command()(command)

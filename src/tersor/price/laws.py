@@ -23,12 +23,20 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 MOST_BLOCKS = 4  # that a kernel works on at once
+_BLOCKS = (
+    6,
+    7,
+    8,
+)  # columns of blocks, which would hide a tile from the comparison that chooses it
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
 RIDGE = 1e-4
 # Profiles are cut to whole microseconds: shorter nodes count by the absolute error.
 RESOLUTION_MS = 2e-3
 ROUNDS = 4  # of law and levels in turn
+_TILE_ROUNDS = (
+    2  # that choose the tiles again: the first levels are those of a law with the wrong ones
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +132,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
     A call, MACs with both sides padded to whole tiles, MACs (or, without any, activations read and
     written) where a side is not whole, and over the blocks of outputs that are worked on at once,
-    weights read, activations read and written.
+    activations written where outputs are not whole blocks, weights read, activations read and written.
 
     A kernel that keeps several blocks of outputs in registers reads its inputs once for all of them. It
     takes a divisor of their number, so that 88 channels, 11 blocks of 8, cost more than 96.
@@ -137,16 +145,17 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     macs, weight, read, written, inputs, outputs, window = sizes.T
     channels = inputs / np.maximum(window, 1)
     padded = macs * _share(channels, input_tile) * _share(outputs, output_tile)
-    work = np.where(
-        macs > 0, macs, read + written
-    )  # a pool of ragged channels may take ten times as long
-    ragged = [work * _is_ragged(side, tile) for tile in RAGGED for side in (channels, outputs)]
+    # A pool of ragged channels may take ten times as long.
+    work = np.where(macs > 0, macs, read + written)
+    sides = [(_is_ragged_input(channels, b), _is_ragged(outputs, b)) for b in RAGGED]
+    ragged = [work * is_ragged for pair in sides for is_ragged in pair]
     return np.stack(
         [
             np.ones(len(sizes)),
             padded,
             *ragged,
             *(work / _at_once(outputs, block) for block in RAGGED),
+            written * _is_ragged(outputs, RAGGED[0]),
             weight,
             read,
             written,
@@ -171,12 +180,17 @@ def _at_once(n: Matrix, block: int) -> Matrix:
 
 
 def _is_ragged(n: Matrix, tile: int) -> Matrix:
-    """1 where a size is not whole tiles.
-
-    Less than one tile is not ragged: kernels of a first convolution say nothing about others.
-    """
-    ragged: Matrix = ((n % tile != 0) & (n > tile)).astype(np.float64)
+    """1 where a size is not whole tiles."""
+    ragged: Matrix = (n % tile != 0).astype(np.float64)
     return ragged
+
+
+def _is_ragged_input(n: Matrix, tile: int) -> Matrix:
+    """The same of what is read: less than one tile counts as whole.
+
+    Kernels of a first convolution say nothing about others.
+    """
+    return _is_ragged(n, tile) * (n > tile)
 
 
 def _sizes(facts: Sequence[NodeFacts]) -> Matrix:
@@ -194,7 +208,7 @@ def _fit_group(rows: Sequence[NodeTime]) -> tuple[Law, dict[str, float]]:
     for i in range(ROUNDS):
         own = ms / np.maximum(law.times(sizes), 1e-12)
         levels = np.array([np.median(own[owner == n]) for n in range(len(names))])
-        if i == 0:
+        if i < _TILE_ROUNDS:
             tiles = _best_tiles(sizes, ms / levels[owner], builds)
         if i < ROUNDS - 1:
             law = _fit(sizes, ms / levels[owner], tiles)
@@ -213,7 +227,7 @@ def _best_tiles(sizes: Matrix, ms: Matrix, builds: Integers) -> tuple[int, int]:
 def _unseen_error(sizes: Matrix, ms: Matrix, builds: Integers, tiles: tuple[int, int]) -> float:
     total = 0.0
     for seen in _folds(builds):
-        law = _fit(sizes[seen], ms[seen], tiles)
+        law = _fit(sizes[seen], ms[seen], tiles, without=_BLOCKS)
         off = (law.times(sizes[~seen]) - ms[~seen]) / (ms[~seen] + RESOLUTION_MS)
         total += float(np.sum(np.square(off)))
     return total
@@ -227,10 +241,11 @@ def _folds(builds: Integers) -> Iterator[np.ndarray[Any, np.dtype[np.bool_]]]:
         yield places % n != fold
 
 
-def _fit(sizes: Matrix, ms: Matrix, tiles: tuple[int, int]) -> Law:
-    """Ridge non-negative least squares on relative errors."""
+def _fit(sizes: Matrix, ms: Matrix, tiles: tuple[int, int], without: Sequence[int] = ()) -> Law:
+    """Ridge non-negative least squares on relative errors, some columns left out."""
     weight = 1.0 / (ms + RESOLUTION_MS)
     columns = features(sizes, *tiles) * weight[:, None]
+    columns[:, list(without)] = 0.0
     norms = np.sqrt(np.mean(np.square(columns), axis=0))
     scale = np.where(norms > 0, norms, 1.0)
     n = columns.shape[1]

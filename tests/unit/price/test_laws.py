@@ -39,13 +39,52 @@ def times(tiles: tuple[int, int], noise: float = 0.0, seed: int = 0) -> list[Nod
 
 
 @pytest.mark.parametrize("tiles", [(64, 16), (32, 16), (16, 64), (8, 32)])
-def test_tiles_are_found_from_the_times(tiles: tuple[int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(100, 140), (140, 100), (292, 68), (68, 292)])
+def test_staircases_are_found_from_the_times(
+    tiles: tuple[int, int], sizes: tuple[int, int]
+) -> None:
     laws = fit_laws(times(tiles, noise=0.01))
-    law = laws.laws["linear", "int8"]
-    assert (law.input_tile, law.output_tile) == tiles
     for node in range(4):
-        found = laws.ms(f"n{node}", "int8", linear(100, 140))
-        assert found == pytest.approx((1 + node) * staircase(100, 140, tiles), rel=0.03)
+        found = laws.ms(f"n{node}", "int8", linear(*sizes))
+        assert found == pytest.approx((1 + node) * staircase(*sizes, tiles), rel=0.05)
+
+
+def test_an_odd_number_of_blocks_costs_more_than_a_whole_number_of_pairs() -> None:
+    """Inputs are read again for each group of outputs, of as many blocks as divide their number."""
+
+    def ms(out: int) -> float:
+        blocks = -(-out // 8)
+        at_once = max(d for d in (1, 2, 3, 4) if blocks % d == 0)
+        return 0.01 + 1e-4 * blocks * (2 + 1 / at_once)
+
+    seen = [8 * n for n in (2, 3, 4, 5, 6, 7, 8, 10, 12, 13, 16, 24)]
+    rows = [
+        NodeTime(node="n", format="f32", build=i, facts=linear(64, out), ms=ms(out))
+        for i, out in enumerate(seen)
+    ]
+    laws = fit_laws(rows)
+    for out in (8 * 11, 8 * 9, 8 * 20):
+        assert laws.ms("n", "f32", linear(64, out)) == pytest.approx(ms(out), rel=0.03)
+
+
+def test_a_pool_of_ragged_channels_is_another_law() -> None:
+    def pool(channels: int) -> NodeFacts:
+        n = channels * 900
+        return NodeFacts(
+            kind="pool", in_elements=4 * n, out_elements=n, inputs=channels, outputs=channels
+        )
+
+    def ms(channels: int) -> float:
+        return channels * (0.002 if channels % 8 == 0 else 0.02)
+
+    seen = (8, 13, 16, 24, 27, 32, 45, 48, 64, 71)
+    rows = [
+        NodeTime(node="p", format="f32", build=i, facts=pool(n), ms=ms(n))
+        for i, n in enumerate(seen)
+    ]
+    laws = fit_laws(rows)
+    for n in (40, 56, 29, 61):
+        assert laws.ms("p", "f32", pool(n)) == pytest.approx(ms(n), rel=0.05)
 
 
 def test_formats_and_ops_that_no_build_showed_have_no_time() -> None:

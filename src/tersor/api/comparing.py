@@ -1,0 +1,195 @@
+"""Two models, value by value, and each build beside its graph."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.api.files import open_graph
+from tersor.api.verifying import drawn_inputs, given_inputs
+from tersor.artifact.file import ArtifactFile, read_artifact
+from tersor.build.build import limit_for, parity
+from tersor.capture.detector import split_input
+from tersor.capture.module import capture
+from tersor.capture.programs import open_model
+from tersor.capture.samples import Samples, flatten_item
+from tersor.core import registry
+from tersor.core.errors import BackendError, ConfigError
+from tersor.core.records import BuildChoice
+from tersor.graph import meta
+from tersor.graph.contracts import Graph
+from tersor.graph.ending import ending_at
+from tersor.graph.shapes import input_shapes
+from tersor.verify.divergence import (
+    BuildDivergence,
+    Point,
+    compare_graphs,
+    first_above,
+    squared_error,
+)
+
+SUFFIX = ".tersor"
+LIMIT = 1e-2  # normalised squared error: what rounding to 8 bits may change
+_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What differs between two models.
+
+    Attributes:
+        one, other: What was compared.
+        limit: Above which normalised squared error two values differ.
+        outputs: Output -> the error of the second model's.
+        points: Every value that both graphs have, in order.
+        first: The first of them that differs; None where none does.
+        introduced: The first whose own op makes a difference above the limit.
+        builds: Each build in a file beside its own graph.
+    """
+
+    one: str
+    other: str
+    limit: float
+    outputs: Mapping[str, float]
+    points: tuple[Point, ...]
+    first: str | None
+    introduced: str | None
+    builds: tuple[BuildDivergence, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether no output, of graphs or builds, differs."""
+        errors = [*self.outputs.values(), *(b.error for b in self.builds)]
+        return all(error <= self.limit for error in errors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    name: str
+    graph: Graph
+    artifact: ArtifactFile | None = None
+
+
+def compare_models(one: Any, other: Any, inputs: Any, limit: float) -> Comparison:
+    """See ``tersor.compare``."""
+    if not 0 < limit < 1:
+        raise ConfigError(f"limit: found {limit}, wanted a normalised squared error in (0, 1)")
+    sides = [_opened(side, inputs) for side in ((one,) if other is None else (one, other))]
+    flat = _inputs(sides, inputs)
+    first, last = sides[0], sides[-1]
+    _check_inputs(first, last)
+    points = () if other is None else compare_graphs(first.graph, last.graph, flat)
+    builds = [b for s in sides if s.artifact for b in _builds(s.graph, s.artifact, flat, limit)]
+    return Comparison(
+        one=first.name,
+        other=f"the builds of {first.name}" if other is None else last.name,
+        limit=limit,
+        outputs={} if other is None else _outputs(first.graph, last.graph, flat),
+        points=points,
+        first=next((p.node for p in points if not p.error <= limit), None),
+        introduced=next((p.node for p in points if not p.own <= limit), None),
+        builds=tuple(builds),
+    )
+
+
+def _opened(side: Any, inputs: Any) -> _Side:
+    if isinstance(side, str | Path) and str(side).endswith(SUFFIX):
+        artifact = read_artifact(side)
+        graph = open_graph(artifact)
+        meta.ensure(graph)
+        return _Side(name=Path(side).name, graph=graph, artifact=artifact)
+    if inputs is None:
+        raise ConfigError("inputs: found none, wanted a batch: a model says nothing of its inputs")
+    opened, item = split_input(open_model(side), inputs)
+    call, tensors = flatten_item(item, "inputs")
+    graph = capture(opened, Samples(call, tensors)).graph
+    return _Side(name=side if isinstance(side, str) else type(side).__name__, graph=graph)
+
+
+def _inputs(sides: list[_Side], inputs: Any) -> tuple[Tensor, ...]:
+    """Flat inputs of a few samples: as given, else drawn in the calibrated ranges of a file."""
+    if inputs is None:
+        artifact = next(s.artifact for s in sides if s.artifact is not None)
+        return drawn_inputs(artifact)
+    if isinstance(inputs, Mapping) and not any(isinstance(v, Tensor) for v in inputs.values()):
+        return tuple(t[:_SAMPLES] for t in given_inputs(sides[0].graph, inputs))
+    call, tensors = flatten_item(inputs, "inputs")
+    del call
+    specs = sides[0].graph.signature.inputs
+    return tuple(
+        t[:_SAMPLES].to(getattr(torch, spec.carrier))
+        for t, spec in zip(tensors, specs, strict=True)
+    )
+
+
+def _check_inputs(one: _Side, other: _Side) -> None:
+    found = [
+        [(s.carrier, len(s.shape)) for s in side.graph.signature.inputs] for side in (one, other)
+    ]
+    if found[0] != found[1]:
+        raise ConfigError(
+            f"{one.name} takes {found[0]} and {other.name} {found[1]} (type, dimensions); wanted two "
+            "models with the same inputs"
+        )
+
+
+def _outputs(one: Graph, other: Graph, flat: tuple[Tensor, ...]) -> dict[str, float]:
+    pairs = zip(one.signature.outputs, one.run(flat), other.run(flat), strict=False)
+    return {
+        spec.name: squared_error(found, wanted) if found.shape == wanted.shape else float("inf")
+        for spec, wanted, found in pairs
+        if wanted.is_floating_point()
+    }
+
+
+def _builds(
+    graph: Graph, artifact: ArtifactFile, flat: tuple[Tensor, ...], limit: float
+) -> list[BuildDivergence]:
+    found = []
+    for name, choice in artifact.manifest.choices.items():
+        backend: Any = registry.backend(name, choice.device)
+        info = backend.describe()
+        if not info.available:
+            continue
+        loaded = backend.load(artifact.sections(name), choice)
+        error = parity(graph, loaded, choice.batch, flat)
+        least = min(limit, limit_for(graph, choice))
+        if error <= least:
+            found.append(BuildDivergence(build=choice.describe(), error=error, first=None))
+            continue
+        first, looked = _diverging(graph, backend, choice, flat, least)
+        found.append(
+            BuildDivergence(build=choice.describe(), error=error, first=first, looked=looked)
+        )
+    return found
+
+
+def _diverging(
+    graph: Graph, backend: Any, choice: BuildChoice, flat: tuple[Tensor, ...], limit: float
+) -> tuple[str | None, tuple[tuple[str, float], ...]]:
+    """The first value at which a build leaves its graph, by builds that end early."""
+    shapes = input_shapes(graph.signature, choice.batch)
+
+    def error_at(name: str) -> float:
+        part = ending_at(graph, name)
+        try:
+            return parity(part, backend.build(part, shapes, choice), choice.batch, flat)
+        except BackendError:  # a value that this backend can't give out tells nothing
+            return 0.0
+
+    return first_above(_values(graph), error_at, limit)
+
+
+def _values(graph: Graph) -> list[str]:
+    """Names of the nodes that give one float tensor."""
+    return [
+        n.name
+        for n in graph.module.graph.nodes
+        if n.op == "call_function"
+        and isinstance(n.meta.get("val"), Tensor)
+        and n.meta["val"].is_floating_point()
+        and n.meta["val"].dim() > 0
+    ]

@@ -1,0 +1,231 @@
+"""Where a build spends its time, and how far each op is from what the device can do."""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.analyse.roofline import Ceilings, Nodes, Profile, floor_ms, profile_rows
+from tersor.analyse.sites import find_sites
+from tersor.api.comparing import SUFFIX
+from tersor.api.files import open_graph
+from tersor.api.session import Settings, open_session
+from tersor.api.stages import baselines, build_for
+from tersor.api.tiles import rounded
+from tersor.api.verifying import drawn_inputs, given_inputs
+from tersor.artifact.file import read_artifact
+from tersor.build.build import shapes_of
+from tersor.capture.module import capture
+from tersor.capture.samples import Samples, flatten_item
+from tersor.core import registry
+from tersor.core.errors import BackendError, ConfigError, TersorError
+from tersor.core.records import OUTSIDE, BuildChoice, Format, Precision
+from tersor.graph.apply import apply
+from tersor.graph.contracts import Executable, Graph, Quantizer
+from tersor.graph.facts import node_facts
+from tersor.graph.plain import formats_of, plain
+from tersor.graph.routed import routed
+from tersor.timing.protocol import Protocol, measure
+from tersor.verify.memory import peak_bytes
+
+_CALL = Protocol(rounds=5, runs=11, max_seconds=10.0)
+_ROWS, _SIDE, _CHAIN = 512, 1024, 4  # of the products whose rate is the ceiling
+_COPIED = (16, 1 << 20)  # elements of the tensor whose reading and writing is the other ceiling
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    name: str
+    graph: Graph
+    executable: Executable
+    choice: BuildChoice
+    backend: Any
+    flat: tuple[Tensor, ...]  # of one call
+
+
+def profile_model(
+    source: Any, data: Any, *, device: str, backend: str, batch: int, ceilings: bool
+) -> Profile:
+    """See ``tersor.profile``."""
+    is_file = isinstance(source, str | Path) and str(source).endswith(SUFFIX)
+    if not is_file and data is None:
+        raise ConfigError("data: found none, wanted inputs: a model says nothing of its inputs")
+    if is_file:
+        return _profile(_from_file(Path(source), data, device), ceilings=ceilings)
+    with tempfile.TemporaryDirectory() as folder:  # what is measured here is of now
+        settings = Settings(
+            device=device,
+            backend=backend,
+            batch=batch,
+            cache_dir=folder,
+            progress=False,
+            methods=(),
+        )
+        session = open_session(source, data, settings)
+        rows, best = baselines(session)
+        choice = rows[best].choice
+        assert choice is not None
+        opened = _Opened(
+            name=source if isinstance(source, str) else type(source).__name__,
+            graph=session.graph,
+            executable=build_for(session, session.graph, choice).executable,
+            choice=choice,
+            backend=session.backends[choice.backend],
+            flat=session.flat("calibration", choice.batch),
+        )
+        return _profile(opened, ceilings=ceilings)
+
+
+def _from_file(path: Path, data: Any, device: str) -> _Opened:
+    artifact = read_artifact(path)
+    graph = open_graph(artifact)
+    reasons = []
+    for name, made in artifact.manifest.choices.items():
+        if made.device.partition(":")[0] != device.partition(":")[0]:
+            reasons.append(f"{name} was built for {made.device}")
+            continue
+        backend = registry.backend(name, device)
+        info = backend.describe()
+        if not info.available:
+            reasons.append(f"{name} is not available: {info.reason}; {info.remedy}")
+            continue
+        choice = replace(made, device=device)
+        loaded = backend.load(artifact.sections(name), choice)
+        executable: Executable = routed(loaded, artifact.manifest.signature, choice)
+        flat = drawn_inputs(artifact) if data is None else _flat(graph, data)
+        rows = torch.arange(choice.batch) % len(flat[0])
+        return _Opened(
+            name=path.name,
+            graph=graph,
+            executable=executable,
+            choice=choice,
+            backend=backend,
+            flat=tuple(t[rows] for t in flat),
+        )
+    raise BackendError(f"{path}: no build in it runs on {device}: {'; '.join(reasons)}")
+
+
+def _flat(graph: Graph, data: Any) -> tuple[Tensor, ...]:
+    if isinstance(data, Mapping) and not any(isinstance(v, Tensor) for v in data.values()):
+        return given_inputs(graph, data)
+    _, tensors = flatten_item(data, "data")
+    specs = graph.signature.inputs
+    return tuple(t.to(getattr(torch, spec.carrier)) for t, spec in zip(tensors, specs, strict=True))
+
+
+def _profile(opened: _Opened, *, ceilings: bool) -> Profile:
+    choice, executable = opened.choice, opened.executable
+    names = [spec.name for spec in opened.graph.signature.inputs]
+    arrays = {name: t.numpy() for name, t in zip(names, opened.flat, strict=True)}
+
+    def call() -> object:
+        return executable.run(arrays)
+
+    timing = measure({"call": call}, _CALL)["call"]
+    peak = peak_bytes(call)
+    times = executable.profile()
+    floats = plain(opened.graph)
+    formats = formats_of(opened.graph, choice.precision)
+    found = measured_ceilings(opened.backend, choice, set(formats.values())) if ceilings else None
+    sites = find_sites(floats)
+    rows = profile_rows(
+        times,
+        timing.median_ms,
+        Nodes(
+            facts=node_facts(floats, choice.batch),
+            formats=formats,
+            layers={node: site.name for site in sites for node in site.ops},
+            precision=choice.precision,
+        ),
+        found,
+    )
+    total = sum(times.values()) or 1.0
+    return Profile(
+        name=opened.name,
+        build=choice.describe(),
+        call=timing,
+        rows=rows,
+        outside_ms=times.get(OUTSIDE, 0.0) / total * timing.median_ms,
+        floor_ms=None if found is None else floor_ms(rows),
+        ceilings=found,
+        weight_bytes=opened.graph.parameter_bytes(),
+        peak_bytes=peak,
+    )
+
+
+def measured_ceilings(backend: Any, choice: BuildChoice, formats: set[Format]) -> Ceilings:
+    """Rates of large products in each format and of a large copy, through the same backend.
+
+    With the build's own threads and precision. What can't be built has no ceiling.
+    """
+    found: dict[str, float] = {}
+    for level in sorted({*formats, choice.precision}):
+        rate = _tried(lambda level=level: _product_rate(backend, choice, level))  # type: ignore[misc]
+        if rate is not None:
+            found[str(level)] = rate
+    return Ceilings(
+        macs_per_s=found, bytes_per_s=_tried(lambda: _copy_rate(backend, replace(choice, batch=1)))
+    )
+
+
+def _tried(action: Callable[[], float]) -> float | None:
+    try:
+        return action()
+    except TersorError:
+        return None
+
+
+def _captured(module: nn.Module, x: Tensor) -> Graph:
+    call, tensors = flatten_item(x, "the probe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return capture(module.eval(), Samples(call, tensors)).graph
+
+
+def _product_rate(backend: Any, choice: BuildChoice, level: Format) -> float:
+    generator = torch.Generator().manual_seed(0)
+    chain = nn.Sequential(*(nn.Linear(_SIDE, _SIDE) for _ in range(_CHAIN)))
+    for p in chain.parameters():
+        p.data = torch.randn(p.shape, generator=generator) / 32
+    graph = _captured(chain, torch.randn(2, _ROWS, _SIDE, generator=generator))
+    sites = find_sites(graph)
+    if level == "int8":
+        info = backend.describe().format("int8")
+        if info is None:
+            raise BackendError(f"{choice.backend} does not run int8")
+        grids: dict[str | None, Quantizer] = {}
+        changes = [rounded(graph, s, info.weight_limit, grids, after=False) for s in sites]
+        graph = apply(graph, changes)
+    precision: Precision = choice.precision if level == "int8" else level  # type: ignore[assignment]
+    own = replace(choice, batch=1, precision=precision, buckets=())
+    build = backend.build(graph, shapes_of(graph.signature, 1), own)
+    times = _node_times(build, graph)
+    fastest = min(times[node] for site in sites for node in site.ops if times.get(node, 0.0) > 0)
+    return _ROWS * _SIDE * _SIDE / (fastest / 1e3)
+
+
+class _Copy(nn.Module):
+    """Reads a tensor and writes one of its size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + 1.0)
+
+
+def _copy_rate(backend: Any, choice: BuildChoice) -> float:
+    graph = _captured(_Copy(), torch.zeros(2, *_COPIED))
+    build = backend.build(graph, shapes_of(graph.signature, 1), replace(choice, buckets=()))
+    times = _node_times(build, graph)
+    spent = sum(ms for name, ms in times.items() if name != OUTSIDE)
+    elements = _COPIED[0] * _COPIED[1]
+    return 2 * 4 * elements / (spent / 1e3)
+
+
+def _node_times(build: Executable, graph: Graph) -> Mapping[str, float]:
+    names = [spec.name for spec in graph.signature.inputs]
+    build.run({name: t[:1].numpy() for name, t in zip(names, graph.example, strict=True)})
+    return build.profile()

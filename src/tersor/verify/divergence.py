@@ -1,0 +1,150 @@
+"""Where two graphs, or a graph and its build, begin to compute something else.
+
+Two graphs are compared at every value that both have. Beside the error that has come together up to a
+value stands its own: what its op makes of the *first* graph's values, saved on a run of that graph. A
+large error that is no op's own came from before.
+
+A build shows only its outputs, so that the graph is built again to end early, and the first value
+that differs is found by bisection: about log2 of the number of values builds.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersor.graph.contracts import Graph
+from tersor.graph.edit import Environment, execute, last_uses, run_all
+
+_TINY = 1e-30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A value that both graphs have.
+
+    Attributes:
+        node: Its name in both.
+        op: What computes it in the second graph.
+        error: Mean squared difference over the first graph's mean square.
+        own: The same where everything before is the first graph's.
+    """
+
+    node: str
+    op: str
+    error: float
+    own: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildDivergence:
+    """A build beside its graph.
+
+    Attributes:
+        build: How it was built.
+        error: Of its outputs, as of ``Point``.
+        first: The first value above the limit, by bisection; None where none is.
+        looked: The values that were built as outputs, in the order of the bisection, and their errors.
+    """
+
+    build: str
+    error: float
+    first: str | None
+    looked: tuple[tuple[str, float], ...] = ()
+
+
+def compare_graphs(one: Graph, other: Graph, flat: Sequence[Tensor]) -> tuple[Point, ...]:
+    """Errors of the second graph's values against the first one's, in the second one's order.
+
+    Args:
+        one: Whose values are right.
+        other: With the same inputs.
+        flat: Flat inputs of a few samples.
+
+    Returns:
+        Empty where no value of the same name has the same shape in both.
+    """
+    values = run_all(one.module, flat)
+    plain = {n.name for n in one.module.graph.nodes if n.op == "call_function"}
+    whole = _errors(other, flat, values, plain, replaced=False)
+    own = _errors(other, flat, values, plain, replaced=True)
+    targets = {n.name: str(n.target) for n in other.module.graph.nodes}
+    return tuple(
+        Point(node=name, op=targets[name], error=error, own=own[name])
+        for name, error in whole.items()
+    )
+
+
+def _errors(
+    graph: Graph, flat: Sequence[Tensor], values: Environment, names: set[str], *, replaced: bool
+) -> dict[str, float]:
+    """Errors by node; ``replaced``: what was compared goes on as the saved value."""
+    env: Environment = {}
+    done = last_uses(graph.module)
+    stream = (t.clone() for t in flat)
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        for node in graph.module.graph.nodes:
+            if node.op == "placeholder":
+                env[node.name] = next(stream)
+                continue
+            value = execute(graph.module, node, env)
+            known = values.get(node.name) if node.name in names else None
+            if node.op == "call_function" and _is_comparable(value, known):
+                found[node.name] = squared_error(value, known)
+                value = known.clone() if replaced else value  # type: ignore[union-attr]
+            env[node.name] = value
+            for name in done.get(node.name, ()):
+                env.pop(name, None)
+    return found
+
+
+def _is_comparable(value: Any, known: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and isinstance(known, Tensor)
+        and value.is_floating_point()
+        and known.is_floating_point()
+        and value.shape == known.shape
+        and value.numel() > 0
+    )
+
+
+def squared_error(found: Tensor, wanted: Any) -> float:
+    """Mean squared difference over the wanted mean square; infinite where something is no number."""
+    spread = float(wanted.double().square().mean()) + _TINY
+    error = float((found.double() - wanted.double()).square().mean()) / spread
+    return error if math.isfinite(error) else math.inf
+
+
+def first_above(
+    names: Sequence[str], error_at: Callable[[str], float], limit: float
+) -> tuple[str | None, tuple[tuple[str, float], ...]]:
+    """The first name whose error is above the limit, and all that was asked.
+
+    Bisection: right where errors that are once above the limit stay above it.
+
+    Args:
+        names: In order; the last one is asked first.
+        error_at: The error at a name.
+        limit: The largest error that counts as none.
+    """
+    asked: list[tuple[str, float]] = []
+
+    def is_above(position: int) -> bool:
+        asked.append((names[position], error_at(names[position])))
+        return not asked[-1][1] <= limit
+
+    if not names or not is_above(len(names) - 1):
+        return None, tuple(asked)
+    low, high = -1, len(names) - 1  # all up to low are within, high is above
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_above(middle):
+            high = middle
+        else:
+            low = middle
+    return names[high], tuple(asked)
