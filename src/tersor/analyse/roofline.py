@@ -6,7 +6,7 @@ of Williams et al. 2009); floor over time says how far it is from what any kerne
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tersor.core.records import OUTSIDE, Format, Timing
@@ -16,6 +16,7 @@ Bound = Literal["compute", "memory", "overhead", ""]
 
 # An op whose floor is below this part of its time is bound by neither: calls, layouts, waiting.
 LEAST_SHARE = 0.1
+LONG_MS = 0.005  # of an op whose rate counts: counters are cut to whole microseconds
 _BYTES: Mapping[str, int] = {"int8": 1, "bf16": 2, "fp16": 2}  # an element; f32 and others: 4
 
 
@@ -24,7 +25,8 @@ class Ceilings:
     """What this device does at most with the build's threads, as measured.
 
     Attributes:
-        macs_per_s: Format -> multiply-accumulates a second in a large product.
+        macs_per_s: Format -> multiply-accumulates a second, the most of a large product, of a
+            convolution, and of any long op of the build.
         bytes_per_s: Read and written a second in a large copy; None where it was not measured.
     """
 
@@ -146,6 +148,19 @@ def profile_rows(
             for n in rest
         ),
     )
+
+
+def raised(ceilings: Ceilings, rows: tuple[ProfileRow, ...]) -> Ceilings:
+    """Ceilings that are no lower than what an op of the build has reached.
+
+    Some kernel may suit an op of the build better than any product of the probe; ops that are too
+    short to be timed well do not count.
+    """
+    rates = dict(ceilings.macs_per_s)
+    for row in rows:
+        if row.ms >= LONG_MS and row.macs and row.format in rates:
+            rates[row.format] = max(rates[row.format], row.macs / row.ms * 1e3)
+    return replace(ceilings, macs_per_s=rates)
 
 
 def floor_ms(rows: tuple[ProfileRow, ...]) -> float:

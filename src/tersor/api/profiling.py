@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.analyse.roofline import Ceilings, Nodes, Profile, floor_ms, profile_rows
+from tersor.analyse.roofline import Ceilings, Nodes, Profile, floor_ms, profile_rows, raised
 from tersor.analyse.sites import find_sites
 from tersor.api.comparing import SUFFIX
 from tersor.api.files import open_graph
@@ -34,7 +34,7 @@ from tersor.timing.protocol import Protocol, measure
 from tersor.verify.memory import peak_bytes
 
 _CALL = Protocol(rounds=5, runs=11, max_seconds=10.0)
-_ROWS, _SIDE, _CHAIN = 512, 1024, 4  # of the products whose rate is the ceiling
+_ROWS, _SIDE, _CHAIN = 512, 1024, 2  # of the products whose rate is the ceiling
 _COPIED = (16, 1 << 20)  # elements of the tensor whose reading and writing is the other ceiling
 
 
@@ -133,17 +133,16 @@ def _profile(opened: _Opened, *, ceilings: bool) -> Profile:
     formats = formats_of(opened.graph, choice.precision)
     found = measured_ceilings(opened.backend, choice, set(formats.values())) if ceilings else None
     sites = find_sites(floats)
-    rows = profile_rows(
-        times,
-        timing.median_ms,
-        Nodes(
-            facts=node_facts(floats, choice.batch),
-            formats=formats,
-            layers={node: site.name for site in sites for node in site.ops},
-            precision=choice.precision,
-        ),
-        found,
+    nodes = Nodes(
+        facts=node_facts(floats, choice.batch),
+        formats=formats,
+        layers={node: site.name for site in sites for node in site.ops},
+        precision=choice.precision,
     )
+    rows = profile_rows(times, timing.median_ms, nodes, found)
+    if found is not None:
+        found = raised(found, rows)
+        rows = profile_rows(times, timing.median_ms, nodes, found)
     total = sum(times.values()) or 1.0
     return Profile(
         name=opened.name,
@@ -188,11 +187,7 @@ def _captured(module: nn.Module, x: Tensor) -> Graph:
 
 
 def _product_rate(backend: Any, choice: BuildChoice, level: Format) -> float:
-    generator = torch.Generator().manual_seed(0)
-    chain = nn.Sequential(*(nn.Linear(_SIDE, _SIDE) for _ in range(_CHAIN)))
-    for p in chain.parameters():
-        p.data = torch.randn(p.shape, generator=generator) / 32
-    graph = _captured(chain, torch.randn(2, _ROWS, _SIDE, generator=generator))
+    graph = _captured(_Products(), torch.randn(2, _ROWS, _SIDE))
     sites = find_sites(graph)
     if level == "int8":
         info = backend.describe().format("int8")
@@ -205,8 +200,33 @@ def _product_rate(backend: Any, choice: BuildChoice, level: Format) -> float:
     own = replace(choice, batch=1, precision=precision, buckets=())
     build = backend.build(graph, shapes_of(graph.signature, 1), own)
     times = _node_times(build, graph)
-    fastest = min(times[node] for site in sites for node in site.ops if times.get(node, 0.0) > 0)
-    return _ROWS * _SIDE * _SIDE / (fastest / 1e3)
+    nodes = [node for site in sites for node in site.ops]
+    facts = node_facts(plain(graph), 1)
+    rates = [facts[n].macs / times[n] * 1e3 for n in nodes if times.get(n, 0.0) > 0]
+    if not rates:
+        raise BackendError(f"{choice.backend}: the profile of the probe shows none of its ops")
+    return max(rates)
+
+
+class _Products(nn.Module):
+    """Large linear layers one after the other, and 3x3 convolutions of the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(_SIDE, _SIDE) for _ in range(_CHAIN))
+        channels = _ROWS // 4
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(_CHAIN)
+        )
+        generator = torch.Generator().manual_seed(0)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator) / 32
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        plane = x[:, : _ROWS // 4].reshape(x.shape[0], _ROWS // 4, 32, _SIDE // 32)
+        for linear, conv in zip(self.linears, self.convs, strict=True):
+            x, plane = linear(x), conv(plane)
+        return x, plane
 
 
 class _Copy(nn.Module):

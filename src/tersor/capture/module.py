@@ -174,6 +174,7 @@ def _quiet() -> Iterator[None]:
     """torch.export's own warnings and logs say nothing that our errors do not say better."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.export", "torch._dynamo")]
     loggers += [logging.getLogger("torch.fx.experimental.symbolic_shapes")]
+    loggers += [logging.getLogger("torch.__trace")]  # its first records land on standard error
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -16,6 +16,7 @@ from tersor.graph.split import split
 _decomposed = torch.ops.quantized_decomposed
 _DEQUANTIZED_WEIGHT = _decomposed.dequantize_per_channel.default
 _DEQUANTIZED = _decomposed.dequantize_per_tensor.default
+_CODES = "_codes"  # behind a weight's name: what ``apply`` stores in its place
 _QUANTIZED = _decomposed.quantize_per_tensor.default
 
 
@@ -42,10 +43,10 @@ def _replace_weight(graph: fx.Graph, node: fx.Node, tensors: dict[str, Tensor]) 
     codes = node.args[0]
     if not isinstance(codes, fx.Node) or codes.op != "get_attr":
         return
-    name = f"{node.name}_plain"
+    name = str(codes.target).removesuffix(_CODES)
     tensors[name] = torch.zeros(1).expand(tensors[str(codes.target)].shape)
     with graph.inserting_before(node):
-        stored = graph.create_node("get_attr", name, name=name)
+        stored = graph.create_node("get_attr", name)
     node.replace_all_uses_with(stored)
 
 

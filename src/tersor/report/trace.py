@@ -5,24 +5,12 @@ follow each other in the order of the graph and no gap between two of them is re
 all ops stands last.
 """
 
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 
-class Row(Protocol):
-    """What a bar shows."""
-
-    node: str
-    layer: str
-    kind: str
-    format: str
-    ms: float
-    macs: int
-    bytes: int
-    bound: str
-
-
-def chrome_trace(name: str, rows: Any, outside_ms: float) -> dict[str, Any]:
-    """Trace events, times in microseconds."""
+def chrome_trace(name: str, rows: Iterable[Any], outside_ms: float) -> dict[str, Any]:
+    """Trace events, times in microseconds, of rows as ``analyse.roofline.ProfileRow`` has them."""
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": 1, "tid": 1, "name": "process_name", "args": {"name": name}},
         {"ph": "M", "pid": 1, "tid": 1, "name": "thread_name", "args": {"name": "ops, mean times"}},
@@ -35,7 +23,7 @@ def chrome_trace(name: str, rows: Any, outside_ms: float) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _facts(row: Row) -> dict[str, Any]:
+def _facts(row: Any) -> dict[str, Any]:
     return {
         "node": row.node,
         "format": row.format,
