@@ -55,8 +55,11 @@ TESTS = 24
 EXTRA = 6  # counts of a width beside its grid, half of them on whole tiles
 # Of a test's counts, from the least to the largest: mostly narrow, of all kinds, mostly wide, so that
 # the tests span a factor of two in latency also where little of a model has widths.
-PARTS = (slice(0, 2), slice(None), slice(-2, None))
-FULL_SHARE = 0.3  # of the widths of a test, at most about
+PARTS = (
+    (slice(0, 2), 0.05),
+    (slice(None), 0.3),
+    (slice(-2, None), 0.5),
+)  # counts, share of full widths
 COMPILES = 3
 EXTREMES = 6  # builds of the fit that scale a sum of single layers: native and int8, three counts
 CAREFUL = Protocol(rounds=7, runs=11, max_seconds=14.0, one_speed=True)
@@ -219,11 +222,11 @@ def draw_tests(
     for i in range(TESTS):
         base: dict[str, Level] = dict(drawn[0].assignment)
         base |= pure[i % 2] if i % 4 == 0 or not rows else dict(rows[i % len(rows)])
-        part = PARTS[int(rng.integers(len(PARTS)))]
+        part, full_share = PARTS[int(rng.integers(len(PARTS)))]
         for width, counts in others.items():
             full = int(grid[width][0])  # type: ignore[arg-type]
             some = counts[part] or counts
-            base[width] = full if rng.random() < FULL_SHARE else int(rng.choice(some))
+            base[width] = full if rng.random() < full_share else int(rng.choice(some))
         assignments.append(base)
     return [Variant(assignment=a, held_out=True) for a in assignments]
 

@@ -19,6 +19,8 @@ from typer.testing import CliRunner, Result
 
 from tersor import api
 from tersor.analyse.inspection import Branch, Inspection
+from tersor.analyse.roofline import Ceilings, Profile, ProfileRow
+from tersor.api.comparing import Comparison
 from tersor.cli import main as entry
 from tersor.cli.exits import ExitCode
 from tersor.cli.main import app
@@ -38,8 +40,9 @@ from tersor.core.errors import (
     TersorError,
 )
 from tersor.core.jsonable import from_json
-from tersor.core.records import Check, Plan, Signature, Structure
+from tersor.core.records import Check, Plan, Signature, Structure, Timing
 from tersor.report.record import Report
+from tersor.verify.divergence import BuildDivergence, Point
 
 SAMPLE = Path(__file__).parents[1] / "report" / "sample.json"
 SOURCE = """
@@ -227,7 +230,7 @@ def test_usage_errors_leave_with_two(words: list[str]) -> None:
 def test_every_command_knows_json() -> None:
     listed = call("--help").stdout
     names = [c.callback.__name__ for c in app.registered_commands if c.callback]
-    assert len(names) == 10
+    assert len(names) == 12
     for name in names:
         assert name in listed
         assert "--json" in call(name, "--help").stdout, name
@@ -468,6 +471,69 @@ def test_bench_lists_the_uncompressed_builds(fake: Any, record: Report, source: 
     rows = json_of(call(*words, "--json"))
     assert [row["name"] for row in rows] == ["eager", "openvino f32"]
     assert seen == {"device": "cpu", "backend": "openvino", "batch": 3}
+
+
+def test_profile_shows_the_longest_op_first(fake: Any, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+    rows = tuple(
+        ProfileRow(
+            node=n, layer=n, kind="linear", format="int8", ms=ms, share=ms / 3, macs=10**6,
+            bytes=10**5, bound="compute", of_ceiling=0.5,
+        )
+        for n, ms in (("short", 1.0), ("long", 2.0))
+    )  # fmt: skip
+    found = Profile(
+        name="net.tersor",
+        build="openvino f32",
+        call=Timing(median_ms=3.5, low_ms=3.0, high_ms=4.0, rounds_ms=(3.5,), runs=1),
+        rows=rows,
+        outside_ms=0.5,
+        floor_ms=1.5,
+        ceilings=Ceilings(macs_per_s={"int8": 2e10}, bytes_per_s=1e10),
+        weight_bytes=10**6,
+        peak_bytes=None,
+    )
+
+    def profile(_: Any, data: Any, **options: Any) -> Any:
+        seen.update(options, data=data)
+        return found
+
+    fake("profile", profile)
+    trace = tmp_path / "trace.json"
+    shown = call("profile", "net.tersor", "--no-ceilings", "--trace", trace).stdout
+    assert shown.index("long") < shown.index("short")
+    assert "0.500 ms" in shown
+    assert "int8 20.0 GMAC/s" in shown
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert seen == {
+        "data": None, "device": "cpu", "backend": "auto", "batch": 1, "ceilings": False,
+    }  # fmt: skip
+    assert json_of(call("profile", "net.tersor", "--json"))["floor_ms"] == 1.5
+    assert call("profile", "net.tersor", "--trace", tmp_path / "no" / "t.json").exit_code == 2
+
+
+@pytest.mark.parametrize("error", [1e-6, 0.5])
+def test_compare_says_unequal_by_its_exit_code(fake: Any, source: str, error: float) -> None:
+    def compare(one: Any, other: Any, *, inputs: Any, limit: float) -> Any:
+        assert one == "a.tersor"
+        assert inputs is not None
+        first = "linear_3" if error > limit else None
+        return Comparison(
+            one=str(one),
+            other=type(other).__name__,
+            limit=limit,
+            outputs={"output": error},
+            points=(Point(node="linear_3", op="aten.linear.default", error=error, own=error),),
+            first=first,
+            introduced=first,
+            builds=(BuildDivergence(build="openvino f32", error=1e-9, first=None),),
+        )
+
+    fake("compare", compare)
+    ran = call("compare", "a.tersor", f"{source}:Net", f"{source}:inputs")
+    assert ran.exit_code == (ExitCode.MET if error < 1e-2 else ExitCode.VERIFICATION)
+    assert ("first that differs: linear_3" in ran.stdout) == (error > 1e-2)
+    assert "openvino f32 against its graph: 1e-09" in ran.stdout
 
 
 def test_inspect_of_a_model_runs_the_first_item(fake: Any, record: Report, source: str) -> None:
