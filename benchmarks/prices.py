@@ -210,11 +210,12 @@ def draw_tests(
     grid: Mapping[str, Sequence[Level]],
     others: Mapping[str, Sequence[int]],
     choice: BuildChoice,
+    seed: int,
 ) -> list[Variant]:
     """Formats as pricing draws them, counts from between the grid."""
-    rng = np.random.default_rng([SEED, 77])
+    rng = np.random.default_rng([seed, 77])
     drawn = draw_variants(
-        session.sites, formats, choice.precision, k=2, held_out=TESTS, seed=SEED + 1000
+        session.sites, formats, choice.precision, k=2, held_out=TESTS, seed=seed + 1000
     )
     rows = [v.assignment for v in drawn if v.held_out]
     pure = [{s: levels[-1] for s, levels in formats.items()}, {}]  # plans often are one of these
@@ -462,20 +463,22 @@ class Bench:
         )
 
 
-def prepare(name: str, backend: str, threads: int, precision: Precision | None = None) -> Bench:
-    """Draw everything."""
+def prepare(name: str, backend: str, options: argparse.Namespace) -> Bench:
+    """Draw everything: the tests by the seed of the run, the builds of the fit as ``compress`` does."""
+    precision: Precision | None = options.precision
+    seed: int = options.seed
     session = opened(name, backend)
     info = session.infos[0]
     choice = BuildChoice(
         backend=backend,
         device="cpu",
         precision=precision or info.precisions[-1],
-        threads=threads,
+        threads=options.threads,
         batch=1,
         options=dict(info.choices[0] if info.choices else {}),
     )
     formats, grid = format_levels(session, choice), grid_levels(session)
-    others = other_levels(grid, np.random.default_rng([SEED, 5]))
+    others = other_levels(grid, np.random.default_rng([seed, 5]))
     made = simple(session, formats, info.format("int8").weight_limit)  # type: ignore[union-attr]
     return Bench(
         name=name,
@@ -485,7 +488,7 @@ def prepare(name: str, backend: str, threads: int, precision: Precision | None =
         grid=grid,
         others=others,
         between=between_offers(session.sites, {**formats, **grid}, SEED),
-        tests=draw_tests(session, formats, grid, others, choice),
+        tests=draw_tests(session, formats, grid, others, choice, seed),
         tools=make_tools(session, made, choice),
     )
 
@@ -554,13 +557,15 @@ def main() -> None:
     parser.add_argument("--backend", nargs="*", default=["openvino", "onnxruntime"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", help="of what is not int8; default: bf16 where it computes")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the tests that are drawn")
     parser.add_argument("--isolated", action="store_true", help="also a sum of single layers")
     parser.add_argument("--keep", help="a folder for what was measured, to fit again")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     for name in options.case:
         for backend in options.backend:
-            row = run(prepare(name, backend, options.threads, options.precision), options)
+            bench = prepare(name, backend, options)
+            row = run(bench, options)
             print(
                 f"{name} {backend}: median {row.median:.1%}, p90 {row.p90:.1%}, Spearman "
                 f"{row.spearman:.3f}; noise {row.noise[0]:.1%}/{row.noise[1]:.1%}; span "
@@ -569,7 +574,7 @@ def main() -> None:
                 flush=True,
             )
             if not options.dry:
-                record.append(NAME, [row], seed=SEED, settings=vars(options))
+                record.append(NAME, [row], seed=options.seed, settings=vars(options))
             gc.collect()
 
 
