@@ -8,8 +8,9 @@ import importlib.metadata
 import re
 import shutil
 import subprocess
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tersor.core.machine import Machine
@@ -38,6 +39,7 @@ _EXTRAS = {
     "onnxscript": "tersor[onnx]",
     "onnxruntime": "tersor[onnx]",
 }
+_COMPILERS = ("c++", "g++", "clang++")
 _COMPRESS_PACKAGES = ("torch", "scipy")
 _MINIMUM_PYTHON = (3, 11)
 # Instruction sets that decide which formats are fast, and any of which brings the ability.
@@ -47,6 +49,17 @@ _ABILITIES: Mapping[str, tuple[str, ...]] = {
     "bf16 products": ("avx512_bf16", "amx_bf16"),
     "int8 matrix tiles (amx_int8)": ("amx_int8",),
 }
+# CUDA's major version -> the oldest driver that runs it, and any minor version of it (CUDA release notes,
+# "minor version compatibility").
+_DRIVERS: Mapping[int, int] = {11: 450, 12: 525, 13: 580}
+# What a card computes in, from which compute capability on (CUDA C++ programming guide, tensor cores).
+_TENSOR_CORES: Mapping[str, tuple[int, int]] = {
+    "fp16": (7, 0),
+    "int8": (7, 5),
+    "bf16": (8, 0),
+    "fp8": (8, 9),
+}
+_TRITON_CAPABILITY = (7, 0)
 _SMI_SECONDS = 10.0  # a wedged driver makes nvidia-smi hang for ever
 
 
@@ -57,6 +70,7 @@ class Gpu:
     name: str
     driver: str
     memory: str
+    capability: str = ""  # compute capability, as 9.0; empty where the driver does not tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +86,10 @@ class Probes:
         torch_cudnn: cuDNN that PyTorch uses; empty where unknown or none.
         torch_asked: Whether PyTorch was imported and asked.
         torch_problem: Why the import failed.
+        torch_sees_gpu: Whether PyTorch can use a GPU; None where it was not asked.
+        torch_architectures: What its CUDA code was compiled for: sm_75, ..., compute_120.
+        triton: Its version; None where it is not installed.
+        compiler: The C++ compiler on PATH; empty without one.
     """
 
     packages: Mapping[str, str | None]
@@ -82,6 +100,10 @@ class Probes:
     torch_cudnn: str = ""
     torch_asked: bool = False
     torch_problem: str = ""
+    torch_sees_gpu: bool | None = None
+    torch_architectures: tuple[str, ...] = ()
+    triton: str | None = None
+    compiler: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +162,7 @@ def diagnose(
             *_processor(machine),
             _python(machine),
             *packages,
+            _compiler(seen.compiler),
             *_nvidia(seen),
             *(_backend(info) for info in backend_infos),
         ),
@@ -153,18 +176,15 @@ def probe(*, import_torch: bool = False) -> Probes:
     """Look at packages and at NVIDIA's driver; with ``import_torch``, ask PyTorch too."""
     packages = {name: _installed(name) for name in MINIMUM_VERSIONS}
     gpus, gpu_problem, has_smi = _ask_nvidia_smi()
-    asked = import_torch and packages["torch"] is not None
-    cuda, cudnn, problem = _ask_torch() if asked else ("", "", "")
-    return Probes(
+    seen = Probes(
         packages=packages,
         gpus=gpus,
         gpu_problem=gpu_problem,
         has_nvidia_smi=has_smi,
-        torch_cuda=cuda,
-        torch_cudnn=cudnn,
-        torch_asked=asked,
-        torch_problem=problem,
+        triton=_installed("triton"),
+        compiler=next((c for c in _COMPILERS if shutil.which(c)), ""),
     )
+    return _ask_torch(seen) if import_torch and packages["torch"] is not None else seen
 
 
 def _installed(name: str) -> str | None:
@@ -178,11 +198,12 @@ def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str, bool]:
     path = shutil.which("nvidia-smi")
     if path is None:
         return (), "", False
-    query = [path, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    fields = "name,driver_version,memory.total"
     try:
-        answer = subprocess.run(  # noqa: S603 - a fixed command, found on PATH
-            query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True
-        )
+        answer = _smi(path, f"{fields},compute_cap")
+        if answer.returncode:  # drivers before 465 do not know the last one
+            answer = _smi(path, fields)
+        answer.check_returncode()
     except subprocess.TimeoutExpired:
         return (), f"nvidia-smi gave no answer in {_SMI_SECONDS:.0f} s", True
     except subprocess.CalledProcessError as error:
@@ -193,23 +214,57 @@ def _ask_nvidia_smi() -> tuple[tuple[Gpu, ...], str, bool]:
     return parse_smi(answer.stdout), "", True
 
 
-def parse_smi(text: str) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's lines of ``name, driver_version, memory.total``."""
-    rows = (line.rsplit(",", 2) for line in text.splitlines())
-    return tuple(
-        Gpu(name=row[0].strip(), driver=row[1].strip(), memory=row[2].strip())
-        for row in rows
-        if len(row) == 3
+def _smi(path: str, fields: str) -> "subprocess.CompletedProcess[str]":
+    query = [path, f"--query-gpu={fields}", "--format=csv,noheader"]
+    return subprocess.run(  # noqa: S603 - a fixed command, found on PATH
+        query, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False
     )
 
 
-def _ask_torch() -> tuple[str, str, str]:
+def parse_smi(text: str) -> tuple[Gpu, ...]:
+    """Read nvidia-smi's lines of ``name, driver_version, memory.total`` and maybe ``compute_cap``."""
+    found = []
+    for line in text.splitlines():
+        rest, _, last = line.rpartition(",")
+        capability = last.strip() if re.fullmatch(r"\d+\.\d+", last.strip()) else ""
+        row = (rest if capability else line).rsplit(",", 2)
+        if len(row) == 3:
+            name, driver, memory = (part.strip() for part in row)
+            found.append(Gpu(name=name, driver=driver, memory=memory, capability=capability))
+    return tuple(found)
+
+
+def _ask_torch(seen: Probes) -> Probes:
     try:
         import torch
     except (ImportError, OSError) as error:  # a missing shared library is an OSError
-        return "", "", f"{type(error).__name__}: {error}"
-    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
-    return torch.version.cuda or "", "" if cudnn is None else str(cudnn), ""
+        return replace(seen, torch_asked=True, torch_problem=f"{type(error).__name__}: {error}")
+    if not torch.version.cuda:
+        return replace(seen, torch_asked=True)
+    cudnn = torch.backends.cudnn.version()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a driver that is too old: the findings say it
+        sees = torch.cuda.is_available()
+    return replace(
+        seen,
+        torch_asked=True,
+        torch_cuda=torch.version.cuda,
+        torch_cudnn="" if cudnn is None else str(cudnn),
+        torch_sees_gpu=sees,
+        torch_architectures=tuple(torch.cuda.get_arch_list()) if sees else (),
+    )
+
+
+def _compiler(found: str) -> Finding:
+    return Finding(
+        group="packages",
+        name="C++ compiler",
+        status="ok" if found else "missing",
+        found=found or f"none of {', '.join(_COMPILERS)} on PATH",
+        remedy=""
+        if found
+        else "install g++ or clang++ for compiled builds of the backend inductor",
+    )
 
 
 def _processor(machine: Machine) -> list[Finding]:
@@ -268,12 +323,86 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _nvidia(seen: Probes) -> list[Finding]:
-    return [_driver(seen), *_torch_cuda(seen)]
+    found = [_driver(seen), *_torch_cuda(seen), *(_capability(gpu, seen) for gpu in seen.gpus)]
+    return [*found, _triton(seen)] if seen.gpus else found
+
+
+def _capability(gpu: Gpu, seen: Probes) -> Finding:
+    """What a card computes in, and whether PyTorch has code for it."""
+    own = _numbers(gpu.capability)
+    name = f"compute capability of {gpu.name}"
+    if not own:
+        remedy = "update NVIDIA's driver to see it"
+        return Finding(
+            group="nvidia",
+            name=name,
+            status="missing",
+            found="the driver does not tell",
+            remedy=remedy,
+        )
+    able = [kind for kind, least in _TENSOR_CORES.items() if own >= least]
+    found = f"{gpu.capability}; tensor cores: {', '.join(able) or 'none'}"
+    if seen.torch_architectures and not _runs_on(own, seen.torch_architectures):
+        return Finding(
+            group="nvidia",
+            name=name,
+            status="problem",
+            found=f"{found}; torch was built for {', '.join(seen.torch_architectures)}",
+            remedy="install a build of torch for this card",
+        )
+    return Finding(group="nvidia", name=name, status="ok", found=found)
+
+
+def _runs_on(capability: tuple[int, ...], architectures: Sequence[str]) -> bool:
+    """Machine code runs within its major version from its minor one on; compute_* is compiled for any newer."""
+    major, minor = capability[0], (*capability, 0)[1]
+    for text in architectures:
+        kind, _, digits = text.partition("_")
+        number = re.match(r"\d+", digits)
+        if number is None:
+            continue
+        own = divmod(int(number.group()), 10)
+        if kind == "compute" and own <= (major, minor):
+            return True
+        if kind == "sm" and own[0] == major and own[1] <= minor:
+            return True
+    return False
+
+
+def _triton(seen: Probes) -> Finding:
+    if seen.triton is None:
+        return Finding(
+            group="nvidia",
+            name="Triton",
+            status="missing",
+            found="not installed",
+            remedy="pip install triton (CUDA builds of torch for Linux bring it), for compiled builds",
+        )
+    old = [g.name for g in seen.gpus if () < _numbers(g.capability) < _TRITON_CAPABILITY]
+    if old:
+        least = ".".join(map(str, _TRITON_CAPABILITY))
+        return Finding(
+            group="nvidia",
+            name="Triton",
+            status="problem",
+            found=f"{seen.triton}, which compiles for capability {least} or newer; not for {', '.join(old)}",
+            remedy="none: builds that are not compiled run there",
+        )
+    return Finding(group="nvidia", name="Triton", status="ok", found=seen.triton)
 
 
 def _driver(seen: Probes) -> Finding:
     if seen.gpus:
         found = "; ".join(f"{g.name}, {g.memory}, driver {g.driver}" for g in seen.gpus)
+        least = _DRIVERS.get(next(iter(_numbers(seen.torch_cuda)), 0), 0)
+        if any(_numbers(g.driver)[:1] < (least,) for g in seen.gpus):
+            return Finding(
+                group="nvidia",
+                name="driver",
+                status="problem",
+                found=f"{found}; torch's CUDA {seen.torch_cuda} wants {least} or newer",
+                remedy="update NVIDIA's driver, or install torch for an older CUDA",
+            )
         return Finding(group="nvidia", name="driver", status="ok", found=found)
     if seen.has_nvidia_smi:
         return Finding(
@@ -301,7 +430,12 @@ def _torch_cuda(seen: Probes) -> list[Finding]:
             _cuda("problem", f"torch {version}: {seen.torch_problem}", "reinstall torch"),
         ]
     if seen.torch_cuda:
-        found = f"CUDA {seen.torch_cuda}, cuDNN {seen.torch_cudnn or 'unknown'}"
+        found = f"CUDA {seen.torch_cuda}, cuDNN {seen.torch_cudnn or 'none'}"
+        if seen.gpus and seen.torch_sees_gpu is False:
+            remedy = "see the driver above; in a container, pass the GPU in; look at CUDA_VISIBLE_DEVICES"
+            return [_cuda("problem", f"{found}; torch can't use the GPU", remedy)]
+        if not seen.torch_cudnn:
+            return [_cuda("problem", f"{found}: convolutions are slow", "reinstall torch")]
         return [_cuda("ok", found)]
     if not (seen.torch_asked or version.endswith("+cpu")):
         return [_cuda("ok", f"torch {version}; not asked for its CUDA")]

@@ -310,11 +310,14 @@ def inspect(
 
 def doctor() -> "Doctor":
     """What works here, what is missing, and how to mend it."""
-    from tersor.analyse.doctor import diagnose
+    from tersor.analyse.doctor import diagnose, probe
     from tersor.core.machine import describe_machine
 
     infos = [_backend(name).describe() for name in registry.names(registry.BACKENDS)]
-    return diagnose(infos, describe_machine())
+    seen = probe()
+    if seen.gpus:  # only then is torch's own word worth the seconds of its import
+        seen = probe(import_torch=True)
+    return diagnose(infos, describe_machine(), probes=seen)
 
 
 def bench(

@@ -126,6 +126,105 @@ def test_smi_lines_are_read() -> None:
     assert parse_smi(text) == (Gpu(name="NVIDIA H100, PCIe", driver="580.1", memory="81559 MiB"),)
 
 
+def test_smi_lines_with_a_capability_are_read() -> None:
+    (found,) = parse_smi("NVIDIA H200, 580.82, 143771 MiB, 9.0\n")
+    assert found == Gpu(name="NVIDIA H200", driver="580.82", memory="143771 MiB", capability="9.0")
+
+
+def test_an_old_nvidia_smi_is_asked_for_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text(
+        "#!/bin/sh\ncase $1 in *compute_cap*) exit 2;; esac\necho 'K80, 450.1, 11441 MiB'\n",
+        encoding="utf-8",
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert probe().gpus == (Gpu(name="K80", driver="450.1", memory="11441 MiB"),)
+
+
+def on_gpu(capability: str = "9.0", driver: str = "580.82", **changes: object) -> Doctor:
+    gpu = Gpu(name="Card", driver=driver, memory="80 GiB", capability=capability)
+    usual = {"torch_cuda": "13.0", "torch_cudnn": "91400", "torch_sees_gpu": True, "triton": "3.6"}
+    return judged(**{"gpus": (gpu,), "has_nvidia_smi": True, **usual, **changes})
+
+
+@pytest.mark.parametrize(
+    ("capability", "able"),
+    [
+        ("9.0", "fp16, int8, bf16, fp8"),
+        ("8.0", "fp16, int8, bf16"),
+        ("7.0", "fp16"),
+        ("6.1", "none"),
+    ],
+)
+def test_a_capability_says_what_a_card_computes_in(capability: str, able: str) -> None:
+    found = finding(on_gpu(capability), "compute capability of Card")
+    assert (found.status, found.found) == ("ok", f"{capability}; tensor cores: {able}")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "status"),
+    [
+        ("9.0", ("sm_80", "sm_90"), "ok"),
+        ("8.9", ("sm_80", "sm_90"), "ok"),
+        ("7.5", ("sm_80", "sm_90"), "problem"),
+        ("8.0", ("sm_86",), "problem"),
+        ("12.0", ("sm_90", "compute_90"), "ok"),
+        ("12.0", ("sm_90", "sm_120"), "ok"),
+        ("10.0", ("sm_90",), "problem"),
+    ],
+)
+def test_torch_must_have_code_for_the_card(
+    capability: str, architectures: tuple[str, ...], status: str
+) -> None:
+    doctor = on_gpu(capability, torch_architectures=architectures)
+    assert finding(doctor, "compute capability of Card").status == status
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "status"),
+    [
+        ("13.0", "580.82", "ok"),
+        ("13.0", "575.51", "problem"),
+        ("12.8", "525.60", "ok"),
+        ("", "450.1", "ok"),
+    ],
+)
+def test_a_driver_that_is_too_old_for_torchs_cuda(cuda: str, driver: str, status: str) -> None:
+    found = finding(on_gpu(driver=driver, torch_cuda=cuda), "driver")
+    assert found.status == status
+    assert bool(found.remedy) == (status == "problem")
+
+
+def test_torch_that_can_not_use_the_gpu_is_a_problem() -> None:
+    found = finding(on_gpu(torch_sees_gpu=False), "CUDA in torch")
+    assert found.status == "problem"
+    assert "CUDA_VISIBLE_DEVICES" in found.remedy
+
+
+def test_torch_without_cudnn_is_a_problem() -> None:
+    assert finding(on_gpu(torch_cudnn=""), "CUDA in torch").status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "status"),
+    [("3.6", "9.0", "ok"), (None, "9.0", "missing"), ("3.6", "6.1", "problem"), ("3.6", "", "ok")],
+)
+def test_triton_beside_a_card(triton: str | None, capability: str, status: str) -> None:
+    assert finding(on_gpu(capability, triton=triton), "Triton").status == status
+
+
+def test_triton_is_nobodys_business_without_a_card() -> None:
+    assert not [f for f in judged().findings if f.name == "Triton"]
+
+
+@pytest.mark.parametrize(("compiler", "status"), [("g++", "ok"), ("", "missing")])
+def test_a_compiler_is_looked_for(compiler: str, status: str) -> None:
+    assert finding(judged(compiler=compiler), "C++ compiler").status == status
+
+
 def test_a_gpu_with_a_cpu_build_of_torch_is_a_problem() -> None:
     gpu = Gpu(name="H100", driver="580.1", memory="81559 MiB")
     doctor = judged(packages={**COMPLETE, "torch": "2.13.0+cpu"}, gpus=(gpu,), has_nvidia_smi=True)
