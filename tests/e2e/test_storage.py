@@ -118,7 +118,7 @@ def test_it_loads_without_torch(
 def test_every_family_was_on_offer_and_is_explained(result: "tersor.api.result.Result") -> None:
     levels = result._run.offered.levels()
     large = [site for site, own in levels.items() if PACKED & set(own)]
-    assert len(large) == 6
+    assert len(large) >= 6
     assert all(set(levels[site]) >= PACKED for site in large)
     explained = result.explain(large[0])
     assert {row["level"] for row in explained["alternatives"]} & PACKED
