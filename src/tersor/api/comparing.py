@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor.api.files import open_graph
-from tersor.api.verifying import drawn_inputs, given_inputs
+from tersor.api.verifying import drawn_inputs, flat_inputs
 from tersor.artifact.file import ArtifactFile, read_artifact
 from tersor.build.build import limit_for, parity
 from tersor.capture.detector import split_input
@@ -32,7 +32,6 @@ from tersor.verify.divergence import (
 )
 
 SUFFIX = ".tersor"
-LIMIT = 1e-2  # normalised squared error: what rounding to 8 bits may change
 _SAMPLES = 4
 
 
@@ -48,6 +47,7 @@ class Comparison:
         first: The first of them that differs; None where none does.
         introduced: The first whose own op makes a difference above the limit.
         builds: Each build in a file beside its own graph.
+        notes: What could not be compared, and why.
     """
 
     one: str
@@ -58,12 +58,14 @@ class Comparison:
     first: str | None
     introduced: str | None
     builds: tuple[BuildDivergence, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def is_equal(self) -> bool:
         """Whether no output, of graphs or builds, differs."""
-        errors = [*self.outputs.values(), *(b.error for b in self.builds)]
-        return all(error <= self.limit for error in errors)
+        return all(error <= self.limit for error in self.outputs.values()) and all(
+            build.error <= build.limit for build in self.builds
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,7 @@ class _Side:
     name: str
     graph: Graph
     artifact: ArtifactFile | None = None
+    flat: tuple[Tensor, ...] | None = None  # of a model: what it was captured with
 
 
 def compare_models(one: Any, other: Any, inputs: Any, limit: float) -> Comparison:
@@ -80,9 +83,14 @@ def compare_models(one: Any, other: Any, inputs: Any, limit: float) -> Compariso
     sides = [_opened(side, inputs) for side in ((one,) if other is None else (one, other))]
     flat = _inputs(sides, inputs)
     first, last = sides[0], sides[-1]
-    _check_inputs(first, last)
+    _check_alike(first, last)
     points = () if other is None else compare_graphs(first.graph, last.graph, flat)
-    builds = [b for s in sides if s.artifact for b in _builds(s.graph, s.artifact, flat, limit)]
+    notes: list[str] = []
+    builds = [b for side in sides for b in _builds(side, flat, limit, notes)]
+    if other is None and not builds:
+        raise BackendError(
+            f"{first.name}: no build in it runs here: {'; '.join(notes) or 'it has none'}"
+        )
     return Comparison(
         one=first.name,
         other=f"the builds of {first.name}" if other is None else last.name,
@@ -92,6 +100,7 @@ def compare_models(one: Any, other: Any, inputs: Any, limit: float) -> Compariso
         first=next((p.node for p in points if not p.error <= limit), None),
         introduced=next((p.node for p in points if not p.own <= limit), None),
         builds=tuple(builds),
+        notes=tuple(notes),
     )
 
 
@@ -106,7 +115,10 @@ def _opened(side: Any, inputs: Any) -> _Side:
     opened, item = split_input(open_model(side), inputs)
     call, tensors = flatten_item(item, "inputs")
     graph = capture(opened, Samples(call, tensors)).graph
-    return _Side(name=side if isinstance(side, str) else type(side).__name__, graph=graph)
+    name = side if isinstance(side, str) else type(side).__name__
+    specs = graph.signature.inputs
+    flat = [t.to(getattr(torch, s.carrier)) for t, s in zip(tensors, specs, strict=True)]
+    return _Side(name=name, graph=graph, flat=tuple(flat))
 
 
 def _inputs(sides: list[_Side], inputs: Any) -> tuple[Tensor, ...]:
@@ -114,30 +126,26 @@ def _inputs(sides: list[_Side], inputs: Any) -> tuple[Tensor, ...]:
     if inputs is None:
         artifact = next(s.artifact for s in sides if s.artifact is not None)
         return drawn_inputs(artifact)
-    if isinstance(inputs, Mapping) and not any(isinstance(v, Tensor) for v in inputs.values()):
-        return tuple(t[:_SAMPLES] for t in given_inputs(sides[0].graph, inputs))
-    call, tensors = flatten_item(inputs, "inputs")
-    del call
-    specs = sides[0].graph.signature.inputs
-    return tuple(
-        t[:_SAMPLES].to(getattr(torch, spec.carrier))
-        for t, spec in zip(tensors, specs, strict=True)
-    )
+    known = next((s.flat for s in sides if s.flat is not None), None)
+    flat = flat_inputs(sides[0].graph, inputs) if known is None else known
+    return tuple(t[:_SAMPLES] for t in flat)
 
 
-def _check_inputs(one: _Side, other: _Side) -> None:
-    found = [
-        [(s.carrier, len(s.shape)) for s in side.graph.signature.inputs] for side in (one, other)
-    ]
-    if found[0] != found[1]:
-        raise ConfigError(
-            f"{one.name} takes {found[0]} and {other.name} {found[1]} (type, dimensions); wanted two "
-            "models with the same inputs"
-        )
+def _check_alike(one: _Side, other: _Side) -> None:
+    for what in ("inputs", "outputs"):
+        found = [
+            [(s.carrier, len(s.shape)) for s in getattr(side.graph.signature, what)]
+            for side in (one, other)
+        ]
+        if found[0] != found[1]:
+            raise ConfigError(
+                f"{one.name} has the {what} {found[0]} and {other.name} {found[1]} (type, dimensions); "
+                f"wanted two models with the same {what}"
+            )
 
 
 def _outputs(one: Graph, other: Graph, flat: tuple[Tensor, ...]) -> dict[str, float]:
-    pairs = zip(one.signature.outputs, one.run(flat), other.run(flat), strict=False)
+    pairs = zip(one.signature.outputs, one.run(flat), other.run(flat), strict=True)
     return {
         spec.name: squared_error(found, wanted) if found.shape == wanted.shape else float("inf")
         for spec, wanted, found in pairs
@@ -146,23 +154,25 @@ def _outputs(one: Graph, other: Graph, flat: tuple[Tensor, ...]) -> dict[str, fl
 
 
 def _builds(
-    graph: Graph, artifact: ArtifactFile, flat: tuple[Tensor, ...], limit: float
+    side: _Side, flat: tuple[Tensor, ...], limit: float, notes: list[str]
 ) -> list[BuildDivergence]:
+    """Each build of a file beside its graph; ``notes`` gets what does not run here."""
     found = []
-    for name, choice in artifact.manifest.choices.items():
+    for name, choice in {} if side.artifact is None else side.artifact.manifest.choices.items():
         backend: Any = registry.backend(name, choice.device)
         info = backend.describe()
         if not info.available:
+            notes.append(f"{side.name}: {name} is not available: {info.reason}; {info.remedy}")
             continue
-        loaded = backend.load(artifact.sections(name), choice)
-        error = parity(graph, loaded, choice.batch, flat)
-        least = min(limit, limit_for(graph, choice))
-        if error <= least:
-            found.append(BuildDivergence(build=choice.describe(), error=error, first=None))
-            continue
-        first, looked = _diverging(graph, backend, choice, flat, least)
+        loaded = backend.load(side.artifact.sections(name), choice)  # type: ignore[union-attr]
+        error = parity(side.graph, loaded, choice.batch, flat)
+        least = min(limit, limit_for(side.graph, choice))
+        own = (side.graph, backend, choice, flat, least)
+        first, looked = (None, ()) if error <= least else _diverging(*own)
         found.append(
-            BuildDivergence(build=choice.describe(), error=error, first=first, looked=looked)
+            BuildDivergence(
+                build=choice.describe(), error=error, limit=least, first=first, looked=looked
+            )
         )
     return found
 

@@ -17,7 +17,7 @@ from tersor.api.files import open_graph
 from tersor.api.session import Settings, open_session
 from tersor.api.stages import baselines, build_for
 from tersor.api.tiles import rounded
-from tersor.api.verifying import drawn_inputs, given_inputs
+from tersor.api.verifying import drawn_inputs, flat_inputs
 from tersor.artifact.file import read_artifact
 from tersor.build.build import shapes_of
 from tersor.capture.module import capture
@@ -30,6 +30,7 @@ from tersor.graph.contracts import Executable, Graph, Quantizer
 from tersor.graph.facts import node_facts
 from tersor.graph.plain import formats_of, plain
 from tersor.graph.routed import routed
+from tersor.runtime.load import pick
 from tersor.timing.protocol import Protocol, measure
 from tersor.verify.memory import peak_bytes
 
@@ -84,38 +85,18 @@ def profile_model(
 def _from_file(path: Path, data: Any, device: str) -> _Opened:
     artifact = read_artifact(path)
     graph = open_graph(artifact)
-    reasons = []
-    for name, made in artifact.manifest.choices.items():
-        if made.device.partition(":")[0] != device.partition(":")[0]:
-            reasons.append(f"{name} was built for {made.device}")
-            continue
-        backend = registry.backend(name, device)
-        info = backend.describe()
-        if not info.available:
-            reasons.append(f"{name} is not available: {info.reason}; {info.remedy}")
-            continue
-        choice = replace(made, device=device)
-        loaded = backend.load(artifact.sections(name), choice)
-        executable: Executable = routed(loaded, artifact.manifest.signature, choice)
-        flat = drawn_inputs(artifact) if data is None else _flat(graph, data)
-        rows = torch.arange(choice.batch) % len(flat[0])
-        return _Opened(
-            name=path.name,
-            graph=graph,
-            executable=executable,
-            choice=choice,
-            backend=backend,
-            flat=tuple(t[rows] for t in flat),
-        )
-    raise BackendError(f"{path}: no build in it runs on {device}: {'; '.join(reasons)}")
-
-
-def _flat(graph: Graph, data: Any) -> tuple[Tensor, ...]:
-    if isinstance(data, Mapping) and not any(isinstance(v, Tensor) for v in data.values()):
-        return given_inputs(graph, data)
-    _, tensors = flatten_item(data, "data")
-    specs = graph.signature.inputs
-    return tuple(t.to(getattr(torch, spec.carrier)) for t, spec in zip(tensors, specs, strict=True))
+    choice, backend = pick(artifact, device, lambda name: registry.backend(name, device), str(path))
+    loaded = backend.load(artifact.sections(choice.backend), choice)
+    flat = drawn_inputs(artifact) if data is None else flat_inputs(graph, data)
+    rows = torch.arange(choice.batch) % len(flat[0])
+    return _Opened(
+        name=path.name,
+        graph=graph,
+        executable=routed(loaded, artifact.manifest.signature, choice),
+        choice=choice,
+        backend=backend,
+        flat=tuple(t[rows] for t in flat),
+    )
 
 
 def _profile(opened: _Opened, *, ceilings: bool) -> Profile:
@@ -167,9 +148,7 @@ def measured_ceilings(backend: Any, choice: BuildChoice, formats: set[Format]) -
         rate = _tried(lambda level=level: _product_rate(backend, choice, level))  # type: ignore[misc]
         if rate is not None:
             found[str(level)] = rate
-    return Ceilings(
-        macs_per_s=found, bytes_per_s=_tried(lambda: _copy_rate(backend, replace(choice, batch=1)))
-    )
+    return Ceilings(macs_per_s=found, bytes_per_s=_tried(lambda: _copy_rate(backend, choice)))
 
 
 def _tried(action: Callable[[], float]) -> float | None:
@@ -233,12 +212,13 @@ class _Copy(nn.Module):
     """Reads a tensor and writes one of its size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + 1.0)
+        return x + 1.0
 
 
 def _copy_rate(backend: Any, choice: BuildChoice) -> float:
     graph = _captured(_Copy(), torch.zeros(2, *_COPIED))
-    build = backend.build(graph, shapes_of(graph.signature, 1), replace(choice, buckets=()))
+    own = replace(choice, batch=1, precision="f32", buckets=())  # whose bytes are counted below
+    build = backend.build(graph, shapes_of(graph.signature, 1), own)
     times = _node_times(build, graph)
     spent = sum(ms for name, ms in times.items() if name != OUTSIDE)
     elements = _COPIED[0] * _COPIED[1]

@@ -1,6 +1,6 @@
 """An artifact's build against its graph, and against the original where there is one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from tersor.capture.structures import describe
 from tersor.capture.weights import float_type
 from tersor.core.errors import DataError
 from tersor.core.records import Check, OutputKind, Structure
-from tersor.core.structure import unflatten
+from tersor.core.structure import bind, unflatten
 from tersor.graph.contracts import Graph
 from tersor.graph.geometry import sample_agreement
 from tersor.graph.shapes import Sizes
 from tersor.runtime.runner import Runner
+from tersor.runtime.tensors import to_array
 
 _SAMPLES = 4
 # Normalised squared error; a value between two codes may fall to either side.
@@ -124,6 +125,28 @@ def given_inputs(graph: Graph, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         torch.from_numpy(np.ascontiguousarray(inputs[spec.name])).to(getattr(torch, spec.carrier))
         for spec in graph.signature.inputs
     )
+
+
+def flat_inputs(graph: Graph, item: Any) -> tuple[Tensor, ...]:
+    """One batch as a graph's flat inputs, checked as a runner checks them.
+
+    Args:
+        graph: What takes them.
+        item: As the model is called, or arrays by input name.
+
+    Raises:
+        DataError: Other arguments, shapes or kinds of numbers than the graph's.
+    """
+    specs = graph.signature.inputs
+    leaves: Sequence[Any]
+    if isinstance(item, Mapping) and all(isinstance(v, np.ndarray) for v in item.values()):
+        leaves = given_inputs(graph, item)
+    elif isinstance(item, Mapping):
+        leaves = bind(graph.signature, (), item)
+    else:
+        leaves = bind(graph.signature, item if isinstance(item, tuple) else (item,), {})
+    arrays = [to_array(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+    return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
 
 def _run(runner: Runner, graph: Graph, flat: tuple[Tensor, ...]) -> list[Tensor]:

@@ -179,13 +179,12 @@ def comparison_view(found: "Comparison") -> RenderableType:
         lines.append(f"first that differs: {found.first or 'none'}")
         lines.append(f"first whose own op makes that difference: {found.introduced or 'none'}")
     elif found.outputs:
-        lines.append(
-            "no value of one name has one shape in both graphs: only outputs were compared"
-        )
+        lines.append("the graphs share no value that can be compared: only outputs were")
     for build in found.builds:
         where = "" if build.first is None else f"; it leaves its graph at {build.first}"
         asked = f" ({len(build.looked)} builds that end early)" if build.looked else ""
         lines.append(f"{build.build} against its graph: {build.error:.3g}{where}{asked}")
+    lines += [f"not compared: {note}" for note in found.notes]
     shown: list[RenderableType] = [Text("\n".join(lines))]
     worst = sorted(found.points, key=lambda p: -p.own)[:_SHOWN]
     if worst:

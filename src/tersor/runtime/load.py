@@ -34,7 +34,7 @@ def load_runner(
     """
     artifact = read_artifact(path)
     manifest = artifact.manifest
-    choice, backend = _pick(artifact, device, resolve_backend, str(path))
+    choice, backend = pick(artifact, device, resolve_backend, str(path))
     opened = backend.load(artifact.sections(choice.backend), choice)
     try:
         executable = routed(opened, manifest.signature, choice)
@@ -43,9 +43,14 @@ def load_runner(
     return Runner(executable, manifest.signature, choice.batch, guards, manifest.ranges)
 
 
-def _pick(
+def pick(
     artifact: ArtifactFile, device: str, resolve_backend: Callable[[str], Any], path: str
 ) -> tuple[BuildChoice, Any]:
+    """The first build in a file that runs on a device, and its backend.
+
+    Raises:
+        BackendError: There is none; says for each why, and the way out.
+    """
     reasons = []
     for name in artifact.manifest.backends:
         choice = artifact.manifest.choices[name]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import Environment, execute, last_uses, run_all
+from tersor.graph.mutation import has_mutation
 
 STEPS = 8  # parts of a graph whose ends are looked at before one of them is cut in halves
 _TINY = 1e-30
@@ -47,12 +48,14 @@ class BuildDivergence:
     Attributes:
         build: How it was built.
         error: Of its outputs, as of ``Point``.
+        limit: Above which it differs: what was asked for, or what rounding allows, whichever is less.
         first: The first value above the limit that was found; None where none is.
         looked: The values that were built as outputs, in the order of the search, and their errors.
     """
 
     build: str
     error: float
+    limit: float
     first: str | None
     looked: tuple[tuple[str, float], ...] = ()
 
@@ -66,8 +69,11 @@ def compare_graphs(one: Graph, other: Graph, flat: Sequence[Tensor]) -> tuple[Po
         flat: Flat inputs of a few samples.
 
     Returns:
-        Empty where no value of the same name has the same shape in both.
+        Empty where no value of the same name has the same shape in both, or where one of them writes in
+        place, so that its values are no longer there to be compared.
     """
+    if has_mutation(one.module.graph) or has_mutation(other.module.graph):
+        return ()
     values = run_all(one.module, flat)
     plain = {n.name for n in one.module.graph.nodes if n.op == "call_function"}
     whole = _errors(other, flat, values, plain, replaced=False)

@@ -526,7 +526,7 @@ def test_compare_says_unequal_by_its_exit_code(fake: Any, source: str, error: fl
             points=(Point(node="linear_3", op="aten.linear.default", error=error, own=error),),
             first=first,
             introduced=first,
-            builds=(BuildDivergence(build="openvino f32", error=1e-9, first=None),),
+            builds=(BuildDivergence(build="openvino f32", error=1e-9, limit=1e-6, first=None),),
         )
 
     fake("compare", compare)
