@@ -14,10 +14,13 @@ from typer.testing import CliRunner
 import tersor
 from tersor.api.comparing import Comparison
 from tersor.api.files import open_graph
+from tersor.api.verifying import flat_inputs
 from tersor.artifact import read_artifact
+from tersor.capture.module import capture
+from tersor.capture.samples import Samples, flatten_item
 from tersor.cli.main import app
 from tersor.core import registry
-from tersor.core.errors import ConfigError
+from tersor.core.errors import BackendError, ConfigError, DataError
 from tersor.core.records import BuildChoice
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
@@ -162,6 +165,37 @@ def test_the_command_says_unequal_by_its_exit_code(path: Path, tmp_path: Path) -
     wide = tmp_path / "wide.npz"
     np.savez(wide, np.zeros((2, 1, 28, 28), np.float32))
     assert CliRunner().invoke(app, ["compare", str(path), str(path), str(wide)]).exit_code == 0
+
+
+def test_a_machine_without_the_backend_does_not_call_a_file_equal(
+    path: Path, monkeypatch: pytest.MonkeyPatch, images: dict[str, Tensor]
+) -> None:
+    class Missing:
+        def describe(self) -> Any:
+            info = {"available": False, "reason": "it is not installed", "remedy": "install it"}
+            return type("Info", (), info)()
+
+    monkeypatch.setattr(registry, "backend", lambda *_: Missing())
+    with pytest.raises(BackendError, match="it is not installed; install it"):
+        tersor.compare(path)
+    found = tersor.compare(load_resnet20(), path, inputs=images["test"][:4], limit=0.05)
+    assert found.builds == ()
+    assert "not installed" in found.notes[0]
+
+
+def test_inputs_are_bound_by_name_and_checked() -> None:
+    class Two(torch.nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a - 2 * b
+
+    call, tensors = flatten_item({"a": torch.zeros(2, 3), "b": torch.ones(2, 3)}, "item")
+    graph = capture(Two().eval(), Samples(call, tensors)).graph
+    given = {"b": torch.ones(2, 3), "a": torch.zeros(2, 3)}
+    assert [float(t.sum()) for t in flat_inputs(graph, given)] == [0.0, 6.0]
+    with pytest.raises(DataError):
+        flat_inputs(graph, torch.zeros(2, 3))
+    with pytest.raises(DataError, match="'b'"):
+        flat_inputs(graph, given | {"b": torch.ones(2, 4)})
 
 
 def test_bad_use_is_refused(path: Path) -> None:

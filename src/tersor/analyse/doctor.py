@@ -140,7 +140,6 @@ def diagnose(
     backend_infos: Sequence[BackendInfo],
     machine: Machine,
     *,
-    import_torch: bool = False,
     probes: Probes | None = None,
 ) -> Doctor:
     """Judge the machine.
@@ -148,10 +147,9 @@ def diagnose(
     Args:
         backend_infos: What each installed backend says of itself.
         machine: The machine's description.
-        import_torch: Whether PyTorch may be imported to ask for CUDA and cuDNN (seconds).
         probes: What was seen; None looks now.
     """
-    seen = probe(import_torch=import_torch) if probes is None else probes
+    seen = probe() if probes is None else probes
     packages = tuple(_package(name, seen.packages.get(name)) for name in MINIMUM_VERSIONS)
     usable = {f.name for f in packages if f.status == "ok"}
     run_on = tuple(info.name for info in backend_infos if info.available)
@@ -172,8 +170,11 @@ def diagnose(
     )
 
 
-def probe(*, import_torch: bool = False) -> Probes:
-    """Look at packages and at NVIDIA's driver; with ``import_torch``, ask PyTorch too."""
+def probe(*, import_torch: bool | None = None) -> Probes:
+    """Look at packages and at NVIDIA's driver, and ask PyTorch, which takes seconds to import.
+
+    ``import_torch``: None asks it where the driver lists a GPU.
+    """
     packages = {name: _installed(name) for name in MINIMUM_VERSIONS}
     gpus, gpu_problem, has_smi = _ask_nvidia_smi()
     seen = Probes(
@@ -184,7 +185,8 @@ def probe(*, import_torch: bool = False) -> Probes:
         triton=_installed("triton"),
         compiler=next((c for c in _COMPILERS if shutil.which(c)), ""),
     )
-    return _ask_torch(seen) if import_torch and packages["torch"] is not None else seen
+    asks = bool(gpus) if import_torch is None else import_torch
+    return _ask_torch(seen) if asks and packages["torch"] is not None else seen
 
 
 def _installed(name: str) -> str | None:
@@ -332,25 +334,15 @@ def _capability(gpu: Gpu, seen: Probes) -> Finding:
     own = _numbers(gpu.capability)
     name = f"compute capability of {gpu.name}"
     if not own:
-        remedy = "update NVIDIA's driver to see it"
-        return Finding(
-            group="nvidia",
-            name=name,
-            status="missing",
-            found="the driver does not tell",
-            remedy=remedy,
+        return _card(
+            name, "missing", "the driver does not tell", "update NVIDIA's driver to see it"
         )
     able = [kind for kind, least in _TENSOR_CORES.items() if own >= least]
     found = f"{gpu.capability}; tensor cores: {', '.join(able) or 'none'}"
     if seen.torch_architectures and not _runs_on(own, seen.torch_architectures):
-        return Finding(
-            group="nvidia",
-            name=name,
-            status="problem",
-            found=f"{found}; torch was built for {', '.join(seen.torch_architectures)}",
-            remedy="install a build of torch for this card",
-        )
-    return Finding(group="nvidia", name=name, status="ok", found=found)
+        found += f"; torch was built for {', '.join(seen.torch_architectures)}"
+        return _card(name, "problem", found, "install a build of torch for this card")
+    return _card(name, "ok", found)
 
 
 def _runs_on(capability: tuple[int, ...], architectures: Sequence[str]) -> bool:
@@ -371,24 +363,14 @@ def _runs_on(capability: tuple[int, ...], architectures: Sequence[str]) -> bool:
 
 def _triton(seen: Probes) -> Finding:
     if seen.triton is None:
-        return Finding(
-            group="nvidia",
-            name="Triton",
-            status="missing",
-            found="not installed",
-            remedy="pip install triton (CUDA builds of torch for Linux bring it), for compiled builds",
-        )
+        remedy = "pip install triton (CUDA builds of torch for Linux bring it), for compiled builds"
+        return _card("Triton", "missing", "not installed", remedy)
     old = [g.name for g in seen.gpus if () < _numbers(g.capability) < _TRITON_CAPABILITY]
     if old:
         least = ".".join(map(str, _TRITON_CAPABILITY))
-        return Finding(
-            group="nvidia",
-            name="Triton",
-            status="problem",
-            found=f"{seen.triton}, which compiles for capability {least} or newer; not for {', '.join(old)}",
-            remedy="none: builds that are not compiled run there",
-        )
-    return Finding(group="nvidia", name="Triton", status="ok", found=seen.triton)
+        found = f"{seen.triton}, for capability {least} or newer; not for {', '.join(old)}"
+        return _card("Triton", "problem", found, "none: builds that are not compiled run there")
+    return _card("Triton", "ok", seen.triton)
 
 
 def _driver(seen: Probes) -> Finding:
@@ -396,29 +378,15 @@ def _driver(seen: Probes) -> Finding:
         found = "; ".join(f"{g.name}, {g.memory}, driver {g.driver}" for g in seen.gpus)
         least = _DRIVERS.get(next(iter(_numbers(seen.torch_cuda)), 0), 0)
         if any(_numbers(g.driver)[:1] < (least,) for g in seen.gpus):
-            return Finding(
-                group="nvidia",
-                name="driver",
-                status="problem",
-                found=f"{found}; torch's CUDA {seen.torch_cuda} wants {least} or newer",
-                remedy="update NVIDIA's driver, or install torch for an older CUDA",
-            )
-        return Finding(group="nvidia", name="driver", status="ok", found=found)
+            found += f"; torch's CUDA {seen.torch_cuda} wants {least} or newer"
+            remedy = "update NVIDIA's driver, or install torch for an older CUDA"
+            return _card("driver", "problem", found, remedy)
+        return _card("driver", "ok", found)
     if seen.has_nvidia_smi:
-        return Finding(
-            group="nvidia",
-            name="driver",
-            status="problem",
-            found=seen.gpu_problem or "nvidia-smi lists no GPU",
-            remedy="reload or reinstall NVIDIA's driver; nothing is needed for CPU work",
-        )
-    return Finding(
-        group="nvidia",
-        name="driver",
-        status="missing",
-        found="no nvidia-smi on PATH",
-        remedy="install NVIDIA's driver if there is such a GPU; nothing is needed for CPU work",
-    )
+        remedy = "reload or reinstall NVIDIA's driver; nothing is needed for CPU work"
+        return _card("driver", "problem", seen.gpu_problem or "nvidia-smi lists no GPU", remedy)
+    remedy = "install NVIDIA's driver if there is such a GPU; nothing is needed for CPU work"
+    return _card("driver", "missing", "no nvidia-smi on PATH", remedy)
 
 
 def _torch_cuda(seen: Probes) -> list[Finding]:
@@ -448,7 +416,11 @@ def _torch_cuda(seen: Probes) -> list[Finding]:
 
 
 def _cuda(status: FindingStatus, found: str, remedy: str = "") -> Finding:
-    return Finding(group="nvidia", name="CUDA in torch", status=status, found=found, remedy=remedy)
+    return _card("CUDA in torch", status, found, remedy)
+
+
+def _card(name: str, status: FindingStatus, found: str, remedy: str = "") -> Finding:
+    return Finding(group="nvidia", name=name, status=status, found=found, remedy=remedy)
 
 
 def _backend(info: BackendInfo) -> Finding:

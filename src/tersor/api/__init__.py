@@ -310,14 +310,11 @@ def inspect(
 
 def doctor() -> "Doctor":
     """What works here, what is missing, and how to mend it."""
-    from tersor.analyse.doctor import diagnose, probe
+    from tersor.analyse.doctor import diagnose
     from tersor.core.machine import describe_machine
 
     infos = [_backend(name).describe() for name in registry.names(registry.BACKENDS)]
-    seen = probe()
-    if seen.gpus:  # only then is torch's own word worth the seconds of its import
-        seen = probe(import_torch=True)
-    return diagnose(infos, describe_machine(), probes=seen)
+    return diagnose(infos, describe_machine())
 
 
 def bench(

@@ -16,7 +16,7 @@ from tersor.core.records import Format, Level, Precision, Site, Term
 from tersor.graph.facts import NodeFacts
 from tersor.price.chains import ChainCosts, chain_shares, chain_times
 from tersor.price.facts import WidthFacts
-from tersor.price.laws import Laws, NodeTime, fit_laws, unseen_error
+from tersor.price.laws import Laws, NodeTime, fit_laws, grouped_error
 from tersor.price.observation import Observation
 from tersor.price.terms import spread
 
@@ -201,7 +201,7 @@ def width_costs(
     owners = {node: site for site in formats for node in site.ops}
     sizes = [facts.layers(o.assignment) for o in fitted]
     shown = {node for o in fitted for node, ms in o.node_ms.items() if ms > 0}
-    glue = [n for n in facts.nodes if n in shown and n not in owners and n not in quantizers]
+    glue = [n for n in facts.ratios if n in shown and n not in owners and n not in quantizers]
     gates = _gates(glue, formats, fitted, facts)
     times = [
         NodeTime(
@@ -224,11 +224,7 @@ def width_costs(
         precision=precision,
     )
     costs = [_site_cost(s, fitted, facts, chains) for s in formats if facts.widths(s.ops)]
-    costs += [
-        _glue_cost(node, gates[node], fitted, facts, chains)
-        for node in glue
-        if node in facts.ratios
-    ]
+    costs += [_glue_cost(node, gates[node], fitted, facts, chains) for node in glue]
     written = sum(
         facts.nodes[node].out_elements
         for c in costs
@@ -311,16 +307,20 @@ def _gates(
             found[node] = _gate(free, distance, shown, alive)
         elif max(o.node_ms[node] / o.measured_ms for o in alive) >= _GATED_SHARE:
             after = [s for s in free if min(place.get(op, 0) for op in s.ops) > place[node]]
-            found[node] = _time_gate(node, after[:1], alive, facts)
+            following = min(after, key=lambda s: place.get(s.ops[0], 0), default=None)
+            found[node] = following if _needs_laws(node, following, alive, facts) else None
         else:
             found[node] = None
     return found
 
 
-def _time_gate(
-    node: str, sites: Sequence[Site], alive: Sequence[Observation], facts: WidthFacts
-) -> Site | None:
-    """The site whose formats need laws of their own; None where one law does as well."""
+def _needs_laws(
+    node: str, site: Site | None, alive: Sequence[Observation], facts: WidthFacts
+) -> bool:
+    """Whether a node needs a law for each format of a site: where one law does not do as well."""
+    int8 = [site is not None and is_int8(o.assignment.get(site.name)) for o in alive]
+    if min(sum(int8), len(int8) - sum(int8)) < _FEWEST_GATED:
+        return False
     rows = [
         NodeTime(
             node=node,
@@ -331,16 +331,8 @@ def _time_gate(
         )
         for i, o in enumerate(alive)
     ]
-    limit = (1 - GATE_SHARE) * unseen_error(rows, [False] * len(rows))
-    found: Site | None = None
-    for site in sites:
-        int8 = [is_int8(o.assignment.get(site.name)) for o in alive]
-        if min(sum(int8), len(int8) - sum(int8)) < _FEWEST_GATED:
-            continue
-        error = unseen_error(rows, int8)
-        if error < limit:
-            limit, found = error, site
-    return found
+    alone = grouped_error(rows, [False] * len(rows))
+    return grouped_error(rows, int8) < (1 - GATE_SHARE) * alone
 
 
 def _gate(

@@ -23,20 +23,15 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 MOST_BLOCKS = 4  # that a kernel works on at once
-_BLOCKS = (
-    6,
-    7,
-    8,
-)  # columns of blocks, which would hide a tile from the comparison that chooses it
+# Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
+_BLOCKS = range(2 + 2 * len(RAGGED), 3 + 3 * len(RAGGED))
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
 RIDGE = 1e-4
 # Profiles are cut to whole microseconds: shorter nodes count by the absolute error.
 RESOLUTION_MS = 2e-3
 ROUNDS = 4  # of law and levels in turn
-_TILE_ROUNDS = (
-    2  # that choose the tiles again: the first levels are those of a law with the wrong ones
-)
+_TILE_ROUNDS = 2  # that choose tiles again: the first levels are those of a law with wrong ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +104,7 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
     return Laws(laws=laws, levels=levels)
 
 
-def unseen_error(rows: Sequence[NodeTime], groups: Sequence[bool]) -> float:
+def grouped_error(rows: Sequence[NodeTime], groups: Sequence[bool]) -> float:
     """Sum of squared logs of time over law, on builds that the laws, one a group, did not see."""
     sizes, ms = _sizes([row.facts for row in rows]), np.array([row.ms for row in rows])
     builds, member = np.array([row.build for row in rows]), np.array(groups)

@@ -338,6 +338,26 @@ def test_profile_names_a_quantiser_that_stands_alone() -> None:
     assert all(value >= 0 for value in profile.values())
 
 
+def test_an_int8_product_whose_bias_was_moved_keeps_its_name() -> None:
+    """In front of an addition OpenVINO calls it after a multiplication of its own."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(256, 512), nn.Linear(512, 256)
+            self.norm = nn.LayerNorm(256)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.norm(self.outer(nn.functional.gelu(self.inner(x))) + x)
+            return out
+
+    graph = quantized(graph_of(Residual(), random(8, 64, 256)))
+    profile = OpenVINOBackend().build(graph, shapes_of(graph), LINEAR).profile()
+    assert profile.get("linear", 0) > 0
+    assert profile.get("linear_1", 0) > 0
+    assert "FullyConnected" not in profile
+
+
 @pytest.mark.parametrize(
     ("totals", "wanted"),
     [

@@ -126,6 +126,9 @@ def test_builds_of_the_fit_have_counts_between_those_on_offer(lab: ModuleType) -
     assert set(between) == set(widths)
     for width, counts in between.items():
         assert len(counts) == 4
+        assert (
+            sum(c % 8 == 0 for c in counts) == 2
+        )  # odd numbers of blocks have a cost of their own
         assert not set(counts) & set(widths[width])
         assert min(widths[width]) < min(counts)
         assert max(counts) < max(widths[width])

@@ -92,6 +92,25 @@ def test_glue_that_stands_alone_beside_int8_is_gated_by_that_site(lab: ModuleTyp
     assert alone == pytest.approx(wanted * net.overhead, rel=0.02)
 
 
+def test_glue_on_another_layout_in_front_of_int8_goes_by_the_next_layer(lab: ModuleType) -> None:
+    class Layouts(lab.Network):  # type: ignore[misc, name-defined]
+        """Pools take ten times as long in front of an int8 classifier, and more where ragged."""
+
+        def exact(self, assignment: Mapping[str, Level]) -> dict[str, float]:
+            found: dict[str, float] = super().exact(assignment)
+            return found | {"pool": found["pool"] * (10 if assignment.get("head") == "int8" else 1)}
+
+    net = Layouts()
+    term = by_name(fitted(lab, net))["pool"]
+    assert term.sites == ("width:stem", "head")
+    table = fitted(lab, net)
+    for level in ("bf16", "int8"):
+        for stem in (128, 64):
+            found = term.at({"width:stem": stem, "head": level}) * table.scale
+            wanted = net.exact({"width:stem": stem, "head": level})["pool"] * net.overhead
+            assert found == pytest.approx(wanted, rel=0.1)
+
+
 def test_terms_are_the_whole_prediction(lab: ModuleType) -> None:
     net = lab.Network(noise=0.02)
     table = fitted(lab, net)
