@@ -1,10 +1,12 @@
-"""Uncompressed builds against 8-bit linears on one card: BERT-base and ViT-B, random weights.
+"""Builds on one card, random weights: what is found, by hand, in 8 bits; BERT-base, ViT-B, ResNet-50.
 
-    python -m benchmarks.gpu_builds --out results.jsonl [--work bert,vit,kernels] [--batches 32,256]
+    python -m benchmarks.gpu_builds --out results.jsonl [--work bert,vit,resnet50,kernels] [--batches 1,32]
 
 Speed only. All builds of one line were measured in turn in one run by device events, inputs on the
-device; "best float" is the fastest of the float builds. Widths are cut in the models themselves
-(``--small``: feed-forward 2048, nine heads).
+device. "float": uncompressed builds of this project; "hand": the same module by ``torch.compile``, in
+bfloat16 and float16, and its calls recorded as a CUDA graph. Widths are cut in the models themselves
+(``--small``: feed-forward 2048, nine heads; "hand" and "float" stay whole). ``--dry`` compiles and measures
+little: what torch's compiler caches is there for a run that counts.
 """
 
 import argparse
@@ -29,13 +31,22 @@ from tersor.graph.operators import weighted_ops
 from tersor.kernels.linear8 import linear8
 from tersor.timing.device import SelfTimed
 from tersor.timing.protocol import Protocol, measure, noise
+from tests.conformance.zoo.torchvision_shim import import_torchvision
 
 PROTOCOL = Protocol(rounds=5, runs=15, max_seconds=20.0)
+DRY = Protocol(rounds=3, runs=3, max_seconds=0.1)
 FLOATS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bf16", {"mode": "eager", "graph": True}),
     ("bf16", {"mode": "compile", "graph": True}),
     ("bf16", {"mode": "autotune", "graph": True}),
 )
+IMAGES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
+    ("bf16", {"mode": mode, "graph": True, "half": half, "layout": "channels_last"})
+    for mode in ("eager", "compile", "autotune")
+    for half in ("bfloat16", "float16")
+)
+HANDS = ((True, torch.bfloat16), (False, torch.bfloat16))
+IMAGE_HANDS = ((True, torch.bfloat16), (True, torch.float16), (False, torch.float16))
 LINEARS = ((4096, 768, 3072), (4096, 3072, 768), (4096, 768, 768), (32768, 768, 3072))
 
 
@@ -117,16 +128,58 @@ def example(name: str, batch: int) -> Tensor:
     return torch.randn(batch, 3, 224, 224, generator=generator)
 
 
-def graph_of(name: str, *, small: bool) -> Graph:
+def model_of(name: str, *, small: bool) -> nn.Module:
+    if name == "resnet50":
+        torch.manual_seed(1)
+        model: nn.Module = import_torchvision().models.resnet50()
+        return model.eval()
     generator = torch.Generator().manual_seed(1)
     model = {"bert": Bert, "vit": Vit}[name](9 if small else 12, 2048 if small else 3072)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    return model.eval()
+
+
+def graph_of(name: str, *, small: bool) -> Graph:
     leaf = Structure(kind="tensor")
     call = Call(Structure(kind="tuple", children=(leaf,)), Structure(kind="dict"))
-    return capture(model.eval(), Samples(call, (example(name, 2),))).graph
+    return capture(model_of(name, small=small), Samples(call, (example(name, 2),))).graph
+
+
+class ByHand:
+    """What a careful user does: sixteen bits, channels last, torch.compile, a CUDA graph."""
+
+    def __init__(self, name: str, batch: int, dtype: torch.dtype, *, compiles: bool) -> None:
+        model = model_of(name, small=False).to("cuda", dtype)
+        x = example(name, batch).cuda()
+        x = x.to(dtype) if x.is_floating_point() else x
+        if name == "resnet50":
+            model, x = (v.to(memory_format=torch.channels_last) for v in (model, x))
+        call = torch.compile(model) if compiles else model
+        with torch.no_grad():
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    call(x)
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._kept = call(x)
+
+    def __call__(self) -> object:
+        self._graph.replay()
+        torch.cuda.synchronize()
+        return None
+
+    def timed_ms(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
 
 
 def in_eight_bits(graph: Graph) -> Graph:
@@ -149,17 +202,20 @@ def in_eight_bits(graph: Graph) -> Graph:
     return apply(graph, changes)
 
 
-def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]:
-    plain = graph_of(name, small=False)
-    cut = in_eight_bits(graph_of(name, small=True) if small else plain)
-    builds = [("float", plain, p, o) for p, o in FLOATS]
-    builds += [("int8", cut, p, o) for p, o in FLOATS[1:]]
+def compare(
+    name: str, batch: int, *, small: bool, modes: str, protocol: Protocol
+) -> dict[str, Any]:
+    plain, has_images = graph_of(name, small=False), name == "resnet50"
+    builds = [("float", plain, p, o) for p, o in (IMAGES if has_images else FLOATS)]
+    if not has_images and batch > 1:
+        cut = in_eight_bits(graph_of(name, small=True) if small else plain)
+        builds += [("int8", cut, p, o) for p, o in FLOATS[1:]]
     builds = [b for b in builds if b[3]["mode"] in modes.split(",")]
     (spec,) = plain.signature.inputs
     inputs = {spec.name: example(name, batch).numpy()}
     backend, calls, seconds, notes = InductorBackend("cuda"), {}, {}, {}
     for kind, graph, precision, options in builds:
-        label = f"{kind} {precision} {options['mode']}"
+        label = f"{kind} {options.get('half', 'bfloat16')} {options['mode']}"
         choice = BuildChoice(
             backend="inductor", device="cuda", precision=precision, batch=batch, options=options
         )  # type: ignore[arg-type]
@@ -171,10 +227,15 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
             continue
         seconds[label] = round(time.perf_counter() - start, 1)
         calls[label] = built.resident(inputs)
-    times = measure(calls, PROTOCOL)
+    for compiles, dtype in IMAGE_HANDS if has_images else HANDS:
+        label = f"hand {str(dtype).partition('.')[2]} {'compile' if compiles else 'eager'}"
+        start = time.perf_counter()
+        calls[label] = ByHand(name, batch, dtype, compiles=compiles)
+        seconds[label] = round(time.perf_counter() - start, 1)
+    times = measure(calls, protocol)
     best = {
         kind: min((t.median_ms, n) for n, t in times.items() if n.startswith(kind))
-        for kind in ("float", "int8")
+        for kind in ("hand", "float", "int8")
         if any(n.startswith(kind) for n in times)
     }
     row: dict[str, Any] = {
@@ -182,8 +243,10 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
         "ms": {n: [round(t.median_ms, 4), round(noise(t), 4)] for n, t in times.items()},
         "build_s": seconds, "dropped": notes, "best": best,
     }  # fmt: skip
-    if len(best) == 2:
+    row["float_over_hand"] = round(best["hand"][0] / best["float"][0], 3)
+    if "int8" in best:
         row["speedup"] = round(best["float"][0] / best["int8"][0], 3)
+        row["speedup_over_hand"] = round(best["hand"][0] / best["int8"][0], 3)
     return row
 
 
@@ -245,6 +308,7 @@ def main() -> None:
     parser.add_argument("--batches", default="32,256")
     parser.add_argument("--modes", default="eager,compile,autotune")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     card = {**facts("cuda"), "torch": torch.__version__}
     for work in options.work.split(","):
@@ -252,7 +316,13 @@ def main() -> None:
             (kernels(*shape) for shape in LINEARS)
             if work == "kernels"
             else (
-                compare(work, int(b), small=options.small, modes=options.modes)
+                compare(
+                    work,
+                    int(b),
+                    small=options.small,
+                    modes=options.modes,
+                    protocol=DRY if options.dry else PROTOCOL,
+                )
                 for b in options.batches.split(",")
             )
         )

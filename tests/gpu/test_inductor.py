@@ -26,7 +26,6 @@ from tests.conformance.test_backends import (
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-CRASHES = pytest.mark.xfail(reason="loading a package ends the process on torch 2.11", run=False)
 HALF_PRECISION = (
     2e-4  # normalised squared error of a short chain in bf16: (2**-8)**2 an op, about ten
 )
@@ -104,7 +103,7 @@ def test_every_float_choice_computes_the_graph(backend: InductorBackend) -> None
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("mode", ["eager", "compile", pytest.param("package", marks=CRASHES)])
+@pytest.mark.parametrize("mode", ["eager", "compile", "package"])
 def test_int8_graphs_run_on_codes(backend: InductorBackend, mode: str, precision: str) -> None:
     inputs = (random(4, 7, 64),)
     graph = compressed(graph_of(seeded(Block(64, 256)), *inputs), "int8", 127)
@@ -136,7 +135,6 @@ def test_profile_names_the_ops_and_sums_to_the_latency(backend: InductorBackend)
             assert times[OUTSIDE] >= 0
 
 
-@CRASHES
 def test_package_of_a_file_answers_within_a_second(
     backend: InductorBackend, tmp_path: Path
 ) -> None:

@@ -8,13 +8,15 @@ size alone for the least error within the bytes.
 import math
 from dataclasses import dataclass
 
-from tersor.plan.ledger import Ledger
+from tersor.core.records import Level
+from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.problem import Constraint
 from tersor.plan.solve import TOLERANCE
 from tersor.plan.sweep import SMALLEST_SHARE
 from tersor.plan.task import Draft
 
 FINALISTS = 3
+_PLAIN: Level = "int8"
 # Predictions are off by 2-5 % (FINDINGS 1): ask for that much more than the target.
 SPEED_MARGIN = 0.05
 WIDE_MARGIN = 0.10
@@ -43,6 +45,33 @@ def propose(ledger: Ledger) -> Proposal:
     else:
         proposal = _mildest_in_size(ledger)
     return Proposal(proposal.drafts, ledger.unreachable or proposal.binding)
+
+
+def plain(ledger: Ledger) -> tuple[Draft, ...]:
+    """All of int8 that there is and nothing else: what other tools return, as a plan to beat.
+
+    Prices are off by more between mixtures of formats than for it, so that it is measured whatever they say.
+    None where no speed is asked for, nothing is int8, or its size or its loss does not hold.
+    """
+    limits = ledger.task.limits
+    if limits.max_loss is None and limits.max_ms is None:
+        return ()
+    drafts = []
+    for table in range(len(ledger.tables)):
+        problem = ledger.problem(table)
+        chosen = {s: _PLAIN for s, row in problem.levels().items() if _PLAIN in row}
+        if chosen:
+            levels = {**problem.native_assignment(), **chosen}
+            drafts.append(draft_of(table, problem.settled(levels)))
+    drafts.sort(key=lambda d: (ledger.totals(d), d))
+    for draft in drafts[:1]:
+        size = ledger.totals(draft).size_bytes
+        too_large = limits.max_bytes is not None and size > limits.max_bytes
+        if too_large or not (ledger.is_evaluated(draft) or ledger.evaluations_left > 0):
+            return ()
+        if limits.max_loss is not None and ledger.loss(draft) > limits.max_loss:
+            return ()
+    return tuple(drafts[:1])
 
 
 def check_size(ledger: Ledger) -> None:

@@ -14,7 +14,7 @@ from tersor.core.records import Plan
 from tersor.plan.improve import improve
 from tersor.plan.ledger import Ledger
 from tersor.plan.problem import Binding, Constraint, Objective
-from tersor.plan.proposals import FINALISTS, Proposal, propose
+from tersor.plan.proposals import FINALISTS, Proposal, plain, propose
 from tersor.plan.task import Choice, Draft, Evaluation, Limits, Task, Tools
 from tersor.plan.words import binding_words
 
@@ -77,9 +77,9 @@ def baseline_is_enough(task: Task) -> bool:
 
 
 def _measure_rounds(ledger: Ledger) -> Proposal:
-    proposal = propose(ledger)
+    proposal, more = propose(ledger), plain(ledger)
     for _ in range(ledger.task.max_rounds):
-        fresh = ledger.measure(proposal.drafts)
+        fresh = ledger.measure([*proposal.drafts, *more])
         again = propose(ledger)
         if again.drafts[0] in ledger.measured and (
             not fresh or ledger.disagreement(again.drafts[0]) <= AGREEMENT

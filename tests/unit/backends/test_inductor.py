@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.api.session import pick_backends
 from tersor.backends.inductor import InductorBackend, executable, host
@@ -161,6 +162,37 @@ def test_chains_of_codes(block: tuple[Graph, tuple[torch.Tensor, ...]]) -> None:
     assert lowered.sources[second.name] == "linear_1"
     plain = lower(graph, Form(integers=False))
     assert linear8 not in [n.target for n in plain.module.graph.nodes]
+
+
+class Reads(nn.Module):
+    """Three linears that read one tensor, and one whose weight another op reads as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 8), nn.Linear(16, 8, bias=False), nn.Linear(16, 12)
+        self.tied = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        parts = [t.view(t.shape[0], t.shape[1], 4, -1) for t in (q, k, v)]
+        return (
+            torch.cat([*parts, self.tied(x).unsqueeze(2).expand(-1, -1, 4, -1)], -1)
+            + (self.tied.weight * x.mean()).sum()
+        )
+
+
+@pytest.mark.parametrize(
+    ("level", "target"), [("f32", torch.ops.aten.linear.default), ("int8", linear8)]
+)
+def test_linears_that_read_one_tensor_are_one_product(level: str, target: Any) -> None:
+    inputs = (random(4, 7, 16),)
+    graph = graph_of(seeded(Reads()), *inputs)
+    graph = compressed(graph, "int8", 127) if level == "int8" else graph
+    apart, joined = (lower(graph, Form(joins=joins)).module for joins in (False, True))
+    count = [[n.target for n in m.graph.nodes].count(target) for m in (apart, joined)]
+    assert count == ([4, 2] if level == "f32" else [4, 1])
+    wanted, found = (m(*inputs)[0] for m in (apart, joined))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])

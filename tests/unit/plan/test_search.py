@@ -10,6 +10,7 @@ import pytest
 from tersor.core.errors import ConfigError
 from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import BaselineRow, BuildChoice, Candidate, PriceTable, Term
+from tersor.plan import proposals
 from tersor.plan.improve import improve
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.moves import MAX_PAIRS, moved
@@ -45,6 +46,45 @@ def test_drop_gives_the_fastest_plan_that_holds(lab: ModuleType, seed: int) -> N
     assert choice.binding == "drop"
     assert choice.plan.binding.startswith("drop: the plan loses")
     assert not choice.is_baseline
+
+
+def slow_mixtures(lab: ModuleType, seed: int):
+    """A world whose builds take half as long again where formats are mixed, which no price says."""
+    world = lab.make_world(seed, n=7)
+
+    def measure(plans):  # noqa: ANN001, ANN202
+        world.measured.extend(plans)
+        times = [world.truth.predict_ms(p.assignment, world.problem.tensors) for p in plans]
+        kinds = [set(p.assignment.values()) for p in plans]
+        return [ms * (1.5 if len(k) > 1 else 1.0) for ms, k in zip(times, kinds, strict=True)]
+
+    return world, replace(world.tools(), measure=measure)
+
+
+def test_plain_int8_is_measured_and_wins_where_mixtures_are_slower_than_priced(
+    lab: ModuleType,
+) -> None:
+    world, tools = slow_mixtures(lab, 1)
+    plain = dict.fromkeys(world.problem.candidates, "int8")
+    predicted = world.truth.predict_ms(plain, world.problem.tensors)
+    fastest = optimise(replace(world.problem, objective="latency"))
+    assert world.problem.totals(fastest.assignment).ms < predicted  # what the prices would have
+    for limits in (Limits(max_loss=1.01 * world.loss(plain)), Limits(max_ms=1.001 * predicted)):
+        choice = choose(world.task(limits), tools)
+        assert choice.plan.assignment == plain
+        assert choice.plan.measured_ms == pytest.approx(predicted)
+
+
+def test_plain_int8_that_loses_too_much_is_not_measured(lab: ModuleType) -> None:
+    world, tools = slow_mixtures(lab, 1)
+    plain = dict.fromkeys(world.problem.candidates, "int8")
+    choose(world.task(Limits(max_loss=0.3 * world.loss(plain))), tools)
+    assert all(p.assignment != plain for p in world.measured)
+    world.measured.clear()
+    ledger = Ledger(world.task(Limits(max_ms=1.0, max_bytes=1)), tools)
+    assert proposals.plain(ledger) == ()
+    ledger = Ledger(world.task(Limits(max_bytes=10**9)), tools)
+    assert proposals.plain(ledger) == ()
 
 
 def test_prices_that_are_off_are_corrected(lab: ModuleType) -> None:

@@ -1,11 +1,13 @@
 """A lowered module -> something to call: torch's own kernels, torch.compile, or a package."""
 
+import ctypes
 import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from tersor.backends.inductor.options import Options
-from tersor.core.errors import BackendError
 
 Call = Callable[..., Sequence[Tensor]]
-# Loading one ended the process (torch 2.11, H200, 2026-11-28); the cause is not known yet.
-CUDA_PACKAGES = False
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 
@@ -50,14 +49,11 @@ def compile_module(
         is_open: Sizes differ from call to call.
     """
     on_gpu = any(t.is_cuda for t in example)
-    if options.mode == "package" and on_gpu and not CUDA_PACKAGES:
-        raise BackendError(
-            "inductor: mode package is not offered on CUDA devices: torch 2.11 crashes on loading one; "
-            "use mode=compile, which is compiled again where the file is loaded"
-        )
     if options.mode == "eager":
         return Compiled(call=module)
     with _quiet():
+        if on_gpu and not is_open:
+            module(*example)  # kernels choose their tiles for these shapes, which no compiler does
         if options.mode == "package":
             return _packaged(module, example, is_open=is_open)
         return _just_in_time(module, example, options, is_open=is_open)
@@ -121,6 +117,18 @@ def constants_of(program: Any) -> dict[str, Tensor]:
     return {**program.state_dict, **program.constants}
 
 
+@cache
+def _share_cxx_runtime() -> None:
+    """Let libraries that were linked without libstdc++ find it in this process.
+
+    A compiler that links it statically, or not at all, leaves a package's library with names that nothing
+    on its own list has, and the first call of one ends the process (torch 2.11, seen with g++ of another
+    prefix than the system's).
+    """
+    with suppress(OSError):  # another runtime: its packages link against that
+        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
+
+
 def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
     """The call of a package; its native code is loaded into this process.
 
@@ -128,6 +136,7 @@ def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
         package: The bytes of a ``.pt2``.
         constants: On the device; they are used where they lie and must stay as they are.
     """
+    _share_cxx_runtime()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         path.write_bytes(package)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tersor.backends.inductor.compiling import (
-    CUDA_PACKAGES,
     Call,
     Compiled,
     compile_module,
@@ -312,7 +311,8 @@ def _full(graph: Graph, shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def _form(choice: BuildChoice, options: Options, channels_last: bool) -> Form:
     dtype = torch.float32 if choice.precision == "f32" else _HALF[options.half]
-    return Form(dtype=dtype, device=choice.device, channels_last=channels_last)
+    joins = family(choice.device) == "cuda"
+    return Form(dtype=dtype, device=choice.device, channels_last=channels_last, joins=joins)
 
 
 def load(
@@ -333,8 +333,6 @@ def load(
     if native is None:
         return InductorExecutable(graph, shapes, choice, cache=known)
     reason = mismatch(read_host(choice.device), native.host)
-    if not reason and family(choice.device) == "cuda" and not CUDA_PACKAGES:
-        reason = "found a package for CUDA, wanted one for a CPU: torch crashes on loading it"
     if not reason and not known.knows(native.package):
         reason = "found no record that this user built it, wanted one in the build cache"
     if not reason:

@@ -2,10 +2,11 @@
 
 Linears that read codes become ``kernels.linear8``; where one's result goes through an activation to the
 next one's codes alone, all of it is one call. Every other quantiser is computed in floats, and weights of
-codes become the floats that they stand for.
+codes become the floats that they stand for. On CUDA devices linears that read one tensor are one product.
 """
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,9 @@ _WEIGHT = _decomposed.dequantize_per_channel.default
 _MOST = 127  # of an int8 code
 _SHIFT = 128  # from unsigned to signed codes
 _SIDES = 4  # dimensions of an image
+_UNFUSED = (
+    5  # arguments of a product of codes without an activation: codes, weight, scale, offset, type
+)
 _FUSED = {  # ops that the kernel computes behind its product
     _aten.relu.default: lambda _: "relu",
     _aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
@@ -41,12 +45,14 @@ class Form:
         device: Where its tensors live.
         channels_last: Images and the weights of their convolutions have their channels last.
         integers: Linears multiply codes; false: the floats that those stand for.
+        joins: Linears that read one tensor become one product.
     """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     channels_last: bool = False
     integers: bool = True
+    joins: bool = False
 
 
 @dataclass(slots=True)
@@ -68,6 +74,9 @@ def lower(graph: Graph, form: Form) -> Lowered:
     copied.eliminate_dead_code()
     work.chains()
     copied.eliminate_dead_code()
+    if form.joins:
+        work.shared_reads()
+        copied.eliminate_dead_code()
     work.floats()
     work.images()
     used = {str(n.target) for n in copied.nodes if n.op == "get_attr"}
@@ -213,6 +222,64 @@ class _Lowering:
         self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
 
+    def shared_reads(self) -> None:
+        """Linears that read one tensor (queries, keys, values) as one product, cut behind it.
+
+        A card fills up with fewer and larger kernels. Weights that others read, too, stay as they are.
+        """
+        groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if _is_call(node, linear8) and len(node.args) == _UNFUSED:
+                groups.setdefault((linear8, node.args[0], node.args[4]), []).append(node)
+            elif _is_call(node, _aten.linear.default):
+                groups.setdefault((node.target, node.args[0]), []).append(node)
+        for (target, read, *rest), nodes in groups.items():
+            found = [n for n in nodes if self._owns_constants(n)]
+            if len(found) > 1:
+                self._share_read(target, read, rest, found)
+
+    def _owns_constants(self, node: fx.Node) -> bool:
+        """Whether weight, bias and scales are the graph's constants, and no other op's as well."""
+        constants = [v for v in node.args[1:4] if v is not None]
+        mine = [v for v in constants if isinstance(v, fx.Node) and v.op == "get_attr"]
+        names = {str(v.target) for v in mine}
+        others = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n not in mine}
+        is_mine = len(mine) == len(constants) and all(len(v.users) == 1 for v in mine)
+        return is_mine and not names & others
+
+    def _share_read(
+        self, target: Callable[..., Any], read: fx.Node, rest: list[Any], nodes: list[fx.Node]
+    ) -> None:
+        first = nodes[0]
+        count = 3 if target is linear8 else 2  # weight, scale, offset; weight, bias
+        rows = [[self._value(n, i + 1) for i in range(count)] for n in nodes]
+        sizes = [int(row[0].shape[0]) for row in rows if row[0] is not None]
+        with self.graph.inserting_before(first):
+            joined: list[fx.Node | None] = []
+            for i, values in enumerate(zip(*rows, strict=True)):
+                name = f"tersor_{first.name}_joined_{i}"
+                whole = _joined(values, sizes)
+                if whole is not None:
+                    self.tensors[name] = whole
+                if target is linear8:
+                    self._exact.add(name)
+                joined.append(None if whole is None else self.graph.get_attr(name))
+            product = self.graph.call_function(target, (read, *joined, *rest))
+            cut = self.graph.call_function(_aten.split_with_sizes.default, (product, sizes, -1))
+            parts = [
+                self.graph.call_function(operator.getitem, (cut, i)) for i in range(len(nodes))
+            ]
+        self.sources[product.name] = self.sources.get(first.name, first.name)
+        for node, part in zip(nodes, parts, strict=True):
+            for user in node.users:  # a part has strides that a view may not take
+                if _is_call(user, _aten.view.default):
+                    user.target = _aten.reshape.default
+            node.replace_all_uses_with(part)
+
+    def _value(self, node: fx.Node, index: int) -> Tensor | None:
+        value = node.args[index] if index < len(node.args) else None
+        return self.tensors[str(value.target)] if isinstance(value, fx.Node) else None
+
     def floats(self) -> None:
         """The build's type in place of float32."""
         target = self.form.dtype
@@ -313,6 +380,15 @@ def _quantizer(value: Any) -> _Grid | None:
     step, zero, low, high = node.args[1:5]
     shift = _SHIFT if high > _MOST else 0
     return _Grid(node, node.args[0], float(step), int(zero) - shift, low - shift, high - shift)
+
+
+def _joined(values: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """Weights, biases or scales of several linears in a row; zeros for a bias that is not there."""
+    known = next((v for v in values if v is not None), None)
+    if known is None:
+        return None
+    filled = [known.new_zeros(n) if v is None else v for v, n in zip(values, sizes, strict=True)]
+    return torch.cat(filled)
 
 
 def _is_call(value: Any, target: Callable[..., Any]) -> bool:

@@ -1,0 +1,72 @@
+"""The Triton kernel under Triton's interpreter, against its definition; on a card see tests/gpu."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+# Codes on the border between two may differ by one; the interpreter has no fast tanh.
+SCRIPT = """
+import json
+import torch
+import triton
+from tersor.kernels.linear8 import ACTIVATIONS, linear8_reference
+from tersor.kernels.linear8_triton import _CODES, linear8_kernel
+
+def off(rows, inp, out, activation, to_codes, tile, kind):
+    generator = torch.Generator().manual_seed(rows + inp)
+    if kind == "int8":
+        x, w = (torch.randint(-128, 128, s, generator=generator).to(torch.int8) for s in ((rows, inp), (out, inp)))
+    else:
+        x, w = (torch.randn(s, generator=generator).to(torch.float8_e4m3fn) for s in ((rows, inp), (out, inp)))
+    scale = torch.rand(out, generator=generator) / inp / (1000 if kind == "int8" else 1) + 1e-6
+    offset, inverse = torch.randn(out, generator=generator), torch.full((out,), 20.0)
+    dtype = x.dtype if to_codes else torch.float32
+    limits = (-100.0, 90.0) if kind == "int8" else (-448.0, 448.0)
+    zero = 3.0 if kind == "int8" else 0.0
+    # One more row, poisoned: nothing beyond the end is written, and everything before it is.
+    buffer = torch.full((rows + 1, out), 77.0).to(dtype)
+    grid = (triton.cdiv(rows, tile[0]) * triton.cdiv(out, tile[1]),)
+    linear8_kernel[grid](
+        x, w, buffer, scale, offset, inverse, rows, out, inp, zero, *limits,
+        IS_INT=kind == "int8", ACTIVATION=_CODES[activation], TO_CODES=to_codes, SHORT=False,
+        BM=tile[0], BN=tile[1], BK=tile[2], GROUP=8, STEPS=triton.cdiv(inp, tile[2]),
+    )
+    wanted = linear8_reference(
+        x, w, scale, offset, dtype, activation, inverse if to_codes else None, zero, *map(int, limits)
+    )
+    difference = (buffer[:rows].float() - wanted.float()).abs()
+    return float(difference.max()), float((difference > 0).float().mean()), bool((buffer[rows].float() == torch.tensor(77.0).to(dtype).float()).all())
+
+found = {}
+for activation in ACTIVATIONS:
+    found[f"floats {activation}"] = off(5, 40, 20, activation, False, (16, 32, 32), "int8")
+    found[f"codes {activation}"] = off(5, 40, 20, activation, True, (16, 32, 32), "int8")
+found["floats many"] = off(33, 70, 50, "none", False, (16, 16, 32), "int8")
+found["floats fp8"] = off(9, 64, 20, "none", False, (16, 32, 32), "fp8")
+print(json.dumps(found))
+"""
+
+
+def test_interpreted_kernel_computes_its_definition() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    for name, (largest, share, is_kept) in found.items():
+        assert is_kept, name
+        if name.startswith("codes"):
+            assert largest <= 1, name
+            assert share <= 0.02, name
+        else:
+            assert largest <= 2e-5, name
