@@ -8,7 +8,7 @@ torch's own compiler would tune a kernel once and keep that for every shape (tor
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -30,12 +30,15 @@ _GROUP = 8
 _TRIES_MS = 4  # of device time a tile
 # The interpreter that tests on CPUs use knows no assembly.
 _HAS_ASSEMBLY = not knobs.runtime.interpret
+# Kernels are marked @no_type_check: a checker of types wraps functions, and Triton would look for their
+# names in the wrapper's module.
 _Key = tuple[int, int, int, torch.dtype, torch.dtype, int, str]
 _CHOSEN: dict[_Key, Tile] = {}
 
 
 @triton.jit
-def _erf(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@no_type_check
+def _erf(x):  # noqa: ANN001, ANN202
     """Abramowitz and Stegun 7.1.26: 1.5e-7 off at most, in half the steps of the library's."""
     a = tl.abs(x)
     t = 1.0 / (1.0 + 0.3275911 * a)
@@ -45,7 +48,8 @@ def _erf(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@no_type_check
+def _tanh(x):  # noqa: ANN001, ANN202
     """One instruction, 2**-11 off at most."""
     return tl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -53,7 +57,8 @@ def _tanh(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _activated(y, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@no_type_check
+def _activated(y, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):  # noqa: ANN001, ANN202
     if ACTIVATION == 1:
         y = tl.maximum(y, 0.0)
     elif ACTIVATION == 2:
@@ -74,7 +79,8 @@ def _activated(y, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):  # type: ignor
 
 
 @triton.jit
-def linear8_kernel(  # type: ignore[no-untyped-def]  # noqa: ANN201, PLR0915
+@no_type_check
+def linear8_kernel(  # noqa: ANN201, PLR0915
     a_ptr, b_ptr, c_ptr, scale_ptr, offset_ptr, inverse_ptr,  # noqa: ANN001
     M, N, K, zero, low, high,  # noqa: ANN001
     IS_INT: tl.constexpr, ACTIVATION: tl.constexpr, TO_CODES: tl.constexpr, SHORT: tl.constexpr,

@@ -70,3 +70,14 @@ def test_interpreted_kernel_computes_its_definition() -> None:
             assert share <= 0.02, name
         else:
             assert largest <= 2e-5, name
+
+
+def test_no_checker_of_types_wraps_a_kernel() -> None:
+    from triton.runtime.jit import KernelInterface
+
+    from tersor.kernels import linear8_triton as module
+
+    kernels = [v for v in vars(module).values() if isinstance(v, KernelInterface)]
+    assert len(kernels) >= 4
+    for kernel in kernels:
+        assert kernel.fn.__globals__ is vars(module), kernel.fn.__name__  # type: ignore[attr-defined]
