@@ -89,6 +89,18 @@ def test_a_convolution_before_one_grid_is_fused_and_others_are_not(graph: Graph)
     assert "QLinearConv" not in kinds(executable(alone))
 
 
+def test_a_convolution_that_is_fused_with_what_reads_it_keeps_its_time(graph: Graph) -> None:
+    build = executable(graph)
+    build.run({"x": np.ones((1, 3, 12, 12), np.float32)})
+    again = loading.load(build.serialize(), CHOICE)
+    again.run({"x": np.ones((1, 3, 12, 12), np.float32)})
+    convolutions = [op.node.name for op in weighted_ops(graph.module) if op.kind == "conv"]
+    for one in (build, again):
+        times = one.profile()
+        assert all(times.get(name, 0.0) > 0 for name in convolutions), times
+        assert not [name for name in times if name.startswith("relu")]
+
+
 def test_a_result_that_is_an_output_stays_float() -> None:
     class Both(Net):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]

@@ -6,6 +6,7 @@ as QLinearConv, from codes to codes, through the ReLU or pool between. ONNX Runt
 ConvInteger with a scale behind it, or computed in floats from the codes, as a build choice says.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _BLOCK = "model.bin"
 _LINEAR, _DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
 _LEVELS = 256  # of an 8-bit grid
 _INLINE_BYTES = 64  # constants up to this size stay in the structure
+# What ONNX Runtime makes a part of the convolution in front of it.
+_ACTIVATIONS = ("Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid")
 # What may stand between a fused convolution and its readers' quantiser, and works on codes.
 _FOLLOWS = ("Relu", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 
@@ -399,7 +402,27 @@ def _stored(model: onnx.ModelProto, sources: Mapping[str, str]) -> Stored:
         )
         _refer(tensor, offset, len(data))
     structure = model.SerializeToString(deterministic=True)
-    return Stored(structure, bytes(block), tuple(constants), dict(sources))
+    return Stored(structure, bytes(block), tuple(constants), dict(sources), _fused(model, sources))
+
+
+def _fused(model: onnx.ModelProto, sources: Mapping[str, str]) -> dict[str, str]:
+    """Activation -> the convolution that it alone reads, both as graph nodes."""
+
+    def source(node: Any) -> str:
+        first, slash, _ = node.output[0].partition("/")
+        return str(first if slash else sources.get(node.output[0], node.name))
+
+    made = {node.output[0]: node for node in model.graph.node if node.op_type == "Conv"}
+    reads = Counter(name for node in model.graph.node for name in node.input)
+    outputs = {value.name for value in model.graph.output}
+    return {
+        source(node): source(made[node.input[0]])
+        for node in model.graph.node
+        if node.op_type in _ACTIVATIONS
+        and node.input[0] in made
+        and reads[node.input[0]] == 1
+        and node.input[0] not in outputs
+    }
 
 
 def _refer(tensor: Any, offset: int, size: int) -> None:

@@ -30,6 +30,7 @@ _SECTIONS = ("model.onnx", "model.bin", "tensors.json", "segments.json")
 _MIX = 8  # calls of different sizes that a profile runs again
 _ERROR = 3  # severity: warnings about what can't be fused fill the screen
 _KERNEL = "_kernel_time"
+_CONVOLUTIONS = ("Conv", "FusedConv")
 _KINDS = "fiub"  # of dtypes: numbers and booleans
 # Where tensors are looked for that no constant stands for: nowhere, whatever an artifact says.
 _FOLDER, _NOWHERE = "session.model_external_initializers_file_folder_path", "/dev/null/nowhere"
@@ -61,12 +62,15 @@ class Stored:
     Attributes:
         structure: The ONNX model; its large tensors refer to ``model.bin``.
         sources: Name of an output of the model -> the graph node that makes it.
+        fused: Activation -> the convolution in front of it, both as graph nodes: fused, they go by the
+            activation's name, and nearly all of the time is the convolution's.
     """
 
     structure: bytes
     block: bytes
     constants: tuple[Constant, ...]
     sources: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
 
 
 class ONNXRuntimeExecutable:
@@ -177,7 +181,7 @@ class ONNXRuntimeExecutable:
         """The model, its constants, and where they lie in ``model.bin``."""
         stored = self._stored
         rows = [[c.name, c.dtype, list(c.shape), c.offset, c.size] for c in stored.constants]
-        index = {"tensors": rows, "sources": dict(stored.sources)}
+        index = {"tensors": rows, "sources": dict(stored.sources), "fused": dict(stored.fused)}
         segments = sorted({(c.offset, c.size) for c in stored.constants})
         return {
             "model.onnx": stored.structure,
@@ -189,11 +193,11 @@ class ONNXRuntimeExecutable:
     def _source(self, name: str, kind: str) -> str:
         """The graph node of a profiled one; what comes from none goes by its kind."""
         plain = name.removeprefix("fused ")
-        first, slash, _ = plain.partition("/")
-        if slash:
-            return first
-        outputs = [o for o in self._stored.sources if plain == o or plain.startswith(f"{o}_")]
-        return self._stored.sources[max(outputs, key=len)] if outputs else kind
+        found, slash, _ = plain.partition("/")
+        if not slash:
+            outputs = [o for o in self._stored.sources if plain == o or plain.startswith(f"{o}_")]
+            found = self._stored.sources[max(outputs, key=len)] if outputs else kind
+        return self._stored.fused.get(found, found) if kind in _CONVOLUTIONS else found
 
     def _ones(self) -> dict[str, NDArray[Any]]:
         if self.is_dynamic:
@@ -236,13 +240,14 @@ def load(sections: Mapping[str, bytes], choice: BuildChoice) -> ONNXRuntimeExecu
             Constant(str(n), str(np.dtype(t)), tuple(map(int, s)), int(o), int(z))
             for n, t, s, o, z in index["tensors"]
         )
-        sources = {str(k): str(v) for k, v in index["sources"].items()}
+        named = (index["sources"], index.get("fused", {}))
+        sources, fused = ({str(k): str(v) for k, v in found.items()} for found in named)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(
             f"onnxruntime: tensors.json is no list of constants ({error}); write the artifact again"
         ) from error
     block = bytes(sections["model.bin"])
-    stored = Stored(bytes(sections["model.onnx"]), block, constants, sources)
+    stored = Stored(bytes(sections["model.onnx"]), block, constants, sources, fused)
     for constant in constants:
         _check_constant(constant, len(block))
     try:
