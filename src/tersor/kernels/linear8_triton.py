@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton import knobs
+from triton.runtime.errors import OutOfResources
 
 _CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 Tile = tuple[int, int, int, int, int]  # M, N, K, warps, stages
@@ -161,13 +162,26 @@ def choose_tile(key: _Key, call: Callable[[], object]) -> None:
     Args:
         key: What tells calls of different speeds apart.
         call: The call itself; it reads ``_CHOSEN``.
+
+    Raises:
+        OutOfResources: The device has no room for any tile.
     """
     if key in _CHOSEN:
         return
-    times = {}
+    times: dict[Tile, float] = {}
+    problem = None
     for tile in _tiles(key[0]):
         _CHOSEN[key] = tile
-        times[tile] = triton.testing.do_bench_cudagraph(call, rep=_TRIES_MS, return_mode="median")
+        try:
+            times[tile] = triton.testing.do_bench_cudagraph(
+                call, rep=_TRIES_MS, return_mode="median"
+            )
+        except OutOfResources as error:  # shared memory that this card has less of
+            problem = error
+        finally:
+            del _CHOSEN[key]
+    if problem is not None and not times:
+        raise problem
     _CHOSEN[key] = min(times, key=lambda t: times[t])
 
 

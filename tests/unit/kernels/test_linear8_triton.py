@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 # Codes on the border between two may differ by one; the interpreter has no fast tanh.
@@ -81,3 +83,42 @@ def test_no_checker_of_types_wraps_a_kernel() -> None:
     assert len(kernels) >= 4
     for kernel in kernels:
         assert kernel.fn.__globals__ is vars(module), kernel.fn.__name__  # type: ignore[attr-defined]
+
+
+def test_the_fastest_tile_of_a_shape_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from tersor.kernels import linear8_triton as module
+
+    key = (4096, 64, 32, torch.int8, torch.bfloat16, 0, "cuda:0")
+    calls: list[Any] = []
+
+    def bench(times: dict[Any, float]) -> Any:
+        def measured(call: Any, **_: Any) -> float:
+            calls.append(call)
+            tile = module._CHOSEN[key]
+            if tile not in times:
+                raise OutOfResources(300_000, 100_000, "shared memory")
+            return times[tile]
+
+        return measured
+
+    monkeypatch.setattr(module, "_CHOSEN", {})
+    large, middle, small = module._TALL
+    codes, weight = torch.zeros(4096, 64, dtype=torch.int8), torch.zeros(32, 64, dtype=torch.int8)
+    monkeypatch.setattr(module.triton.testing, "do_bench_cudagraph", bench({}))
+    with pytest.raises(OutOfResources):
+        module.choose_tile(key, print)
+    assert not module._CHOSEN
+    assert len(calls) == 3
+    monkeypatch.setattr(
+        module.triton.testing, "do_bench_cudagraph", bench({middle: 2.0, small: 1.0})
+    )
+    for _ in range(2):  # measured once
+        module.choose_tile(key, print)
+        assert len(calls) == 6
+    assert {key: small} == module._CHOSEN
+    monkeypatch.setattr(module, "_CHOSEN", {(*key[:-1], "cpu"): small})
+    assert module._tile_of(codes, weight, torch.bfloat16, 0) == small
+    assert module._tile_of(codes[:100], weight, torch.bfloat16, 0) == large
+    assert module._tile_of(codes[:5], weight, torch.bfloat16, 0) == module._FLAT[0]
