@@ -63,15 +63,16 @@ def plain(ledger: Ledger) -> tuple[Draft, ...]:
         if chosen:
             levels = {**problem.native_assignment(), **chosen}
             drafts.append(draft_of(table, problem.settled(levels)))
-    drafts.sort(key=lambda d: (ledger.totals(d), d))
-    for draft in drafts[:1]:
-        size = ledger.totals(draft).size_bytes
-        too_large = limits.max_bytes is not None and size > limits.max_bytes
-        if too_large or not (ledger.is_evaluated(draft) or ledger.evaluations_left > 0):
-            return ()
-        if limits.max_loss is not None and ledger.loss(draft) > limits.max_loss:
-            return ()
-    return tuple(drafts[:1])
+    if not drafts:
+        return ()
+    best = min(drafts, key=lambda d: (ledger.totals(d), d))
+    if limits.max_bytes is not None and ledger.totals(best).size_bytes > limits.max_bytes:
+        return ()
+    if not ledger.is_evaluated(best) and ledger.evaluations_left <= 0:
+        return ()
+    if limits.max_loss is not None and ledger.loss(best) > limits.max_loss:
+        return ()
+    return (best,)
 
 
 def check_size(ledger: Ledger) -> None:
