@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.backends.inductor.options import Options
+from tersor.kernels.linear8 import linear8
 
 Call = Callable[..., Sequence[Tensor]]
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
@@ -48,11 +49,10 @@ def compile_module(
         options: The mode.
         is_open: Sizes differ from call to call.
     """
-    on_gpu = any(t.is_cuda for t in example)
     if options.mode == "eager":
         return Compiled(call=module)
     with _quiet():
-        if on_gpu and not is_open:
+        if not is_open and any(n.target is linear8 for n in module.graph.nodes):
             module(*example)  # kernels choose their tiles for these shapes, which no compiler does
         if options.mode == "package":
             return _packaged(module, example, is_open=is_open)
