@@ -5,8 +5,7 @@
 Speed only. All builds of one line were measured in turn in one run by device events, inputs on the
 device. "float": uncompressed builds of this project; "hand": the same module by ``torch.compile``, in
 bfloat16 and float16, and its calls recorded as a CUDA graph. Widths are cut in the models themselves
-(``--small``: feed-forward 2048, nine heads; "hand" and "float" stay whole). ``--dry`` compiles and measures
-little: what torch's compiler caches is there for a run that counts.
+(``--small``: feed-forward 2048, nine heads; "hand" and "float" stay whole).
 """
 
 import argparse
@@ -34,7 +33,6 @@ from tersor.timing.protocol import Protocol, measure, noise
 from tests.conformance.zoo.torchvision_shim import import_torchvision
 
 PROTOCOL = Protocol(rounds=5, runs=15, max_seconds=20.0)
-DRY = Protocol(rounds=3, runs=3, max_seconds=0.1)
 FLOATS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bf16", {"mode": "eager", "graph": True}),
     ("bf16", {"mode": "compile", "graph": True}),
@@ -202,9 +200,7 @@ def in_eight_bits(graph: Graph) -> Graph:
     return apply(graph, changes)
 
 
-def compare(
-    name: str, batch: int, *, small: bool, modes: str, protocol: Protocol
-) -> dict[str, Any]:
+def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]:
     plain, has_images = graph_of(name, small=False), name == "resnet50"
     builds = [("float", plain, p, o) for p, o in (IMAGES if has_images else FLOATS)]
     if not has_images and batch > 1:
@@ -232,7 +228,7 @@ def compare(
         start = time.perf_counter()
         calls[label] = ByHand(name, batch, dtype, compiles=compiles)
         seconds[label] = round(time.perf_counter() - start, 1)
-    times = measure(calls, protocol)
+    times = measure(calls, PROTOCOL)
     best = {
         kind: min((t.median_ms, n) for n, t in times.items() if n.startswith(kind))
         for kind in ("hand", "float", "int8")
@@ -308,7 +304,6 @@ def main() -> None:
     parser.add_argument("--batches", default="32,256")
     parser.add_argument("--modes", default="eager,compile,autotune")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     card = {**facts("cuda"), "torch": torch.__version__}
     for work in options.work.split(","):
@@ -316,13 +311,7 @@ def main() -> None:
             (kernels(*shape) for shape in LINEARS)
             if work == "kernels"
             else (
-                compare(
-                    work,
-                    int(b),
-                    small=options.small,
-                    modes=options.modes,
-                    protocol=DRY if options.dry else PROTOCOL,
-                )
+                compare(work, int(b), small=options.small, modes=options.modes)
                 for b in options.batches.split(",")
             )
         )
