@@ -6,6 +6,7 @@ codes become the floats that they stand for. On CUDA devices linears that read o
 """
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -233,19 +234,17 @@ class _Lowering:
                 groups.setdefault((linear8, node.args[0], node.args[4]), []).append(node)
             elif _is_call(node, _aten.linear.default):
                 groups.setdefault((node.target, node.args[0]), []).append(node)
+        constants = [n for n in self.graph.nodes if n.op == "get_attr"]
+        readers = Counter(str(n.target) for n in constants for _ in n.users)
+
+        def is_own(value: Any) -> bool:
+            is_constant = isinstance(value, fx.Node) and value.op == "get_attr"
+            return value is None or (is_constant and readers[str(value.target)] == 1)
+
         for (target, read, *rest), nodes in groups.items():
-            found = [n for n in nodes if self._owns_constants(n)]
+            found = [n for n in nodes if all(map(is_own, n.args[1:4]))]
             if len(found) > 1:
                 self._share_read(target, read, rest, found)
-
-    def _owns_constants(self, node: fx.Node) -> bool:
-        """Whether weight, bias and scales are the graph's constants, and no other op's as well."""
-        constants = [v for v in node.args[1:4] if v is not None]
-        mine = [v for v in constants if isinstance(v, fx.Node) and v.op == "get_attr"]
-        names = {str(v.target) for v in mine}
-        others = {str(n.target) for n in self.graph.nodes if n.op == "get_attr" and n not in mine}
-        is_mine = len(mine) == len(constants) and all(len(v.users) == 1 for v in mine)
-        return is_mine and not names & others
 
     def _share_read(
         self, target: Callable[..., Any], read: fx.Node, rest: list[Any], nodes: list[fx.Node]
