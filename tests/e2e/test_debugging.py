@@ -12,7 +12,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tersor
-from tersor.api.comparing import Comparison
+from tersor.api.comparing import Comparison, _values
 from tersor.api.files import open_graph
 from tersor.api.verifying import flat_inputs
 from tersor.artifact import read_artifact
@@ -22,6 +22,7 @@ from tersor.cli.main import app
 from tersor.core import registry
 from tersor.core.errors import BackendError, ConfigError, DataError
 from tersor.core.records import BuildChoice
+from tersor.graph import meta
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
 from tersor.price.price import PriceConfig
@@ -45,7 +46,7 @@ def path(data: tersor.Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tersor.compress(
             load_resnet20(),
             data,
-            target=tersor.Target(size_ratio=1.5, min_agreement=0.5),
+            target=tersor.Target(size_ratio=3.9, min_agreement=0.5),
             methods=("quantize",),
             keep=KEEP,
             cache_dir=found.parent / "cache",
@@ -104,6 +105,16 @@ def test_the_original_and_the_result_are_compared_value_by_value(
     assert not tight.is_equal
     assert tight.first in nodes
     assert tight.introduced in nodes
+
+
+def test_a_weight_out_of_its_codes_is_no_value_of_the_network(path: Path) -> None:
+    graph = open_graph(read_artifact(path))
+    meta.ensure(graph)
+    from_codes = {n.name for n in graph.module.graph.nodes if n.name.endswith("weight_dequantize")}
+    values = _values(graph)
+    assert len(from_codes) > 5
+    assert from_codes.isdisjoint(values)
+    assert {"mean", "add", "add_4"} <= set(values)
 
 
 class _Wrong:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tersor.api.files import open_graph
 from tersor.api.verifying import drawn_inputs, flat_inputs
@@ -183,22 +183,31 @@ def _diverging(
     """The first value at which a build leaves its graph, by builds that end early."""
     shapes = input_shapes(graph.signature, choice.batch)
 
-    def error_at(name: str) -> float:
+    def error_at(name: str) -> float | None:
         part = ending_at(graph, name)
         try:
             return parity(part, backend.build(part, shapes, choice), choice.batch, flat)
-        except BackendError:  # a value that this backend can't give out tells nothing
-            return 0.0
+        except BackendError:  # a value that this backend can't give out
+            return None
 
     return first_above(_values(graph), error_at, limit)
 
 
 def _values(graph: Graph) -> list[str]:
-    """Names of the nodes that give one float tensor."""
+    """Names of the nodes that give one float tensor and that an input reaches.
+
+    A value of constants alone (a weight out of its codes) stands between an op and its reader in the
+    graph's order, where a search by halves would take it for proof that the op is right.
+    """
+    reached: set[fx.Node] = set()
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder" or not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
     return [
         n.name
         for n in graph.module.graph.nodes
         if n.op == "call_function"
+        and n in reached
         and isinstance(n.meta.get("val"), Tensor)
         and n.meta["val"].is_floating_point()
         and n.meta["val"].dim() > 0

@@ -128,7 +128,7 @@ def squared_error(found: Tensor, wanted: Any) -> float:
 
 
 def first_above(
-    names: Sequence[str], error_at: Callable[[str], float], limit: float
+    names: Sequence[str], error_at: Callable[[str], float | None], limit: float
 ) -> tuple[str | None, tuple[tuple[str, float], ...]]:
     """The first name whose error is above the limit, and all that was asked.
 
@@ -137,29 +137,38 @@ def first_above(
 
     Args:
         names: In order.
-        error_at: The error at a name.
+        error_at: The error at a name; None where it can't be told, so that its neighbour is asked.
         limit: The largest error that counts as none.
     """
     asked: list[tuple[str, float]] = []
 
-    def is_above(position: int) -> bool:
-        asked.append((names[position], error_at(names[position])))
-        return not asked[-1][1] <= limit
+    def is_above(name: str) -> bool | None:
+        error = error_at(name)
+        if error is None:
+            return None
+        asked.append((name, error))
+        return not error <= limit
 
     last = len(names) - 1
     marks = sorted({-(-last * i // STEPS) for i in range(1, STEPS + 1)}) if names else []
-    low, high = -1, -1  # within, and above
+    low = 0  # all names in front of it are within
     for mark in marks:
-        if is_above(mark):
-            high = mark
-            break
-        low = mark
-    if high < 0:
-        return None, tuple(asked)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if is_above(middle):
-            high = middle
+        above = is_above(names[mark])
+        if above:
+            return _first_between(list(names[low:mark]), names[mark], is_above), tuple(asked)
+        low = low if above is None else mark + 1
+    return None, tuple(asked)
+
+
+def _first_between(names: list[str], after: str, is_above: Callable[[str], bool | None]) -> str:
+    """The first of some names that is above, by halves, or else the name after them."""
+    while names:
+        middle = len(names) // 2
+        above = is_above(names[middle])
+        if above is None:
+            del names[middle]
+        elif above:
+            after, names = names[middle], names[:middle]
         else:
-            low = middle
-    return names[high], tuple(asked)
+            names = names[middle + 1 :]
+    return after

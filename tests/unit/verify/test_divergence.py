@@ -98,6 +98,18 @@ def test_an_error_that_later_ops_hide_is_found() -> None:
     assert found == "n60"
 
 
+@pytest.mark.parametrize("first", [0, 1, 60, 61, 117, 199])
+def test_what_cannot_be_told_is_no_proof(first: int) -> None:
+    names = [f"n{i}" for i in range(200)]
+    known = {n for i, n in enumerate(names) if i % 3 == 0 or i == first}
+    found, asked = first_above(
+        names, lambda n: float(int(n[1:]) >= first) if n in known else None, 1e-3
+    )
+    assert found == f"n{first}"
+    assert {name for name, _ in asked} <= known
+    assert first_above(names, lambda _: None, 1e-3) == (None, ())
+
+
 def test_bisection_takes_no_number_for_an_error() -> None:
     found, _ = first_above(["a", "b"], lambda _: math.nan, 1e-3)
     assert found == "a"
