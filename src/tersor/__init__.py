@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tersor._version import __version__
 
 if TYPE_CHECKING:
+    from tersor import train
     from tersor.api import (
         apply_plan,
         bench,
@@ -69,6 +70,7 @@ __all__ = [
     "load",
     "profile",
     "read_report",
+    "train",
     "verify",
 ]
 
@@ -87,6 +89,8 @@ sys.modules[__name__].__class__ = _Package
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "train":
+        return import_module("tersor.train")
     raise AttributeError(f"module 'tersor' has no attribute {name!r}")
 
 

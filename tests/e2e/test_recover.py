@@ -101,3 +101,60 @@ def test_a_result_without_recovery_is_what_it_was(pruned_run: Finished, tmp_path
     assert "transform" not in progress.stages
     left, right = tensors_of(result), tensors_of(pruned_run.result)
     assert all(torch.equal(t, right[n]) for n, t in left.items())
+
+
+def test_own_data_and_a_loss_have_a_say(
+    pruned_run: Finished, tmp_path: Path, images: dict[str, Tensor]
+) -> None:
+    calls: list[int] = []
+
+    def loss(outputs: Tensor, item: Any) -> Tensor:
+        calls.append(len(item[1]))
+        return torch.nn.functional.cross_entropy(outputs, item[1])
+
+    pairs = list(
+        zip(images["train"][:96].split(12), images["train_labels"][:96].split(12), strict=True)
+    )
+    recover = tersor.Recover(
+        steps=6,
+        batch=16,
+        data=tersor.Data(pairs, to_inputs=lambda pair: pair[0]),
+        loss=loss,
+    )
+    store, progress = warm_copy(pruned_run, tmp_path), Recorded()
+    result = again(pruned_run, store, progress, recover=recover)
+    assert set(calls) == {12}
+    wholes = [p for r in result.record.recoveries for p in r.parts if p.part == "whole"]
+    assert wholes
+    assert all(p.after <= p.before for p in wholes)
+    quiet = Recorded()
+    again(pruned_run, store, quiet, recover=recover)
+    assert "recover" not in quiet.stages  # found in the store
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seconds": 30.0, "minutes": 1.0}, "one of them"),
+        ({"loss": lambda outputs, item: 0.0}, "a loss without data"),  # noqa: ARG005
+        ({"minutes": -1.0}, "seconds=-60"),
+    ],
+)
+def test_contradictions_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(tersor.TersorError, match=words):
+        tersor.Recover(**options)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ([torch.zeros(4, 1, 28, 28)], "found 1 batches"),
+        ([torch.zeros(4, 1, 8, 8)] * 2, "wanted what the model is given"),
+        ([(torch.zeros(4, 1, 28, 28), torch.zeros(4))] * 2, "to_inputs=lambda batch"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_early(
+    pruned_run: Finished, tmp_path: Path, items: list[Any], words: str
+) -> None:
+    with pytest.raises(tersor.TersorError, match=words):
+        again(pruned_run, tmp_path, Recorded(), recover=tersor.Recover(steps=2, data=items))

@@ -16,8 +16,8 @@ from tersor.core.recovery import PartRecovery, Recover, Recovery
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
 from tersor.graph.meta import refresh
-from tersor.recover.blocks import Hooks, Progressed, part_count, reconstruct
-from tersor.recover.goals import HELD_OUT, Teacher
+from tersor.recover.blocks import Hooks, More, Progressed, part_count, reconstruct
+from tersor.recover.goals import HELD_OUT, Judged, Teacher
 
 _ROUNDED_SHARE = 0.25  # of the seconds, where weights were trained before they were rounded
 _LEAST_BATCHES = 2 * HELD_OUT  # few samples: smaller batches, so that some can be held out
@@ -34,12 +34,16 @@ class _Partial:
 def recovery_key(session: Session, key: str) -> str:
     """A key of what follows recovery: the given one without it."""
     config = session.settings.recover
-    return key if config is None else digest(key, config)
+    if config is None:
+        return key
+    taught = session.taught
+    return digest(key, config.budget(), None if taught is None else taught.key)
 
 
 def seconds_for(session: Session, changed: Changes, *, is_rounded: bool) -> Recover | None:
     """The budget of recovery before (weights) or after (what is left) formats are rounded."""
     config = session.settings.recover
+    config = None if config is None else config.budget()
     has_both = not changed.keeps_all and bool(changed.formats)
     if config is None or not has_both:
         return config
@@ -59,13 +63,15 @@ def recovered(
     config = seconds_for(session, changed, is_rounded=is_rounded)
     if config is None:
         return graph, None
-    key = digest(key, is_rounded, config)
+    taught = session.taught
+    key = digest(key, is_rounded, config, None if taught is None else taught.key)
     kept = session.store.get(Recovery, "recover", key)
     if kept is not None:
         arrays = session.store.arrays("recover", key)
         return _with_tensors(graph, _tensors(arrays)), kept
     found, recovery = _run(session, changed, graph, config, key)
-    found, recovery = _checked(graph, found, recovery, quality)
+    has_labels = taught is not None and taught.loss is not None
+    found, recovery = _checked(graph, found, recovery, quality, has_labels=has_labels)
     session.progress.note(recovery.describe())
     own = _changed_tensors(graph, found)
     arrays = {name: t.contiguous().numpy() for name, t in own.items()}
@@ -99,8 +105,17 @@ def _run(
         fixed=frozenset(op for s in session.formats if s.pinned is not None for op in s.ops),
         done=_interrupted(session, key),
         hooks=Hooks(advance=session.progress.advance, keep=keep),
+        more=_more(session),
     )
     return found.graph, found.recovery
+
+
+def _more(session: Session) -> More | None:
+    taught = session.taught
+    if taught is None:
+        return None
+    judged = None if taught.loss is None else Judged(taught.loss, taught.items)
+    return More(taught.batches, judged)
 
 
 def _interrupted(session: Session, key: str) -> Progressed | None:
@@ -116,16 +131,21 @@ def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _checked(
-    before: Graph, after: Graph, recovery: Recovery, quality: Quality
+    before: Graph, after: Graph, recovery: Recovery, quality: Quality, *, has_labels: bool
 ) -> tuple[Graph, Recovery]:
-    """The better one on the search part, which recovery has not seen."""
+    """The better one on the search part, which recovery has not seen.
+
+    By the error of the outputs; by the loss of quality first where labels had a say, as those may lead
+    away from the original.
+    """
     if not recovery.is_kept:
         return before, recovery
     losses = [quality.loss(graph) for graph in (before, after)]
     errors = [quality.error(graph) for graph in (before, after)]
     limit = quality.limit()
     beyond = [limit is not None and loss > limit for loss in losses]
-    is_better = (beyond[1], errors[1]) < (beyond[0], errors[0])
+    first = losses if has_labels else [0.0, 0.0]
+    is_better = (beyond[1], first[1], errors[1]) < (beyond[0], first[0], errors[0])
     record = replace(
         recovery,
         search_before=losses[0],

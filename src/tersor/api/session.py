@@ -16,6 +16,7 @@ from tersor.analyse.additions import addition_sites
 from tersor.analyse.branches import branch_sites, sites_inside
 from tersor.analyse.sites import find_sites
 from tersor.analyse.widths import unit_size, width_sites
+from tersor.api.taught import Taught, read_taught
 from tersor.api.tiles import Tiles, device_tiles
 from tersor.build.reference import GraphExecutable
 from tersor.capture.detector import Detector, Intake, split_detector
@@ -118,6 +119,7 @@ class Session:
     heads: dict[str, Heads | None] = field(default_factory=dict)  # width -> how its heads lie
     detector: Detector | None = None  # whose core the captured model is
     drawn: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)  # examples
+    taught: Taught | None = None  # the caller's own data for recovery
 
     @property
     def graph(self) -> Graph:
@@ -262,6 +264,9 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         key=key,
         detector=detector,
         axes=axes,
+        taught=read_taught(
+            settings.recover, graph, captured.call, lambda s: _data_hash({"calibration": s})
+        ),
         inside=sites_inside(graph, sites, axes),
     )
 

@@ -76,7 +76,9 @@ class _Host:
         return self.dtype != torch.float32
 
 
-def capture(model: Model, samples: Samples, dynamic: Collection[Place] = ()) -> Captured:
+def capture(
+    model: Model, samples: Samples, dynamic: Collection[Place] = (), *, fold: bool = True
+) -> Captured:
     """Export a model and prove that the graph computes the same.
 
     Args:
@@ -85,6 +87,7 @@ def capture(model: Model, samples: Samples, dynamic: Collection[Place] = ()) -> 
             repeated). Dimensions that vary among them are exported as dynamic.
         dynamic: More dimensions that shall be dynamic, as (flat input, dimension): those that
             vary in other parts of the data (``samples.varying``).
+        fold: As for ``normalise``; without it stored tensors keep the model's own names.
 
     Raises:
         WeightError: A parameter that is not finite, complex or sparse.
@@ -98,11 +101,13 @@ def capture(model: Model, samples: Samples, dynamic: Collection[Place] = ()) -> 
     with state_restored(module), configured(module, EXPORTABLE), evaluation_mode(module), _quiet():
         host = _hosted(module, samples)
         with evaluation_mode(host.plain):
-            graph = _graph(host, samples, dynamic)
+            graph = _graph(host, samples, dynamic, fold=fold)
     return Captured(graph, _original(host), samples.call)
 
 
-def _graph(host: _Host, samples: Samples, dynamic: Collection[Place]) -> Graph:
+def _graph(
+    host: _Host, samples: Samples, dynamic: Collection[Place], *, fold: bool = True
+) -> Graph:
     call = samples.call
     samples = _cast(samples, host.dtype)
     _check_shapes(host, samples)
@@ -112,7 +117,7 @@ def _graph(host: _Host, samples: Samples, dynamic: Collection[Place]) -> Graph:
     seen = _seen(samples, dynamic)
     args, kwargs = _arguments(call, example)
     program = export(host.plain, args, kwargs, seen)
-    module = normalise(program.module(check_guards=False))
+    module = normalise(program.module(check_guards=False), fold=fold)
     _check_constants(module)
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
     if len(holders) != len(example):

@@ -1,17 +1,19 @@
 """What the caller allows for recovery, and what it did: plain values."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from tersor.core.errors import ConfigError
 
 _MOST_SECONDS = 86400.0
+_SECONDS = 60.0  # that recovery takes where nothing else is said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recover:
-    """Train what compression has left towards the original's own outputs; labels are never read.
+    """Train what compression has left towards the original's own outputs; labels only if a loss is given.
 
     Args:
         seconds: Wall-clock time for all gradient steps of one result. How many steps fit in depends
@@ -22,18 +24,32 @@ class Recover:
             become smaller.
         batch: Samples of one step.
         whole: Share of the budget for training all blocks together after each by itself, 0 to 1.
+        minutes: In place of seconds.
+        data: More inputs for training all blocks together, as for ``tersor.compress``: an iterable, or
+            ``tersor.Data(iterable, to_inputs=...)``. None: the calibration part.
+        loss: Takes the model's outputs and an item of ``data``, and returns a scalar: labels have half of
+            the say, the original's outputs the other half.
 
     Raises:
         ConfigError: A value out of its range.
     """
 
-    seconds: float = 60.0
+    seconds: float = _SECONDS
     steps: int | None = None
     rate: float = 0.02
     batch: int = 64
     whole: float = 0.5
+    minutes: float | None = None
+    data: Any = None
+    loss: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
+        self._take_minutes()
+        if self.loss is not None and self.data is None:
+            raise ConfigError(
+                "recover: found a loss without data; give data=tersor.Data(loader, to_inputs=...) whose "
+                "items hold what the loss needs"
+            )
         if not (math.isfinite(self.seconds) and 0 < self.seconds <= _MOST_SECONDS):
             raise ConfigError(
                 f"recover: found seconds={self.seconds}, wanted more than 0 and at most "
@@ -52,6 +68,18 @@ class Recover:
             )
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"recover: found whole={self.whole}, wanted a share from 0 to 1")
+
+    def _take_minutes(self) -> None:
+        if self.minutes is None:
+            return
+        if self.seconds != _SECONDS:
+            raise ConfigError("recover: found seconds and minutes, wanted one of them")
+        object.__setattr__(self, "seconds", 60.0 * self.minutes)
+        object.__setattr__(self, "minutes", None)
+
+    def budget(self) -> "Recover":
+        """The same without data and loss: plain values, which keys and records are made of."""
+        return replace(self, data=None, loss=None)
 
 
 Part = Literal["block", "whole"]

@@ -40,11 +40,13 @@ _FOLD_GROWTH = 2  # a folded constant may be this many times larger than what it
 _FOLD_FREE_BYTES = 1 << 20  # or at most this large
 
 
-def normalise(module: fx.GraphModule) -> fx.GraphModule:
+def normalise(module: fx.GraphModule, *, fold: bool = True) -> fx.GraphModule:
     """The normalised copy of an exported module; the argument is not changed.
 
     Args:
         module: From ``ExportedProgram.module(check_guards=False)``.
+        fold: Also fold batch norms and constants, so that stored tensors are no longer all those of the
+            model. Without it each stored tensor has the name that it has in the model.
 
     Returns:
         A graph module that owns clones of its tensors. Its output is a tuple of tensors.
@@ -58,10 +60,11 @@ def normalise(module: fx.GraphModule) -> fx.GraphModule:
     _drop_identities(graph, _COPIES, written_to(graph))
     _explicit_scale(graph)
     _share_storages(graph, tensors)
-    _fold_constants(graph, tensors)
-    _write_linear(graph, tensors)
-    _fold_batch_norm(graph, tensors)
-    _fold_constants(graph, tensors)
+    if fold:
+        _fold_constants(graph, tensors)
+        _write_linear(graph, tensors)
+        _fold_batch_norm(graph, tensors)
+        _fold_constants(graph, tensors)
     graph.lint()
     return rebuild(graph, tensors)
 

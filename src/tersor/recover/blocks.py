@@ -26,7 +26,7 @@ from tersor.graph.geometry import output_error, output_spreads
 from tersor.graph.meta import ensure, refresh
 from tersor.graph.mutation import has_mutation
 from tersor.graph.training import Leaf, is_rounded, leaves, map_names
-from tersor.recover.goals import Goals, Teacher
+from tersor.recover.goals import Goals, Judged, Teacher
 from tersor.recover.runs import Run
 from tersor.recover.samples import Flat
 from tersor.recover.tensors import Tensors
@@ -63,6 +63,14 @@ class Hooks:
 
 
 @dataclass(frozen=True, slots=True)
+class More:
+    """Batches beside the calibration part, and what a caller's loss reads of them."""
+
+    batches: Sequence[Flat]
+    judged: Judged | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Reconstructed:
     """The graph with the tensors that were kept, and what was done."""
 
@@ -81,6 +89,7 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     size: BlockSize = _SIZE,
     done: Progressed | None = None,
     hooks: Hooks = Hooks(),
+    more: More | None = None,
 ) -> Reconstructed:
     """Train the tensors of a compressed graph block by block, then together.
 
@@ -95,6 +104,7 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
         size: Of blocks.
         done: Of a run of the same inputs that was interrupted.
         hooks: How the caller follows it.
+        more: Other batches for training all blocks together.
 
     Returns:
         The trained graph; where its outputs on the held-out samples are no closer to the
@@ -109,6 +119,8 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     blocks = _blocks(teacher, compressed, [leaf.target for leaf in found], size)
     goals = Goals(teacher, compressed, batches)
     work = _Work(compressed, goals, Tensors(compressed.module, found), config, seed, hooks)
+    if more is not None and len(more.batches) > 1:
+        work.last = Goals(teacher, compressed, more.batches, more.judged)
     before = work.error(compressed)
     work.resume(done)
     work.one_by_one(blocks)
@@ -156,6 +168,7 @@ class _Work:
         hooks: Hooks,
     ) -> None:
         self.graph, self.goals, self.tensors = graph, goals, tensors
+        self.last = goals  # of all blocks together
         self.config, self.seed, self.hooks = config, seed, hooks
         self.parts: list[PartRecovery] = []
         self._resumed: tuple[PartRecovery, ...] = ()
@@ -210,9 +223,9 @@ class _Work:
         is_wanted = self.config.whole > 0 or not self.parts
         if block is None or not is_wanted or self._is_done():
             return
-        run = Run(self.graph.module, self.goals.batches, self.tensors.value)
-        values = self.goals.read(block, run, {n.name for n in block.nodes})
-        part = self.goals.outputs_of(block, values, self.config.batch)
+        run = Run(self.graph.module, self.last.batches, self.tensors.value)
+        values = self.last.read(block, run, {n.name for n in block.nodes})
+        part = self.last.outputs_of(block, values, self.config.batch)
         self._train(part, list(self.tensors.leaves), 1.0, "whole")
 
     def _is_done(self) -> bool:

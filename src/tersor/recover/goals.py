@@ -1,6 +1,6 @@
 """What a part reads and what it should give, on the samples of the calibration part."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.core.records import OutputKind
+from tersor.core.structure import unflatten
 from tersor.graph.axes.matching import Counterparts
 from tersor.graph.contracts import Graph
 from tersor.graph.frontiers import Block
@@ -19,6 +20,7 @@ from tersor.recover.samples import Drawn, Flat, Pool, sample_rows
 from tersor.recover.training import Loss, Part
 
 HELD_OUT = 8  # one batch in so many is never trained on
+LABELS = 0.5  # of the loss, where labels have a say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +47,26 @@ class Teacher:
         return value if self.counterparts is None else self.counterparts.of(name, value)
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A caller's own loss, and what it reads of each batch."""
+
+    loss: Callable[[Any, Any], Tensor]
+    items: Sequence[Any]
+
+
 class Goals:
     """The samples, which of them are held out, and the outputs that are wanted."""
 
-    def __init__(self, teacher: Teacher, compressed: Graph, batches: Sequence[Flat]) -> None:
-        self.teacher, self.batches = teacher, list(batches)
+    def __init__(
+        self,
+        teacher: Teacher,
+        compressed: Graph,
+        batches: Sequence[Flat],
+        judged: Judged | None = None,
+    ) -> None:
+        self.teacher, self.batches, self._judged = teacher, list(batches), judged
+        self._result = compressed.signature.result
         self.unseen = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(self.batches))]
         if not any(self.unseen):
             self.unseen[-1] = True
@@ -127,7 +144,11 @@ class Goals:
             right = [drawn.wanted[str(i)] for i in places]
             own = [spreads[i] for i in places]
             new = [got[name] for name in places.values()]
-            return output_error(new, right, self.teacher.kind, own).mean()
+            error = output_error(new, right, self.teacher.kind, own).mean()
+            if drawn.item is None or self._judged is None:
+                return error
+            label = self._judged.loss(unflatten(self._result, new), drawn.item)
+            return (1 - LABELS) * error + LABELS * label
 
         return self._part(block, loss, (values, wanted), size)
 
@@ -138,7 +159,8 @@ class Goals:
         pairs: tuple[Sequence[Values], Sequence[Values]],
         size: int,
     ) -> Part:
-        drawn = [Drawn(*each) for each in zip(*pairs, self._masks, strict=True)]
+        items = [None] * len(self.batches) if self._judged is None else self._judged.items
+        drawn = [Drawn(*each) for each in zip(*pairs, self._masks, items, strict=True)]
         seen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if not is_unseen]
         unseen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if is_unseen]
         return Part(block, loss, Pool(seen, self._rows, size), unseen)

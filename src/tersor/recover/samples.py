@@ -40,11 +40,13 @@ class Drawn:
         values: What the block reads, by node.
         wanted: What it should give, by node or output.
         mask: Real tokens, or None.
+        item: What the caller's loss reads, of a batch that stays as it is; or None.
     """
 
     values: Values
     wanted: Values
     mask: Tensor | None
+    item: Any = None
 
 
 class Pool:
@@ -75,6 +77,8 @@ _Merged = tuple[Values, Values, Tensor | None, int, frozenset[str]]
 def _merge(batches: Sequence[Drawn], rows: frozenset[str]) -> _Merged | None:
     """All batches as one, and which values are the same in each; None where they can't be joined."""
     first = batches[0]
+    if any(b.item is not None for b in batches):
+        return None
     constant = frozenset(n for n in first.values if n not in rows and _is_same(batches, n))
     joined = [n for n in first.values if n not in constant]
     if not all(n in rows for n in joined) or not all(_fits(batches, n) for n in joined):

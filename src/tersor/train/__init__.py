@@ -1,0 +1,40 @@
+"""Compress while training, and a fast step; public names load on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tersor.train.attaching import attach
+    from tersor.train.lightning_callback import LightningCallback
+    from tersor.train.report import Report
+    from tersor.train.schedule import Schedule
+    from tersor.train.shrinker import Shrinker
+    from tersor.train.trainer_callback import TrainerCallback
+
+_HOMES = {
+    "LightningCallback": "tersor.train.lightning_callback",
+    "Report": "tersor.train.report",
+    "Schedule": "tersor.train.schedule",
+    "Shrinker": "tersor.train.shrinker",
+    "TrainerCallback": "tersor.train.trainer_callback",
+    "attach": "tersor.train.attaching",
+}
+
+__all__ = [
+    "LightningCallback",
+    "Report",
+    "Schedule",
+    "Shrinker",
+    "TrainerCallback",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tersor.train' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,235 @@
+"""Attach to a user's own optimizer, so that the model comes out of training small."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from tersor.capture.samples import flatten_item
+from tersor.core.errors import ConfigError
+from tersor.core.target import Target
+from tersor.train.algorithms import NAMES
+from tersor.train.parts import Parts
+from tersor.train.planning import Planner, Serving
+from tersor.train.probe import Probe
+from tersor.train.schedule import Schedule
+from tersor.train.shrinker import Shrinker
+from tersor.train.structure import Structure, find_structure
+
+_MARK = "_tersor_shrinker"  # on an optimizer that has one
+
+
+def attach(  # noqa: PLR0913 - the public contract
+    model: nn.Module,
+    optimizer: Optimizer,
+    example: Any,
+    *,
+    total_steps: int,
+    target: Target | None = None,
+    counts: Mapping[str, int] | None = None,
+    algorithm: str = "regrow",
+    schedule: Schedule | None = None,
+    keep: Sequence[str] = (),
+    device: str = "cpu",
+    backend: str = "auto",
+    batch: int = 1,
+    cache_dir: str | Path | None = None,
+    progress: Any = True,
+) -> Shrinker:
+    """Register hooks on an optimizer that make the model small while it trains.
+
+    The caller keeps optimizer, scheduler and loop::
+
+        shrinker = tersor.train.attach(
+            model, optimizer, example, target=tersor.Target(speedup=2), total_steps=steps
+        )
+        ...  # the usual loop
+        small, report = shrinker.finish()
+
+    Args:
+        model: Trains in place; compiled, or replicated by DistributedDataParallel, as it may be.
+        optimizer: Any of ``torch.optim`` or like them, with the model's parameters.
+        example: One batch of the model's inputs, without labels: a tensor, a tuple or a dict.
+        total_steps: Steps of the optimizer in the whole run.
+        target: What the model has to reach where it will serve: ``speedup`` over the best uncompressed
+            build, ``latency_ms``, ``size_mb``, ``size_ratio``. Prices are measured now.
+        counts: In place of a target: group -> units to keep. ``tersor.inspect`` lists the widths.
+        algorithm: "regrow" (dead units may come back), "ramp" (they fade, once), "prox" (they are pulled
+            to zero by the budget).
+        schedule: When units die; None: from 5 % to 40 % of the run, a look every 20 steps.
+        keep: Names of layers whose widths stay whole.
+        device: Where the model will serve; it may train elsewhere.
+        backend: As for ``tersor.compress``.
+        batch: Samples of one call there.
+        cache_dir: Of prices; None: the usual one.
+        progress: As for ``tersor.compress``.
+
+    Returns:
+        The shrinker: ``finish``, ``state_dict``, ``load_state_dict``, ``epoch_end``, ``kept``.
+
+    Raises:
+        ConfigError: Neither or both of target and counts, a wrapper or an optimizer that can't be served,
+            no width that may shrink (with the reasons), a schedule that does not fit.
+        TargetError: A target that training can't promise.
+        CaptureError: The model can't be exported.
+    """
+    plain = _unwrapped(model)
+    _check_optimizer(optimizer, plain)
+    if (target is None) == (counts is None):
+        raise ConfigError(
+            "attach: give either target=tersor.Target(...) or counts={group: units}, not "
+            f"{'both' if target is not None else 'neither'}"
+        )
+    planned = _schedule(schedule, total_steps)
+    if algorithm not in NAMES:
+        raise ConfigError(f"algorithm: found {algorithm!r}, wanted one of {', '.join(NAMES)}")
+    structure = find_structure(plain, example, keep=keep)
+    _check_groups(structure, optimizer, plain)
+    if counts is not None:
+        _check_counts(counts, structure)
+    planner = None
+    if target is not None:
+        serving = Serving(
+            device=device, backend=backend, batch=batch, cache_dir=cache_dir, progress=progress
+        )
+        planner = Planner(plain, example, structure, target, serving)
+    shrinker = Shrinker(
+        Parts(
+            outer=model,
+            model=plain,
+            optimizer=optimizer,
+            structure=structure,
+            probe=Probe.of(*flatten_item(example, "example")),
+            schedule=planned,
+            planner=planner,
+            counts=counts,
+            algorithm=algorithm,
+        )
+    )
+    setattr(optimizer, _MARK, shrinker)
+    return shrinker
+
+
+def resumed(
+    model: nn.Module,
+    optimizer: Optimizer,
+    example: Any,
+    structure: Structure,
+    state: Mapping[str, Any],
+    *,
+    schedule: Schedule | None = None,
+) -> Shrinker:
+    """Go on from a checkpoint that was cut; the model has got its structure before its weights.
+
+    Args:
+        model: With the structure of the state.
+        optimizer: That trains it.
+        example: One batch of the model's inputs.
+        structure: Of the model when the run began.
+        state: Of ``Shrinker.state_dict``.
+        schedule: As of ``attach``.
+    """
+    plain = _unwrapped(model)
+    _check_optimizer(optimizer, plain)
+    shrinker = Shrinker(
+        Parts(
+            outer=model,
+            model=plain,
+            optimizer=optimizer,
+            structure=structure,
+            probe=Probe.of(*flatten_item(example, "example")),
+            schedule=_schedule(schedule, int(state["total_steps"])),
+            planner=None,
+            counts=None,
+            algorithm=str(state["algorithm"]),
+        ),
+        state,
+    )
+    setattr(optimizer, _MARK, shrinker)
+    return shrinker
+
+
+def _schedule(schedule: Schedule | None, total_steps: int) -> Schedule:
+    planned = schedule or Schedule(total_steps=total_steps)
+    if planned.total_steps != total_steps:
+        raise ConfigError(
+            f"attach: found total_steps={total_steps} and a schedule of {planned.total_steps}; wanted one"
+        )
+    return planned
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The plain module inside of a compiled or replicated one.
+
+    Raises:
+        ConfigError: A wrapper whose parameters are flat or lie with others.
+    """
+    name = f"{type(model).__module__}.{type(model).__name__}"
+    if name.startswith("deepspeed.") or name.endswith(".FullyShardedDataParallel"):
+        raise ConfigError(
+            f"attach: found {name}, whose parameters are flat pieces without rows and columns; attach to the "
+            "plain model under DistributedDataParallel, or train on one device"
+        )
+    if isinstance(model, DistributedDataParallel):
+        return _unwrapped(model.module)
+    inside = getattr(model, "_orig_mod", None)  # of torch.compile
+    plain = _unwrapped(inside) if isinstance(inside, nn.Module) else model
+    for parameter_name, parameter in plain.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
+            raise ConfigError(
+                f"attach: {parameter_name} is sharded over processes (FSDP2); attach to the plain model under "
+                "DistributedDataParallel, or attach on one device before it is sharded"
+            )
+    return plain
+
+
+def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"attach: found {type(optimizer).__name__}, wanted a torch.optim.Optimizer; with Accelerate or "
+            "DeepSpeed attach to the plain optimizer before prepare()"
+        )
+    known = getattr(optimizer, _MARK, None)
+    if known is not None and known._handles:  # noqa: SLF001
+        raise ConfigError("attach: this optimizer has a shrinker already; call its finish() first")
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not own & {id(p) for p in model.parameters()}:
+        raise ConfigError(
+            "attach: the optimizer has none of the model's parameters; pass the optimizer that trains it"
+        )
+
+
+def _check_groups(structure: Structure, optimizer: Optimizer, model: nn.Module) -> None:
+    """At least one width, and all that makes its units is trained by this optimizer."""
+    if not structure.groups:
+        reasons = "; ".join(f"{h.name}: {h.reason}" for h in structure.held[:5])
+        raise ConfigError(
+            f"attach: found no width that may shrink in {type(model).__name__}"
+            f"{f' ({reasons})' if reasons else ''}; tersor.inspect(model, example) lists what holds each"
+        )
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for group in structure.groups.values():
+        for slot in group.slots:
+            if slot.is_made and id(model.get_parameter(slot.tensor)) not in own:
+                raise ConfigError(
+                    f"attach: {slot.tensor} makes units of {group.name} and is in no group of the optimizer; "
+                    f"add it, set requires_grad=False, or leave the width whole with keep=({group.name!r},)"
+                )
+
+
+def _check_counts(counts: Mapping[str, int], structure: Structure) -> None:
+    for name, count in counts.items():
+        group = structure.groups.get(name)
+        if group is None:
+            why = next((h.reason for h in structure.held if h.name == name), "")
+            raise ConfigError(
+                f"counts: {name!r} is no width that may shrink{f': {why}' if why else ''}; there are "
+                f"{', '.join(list(structure.groups)[:8])}"
+            )
+        if type(count) is not int or not group.least <= count <= group.units:
+            raise ConfigError(
+                f"counts: {name}: found {count!r}, wanted {group.least} to {group.units} units"
+            )

@@ -1,0 +1,109 @@
+"""The lossless commit: zero, ask, cut, ask again; undo where the answers differ."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tersor.capture.module import relative_difference
+from tersor.train.cutting import cut_
+from tersor.train.groups import Group
+from tersor.train.parts import Parts
+from tersor.train.states import cut_states_
+from tersor.train.structure import TOLERANCE
+from tersor.train.units import Units
+
+
+@dataclass
+class Commit:
+    """Units that are chosen for good.
+
+    Attributes:
+        kept: Group -> indices of the units that stay.
+        difference: Largest, of the outputs' scale, between zeroed and cut.
+        is_cut: Whether the model has lost the others.
+    """
+
+    parts: Parts
+    kept: Mapping[str, Tensor]
+    difference: float = 0.0
+    is_cut: bool = False
+    notes: list[str] = field(default_factory=list)
+    _masks: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list, repr=False)
+
+    def hold(self) -> None:
+        """Behind a step: units that are gone but not cut yet stay zero."""
+        if not self.is_cut and self._masks:
+            torch._foreach_mul_([p.data for p, _ in self._masks], [m for _, m in self._masks])
+
+    def cut(self) -> bool:
+        """Cut the model and the optimizer's states.
+
+        Returns:
+            Whether anything was cut: nothing is where all units stay, or where the outputs would change.
+        """
+        groups = self._shrinking()
+        if not groups:
+            self.is_cut = True
+            return False
+        parts = self.parts
+        self.hold()
+        shapes = {p: p.shape for p in parts.model.parameters()}
+        wanted = parts.probe.run(parts.model)
+        done = cut_(parts.model, groups, self.kept)
+        found = parts.probe.run(parts.model)
+        pairs = zip(found, wanted, strict=True)
+        self.difference = max(
+            (relative_difference(f, w) for f, w in pairs if w.is_floating_point()), default=0.0
+        )
+        if not self.difference <= self._tolerance(wanted):
+            done.undo()
+            self.notes.append(
+                f"cutting changed the outputs by {self.difference:.1e} of their scale and was undone: the "
+                "units stay, at zero"
+            )
+            return False
+        self._follow(done.selections, shapes)
+        self.is_cut = True
+        return True
+
+    def _tolerance(self, outputs: list[Tensor]) -> float:
+        """More in half precision: as many roundings of that size."""
+        kinds = [t.dtype for t in outputs if t.is_floating_point()]
+        worst = max((torch.finfo(k).eps for k in kinds), default=torch.finfo(torch.float32).eps)
+        return TOLERANCE * max(1.0, worst / torch.finfo(torch.float32).eps)
+
+    def restore(self) -> None:
+        """Cut a fresh model to a checkpoint's structure; its weights are loaded by the caller."""
+        groups = self._shrinking()
+        shapes = {p: p.shape for p in self.parts.model.parameters()}
+        self._follow(cut_(self.parts.model, groups, self.kept).selections, shapes)
+        self.is_cut = True
+
+    def _follow(
+        self,
+        selections: Mapping[str, tuple[tuple[int, Tensor], ...]],
+        shapes: Mapping[nn.Parameter, torch.Size],
+    ) -> None:
+        named = dict(self.parts.model.named_parameters(remove_duplicate=False))
+        cuts = {named[n]: rows for n, rows in selections.items() if n in named}
+        self.notes += cut_states_(self.parts.optimizer, cuts, shapes)
+        self._masks = []
+
+    def _shrinking(self) -> list[Group]:
+        groups = self.parts.structure.groups
+        return [g for n, g in groups.items() if len(self.kept[n]) < g.units]
+
+
+def commit(parts: Parts, units: Units, kept: Mapping[str, Tensor]) -> Commit:
+    """Units that stay for good; the others are held at zero until they are cut."""
+    flags = {}
+    for name, group in parts.structure.groups.items():
+        if len(kept[name]) < group.units:
+            stay = torch.zeros(group.units)
+            stay[kept[name]] = 1.0
+            flags[name] = stay.to(units.made[0].units.device)
+    made = Commit(parts, kept)
+    made._masks = units.factors(flags)  # noqa: SLF001
+    return made

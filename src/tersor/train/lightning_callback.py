@@ -1,0 +1,93 @@
+"""Lightning's Trainer: one callback."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersor.core.errors import ConfigError, MissingDependencyError
+from tersor.train.attachment import Attachment
+from tersor.train.report import Report
+
+try:
+    import lightning.pytorch as lightning
+except ImportError as error:
+    raise MissingDependencyError(
+        "tersor.train.LightningCallback needs lightning, which is not installed; pip install lightning"
+    ) from error
+
+KEY = "tersor"  # in a checkpoint
+
+
+class LightningCallback(lightning.Callback):  # type: ignore[misc]
+    """Attaches to the module's optimizer when the fit begins; the structure is in each checkpoint.
+
+    ::
+
+        callback = tersor.train.LightningCallback(
+            example, target=tersor.Target(speedup=2), attribute="model"
+        )
+        trainer = lightning.Trainer(max_epochs=20, callbacks=[callback])
+        trainer.fit(module, loader)  # or fit(..., ckpt_path=...)
+        small, report = callback.finish()
+    """
+
+    def __init__(self, example: Any, *, attribute: str = "", **options: Any) -> None:
+        """Take the options of ``attach``.
+
+        Args:
+            example: One batch of the model's inputs, without labels.
+            attribute: The module's attribute that holds the model ("model", "encoder.net"); empty: the
+                module itself, whose ``forward`` then has to be the model's.
+            options: As of ``attach``; the trainer knows the number of steps.
+        """
+        super().__init__()
+        self._attribute = attribute
+        self._attachment = Attachment(example, options)
+
+    def _model(self, module: nn.Module) -> nn.Module:
+        return module.get_submodule(self._attribute)
+
+    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
+        """The structure of a checkpoint that the trainer is about to load."""
+        if stage != "fit" or trainer.ckpt_path is None:
+            return
+        # Lightning's own format; only tensors and plain values are read.
+        checkpoint = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)  # noqa: TID251
+        if KEY not in checkpoint:
+            raise ConfigError(
+                f"{trainer.ckpt_path}: found no structure in the checkpoint, wanted one that was written "
+                "with this callback; take the callback out, or train from the beginning"
+            )
+        self._attachment.restore(self._model(pl_module), checkpoint[KEY])
+
+    def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        """Attach."""
+        optimizers = trainer.optimizers
+        if len(optimizers) != 1:
+            raise ConfigError(
+                f"LightningCallback: found {len(optimizers)} optimizers, wanted one; attach by hand in "
+                "on_fit_start with tersor.train.attach"
+            )
+        steps = trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ConfigError(
+                "LightningCallback: the number of steps is not known; set max_epochs or max_steps"
+            )
+        self._attachment.begin(self._model(pl_module), optimizers[0], int(steps))
+
+    def on_save_checkpoint(
+        self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]
+    ) -> None:
+        """The structure goes into the checkpoint."""
+        del trainer, pl_module
+        if self._attachment.shrinker is not None:
+            checkpoint[KEY] = self._attachment.shrinker.state_dict()
+
+    def finish(
+        self, validate: Callable[[nn.Module], float] | None = None
+    ) -> tuple[nn.Module, Report]:
+        """The small model and what was done, after ``trainer.fit``."""
+        return self._attachment.finish(validate)

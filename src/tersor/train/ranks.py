@@ -1,0 +1,44 @@
+"""Models that are replicated over processes: all choose the same, and are wrapped anew once they shrink."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether gradients are averaged over processes, by buckets of the old shapes.
+
+    A trainer may have wrapped the model out of sight: several processes are enough to tell.
+    """
+    if isinstance(model, DistributedDataParallel):
+        return True
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return torch.distributed.get_world_size() > 1
+
+
+def agreed(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first process's choice, on all of them: averages may differ in the last bit."""
+    found: dict[str, Tensor] = {}
+    for name in sorted(flags):
+        value = flags[name].to(torch.uint8)
+        torch.distributed.broadcast(value, src=0)
+        found[name] = value.bool()
+    return found
+
+
+def rewrapped(old: nn.Module, model: nn.Module) -> nn.Module:
+    """A new wrapper with the old one's settings; the old one must not be used any more."""
+    assert isinstance(old, DistributedDataParallel)
+    return DistributedDataParallel(
+        model,
+        device_ids=old.device_ids,
+        output_device=old.output_device,
+        broadcast_buffers=old.broadcast_buffers,
+        process_group=old.process_group,
+        find_unused_parameters=old.find_unused_parameters,
+        gradient_as_bucket_view=old.gradient_as_bucket_view,
+        static_graph=old.static_graph,
+    )

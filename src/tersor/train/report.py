@@ -1,0 +1,77 @@
+"""What a run of compress-while-training did: plain values."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tersor.train.groups import Held
+from tersor.train.planning import Measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """One group: how many units it had, and how many it has."""
+
+    group: str
+    units: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Of a finished run.
+
+    Attributes:
+        algorithm: How the units were chosen.
+        steps: Of the optimizer, skipped ones left out.
+        shrunk_at: Step after which the model was cut; None: it lost nothing.
+        groups: Every group that may shrink.
+        held: Widths that stayed whole, and why.
+        difference: Largest difference of the outputs between zeroed and cut, of their scale.
+        parameters_before, parameters_after: Elements of all parameters.
+        predicted_ms: Of one call of the counts, by prices; None where the counts were given.
+        measured: The small model beside the dense one on the device; None where counts were given.
+        validated: What ``validate`` gave for the small model.
+        hook_share: Share of the time between steps that was spent in hooks, looks included.
+        rate_share: Learning rate at the cut, of its peak.
+        notes: What a reader should know.
+    """
+
+    algorithm: str
+    steps: int
+    shrunk_at: int | None
+    groups: tuple[Kept, ...]
+    held: tuple[Held, ...]
+    difference: float
+    parameters_before: int
+    parameters_after: int
+    predicted_ms: float | None
+    measured: Measured | None
+    validated: float | None
+    hook_share: float
+    rate_share: float
+    notes: tuple[str, ...] = ()
+
+    def counts(self) -> Mapping[str, int]:
+        """Group -> units that it has now."""
+        return {row.group: row.kept for row in self.groups}
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """A few lines."""
+        cut = [row for row in self.groups if row.kept < row.units]
+        counted = f"{self.parameters_before} parameters to {self.parameters_after}"
+        lines = [
+            f"{len(cut)} of {len(self.groups)} widths cut, {counted}",
+            f"cutting changed the outputs by {self.difference:.1e} of their scale",
+        ]
+        if self.measured is not None:
+            m = self.measured
+            lines.append(
+                f"{m.build}: {m.dense.median_ms:.3f} ms to {m.small.median_ms:.3f} ms, "
+                f"{m.speedup.value:.2f}x [{m.speedup.low:.2f}, {m.speedup.high:.2f}]"
+            )
+        return "\n".join((*lines, *self.notes))

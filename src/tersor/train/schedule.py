@@ -1,0 +1,77 @@
+"""When units die: nothing at first, all that have to by a given share of the run, most of them early."""
+
+import math
+from dataclasses import dataclass
+
+from tersor.core.errors import ConfigError
+
+FEWEST_LOOKS = 4  # between the begin and the end: fewer would be a one-shot cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Of a run of ``total_steps`` steps of the optimizer.
+
+    The count of dead units grows as 1 - (1 - tau)^3, tau from 0 to 1 between begin and end: most of them
+    early, when there is time left to make up for them.
+
+    Args:
+        total_steps: Steps of the optimizer in the whole run.
+        begin: Share of the run before any unit dies.
+        end: Share of the run at which all have, and the model shrinks.
+        every: Steps between two looks at the scores.
+
+    Raises:
+        ConfigError: A value out of its range, or a run too short for four looks.
+
+    Source: Zhu and Gupta 2017, arXiv:1710.01878, eq. 1 (the cube).
+    """
+
+    total_steps: int
+    begin: float = 0.05
+    end: float = 0.40
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        if type(self.total_steps) is not int or self.total_steps < 1:
+            raise ConfigError(
+                f"total_steps: found {self.total_steps!r}, wanted the number of the optimizer's steps, "
+                "a whole number of at least 1: epochs * batches // accumulation"
+            )
+        if not (0 <= self.begin < self.end <= 1):
+            raise ConfigError(
+                f"schedule: found begin={self.begin}, end={self.end}; wanted 0 <= begin < end <= 1"
+            )
+        if type(self.every) is not int or self.every < 1:
+            raise ConfigError(f"schedule: found every={self.every!r}, wanted at least 1 step")
+        looks = (self.last - self.first) // self.every
+        if looks < FEWEST_LOOKS:
+            least = math.ceil((FEWEST_LOOKS + 1) * self.every / (self.end - self.begin))
+            raise ConfigError(
+                f"total_steps={self.total_steps} is too small: {looks} looks at the scores between "
+                f"{self.begin:.0%} and {self.end:.0%} of the run, wanted {FEWEST_LOOKS}; train for "
+                f"{least} steps, or set every={max(1, (self.last - self.first) // FEWEST_LOOKS)}"
+            )
+
+    @property
+    def first(self) -> int:
+        """Steps that are done when the first units may die."""
+        return math.ceil(self.begin * self.total_steps)
+
+    @property
+    def last(self) -> int:
+        """Steps that are done when all have."""
+        return math.floor(self.end * self.total_steps)
+
+    def share(self, step: int) -> float:
+        """Share of the units that have to go which are dead after so many steps."""
+        tau = (step - self.first) / max(1, self.last - self.first)
+        return float(1 - (1 - min(1.0, max(0.0, tau))) ** 3)
+
+    def dead(self, step: int, units: int, keep: int) -> int:
+        """How many of a group's units are dead after so many steps."""
+        return round((units - keep) * self.share(step))
+
+    def is_look(self, step: int) -> bool:
+        """Whether scores are read at the step that ends as the ``step``-th."""
+        return step % self.every == 0 or step == self.last

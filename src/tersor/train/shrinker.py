@@ -1,0 +1,371 @@
+"""Hooks on the user's own optimizer: choose, mask, shrink, and go on.
+
+The user keeps the optimizer, the scheduler and the loop. A hook in front of the optimizer's step and one
+behind it are all that runs; no wrapper class, no value read from the device but at a look.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tersor.core.errors import ConfigError, NumericalError
+from tersor.train.algorithms import make
+from tersor.train.committing import Commit, commit
+from tersor.train.pace import Pace
+from tersor.train.parts import Parts
+from tersor.train.planning import Counts
+from tersor.train.ranks import agreed, is_replicated, rewrapped
+from tersor.train.report import Kept, Report
+from tersor.train.resuming import VERSION, bind, check_structure
+from tersor.train.scores import Scores
+from tersor.train.units import Units
+
+
+class Shrinker:
+    """A run of training in which a model becomes small; made by ``tersor.train.attach``."""
+
+    def __init__(self, parts: Parts, state: Mapping[str, Any] | None = None) -> None:
+        """Register the hooks.
+
+        Args:
+            parts: Of the run.
+            state: Of a checkpoint to go on from; where it was cut already, the model is as well.
+        """
+        self._parts = parts
+        self.step = 0  # of the optimizer that are done
+        self.plan: Counts | None = None
+        if parts.counts is not None:
+            self.plan = Counts(keep=dict(parts.counts))
+        is_cut = state is not None and bool(state["is_cut"])
+        groups = [] if is_cut else list(parts.structure.groups.values())
+        self._units = Units.of(parts.model, groups)
+        self._scores = Scores()
+        self._algorithm = make(
+            parts.algorithm, self._units, parts.optimizer, parts.schedule, self._costs()
+        )
+        self._commit: Commit | None = None
+        self._before = sum(p.numel() for p in parts.model.parameters())
+        self._seen = {id(p): p.shape for p in self._units.parameters()}
+        self._skipped: Tensor | None = None
+        self._peak = 0.0
+        self._rate_share = 1.0
+        self._shrunk_at: int | None = None
+        self._notes: list[str] = []
+        self._pace = Pace(time.perf_counter)
+        if state is not None:
+            self._restore(state)
+        optimizer = parts.optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _costs(self) -> dict[str, float]:
+        """What a unit of each group costs: milliseconds where there are prices, else parameters."""
+        if self._parts.planner is not None:
+            return self._parts.planner.unit_costs()
+        return {n: float(s.mean()) for n, s in self._units.sums(torch.ones_like).items()}
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain module that trains."""
+        return self._parts.model
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the units are chosen for good."""
+        return self._commit is not None
+
+    @property
+    def is_shrunk(self) -> bool:
+        """Whether the model has lost the units that had to go."""
+        return self._commit is not None and self._commit.is_cut
+
+    def kept(self) -> dict[str, Tensor]:
+        """Group -> indices of the units that live now, of those that it had at first."""
+        if self._commit is not None:
+            return dict(self._commit.kept)
+        return {
+            name: (~self._algorithm.dead[name]).nonzero()[:, 0].cpu()
+            if name in self._algorithm.dead
+            else torch.arange(group.units)
+            for name, group in self._parts.structure.groups.items()
+        }
+
+    def _before_step(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._commit is not None:
+            return None
+        with self._pace.inside():
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            is_look = self._parts.schedule.is_look(self.step + 1)
+            if is_look and closure is None:
+                self._scores.update(self._units, self._parts.optimizer)
+            self._algorithm.before()
+        if closure is None:
+            return None
+        wrapped = self._masked(closure, is_look=is_look)
+        if len(args) > 1:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    def _masked(self, closure: Callable[[], Any], *, is_look: bool) -> Callable[[], Any]:
+        """The closure, with dead units at zero where no look wants the latents."""
+
+        def run() -> Any:
+            if not is_look:
+                self._algorithm.hide()
+            try:
+                loss = closure()
+            finally:
+                self._algorithm.reveal()
+            if is_look:
+                self._scores.update(self._units, self._parts.optimizer)
+            return loss
+
+        return run
+
+    def _after_step(self, optimizer: Optimizer, _: Any, __: Any) -> None:
+        self._pace.tick()
+        with self._pace.inside():
+            self.step += 1
+            if self._commit is not None:
+                self._commit.hold()
+                return
+            skipped = getattr(optimizer, "found_inf", None)
+            if isinstance(skipped, Tensor):
+                flag = (skipped > 0).sum()
+                self._skipped = flag if self._skipped is None else self._skipped + flag
+            if self._parts.schedule.is_look(self.step):
+                self._look()
+            if self.step >= self._parts.schedule.last:
+                self._settle()
+            else:
+                self._algorithm.after(reveal=self._parts.schedule.is_look(self.step + 1))
+
+    def _look(self) -> None:
+        """Decide anew which units are dead; the only place where values leave the device."""
+        self._check()
+        if self._skipped is not None:
+            self.step -= int(self._skipped)
+            self._skipped = None
+        schedule = self._parts.schedule
+        if self.step < schedule.first:
+            return
+        if self.plan is None:
+            assert self._parts.planner is not None
+            self.plan = self._parts.planner.counts(self._scores.values)
+            if self.plan.note:
+                self._notes.append(self.plan.note)
+        dead = {
+            name: schedule.dead(self.step, group.units, self.plan.keep.get(name, group.units))
+            for name, group in self._parts.structure.groups.items()
+        }
+        self._algorithm.look(self._scores, dead)
+        if is_replicated(self._parts.outer):
+            self._algorithm.replace(agreed(self._algorithm.dead))
+
+    def _check(self) -> None:
+        """Refuse to go on with a model that was changed, or with gradients that are no numbers."""
+        for parameter in self._units.parameters():
+            if parameter.shape != self._seen[id(parameter)]:
+                raise ConfigError(
+                    f"step {self.step}: a parameter of {tuple(self._seen[id(parameter)])} has become "
+                    f"{tuple(parameter.shape)} after attach(); change the model first and attach then"
+                )
+        values = list(self._scores.values.values())
+        sound = (
+            bool(torch.stack([torch.isfinite(v).all() for v in values]).all()) if values else True
+        )
+        if not sound:
+            bad = [n for n, v in self._scores.values.items() if not bool(torch.isfinite(v).all())]
+            raise NumericalError(
+                f"step {self.step}: the gradients of {', '.join(bad[:3])} are not finite, so that no unit "
+                "can be chosen; go back to the last checkpoint, lower the learning rate, or clip gradients"
+            )
+        rate = max(float(group["lr"]) for group in self._parts.optimizer.param_groups)
+        self._peak = max(self._peak, rate)
+        self._rate_share = rate / self._peak if self._peak > 0 else 1.0
+
+    def _settle(self) -> None:
+        """The units are chosen for good: cut them out, or hold them at zero until that can be done."""
+        self._algorithm.after(reveal=False)
+        dead = self._algorithm.settle()
+        groups = self._parts.structure.groups
+        kept = {
+            name: (~dead[name]).nonzero()[:, 0].cpu() if name in dead else torch.arange(g.units)
+            for name, g in groups.items()
+        }
+        self._commit = commit(self._parts, self._units, kept)
+        if self._rate_share < 0.5:
+            self._notes.append(
+                f"the learning rate was at {self._rate_share:.0%} of its peak when the model shrank; warm it "
+                "up again, or set an earlier end= in the schedule"
+            )
+        if not is_replicated(self._parts.outer):
+            self._cut()
+
+    def _cut(self) -> None:
+        assert self._commit is not None
+        if self._commit.cut():
+            self._shrunk_at = self.step
+        self._notes += self._commit.notes
+
+    def epoch_end(self, model: nn.Module | None = None) -> nn.Module:
+        """Shrink where the model is replicated over processes: only between epochs, as it is wrapped anew.
+
+        Args:
+            model: As the caller has it; None: the one that ``attach`` was given.
+
+        Returns:
+            The model to go on with: a new wrapper where it has shrunk now, else the same one.
+        """
+        outer = self._parts.outer if model is None else model
+        if self._commit is None or self._commit.is_cut or not is_replicated(outer):
+            return outer
+        self._cut()
+        return rewrapped(outer, self._parts.model)
+
+    def finish(
+        self, validate: Callable[[nn.Module], float] | None = None
+    ) -> tuple[nn.Module, Report]:
+        """End the run: the model with exactly the planned counts, and what was done.
+
+        Args:
+            validate: Takes the small model and returns a number that the report shall have.
+
+        Returns:
+            The caller's own module, which has shrunk in place, and the report. The hooks are gone.
+        """
+        if self._commit is None:
+            self._end_early()
+        if not self.is_shrunk:
+            self._cut()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self.model, self._report(validate)
+
+    def _end_early(self) -> None:
+        last = self._parts.schedule.last
+        self._notes.append(
+            f"finish() was called after {self.step} steps, before step {last} at which the model would have "
+            "shrunk: all units that had to go went at once"
+        )
+        if not self._scores.values:
+            raise ConfigError(
+                f"finish() after {self.step} steps: found no look at the scores yet, wanted at least "
+                f"{self._parts.schedule.every} steps of the optimizer that attach() was given; is it the one "
+                "that trains?"
+            )
+        self.step = max(self.step, last)
+        self._algorithm.reveal()
+        self._look()
+        self._settle()
+
+    def _report(self, validate: Callable[[nn.Module], float] | None) -> Report:
+        assert self._commit is not None
+        parts, plan = self._parts, self.plan
+        groups = parts.structure.groups
+        after = sum(p.numel() for p in self.model.parameters())
+        return Report(
+            algorithm=parts.algorithm,
+            steps=self.step,
+            shrunk_at=self._shrunk_at,
+            groups=tuple(
+                Kept(group=n, units=g.units, kept=len(self._commit.kept[n]))
+                for n, g in groups.items()
+            ),
+            held=parts.structure.held,
+            difference=self._commit.difference,
+            parameters_before=self._before,
+            parameters_after=after,
+            predicted_ms=None if plan is None else plan.predicted_ms,
+            measured=None if parts.planner is None else parts.planner.measure(self.model),
+            validated=None if validate is None else float(validate(self.model)),
+            hook_share=self._pace.share(),
+            rate_share=self._rate_share,
+            notes=tuple(self._notes),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a checkpoint needs beside the model's and the optimizer's own states.
+
+        Tensors, numbers and texts: ``torch.load(weights_only=True)`` reads it.
+        """
+        commit_ = self._commit
+        plan = self.plan
+        return {
+            "version": VERSION,
+            "structure": {n: g.units for n, g in self._parts.structure.groups.items()},
+            "total_steps": self._parts.schedule.total_steps,
+            "step": self.step,
+            "plan": None if plan is None else dict(plan.keep),
+            "predicted_ms": None if plan is None else plan.predicted_ms,
+            "scores": self._scores.state_dict(),
+            "algorithm": self._parts.algorithm,
+            "units": self._algorithm.state_dict(),
+            "kept": None if commit_ is None else dict(commit_.kept),
+            "is_cut": commit_ is not None and commit_.is_cut,
+            "difference": 0.0 if commit_ is None else commit_.difference,
+            "shrunk_at": self._shrunk_at,
+            "peak": self._peak,
+            "notes": list(self._notes),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the structure of a checkpoint; call it before the weights' and the optimizer's states.
+
+        Raises:
+            ConfigError: The checkpoint is of another structure or another schedule.
+        """
+        if self.is_shrunk:
+            raise ConfigError(
+                "load_state_dict: this model has shrunk already; build it anew, attach, and load then"
+            )
+        check_structure(state, self._parts.structure)
+        if state["is_cut"]:
+            kept = dict(state["kept"])
+            commit(self._parts, self._units, kept).restore()
+            self._units = Units({}, ())
+        self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, of which the model has the structure."""
+        check_structure(state, self._parts.structure)
+        if state["total_steps"] != self._parts.schedule.total_steps:
+            raise ConfigError(
+                f"checkpoint: found total_steps={state['total_steps']}, wanted "
+                f"{self._parts.schedule.total_steps}: the schedule of the run that is resumed"
+            )
+        if state["algorithm"] != self._parts.algorithm:
+            raise ConfigError(
+                f"checkpoint: found algorithm {state['algorithm']!r}, wanted {self._parts.algorithm!r}"
+            )
+        device = next(self._parts.model.parameters()).device
+        self.step, self._peak = int(state["step"]), float(state["peak"])
+        self._notes = list(state["notes"])
+        self._shrunk_at = state["shrunk_at"]
+        if state["plan"] is not None:
+            self.plan = Counts(keep=dict(state["plan"]), predicted_ms=state["predicted_ms"])
+        self._scores.load(state["scores"], device)
+        if state["kept"] is None:
+            self._algorithm.load(state["units"])
+            return
+        if state["is_cut"]:
+            self._commit = Commit(self._parts, dict(state["kept"]), is_cut=True)
+        else:
+            self._commit = commit(self._parts, self._units, dict(state["kept"]))
+        self._commit.difference = float(state["difference"])
+
+    def bind(self, accelerator: Any) -> None:
+        """Let an ``accelerate.Accelerator`` save and load the structure with its states.
+
+        Attach to the plain optimizer before ``prepare``, then bind.
+        """
+        bind(self, accelerator)

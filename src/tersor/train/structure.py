@@ -1,0 +1,158 @@
+"""What may shrink in a model that trains: groups of units, by the names of its own tensors.
+
+The groups are the exact widths of the exported graph (``graph.axes``), read without folding, so that each
+stored tensor has the name that it has in the model. What the model's own ``forward`` can't do with fewer
+units (a size written into the code) is found by trying, and is held, with its reason.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.capture.module import capture, relative_difference
+from tersor.capture.samples import Samples, flatten_item
+from tersor.capture.weights import copied
+from tersor.core.errors import ConfigError, DataError
+from tersor.graph.axes import Axes, Width, analyse_axes
+from tersor.train.cutting import cut_, zeroed
+from tersor.train.groups import Group, Held, Slot
+from tersor.train.probe import Probe
+
+# Sums of fewer terms in another order: a few hundred roundings of 2**-24, of the output's scale.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """The groups of a model, what is held, and the widths behind them."""
+
+    groups: Mapping[str, Group]
+    held: tuple[Held, ...]
+    axes: Axes
+
+
+def find_structure(model: nn.Module, example: Any, *, keep: Sequence[str] = ()) -> Structure:
+    """The groups of units of a model; it is not changed.
+
+    Args:
+        model: As it trains; exported in evaluation mode.
+        example: One batch of its inputs, as an item of ``tersor.compress``'s data.
+        keep: Names of widths, or beginnings of them, to leave whole.
+
+    Raises:
+        CaptureError: The model can't be exported; says the way out.
+        DataError: The model does not take the example.
+    """
+    call, flat = flatten_item(example, "example")
+    if len({int(t.shape[0]) for t in flat}) != 1:
+        raise DataError(
+            f"example: the tensors hold {[int(t.shape[0]) for t in flat]} samples in dimension 0, "
+            "wanted one number; pass what the model takes, without labels"
+        )
+    axes = analyse_axes(capture(model, Samples(call, flat), fold=False).graph)
+    found: dict[str, Group] = {}
+    held: list[Held] = []
+    for width in axes.widths:
+        made = _group(model, axes, width, keep)
+        if isinstance(made, Held):
+            held.append(made)
+        else:
+            found[made.name] = made
+    probe = Probe.of(call, flat)
+    groups, refused = _tried(copied(model), found, probe)
+    return Structure(groups=groups, held=(*held, *refused), axes=axes)
+
+
+def _group(model: nn.Module, axes: Axes, width: Width, keep: Sequence[str]) -> Group | Held:
+    if width.exactness != "exact":
+        return Held(
+            width.name, "a norm's statistics run over it, so that fewer units change the others"
+        )
+    if any(width.name == k or width.name.startswith(f"{k}.") for k in keep):
+        return Held(width.name, "named in keep")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    known = parameters | dict(model.named_buffers(remove_duplicate=False))
+    slots = []
+    for coupling in width.couplings:
+        if coupling.tensor not in known:
+            return Held(
+                width.name, f"runs through {coupling.tensor}, which is computed, not stored"
+            )
+        own = parameters.get(coupling.tensor)
+        if own is not None and not own.requires_grad:
+            return Held(width.name, f"runs through {coupling.tensor}, which is frozen")
+        dim = axes.walk.stored[coupling.tensor][coupling.dim]
+        slots.append(
+            Slot(
+                tensor=coupling.tensor,
+                dim=coupling.dim,
+                units=torch.from_numpy(axes.units_of(width, dim)),
+                is_made=own is not None and coupling.role != "consumer",
+            )
+        )
+    if not any(slot.is_made for slot in slots):
+        return Held(width.name, "no parameter makes its units")
+    return Group(
+        name=width.name, kind=width.kind, units=width.units, slots=tuple(slots), least=width.least
+    )
+
+
+def _tried(
+    model: nn.Module, groups: dict[str, Group], probe: Probe
+) -> tuple[dict[str, Group], list[Held]]:
+    """The groups that the model's own code runs without some of their units, and computes the same.
+
+    All at once first, as nearly all models can; one by one where that fails.
+    """
+    refused: list[Held] = []
+    if _why_not(model, list(groups.values()), probe) is None:
+        return groups, refused
+    fine: dict[str, Group] = {}
+    for name, group in groups.items():
+        reason = _why_not(model, [group], probe)
+        if reason is None:
+            fine[name] = group
+        else:
+            refused.append(Held(name, reason))
+    reason = _why_not(model, list(fine.values()), probe) if fine else None
+    if reason is not None:
+        raise ConfigError(
+            f"{type(model).__name__}: each of {len(fine)} widths shrinks alone, together they don't: "
+            f"{reason}; leave some of them whole with keep=(...): {', '.join(list(fine)[:6])}"
+        )
+    return fine, refused
+
+
+def _why_not(model: nn.Module, groups: Sequence[Group], probe: Probe) -> str | None:
+    """Why units can't be cut out of a model; None where they can. The model is as before, after."""
+    kept = {g.name: _half(g) for g in groups}
+    with zeroed(model, groups, kept):
+        wanted = probe.run(model)
+    cut = cut_(model, groups, kept)
+    try:
+        found = probe.run(model)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        line = str(error).strip().splitlines() or [type(error).__name__]
+        return f"forward() fails with fewer units: {line[0]}"
+    finally:
+        cut.undo()
+    off = max(
+        (
+            relative_difference(f, w)
+            for f, w in zip(found, wanted, strict=True)
+            if w.is_floating_point()
+        ),
+        default=0.0,
+    )
+    if off <= TOLERANCE:
+        return None
+    return f"forward() differs by {off:.1e} of the output's scale once units are cut"
+
+
+def _half(group: Group) -> Tensor:
+    """Every other unit, as many as must stay at the least."""
+    count = max(group.least, -(-group.units // 2))
+    return (torch.arange(count) * group.units) // count

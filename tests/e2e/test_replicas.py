@@ -1,0 +1,88 @@
+"""Two processes under DistributedDataParallel: one choice, one structure, a new wrapper between epochs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e.helpers import ROOT, environment
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import tersor
+from tersor.train.schedule import Schedule
+from tests.unit.train.networks import Convolutional, images
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+torch.manual_seed(5)
+model = DistributedDataParallel(Convolutional())
+optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+shrinker = tersor.train.attach(
+    model, optimizer, images(4)[0], total_steps=60, counts={"blocks.0.conv1": 3, "blocks.1.conv1": 5},
+    schedule=Schedule(total_steps=60, begin=0.1, end=0.5, every=5),
+)
+shapes = []
+for epoch in range(6):
+    for batch in range(10):
+        x, y = images(16, seed=1000 * rank + 10 * epoch + batch)
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        shapes.append(len(model.module.blocks[0].conv1.weight))
+    model = shrinker.epoch_end(model)
+small, report = shrinker.finish()
+torch.save({"state": small.state_dict(), "shapes": shapes, "counts": report.counts(),
+            "difference": report.difference, "shrunk_at": report.shrunk_at},
+           Path(sys.argv[1]) / f"{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_choose_and_cut_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--master-addr=127.0.0.1",
+            f"--master-port={29600 + os.getpid() % 300}",
+            str(script),
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["counts"]["blocks.0.conv1"] == two["counts"]["blocks.0.conv1"] == 3
+    # The units are chosen after step 30, and cut at the end of that epoch.
+    assert one["shapes"] == [8] * 30 + [3] * 30
+    assert one["shrunk_at"] == 30
+    assert one["difference"] <= 1e-5
+    for name, value in one["state"].items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(value, two["state"][name]), name
+
+
+def test_the_wrapper_is_named_where_there_is_none() -> None:
+    pytest.importorskip("torch.distributed")
+    from tersor.train.ranks import is_replicated
+
+    assert not is_replicated(torch.nn.Linear(2, 2))

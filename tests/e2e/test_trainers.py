@@ -1,0 +1,266 @@
+"""Accelerate, Lightning and Hugging Face's Trainer, the packages themselves: train, stop, resume, shrink."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import tersor
+from tersor.core.errors import ConfigError
+from tersor.train.schedule import Schedule
+from tests.unit.train.networks import Convolutional, images
+
+STEPS = 48
+SCHEDULE = Schedule(total_steps=STEPS, begin=0.1, end=0.5, every=4)
+COUNTS = {"blocks.0.conv1": 3, "blocks.1.conv1": 5}
+OPTIONS: dict[str, Any] = {"counts": COUNTS, "schedule": SCHEDULE}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Trainers draw from torch's own generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        yield
+
+
+def labelled(count: int = STEPS * 8) -> TensorDataset:
+    return TensorDataset(*images(count))
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+class TestAccelerate:
+    """A loop with gradient accumulation; states of the accelerator's own."""
+
+    def start(self) -> Any:
+        accelerate = pytest.importorskip("accelerate")
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        torch.manual_seed(3)
+        model = Convolutional()
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        shrinker = tersor.train.attach(model, optimizer, images(4)[0], total_steps=STEPS, **OPTIONS)
+        loader = DataLoader(labelled(STEPS * 16), batch_size=8)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        shrinker.bind(accelerator)
+        return accelerator, model, optimizer, loader, shrinker
+
+    def train(self, parts: Any, begin: int, end: int) -> None:
+        accelerator, model, optimizer, loader, _ = parts
+        for batch, (x, y) in enumerate(loader):
+            if not begin <= batch < end:
+                continue
+            with accelerator.accumulate(model):
+                accelerator.backward(functional.cross_entropy(model(x), y))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    @pytest.mark.parametrize("stop", [2 * 14, 2 * 36])
+    def test_a_run_resumes_from_the_accelerators_own_state(self, stop: int, tmp_path: Path) -> None:
+        parts = self.start()
+        self.train(parts, 0, stop)
+        parts[0].save_state(str(tmp_path / "state"))
+        self.train(parts, stop, 2 * STEPS)
+        whole, report = parts[4].finish()
+        assert report.counts()["blocks.0.conv1"] == 3
+        assert report.steps == STEPS
+
+        again = self.start()
+        again[0].load_state(str(tmp_path / "state"))
+        self.train(again, stop, 2 * STEPS)
+        found, second = again[4].finish()
+        assert second.counts() == report.counts()
+        assert same(whole, found)
+
+    def test_something_else_is_no_accelerator(self) -> None:
+        parts = self.start()
+        with pytest.raises(ConfigError, match=r"wanted an accelerate\.Accelerator"):
+            parts[4].bind(object())
+
+
+class TestLightning:
+    """A module that holds the network as an attribute."""
+
+    @pytest.fixture(autouse=True)
+    def _package(self) -> None:
+        pytest.importorskip("lightning")
+
+    def module(self) -> Any:
+        import lightning.pytorch as lightning
+
+        class Module(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = Convolutional()
+
+            def training_step(self, batch: Any, _: int) -> Tensor:
+                x, y = batch
+                return functional.cross_entropy(self.model(x), y)
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.AdamW(self.parameters(), 3e-3)
+
+        torch.manual_seed(3)
+        return Module()
+
+    def fit(self, folder: Path, module: Any, *, until: int, path: Any = None) -> Any:
+        """Train up to a step, of a run of STEPS."""
+        import lightning.pytorch as lightning
+
+        class Stop(lightning.Callback):
+            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                if trainer.global_step >= until:
+                    trainer.should_stop = True
+
+        callback = tersor.train.LightningCallback(images(4)[0], attribute="model", **OPTIONS)
+        trainer = lightning.Trainer(
+            max_epochs=4,
+            callbacks=[callback, Stop()],
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+        )
+        loader = DataLoader(labelled(STEPS * 2), batch_size=8)  # 12 batches an epoch
+        trainer.fit(module, loader, ckpt_path=path)
+        return trainer, callback
+
+    @pytest.mark.parametrize("stop", [12, 36])
+    def test_a_fit_resumes_from_its_checkpoint(self, stop: int, tmp_path: Path) -> None:
+        module = self.module()
+        _, callback = self.fit(tmp_path, module, until=STEPS)
+        whole, report = callback.finish()
+        assert whole is module.model
+        assert report.counts()["blocks.1.conv1"] == 5
+
+        half = self.module()
+        trainer, _ = self.fit(tmp_path, half, until=stop)
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        again = self.module()
+        _, second = self.fit(tmp_path, again, until=STEPS, path=tmp_path / "half.ckpt")
+        found, late = second.finish()
+        assert late.counts() == report.counts()
+        assert same(whole, found)
+
+    def test_a_checkpoint_without_structure_is_refused(self, tmp_path: Path) -> None:
+        import lightning.pytorch as lightning
+
+        module = self.module()
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            accelerator="cpu",
+        )
+        trainer.fit(module, DataLoader(labelled(8), batch_size=8))
+        trainer.save_checkpoint(tmp_path / "plain.ckpt")
+        with pytest.raises(ConfigError, match="no structure in the checkpoint"):
+            self.fit(tmp_path, self.module(), until=STEPS, path=tmp_path / "plain.ckpt")
+
+    def test_finish_before_any_fit(self) -> None:
+        callback = tersor.train.LightningCallback(images(4)[0], **OPTIONS)
+        with pytest.raises(ConfigError, match="no training run yet"):
+            callback.finish()
+
+
+class Sentences(Dataset[dict[str, Tensor]]):
+    """Tokens whose first one is the class."""
+
+    def __len__(self) -> int:
+        return STEPS * 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = torch.randint(5, 50, (12,), generator=torch.Generator().manual_seed(index))
+        tokens[0] = index % 4
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.ones(12, dtype=torch.long),
+            "labels": torch.tensor(index % 4),
+        }
+
+
+class TestTrainer:
+    """BERT with a head, small and from random weights."""
+
+    NEURONS = "bert.encoder.layer.{}.intermediate.dense"
+    COUNTS = {NEURONS.format(0): 24, NEURONS.format(1): 16}  # noqa: RUF012 - read only
+
+    @pytest.fixture(autouse=True)
+    def _package(self) -> None:
+        pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+
+    def model(self) -> Any:
+        import transformers
+
+        torch.manual_seed(3)
+        config = transformers.BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            num_labels=4,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        return transformers.BertForSequenceClassification(config)
+
+    def trainer(self, folder: Path, model: Any) -> Any:
+        import transformers
+
+        sample = Sentences()[0]
+        example = {n: torch.stack([sample[n]] * 2) for n in ("input_ids", "attention_mask")}
+        callback = tersor.train.TrainerCallback(example, counts=self.COUNTS, schedule=SCHEDULE)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=8,
+            learning_rate=1e-3,
+            save_steps=12,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            logging_strategy="no",
+            seed=5,
+        )
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=Sentences(), callbacks=[callback]
+        )
+        return trainer, callback
+
+    def test_a_run_shrinks_and_resumes_from_each_checkpoint(self, tmp_path: Path) -> None:
+        trainer, callback = self.trainer(tmp_path / "whole", self.model())
+        trainer.train()
+        whole, report = callback.finish()
+        assert whole is trainer.model
+        assert whole.bert.encoder.layer[1].intermediate.dense.weight.shape == (16, 32)
+        assert report.shrunk_at == SCHEDULE.last
+        for step in (12, 36):  # while units die, and after the cut
+            again, second = self.trainer(tmp_path / f"again{step}", self.model())
+            checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+            second.restore(again.model, checkpoint)
+            again.train(resume_from_checkpoint=str(checkpoint))
+            found, late = second.finish()
+            assert late.counts() == report.counts()
+            assert same(whole, found)
+
+    def test_a_checkpoint_without_structure_says_what_is_missing(self, tmp_path: Path) -> None:
+        trainer, callback = self.trainer(tmp_path, self.model())
+        with pytest.raises(ConfigError, match="no structure beside the checkpoint"):
+            callback.restore(trainer.model, tmp_path)
