@@ -1,7 +1,7 @@
 """How units die: by name."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ Name = Literal["regrow", "ramp", "prox"]
 NAMES: tuple[Name, ...] = ("regrow", "ramp", "prox")
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """What a run calls, around each step of the optimizer and at each look."""
 

@@ -30,8 +30,11 @@ def agreed(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rewrapped(old: nn.Module, model: nn.Module) -> nn.Module:
-    """A new wrapper with the old one's settings; the old one must not be used any more."""
+    """A new wrapper with the old one's settings; the old one can't be used any more."""
     assert isinstance(old, DistributedDataParallel)
+    # Its buckets hold the nodes that take gradients, which know the old shapes.
+    old.reducer = None
+    old.logger = None
     return DistributedDataParallel(
         model,
         device_ids=old.device_ids,

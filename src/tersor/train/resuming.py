@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ _TENSOR = "$tensor"  # in the place of a tensor that lies in the file under that
 _STATE = "state"  # the metadata that holds everything else, as JSON
 
 
+@runtime_checkable
 class HasState(Protocol):
     """What is saved and loaded."""
 

@@ -104,6 +104,8 @@ class Shrinker:
         with self._pace.inside():
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             is_look = self._parts.schedule.is_look(self.step + 1)
+            if is_look:
+                self._check_shapes()
             if is_look and closure is None:
                 self._scores.update(self._units, self._parts.optimizer)
             self._algorithm.before()
@@ -150,7 +152,7 @@ class Shrinker:
 
     def _look(self) -> None:
         """Decide anew which units are dead; the only place where values leave the device."""
-        self._check()
+        self._check_scores()
         if self._skipped is not None:
             self.step -= int(self._skipped)
             self._skipped = None
@@ -170,14 +172,17 @@ class Shrinker:
         if is_replicated(self._parts.outer):
             self._algorithm.replace(agreed(self._algorithm.dead))
 
-    def _check(self) -> None:
-        """Refuse to go on with a model that was changed, or with gradients that are no numbers."""
+    def _check_shapes(self) -> None:
+        """Refuse to go on with a model that was changed."""
         for parameter in self._units.parameters():
             if parameter.shape != self._seen[id(parameter)]:
                 raise ConfigError(
                     f"step {self.step}: a parameter of {tuple(self._seen[id(parameter)])} has become "
                     f"{tuple(parameter.shape)} after attach(); change the model first and attach then"
                 )
+
+    def _check_scores(self) -> None:
+        """Refuse to go on with gradients that are no numbers; follow the learning rate."""
         values = list(self._scores.values.values())
         sound = (
             bool(torch.stack([torch.isfinite(v).all() for v in values]).all()) if values else True

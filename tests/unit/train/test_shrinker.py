@@ -100,7 +100,7 @@ def test_the_other_algorithms_end_with_the_counts_too(algorithm: str, kind: str)
         if step < SCHEDULE.last - 1:
             gone = shrinker._algorithm.dead.get("blocks.0.conv1")
             if gone is not None:
-                norms.append(float(model.blocks[0].bn1.weight[gone].abs().mean()))
+                norms.append(float(model.blocks[0].bn1.weight.detach()[gone].abs().mean()))
 
     run(model, optimizer, range(STEPS), each)
     x, y = images(64, seed=1000)
@@ -477,5 +477,8 @@ def test_parameters_outside_of_the_optimizer_are_named() -> None:
 
 def test_a_model_without_widths_says_what_holds_it() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ConfigError, match="no width that may shrink"):
-        attached(model, torch.optim.SGD(model.parameters(), 0.1), counts={})
+        tersor.train.attach(
+            model, optimizer, torch.ones(2, 4), total_steps=STEPS, counts={}, schedule=SCHEDULE
+        )
