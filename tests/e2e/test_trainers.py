@@ -87,6 +87,8 @@ class TestAccelerate:
             parts[4].bind(object())
 
 
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")  # its own
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 class TestLightning:
     """A module that holds the network as an attribute."""
 

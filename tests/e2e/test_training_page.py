@@ -40,7 +40,7 @@ def names(
     with torch.random.fork_rng():
         torch.manual_seed(0)
     return {
-        "make_model": load_lenet5,
+        "make_model": lambda: load_lenet5().train(),
         "loader": DataLoader(data, batch_size=4, shuffle=False),
         "epochs": STEPS // 50,
         "steps": STEPS,
@@ -62,6 +62,8 @@ def test_the_plain_loop_and_its_checkpoints(
     assert names["shrinker"].step == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")  # its own
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_lightning(names: dict[str, Any]) -> None:
     pytest.importorskip("lightning")
     names["quiet"] = {

@@ -113,12 +113,10 @@ def _replace(owner: nn.Module, leaf: str, value: Tensor, cut: Cut) -> None:
         old, gradient = tensor.data, tensor.grad
 
         def back() -> None:
-            tensor.grad = None
-            tensor.data = old
+            _set_data(tensor, old)
             tensor.grad = gradient
 
-        tensor.grad = None
-        tensor.data = value
+        _set_data(tensor, value)
         cut._undo.append(back)  # noqa: SLF001
         return
     owner._buffers[leaf] = value  # noqa: SLF001
@@ -127,6 +125,18 @@ def _replace(owner: nn.Module, leaf: str, value: Tensor, cut: Cut) -> None:
         owner._buffers[leaf] = tensor  # noqa: SLF001
 
     cut._undo.append(put_back)  # noqa: SLF001
+
+
+def _set_data(parameter: nn.Parameter, value: Tensor) -> None:
+    """Other data behind a parameter, of another shape.
+
+    What takes its gradients knows the old shape, and lives on where a loss of the last step is still at
+    hand. Torch makes a new one only where the type changes, so that it changes in between.
+    """
+    parameter.grad = None
+    other = torch.float64 if value.dtype != torch.float64 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=value.device)
+    parameter.data = value
 
 
 def _mend(module: nn.Module, cut: Cut) -> None:

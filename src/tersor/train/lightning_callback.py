@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from tersor.core.errors import ConfigError, MissingDependencyError
@@ -46,25 +45,38 @@ class LightningCallback(lightning.Callback):  # type: ignore[misc]
         super().__init__()
         self._attribute = attribute
         self._attachment = Attachment(example, options)
+        self._told: Callable[[dict[str, Any]], None] | None = None
 
     def _model(self, module: nn.Module) -> nn.Module:
         return module.get_submodule(self._attribute)
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
-        """The structure of a checkpoint that the trainer is about to load."""
-        if stage != "fit" or trainer.ckpt_path is None:
+        """Be told of a checkpoint before its weights are loaded.
+
+        The trainer tells the module of one it has read, then loads the weights, and only then tells
+        callbacks: the module's own hook is the only place in time.
+        """
+        del trainer
+        if stage != "fit":
             return
-        # Lightning's own format; only tensors and plain values are read.
-        checkpoint = torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)  # noqa: TID251
-        if KEY not in checkpoint:
-            raise ConfigError(
-                f"{trainer.ckpt_path}: found no structure in the checkpoint, wanted one that was written "
-                "with this callback; take the callback out, or train from the beginning"
-            )
-        self._attachment.restore(self._model(pl_module), checkpoint[KEY])
+        own: Callable[[dict[str, Any]], None] = pl_module.on_load_checkpoint
+
+        def told(checkpoint: dict[str, Any]) -> None:
+            if KEY not in checkpoint:
+                raise ConfigError(
+                    "found no structure in the checkpoint, wanted one that was written with this callback; "
+                    "take the callback out, or train from the beginning"
+                )
+            self._attachment.restore(self._model(pl_module), checkpoint[KEY])
+            own(checkpoint)
+
+        self._told = told
+        pl_module.on_load_checkpoint = told  # type: ignore[assignment]
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Attach."""
+        if vars(pl_module).get("on_load_checkpoint") is self._told:
+            del pl_module.on_load_checkpoint
         optimizers = trainer.optimizers
         if len(optimizers) != 1:
             raise ConfigError(

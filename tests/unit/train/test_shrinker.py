@@ -285,6 +285,21 @@ def test_a_compiled_model_goes_on_after_the_cut() -> None:
     torch.testing.assert_close(compiled(x), small(x))
 
 
+def test_a_loss_that_is_still_at_hand_stops_nothing() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    shrinker = attached(model, optimizer)
+    losses = []  # the graph of every step lives on
+    for step in range(SCHEDULE.last + 3):
+        x, y = images(16, seed=step)
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        losses.append(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert shrinker.is_shrunk
+
+
 def test_neurons_of_a_transformer() -> None:
     torch.manual_seed(0)
     model = Encoder()
