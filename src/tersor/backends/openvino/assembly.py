@@ -72,7 +72,7 @@ class Assembly:
         adds = _by_source(self._model, {"Add"})
         for addition in additions:
             self._add(addition, adds)
-        self._round_before_pools()
+        self._round_early()
         self._crossings.cancel(self._model)
         self._model.validate_nodes_and_infer_types()
         _settle_names(self._model)
@@ -129,23 +129,24 @@ class Assembly:
                 values = _named(op.multiply(values, factor), f"{base}/Restore")
             reader.replace_source_output(values)
 
-    def _round_before_pools(self) -> None:
-        """Quantisers in front of the max pools that only they read: the same numbers.
+    def _round_early(self) -> None:
+        """Quantisers in front of the max pools and the zero padding that only they read: the same numbers.
 
         The largest of rounded values is the rounded largest one; a pool of integers moves a
-        quarter of the bytes, and the layer in front of it writes integers.
+        quarter of the bytes, and the layer in front of it writes integers. Padding next to a
+        convolution becomes that of the convolution.
         """
         for values in self._quantized.values():
             rounding = values.get_node()
-            pool = rounding.input_value(0).get_node()
-            # Their indices, if anything reads those, would be others where rounded values tie.
-            alone = sum(len(out.get_target_inputs()) for out in pool.outputs()) == 1
-            if pool.get_type_name() != "MaxPool" or not alone:
+            before = rounding.input_value(0).get_node()
+            # The indices of a pool, if anything reads those, would be others where rounded values tie.
+            alone = sum(len(out.get_target_inputs()) for out in before.outputs()) == 1
+            if not alone or not (before.get_type_name() == "MaxPool" or _pads_zeros(before)):
                 continue
-            source = pool.input_value(0)
-            _redirect(values, pool.output(0))
+            source = before.input_value(0)
+            _redirect(values, before.output(0))
             rounding.input(0).replace_source_output(source)
-            pool.input(0).replace_source_output(values)
+            before.input(0).replace_source_output(values)
 
     def _becomes_convolution(self, operation: Operation, node: Any) -> bool:
         rank = node.get_input_partial_shape(0).rank
@@ -253,6 +254,18 @@ def _before_padding(node: Any, name: str) -> Any:
         reader = source.input(0)
         source = reader.get_source_output().get_node()
     return reader
+
+
+def _pads_zeros(node: Any) -> bool:
+    """Whether a node puts zeros around a tensor: a grid of rounded values has a zero."""
+    if node.get_type_name() != "Pad" or node.get_attributes()["pad_mode"] != "constant":
+        return False
+    if node.get_input_size() < 4:
+        return True
+    value = node.input_value(3).get_node()
+    while value.get_type_name() in _ALIGNING:
+        value = value.input_value(0).get_node()
+    return value.get_type_name() == "Constant" and not np.any(value.get_data())
 
 
 def _named(node: Any, name: str) -> Any:
