@@ -198,5 +198,5 @@ def zeroed(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Iterator[No
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in reversed(old):
-                tensor.copy_(value)
+            for changed, value in reversed(old):
+                changed.copy_(value)

@@ -20,7 +20,7 @@ except ImportError as error:
 KEY = "tersor"  # in a checkpoint
 
 
-class LightningCallback(lightning.Callback):  # type: ignore[misc]
+class LightningCallback(lightning.Callback):
     """Attaches to the module's optimizer when the fit begins; the structure is in each checkpoint.
 
     ::
@@ -59,7 +59,7 @@ class LightningCallback(lightning.Callback):  # type: ignore[misc]
         del trainer
         if stage != "fit":
             return
-        own: Callable[[dict[str, Any]], None] = pl_module.on_load_checkpoint
+        own: Any = pl_module.on_load_checkpoint
 
         def told(checkpoint: dict[str, Any]) -> None:
             if KEY not in checkpoint:

@@ -33,7 +33,7 @@ def rewrapped(old: nn.Module, model: nn.Module) -> nn.Module:
     """A new wrapper with the old one's settings; the old one can't be used any more."""
     assert isinstance(old, DistributedDataParallel)
     # Its buckets hold the nodes that take gradients, which know the old shapes.
-    old.reducer = None
+    old.reducer = None  # type: ignore[assignment]
     old.logger = None
     return DistributedDataParallel(
         model,
