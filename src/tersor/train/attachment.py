@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from tersor.core.errors import ConfigError
 from tersor.train.attaching import attach, resumed
 from tersor.train.cutting import cut_
+from tersor.train.literals import literals_after
 from tersor.train.report import Report
 from tersor.train.resuming import check_structure
 from tersor.train.shrinker import Shrinker
@@ -44,7 +45,7 @@ class Attachment:
         if state["is_cut"]:
             kept = state["kept"]
             groups = [g for n, g in structure.groups.items() if len(kept[n]) < g.units]
-            cut_(model, groups, kept)
+            cut_(model, groups, kept, literals_after(structure.axes, kept))
         self._structure, self._state = structure, state
 
     def begin(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Shrinker:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tersor.capture.module import relative_difference
 from tersor.train.cutting import cut_
 from tersor.train.groups import Group
+from tersor.train.literals import literals_after
 from tersor.train.parts import Parts
 from tersor.train.states import cut_states_
 from tersor.train.structure import TOLERANCE
@@ -51,7 +52,7 @@ class Commit:
         self.hold()
         shapes = {p: p.shape for p in parts.model.parameters()}
         wanted = parts.probe.run(parts.model)
-        done = cut_(parts.model, groups, self.kept)
+        done = cut_(parts.model, groups, self.kept, self._literals())
         found = parts.probe.run(parts.model)
         pairs = zip(found, wanted, strict=True)
         self.difference = max(
@@ -78,8 +79,12 @@ class Commit:
         """Cut a fresh model to a checkpoint's structure; its weights are loaded by the caller."""
         groups = self._shrinking()
         shapes = {p: p.shape for p in self.parts.model.parameters()}
-        self._follow(cut_(self.parts.model, groups, self.kept).selections, shapes)
+        done = cut_(self.parts.model, groups, self.kept, self._literals())
+        self._follow(done.selections, shapes)
         self.is_cut = True
+
+    def _literals(self) -> dict[str, dict[str, int]]:
+        return literals_after(self.parts.structure.axes, self.kept)
 
     def _follow(
         self,

@@ -74,13 +74,19 @@ def selected(tensor: Tensor, selections: Sequence[Selection]) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if is_last else tensor
 
 
-def cut_(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Cut:
+def cut_(
+    model: nn.Module,
+    groups: Sequence[Group],
+    kept: Kept,
+    literals: Mapping[str, Mapping[str, int]] | None = None,
+) -> Cut:
     """Cut units out of a model, in place.
 
     Args:
         model: Changed; parameters keep their identity and lose their gradients.
         groups: Those that are cut; the model has all of their units.
         kept: Of each of them the units that stay.
+        literals: Name of a weight -> attribute of its module -> value after the cut (``literals``).
     """
     chosen = selections_of(groups, kept)
     cut = Cut(chosen)
@@ -91,7 +97,7 @@ def cut_(model: nn.Module, groups: Sequence[Group], kept: Kept) -> Cut:
             if id(tensor) not in done:
                 _replace(owner, leaf, selected(tensor.detach(), selections), cut)
                 done.add(id(getattr(owner, leaf)))
-            _mend(owner, cut)
+            _mend(owner, cut, (literals or {}).get(name, {}))
     return cut
 
 
@@ -139,16 +145,16 @@ def _set_data(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data = value
 
 
-def _mend(module: nn.Module, cut: Cut) -> None:
+def _mend(module: nn.Module, cut: Cut, literals: Mapping[str, int]) -> None:
     """What a module knows of its own sizes follows its tensors."""
-    for name, value in _sizes(module).items():
+    for name, value in _sizes(module, literals).items():
         old = getattr(module, name, None)
         if old is not None and old != value:
             setattr(module, name, value)
             cut._undo.append(lambda n=name, o=old: setattr(module, n, o))  # type: ignore[misc]  # noqa: SLF001
 
 
-def _sizes(module: nn.Module) -> dict[str, Any]:
+def _sizes(module: nn.Module, literals: Mapping[str, int]) -> dict[str, Any]:
     weight = getattr(module, "weight", None)
     if isinstance(module, _NormBase):
         some = weight if isinstance(weight, Tensor) else module.running_mean
@@ -157,26 +163,19 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
         return {}
     shape = tuple(weight.shape)
     if isinstance(module, _ConvNd):
-        return _conv_sizes(module, shape)
+        return _conv_sizes(module, shape, literals.get("groups", module.groups))
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return {"normalized_shape": shape}
     names = next((n for kind, n in _NAMES.items() if isinstance(module, kind)), ())
     if not names and len(shape) == 2 and hasattr(module, "nf"):  # transformers' linear of GPT-2
         names = ("nx", "nf")
-    return dict(zip(names, shape, strict=False))
+    return dict(zip(names, shape, strict=False)) | dict(literals)
 
 
-def _conv_sizes(module: _ConvNd, shape: tuple[int, ...]) -> dict[str, int]:
-    """Whole groups go: each keeps its inputs and outputs."""
-    first, second = (1, 0) if module.transposed else (0, 1)
-    own = (module.in_channels if module.transposed else module.out_channels) // module.groups
-    outside = shape[second] if module.transposed else shape[first]
-    groups = module.groups
-    if groups > 1 and outside % own == 0:
-        groups = outside // own
-    if module.transposed:
-        return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
-    return {"out_channels": shape[0], "in_channels": shape[1] * groups, "groups": groups}
+def _conv_sizes(module: _ConvNd, shape: tuple[int, ...], groups: int) -> dict[str, int]:
+    first, second = shape[0], shape[1] * groups
+    ends = (first, second) if module.transposed else (second, first)
+    return {"in_channels": ends[0], "out_channels": ends[1], "groups": groups}
 
 
 @contextlib.contextmanager

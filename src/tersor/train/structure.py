@@ -19,6 +19,7 @@ from tersor.core.errors import ConfigError, DataError
 from tersor.graph.axes import Axes, Width, analyse_axes
 from tersor.train.cutting import cut_, zeroed
 from tersor.train.groups import Group, Held, Slot
+from tersor.train.literals import literals_after
 from tersor.train.probe import Probe
 
 # Sums of fewer terms in another order: a few hundred roundings of 2**-24, of the output's scale.
@@ -61,8 +62,9 @@ def find_structure(model: nn.Module, example: Any, *, keep: Sequence[str] = ()) 
             held.append(made)
         else:
             found[made.name] = made
-    probe = Probe.of(call, flat)
-    groups, refused = _tried(copied(model), found, probe)
+    axes.graph.module.to("meta")  # its own copies of all weights: sizes are enough from here on
+    trial = _Trial(copied(model), axes, Probe.of(call, flat))
+    groups, refused = _tried(trial, found)
     return Structure(groups=groups, held=(*held, *refused), axes=axes)
 
 
@@ -100,38 +102,46 @@ def _group(model: nn.Module, axes: Axes, width: Width, keep: Sequence[str]) -> G
     )
 
 
-def _tried(
-    model: nn.Module, groups: dict[str, Group], probe: Probe
-) -> tuple[dict[str, Group], list[Held]]:
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A copy of the model to cut."""
+
+    model: nn.Module
+    axes: Axes
+    probe: Probe
+
+
+def _tried(trial: _Trial, groups: dict[str, Group]) -> tuple[dict[str, Group], list[Held]]:
     """The groups that the model's own code runs without some of their units, and computes the same.
 
     All at once first, as nearly all models can; one by one where that fails.
     """
     refused: list[Held] = []
-    if _why_not(model, list(groups.values()), probe) is None:
+    if _why_not(trial, list(groups.values())) is None:
         return groups, refused
     fine: dict[str, Group] = {}
     for name, group in groups.items():
-        reason = _why_not(model, [group], probe)
+        reason = _why_not(trial, [group])
         if reason is None:
             fine[name] = group
         else:
             refused.append(Held(name, reason))
-    reason = _why_not(model, list(fine.values()), probe) if fine else None
+    reason = _why_not(trial, list(fine.values())) if fine else None
     if reason is not None:
         raise ConfigError(
-            f"{type(model).__name__}: each of {len(fine)} widths shrinks alone, together they don't: "
+            f"{type(trial.model).__name__}: each of {len(fine)} widths shrinks alone, together they don't: "
             f"{reason}; leave some of them whole with keep=(...): {', '.join(list(fine)[:6])}"
         )
     return fine, refused
 
 
-def _why_not(model: nn.Module, groups: Sequence[Group], probe: Probe) -> str | None:
+def _why_not(trial: _Trial, groups: Sequence[Group]) -> str | None:
     """Why units can't be cut out of a model; None where they can. The model is as before, after."""
+    model, probe = trial.model, trial.probe
     kept = {g.name: _half(g) for g in groups}
     with zeroed(model, groups, kept):
         wanted = probe.run(model)
-    cut = cut_(model, groups, kept)
+    cut = cut_(model, groups, kept, literals_after(trial.axes, kept))
     try:
         found = probe.run(model)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:

@@ -8,6 +8,7 @@ from tersor.capture.samples import flatten_item
 from tersor.core.errors import CaptureError, DataError
 from tersor.train.cutting import cut_, zeroed
 from tersor.train.groups import Group
+from tersor.train.literals import literals_after
 from tersor.train.probe import Probe
 from tersor.train.structure import TOLERANCE, Structure, find_structure
 from tests.data.zoo import load_lenet5, load_resnet20
@@ -55,7 +56,7 @@ def test_cutting_computes_what_zeroing_does(case: tuple[nn.Module, Tensor, Struc
     plain = probe.run(model)[0]
     with zeroed(model, groups, kept):
         wanted = probe.run(model)[0]
-    cut = cut_(model, groups, kept)
+    cut = cut_(model, groups, kept, literals_after(structure.axes, kept))
     (found,) = probe.run(model)
     scale = float(wanted.abs().max())
     assert float((found - wanted).abs().max()) <= TOLERANCE * scale
@@ -72,7 +73,8 @@ def test_parameters_keep_their_identity_and_modules_know_their_sizes() -> None:
     structure = find_structure(model, random(2, 3, 8, 8))
     (group,) = structure.groups.values()
     assert group.units == 12
-    cut_(model, [group], {group.name: torch.tensor([0, 2, 5, 7, 11])})
+    kept = {group.name: torch.tensor([0, 2, 5, 7, 11])}
+    cut_(model, [group], kept, literals_after(structure.axes, kept))
     assert {n: id(p) for n, p in model.named_parameters()} == before
     assert (model.expand.out_channels, model.each.groups, model.each.in_channels) == (5, 5, 5)
     assert (model.norm.num_features, model.project.in_channels) == (5, 5)
