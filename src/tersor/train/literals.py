@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tersor.graph.axes import Axes, keep_units
+from tersor.graph.axes.macs import node_macs
 from tersor.graph.axes.rulebook import arguments, op_name
 
 _NAMES = {  # op -> the argument that says how many groups it has, as modules name it
@@ -20,6 +21,22 @@ _NAMES = {  # op -> the argument that says how many groups it has, as modules na
     "conv_transpose3d": "groups",
     "group_norm": "num_groups",
 }
+
+
+def macs_share(axes: Axes, kept: Mapping[str, Tensor]) -> float:
+    """Multiply-accumulates after a cut, of those before.
+
+    Args:
+        axes: Of the model with all of its units.
+        kept: Group -> indices of the units that stay.
+    """
+    whole = {w.name: w.units for w in axes.widths}
+    keep = {n: k.tolist() for n, k in kept.items() if len(k) < whole[n]}
+    totals = [
+        sum(node_macs(graph, node) for node in graph.module.graph.nodes)
+        for graph in (axes.graph, keep_units(axes.graph, axes, keep))
+    ]
+    return totals[1] / totals[0] if totals[0] else 1.0
 
 
 def literals_after(axes: Axes, kept: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tersor.core.errors import ConfigError, NumericalError
 from tersor.train.algorithms import make
 from tersor.train.committing import Commit, commit
+from tersor.train.literals import macs_share
 from tersor.train.pace import Pace
 from tersor.train.parts import Parts
 from tersor.train.planning import Counts
@@ -212,8 +213,21 @@ class Shrinker:
                 f"the learning rate was at {self._rate_share:.0%} of its peak when the model shrank; warm it "
                 "up again, or set an earlier end= in the schedule"
             )
-        if not is_replicated(self._parts.outer):
+        if not is_replicated(self._parts.outer) and self._pays(kept):
             self._cut()
+
+    def _pays(self, kept: Mapping[str, Tensor]) -> bool:
+        """Whether the steps that are left save what compiling again takes; eager steps always do."""
+        if not isinstance(self._parts.outer, torch._dynamo.OptimizedModule):  # noqa: SLF001
+            return True
+        share = macs_share(self._parts.structure.axes, kept)
+        saved = self._pace.saves(self._parts.schedule.total_steps - self.step, share)
+        if saved <= 0:
+            self._notes.append(
+                f"the model stays compiled at its old size until finish(): compiling it again takes "
+                f"{self._pace.first_s:.0f} s, {-saved:.0f} s more than the smaller steps would save"
+            )
+        return saved > 0
 
     def _cut(self) -> None:
         assert self._commit is not None

@@ -62,7 +62,7 @@ def find_structure(model: nn.Module, example: Any, *, keep: Sequence[str] = ()) 
             held.append(made)
         else:
             found[made.name] = made
-    axes.graph.module.to("meta")  # its own copies of all weights: sizes are enough from here on
+    _forget_values(axes.graph.module)
     trial = _Trial(copied(model), axes, Probe.of(call, flat))
     groups, refused = _tried(trial, found)
     return Structure(groups=groups, held=(*held, *refused), axes=axes)
@@ -100,6 +100,14 @@ def _group(model: nn.Module, axes: Axes, width: Width, keep: Sequence[str]) -> G
     return Group(
         name=width.name, kind=width.kind, units=width.units, slots=tuple(slots), least=width.least
     )
+
+
+def _forget_values(module: nn.Module) -> None:
+    """The graph's own copies of all weights take memory: sizes are enough from here on."""
+    for owner in module.modules():
+        for name, value in owner._buffers.items():  # noqa: SLF001
+            if value is not None:
+                owner._buffers[name] = value.new_zeros(()).expand(value.shape)  # noqa: SLF001
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ from torch.nn import functional
 
 import tersor
 from tersor.core.errors import ConfigError, NumericalError
+from tersor.train.literals import macs_share
 from tersor.train.resuming import FILE, load_state, save_state
 from tersor.train.schedule import Schedule
 from tersor.train.shrinker import Shrinker
+from tersor.train.structure import find_structure
 from tests.unit.train.networks import Convolutional, Encoder, images
 
 STEPS = 60
@@ -277,12 +279,40 @@ def test_a_compiled_model_goes_on_after_the_cut() -> None:
     compiled = torch.compile(model, backend="eager")
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     shrinker = attached(compiled, optimizer)
-    run(compiled, optimizer, range(STEPS))
+    shrinker._pace.first_s = -1e6  # compiling again costs nothing
+    run(compiled, optimizer, range(SCHEDULE.last))
+    shrinker._pace.first_s = -1e6
+    run(compiled, optimizer, range(SCHEDULE.last, STEPS))
     small, report = shrinker.finish()
     assert small is model
     assert report.counts()["blocks.1.conv1"] == 5
     x = images(4)[0]
     torch.testing.assert_close(compiled(x), small(x))
+
+
+def test_a_compiled_model_stays_as_it_is_where_compiling_again_does_not_pay() -> None:
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    shrinker = attached(compiled, optimizer)
+
+    def each(step: int) -> None:
+        shrinker._pace.first_s = 1e6
+        if step >= SCHEDULE.last:  # chosen, held at zero, not cut
+            assert len(model.blocks[0].bn1.weight) == 8
+            assert int(model.blocks[0].bn1.weight.count_nonzero()) == 3
+
+    run(compiled, optimizer, range(STEPS), each)
+    _, report = shrinker.finish()
+    assert len(model.blocks[0].bn1.weight) == 3
+    assert report.difference <= 1e-5
+    assert any("stays compiled at its old size" in note for note in report.notes)
+
+
+def test_multiply_accumulates_of_a_cut_are_counted() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    axes = find_structure(model, torch.ones(2, 6)).axes
+    assert macs_share(axes, {"0": torch.arange(2)}) == (6 * 2 + 2 * 4) / (6 * 8 + 8 * 4)
 
 
 def test_a_loss_that_is_still_at_hand_stops_nothing() -> None:

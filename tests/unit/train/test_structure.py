@@ -148,3 +148,10 @@ def test_a_model_that_cannot_be_exported_says_why() -> None:
 
     with pytest.raises(CaptureError, match="control flow"):
         find_structure(Branching(), random(2, 4))
+
+
+def test_the_structure_holds_no_second_copy_of_the_weights() -> None:
+    structure = find_structure(load_lenet5(), random(2, 1, 28, 28))
+    tensors = list(structure.axes.graph.module.state_dict().values())
+    assert sum(t.numel() for t in tensors) > 400_000
+    assert sum(t.untyped_storage().nbytes() for t in tensors) < 1_000
