@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tersor.train.attaching import attach
     from tersor.train.lightning_callback import LightningCallback
     from tersor.train.report import Report
+    from tersor.train.rescue import rescued
     from tersor.train.schedule import Schedule
     from tersor.train.shrinker import Shrinker
     from tersor.train.trainer_callback import TrainerCallback
@@ -18,6 +19,7 @@ _HOMES = {
     "Shrinker": "tersor.train.shrinker",
     "TrainerCallback": "tersor.train.trainer_callback",
     "attach": "tersor.train.attaching",
+    "rescued": "tersor.train.rescue",
 }
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Shrinker",
     "TrainerCallback",
     "attach",
+    "rescued",
 ]
 
 

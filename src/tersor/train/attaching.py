@@ -37,6 +37,7 @@ def attach(  # noqa: PLR0913 - the public contract
     backend: str = "auto",
     batch: int = 1,
     cache_dir: str | Path | None = None,
+    rescue: str | Path | None = None,
     progress: Any = True,
 ) -> Shrinker:
     """Register hooks on an optimizer that make the model small while it trains.
@@ -65,6 +66,8 @@ def attach(  # noqa: PLR0913 - the public contract
         backend: As for ``tersor.compress``.
         batch: Samples of one call there.
         cache_dir: Of prices; None: the usual one.
+        rescue: A folder for the last sound state of model, optimizer and shrinker, once a minute at
+            most, until the model shrinks; ``tersor.train.rescued`` reads it.
         progress: As for ``tersor.compress``.
 
     Returns:
@@ -107,6 +110,7 @@ def attach(  # noqa: PLR0913 - the public contract
             planner=planner,
             counts=counts,
             algorithm=algorithm,
+            rescue=None if rescue is None else Path(rescue),
         )
     )
     setattr(optimizer, _MARK, shrinker)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +22,8 @@ class Parts:
         model: The plain module inside.
         planner: Of the target; None where the counts are given.
         counts: Group -> units to keep, where they are given.
+        algorithm: How units die.
+        rescue: Folder of the last sound state; None: none is written.
     """
 
     outer: nn.Module
@@ -32,3 +35,4 @@ class Parts:
     planner: Planner | None
     counts: Mapping[str, int] | None
     algorithm: str = "regrow"
+    rescue: Path | None = None

@@ -21,6 +21,7 @@ from tersor.train.parts import Parts
 from tersor.train.planning import Counts
 from tersor.train.ranks import agreed, is_replicated, rewrapped
 from tersor.train.report import Kept, Report
+from tersor.train.rescue import Rescue
 from tersor.train.resuming import VERSION, bind, check_structure
 from tersor.train.scores import Scores
 from tersor.train.units import Units
@@ -57,6 +58,8 @@ class Shrinker:
         self._shrunk_at: int | None = None
         self._notes: list[str] = []
         self._pace = Pace(time.perf_counter)
+        folder = parts.rescue
+        self._rescue = None if folder is None else Rescue(folder, time.monotonic)
         if state is not None:
             self._restore(state)
         optimizer = parts.optimizer
@@ -154,6 +157,9 @@ class Shrinker:
     def _look(self) -> None:
         """Decide anew which units are dead; the only place where values leave the device."""
         self._check_scores()
+        if self._rescue is not None:
+            parts = self._parts
+            self._rescue.keep(parts.model, parts.optimizer, self.state_dict(), self.step)
         if self._skipped is not None:
             self.step -= int(self._skipped)
             self._skipped = None
@@ -193,6 +199,7 @@ class Shrinker:
             raise NumericalError(
                 f"step {self.step}: the gradients of {', '.join(bad[:3])} are not finite, so that no unit "
                 "can be chosen; go back to the last checkpoint, lower the learning rate, or clip gradients"
+                f"{'' if self._rescue is None else self._rescue.describe()}"
             )
         rate = max(float(group["lr"]) for group in self._parts.optimizer.param_groups)
         self._peak = max(self._peak, rate)

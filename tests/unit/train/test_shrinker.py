@@ -438,6 +438,39 @@ def test_gradients_that_are_no_numbers_stop_the_run_by_name() -> None:
         train()
 
 
+def test_the_last_sound_state_is_on_disk_when_gradients_are_no_numbers(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tersor.train.rescue.SECONDS", 0.0)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    attached(model, optimizer, rescue=tmp_path)
+    run(model, optimizer, range(17))
+    x, y = images(16)
+
+    def diverge() -> None:
+        for _ in range(5):
+            (functional.cross_entropy(model(x), y) * torch.nan).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.raises(NumericalError, match="sound state, after step 15, is in"):
+        diverge()
+
+    again = network()
+    resumed = torch.optim.AdamW(again.parameters(), 3e-3)
+    shrinker = attached(again, resumed)
+    found = tersor.train.rescued(tmp_path)
+    shrinker.load_state_dict(found["shrinker"])
+    again.load_state_dict(found["model"])
+    resumed.load_state_dict(found["optimizer"])
+    assert shrinker.step == 15
+    run(again, resumed, range(15, STEPS))
+    small, report = shrinker.finish()
+    assert report.counts()["blocks.0.conv1"] == 3
+    assert all(bool(torch.isfinite(p).all()) for p in small.parameters())
+
+
 def test_a_model_that_is_changed_after_attach_is_refused() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
