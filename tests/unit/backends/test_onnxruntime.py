@@ -89,6 +89,60 @@ def test_a_convolution_before_one_grid_is_fused_and_others_are_not(graph: Graph)
     assert "QLinearConv" not in kinds(executable(alone))
 
 
+class Mobile(nn.Module):
+    """What mobile networks have between convolutions: values up to 6, and padding of one side."""
+
+    def __init__(self, top: float = 6.0, border: float = 0.0) -> None:
+        super().__init__()
+        self.top, self.border = top, border
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).clamp(0.0, self.top)
+        y = self.b(nn.functional.pad(y, (0, 1, 0, 1), value=self.border))
+        return self.head(y.mean((2, 3)))
+
+
+# 255 steps of 0.05 end at 12.75, in front of the first bound and behind the second.
+@pytest.mark.parametrize("top", [6.0, 20.0])
+@pytest.mark.parametrize("border", [0.0, 0.35])
+@pytest.mark.parametrize("ends", [(0, 255), (-128, 127)])
+def test_clipping_and_padding_work_on_codes(
+    top: float, border: float, ends: tuple[int, int]
+) -> None:
+    changed = quantized(
+        graph_of(trained(Mobile(top, border)), random(2, 3, 12, 12)), ("a", "b"), *ends
+    )
+    build = executable(changed)
+    found = kinds(build)
+    assert "QLinearConv" in found
+    assert found.count("QuantizeLinear") == 1  # of the input
+    x = random(1, 3, 12, 12, seed=5)
+    (value,) = build.run({"x": x.numpy()}).values()
+    (wanted,) = changed.run((x,))
+    # A tie may round the other way: of 144 values by one step of 0.05, a small part of each mean.
+    assert torch.allclose(torch.from_numpy(value), wanted, atol=2e-2 * float(wanted.abs().max()))
+
+
+def test_bounds_that_are_computed_and_borders_that_mirror_have_no_codes() -> None:
+    from onnx import helper, numpy_helper
+
+    from tersor.backends.onnxruntime.following import Following
+
+    six = numpy_helper.from_array(np.float32(6.0), "six")
+    shape = numpy_helper.from_array(np.zeros(8, np.int64), "shape")
+    found = Following(helper.make_graph([], "graph", [], [], [six, shape]))
+    assert found.ends(helper.make_node("Clip", ["x", "", "six"], ["y"])) == (-np.inf, 6.0)
+    assert found.ends(helper.make_node("Clip", ["x", "computed", "six"], ["y"])) is None
+    assert found.ends(helper.make_node("Relu", ["x"], ["y"])) == (0.0, np.inf)
+    assert found.allows(helper.make_node("Pad", ["x", "shape"], ["y"]))
+    assert not found.allows(helper.make_node("Pad", ["x", "shape"], ["y"], mode="reflect"))
+    assert not found.allows(helper.make_node("Pad", ["x", "shape", "computed"], ["y"]))
+    assert not found.allows(helper.make_node("Sigmoid", ["x"], ["y"]))
+
+
 def test_a_convolution_that_is_fused_with_what_reads_it_keeps_its_time(graph: Graph) -> None:
     build = executable(graph)
     build.run({"x": np.ones((1, 3, 12, 12), np.float32)})

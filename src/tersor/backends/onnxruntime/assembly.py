@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from tersor.backends.onnxruntime.executable import Constant, Stored
+from tersor.backends.onnxruntime.following import Following, code_of
 from tersor.backends.onnxruntime.skeleton import Skeleton, skeleton_of
 from tersor.core.errors import BackendError, ShapeError
 from tersor.graph.contracts import Graph, Shapes
@@ -29,8 +30,6 @@ _LEVELS = 256  # of an 8-bit grid
 _INLINE_BYTES = 64  # constants up to this size stay in the structure
 # What ONNX Runtime makes a part of the convolution in front of it.
 _ACTIVATIONS = ("Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid")
-# What may stand between a fused convolution and its readers' quantiser, and works on codes.
-_FOLLOWS = ("Relu", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 
 
 def assemble(graph: Graph, shapes: Shapes, *, in_integers: bool) -> Stored:
@@ -87,6 +86,7 @@ class _Assembly:
         for node in self._old:
             if node.op_type == "Transpose" and node.input[0] in self._by_weight:
                 self._turned[node.output[0]] = self._by_weight[node.input[0]]
+        self._following = Following(self._model.graph)
         self._readers: dict[str, list[tuple[Any, int]]] = {}
         for node in self._old:
             for place, name in enumerate(node.input):
@@ -224,13 +224,23 @@ class _Assembly:
     def _follow(self, node: Any) -> None:
         """What stands between a fused convolution and its readers works on codes, too."""
         codes, activation = self._coded[node.input[0]]
-        _, zero = self._grid(activation)
         out = f"{node.name}/codes"
-        if node.op_type == "Relu":
-            if activation.zero_point > activation.low:
-                self._add("Clip", [codes, zero], out, name=f"{node.name}/Clip")
+        if (ends := self._following.ends(node)) is not None:
+            limits = [code_of(end, activation) for end in ends]
+            if limits == [0, _LEVELS - 1]:
+                out = codes  # the grid ends there
             else:
-                out = codes  # the grid starts at zero
+                names = [
+                    self._constant(f"{node.name}/end_{i}", np.uint8(limit))
+                    for i, limit in enumerate(limits)
+                ]
+                self._add("Clip", [codes, *names], out, name=f"{node.name}/Clip")
+        elif node.op_type == "Pad":
+            code = np.uint8(code_of(self._following.padding(node), activation))
+            border = self._constant(f"{node.name}/border", code)
+            rest = list(node.input[3:])
+            inputs = [codes, node.input[1], border, *rest]
+            self._add("Pad", inputs, out, name=f"{node.name}/Pad", mode="constant")
         else:
             node.input[0] = codes
             value, node.output[0] = node.output[0], out
@@ -259,7 +269,7 @@ class _Assembly:
     def _result_grid(self, value: str) -> Activation | None:
         """The one grid on which all read a value, behind a ReLU or a pool; None if not all do."""
         readers = self._readers.get(value, [])
-        while len(readers) == 1 and readers[0][1] == 0 and readers[0][0].op_type in _FOLLOWS:
+        while len(readers) == 1 and readers[0][1] == 0 and self._following.allows(readers[0][0]):
             readers = self._readers.get(readers[0][0].output[0], [])
         grids: dict[str, Activation] = {}
         for node, place in readers:
