@@ -11,6 +11,7 @@ Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1 (positive scaling equiv
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -32,7 +33,7 @@ _POOLS = {
     aten.adaptive_avg_pool3d.default,
 }  # fmt: skip
 # Where the operands stand that have a row or a value for each channel, by where the channels are.
-_CHANNELS_LAST = {
+_CHANNELS_LAST: dict[Any, tuple[int, int]] = {
     aten.linear.default: (1, 2),
     aten.layer_norm.default: (2, 3),
     aten.rms_norm.default: (
@@ -40,7 +41,7 @@ _CHANNELS_LAST = {
         3,
     ),  # which has no shift: 3 is the number that it adds below the root
 }
-_CHANNELS_FIRST = {
+_CHANNELS_FIRST: dict[Any, tuple[int, int]] = {
     aten.conv1d.default: (1, 2), aten.conv2d.default: (1, 2), aten.conv3d.default: (1, 2),
     aten.conv1d.padding: (1, 2), aten.conv2d.padding: (1, 2), aten.conv3d.padding: (1, 2),
     aten.batch_norm.default: (1, 2),
