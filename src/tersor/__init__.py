@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from tersor.core.data import Data, Metric
     from tersor.core.errors import TersorError
+    from tersor.core.ranks import Ranks
     from tersor.core.records import Plan, Verdict
     from tersor.core.recovery import Recover
     from tersor.core.target import Target
@@ -43,6 +44,7 @@ _HOMES = {
     "Metric": "tersor.core.data",
     "Target": "tersor.core.target",
     "Plan": "tersor.core.records",
+    "Ranks": "tersor.core.ranks",
     "Recover": "tersor.core.recovery",
     "Verdict": "tersor.core.records",
     "Guards": "tersor.runtime.guards",
@@ -54,6 +56,7 @@ __all__ = [
     "Guards",
     "Metric",
     "Plan",
+    "Ranks",
     "Recover",
     "Target",
     "TersorError",
