@@ -62,7 +62,7 @@ def _replace(fresh: Path, entry: Path) -> None:
 
     Several processes may write one entry at a time: they write the same, and one of theirs stays.
     """
-    for _ in range(_TRIES):
+    for tries_left in reversed(range(_TRIES)):
         try:
             fresh.rename(entry)
         except OSError as error:
@@ -70,11 +70,12 @@ def _replace(fresh: Path, entry: Path) -> None:
                 raise
         else:
             return
-        old = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".old-"))
-        with suppress(FileNotFoundError):  # another process was faster
-            entry.rename(old)
-        shutil.rmtree(old)
-    shutil.rmtree(fresh)  # others keep writing the same
+        if tries_left:
+            old = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".old-"))
+            with suppress(FileNotFoundError):  # another process was faster
+                entry.rename(old)
+            shutil.rmtree(old)
+    shutil.rmtree(fresh)  # others keep writing the same: theirs is there
 
 
 class Store:
