@@ -39,6 +39,7 @@ from tests.e2e.helpers import Recorded, parts, quick_runs
 CONFIG = PriceConfig(k=4, held_out=2)
 METHODS = ("quantize", "prune")
 TARGET = tersor.Target(size_ratio=3.0)
+RECOVER = tersor.Recover(steps=8, batch=16)
 
 
 @contextmanager
@@ -99,6 +100,7 @@ def whole(folder: Path) -> Any:
         methods=METHODS,
         cache_dir=folder / "cache",
         progress=progress,
+        recover=RECOVER,
     )
     result.save(folder / "lenet.tersor")
     x = images()["test"][:16]
@@ -109,6 +111,7 @@ def whole(folder: Path) -> Any:
         "choice": result.plan.choice.describe(),
         "verdict": to_json(result.verdict),
         "pareto": to_json(result.pareto),
+        "recoveries": to_json(result.record.recoveries),
         "report": len(to_json(result.record)["candidates"]),
         "module": hashlib.sha256(outputs.numpy().tobytes()).hexdigest(),
         "built": float((result.model(x) - outputs).abs().max() / outputs.abs().max()),

@@ -95,7 +95,8 @@ def test_the_same_choices_from_one_store(tmp_path: Path, images: dict[str, Any])
     first, second = (e.said for e in ended)
     assert {"price", "plan", "verify"} <= set(first["stages"])
     assert not {"baseline", "price", "plan", "transform", "verify"} & set(second["stages"])
-    for name in ("assignment", "choice", "verdict", "pareto", "report", "module"):
+    assert any(part["steps"] for recovery in first["recoveries"] for part in recovery["parts"])
+    for name in ("assignment", "choice", "verdict", "pareto", "recoveries", "report", "module"):
         assert first[name] == second[name], name
     assert first["built"] < 0.05  # rounding to either side of a code
     assert second["built"] < 0.05
@@ -114,6 +115,7 @@ def test_the_same_choices_from_one_store(tmp_path: Path, images: dict[str, Any])
             methods=rank_program.METHODS,
             cache_dir=store,
             progress=progress,
+            recover=rank_program.RECOVER,
         )
     assert not {"calibrate", "errors", "baseline", "price"} & set(progress.stages)
     assert dict(alone.plan.assignment) == first["assignment"]

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,6 +46,9 @@ def _exchanged(ranks: RankGroup, turn: int) -> Any:
         "one": torch.tensor(rank + turn),
         "turned": torch.arange(6.0).reshape(2, 3).t(),
     }
+    means = [torch.full((2,), float(rank)), torch.tensor([[float(rank * turn)]])]
+    ranks.mean_(means)
+    followed = list(ranks.follow(iter([0.1 + rank, 0.7] if rank < 2 else [])))
     parts = ranks.collect(Note, Parcel(Note(text=f"of {rank}"), tensors), "collect")
     calls = []
 
@@ -56,7 +59,22 @@ def _exchanged(ranks: RankGroup, turn: int) -> Any:
             time.sleep(0.6)
         return Parcel(Note(text="all", number=float("inf")), {"sum": sums[0]})
 
-    shared = ranks.first(Note, make, "first")
+    along: list[Any] = []
+
+    def join(record: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        mean = [tensors["x"] * (rank + 1)]
+        ranks.mean_(mean)
+        along.append([record, mean[0].tolist()])
+
+    def make_together() -> Parcel[Note]:
+        for number in (3.0, 4.0):
+            parcel = Parcel(Note(text="join", number=number), {"x": torch.ones(2) * number})
+            with ranks.together("join", parcel):
+                join({"text": "join", "number": number}, parcel.tensors)
+            ranks.beat()
+        return make()
+
+    shared = ranks.first(Note, make_together, "first", {"join": join})
     ranks.agree({"model": "same"}, "agree")
     return {
         "rank": rank,
@@ -70,7 +88,11 @@ def _exchanged(ranks: RankGroup, turn: int) -> Any:
         "one": [int(p.tensors["one"]) for p in parts],
         "turned": [p.tensors["turned"].tolist() for p in parts],
         "calls": calls,
+        "along": along,
         "shared": [shared.record.text, shared.record.number, shared.tensors["sum"].tolist()],
+        "means": [m.tolist() for m in means],
+        "followed": followed,
+        "of_first": ranks.of_first(5.5 - rank),
         "count": int(sums[1]) if rank == 0 else None,
     }
 

@@ -86,6 +86,11 @@ def test_three_ranks_exchange() -> None:
         assert first["count"] == 3
         assert said[1]["texts"] == said[2]["texts"] == []
         assert [s["calls"] for s in said] == [[0], [], []]
+        called = [[{"text": "join", "number": n}, [2.0 * n, 2.0 * n]] for n in (3.0, 4.0)]
+        assert [s["along"] for s in said] == [called] * 3
+        assert [s["means"] for s in said] == [[[1.0, 1.0], [[float(turn)]]]] * 3
+        assert [s["followed"] for s in said] == [[0.1, 0.7]] * 3
+        assert [s["of_first"] for s in said] == [5.5] * 3
         text, number, total = first["shared"]
         assert (text, number) == ("all", float("inf"))
         assert torch.allclose(torch.tensor(total), torch.full((2, 3), 0.6), rtol=1e-12)
@@ -125,6 +130,7 @@ def test_a_rank_that_is_killed_is_named_at_once(who: int) -> None:
         assert other.said["seconds"] < 10  # of the 20 that they would wait
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_given_up() -> None:
     first, _ = run(2, "silent")
     assert first.said["type"] == "RankError"
@@ -133,6 +139,7 @@ def test_a_silent_rank_is_given_up() -> None:
     assert first.said["seconds"] < 6
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_makes_the_call_is_waited_for_as_long_as_said() -> None:
     first, _ = run(2, "absent")
     assert first.said["type"] == "RankError"
