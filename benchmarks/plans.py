@@ -36,9 +36,10 @@ import torch
 from torch import Tensor, fx
 
 from benchmarks import record
+from tersor.api.proposing import Offers, calibrate, propose
 from tersor.api.session import Session, Settings, open_session
 from tersor.api.shrink import width_sites_statistics
-from tersor.api.stages import Offers, calibrate, price, propose, stitched
+from tersor.api.stages import price, stitched
 from tersor.cli.demo import models
 from tersor.core.data import Split
 from tersor.core.jsonable import digest

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from tersor.core.data import Data, Metric
     from tersor.core.errors import TersorError
+    from tersor.core.ranks import Ranks
     from tersor.core.records import Plan, Verdict
     from tersor.core.recovery import Recover
     from tersor.core.target import Target
@@ -44,6 +45,7 @@ _HOMES = {
     "Metric": "tersor.core.data",
     "Target": "tersor.core.target",
     "Plan": "tersor.core.records",
+    "Ranks": "tersor.core.ranks",
     "Recover": "tersor.core.recovery",
     "Verdict": "tersor.core.records",
     "Guards": "tersor.runtime.guards",
@@ -55,6 +57,7 @@ __all__ = [
     "Guards",
     "Metric",
     "Plan",
+    "Ranks",
     "Recover",
     "Target",
     "TersorError",

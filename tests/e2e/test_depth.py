@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from tersor.api.proposing import Offers
 from tersor.api.result import Result
-from tersor.api.stages import Offers
 from tersor.core.records import Site
 from tersor.graph.contracts import SiteChange
 from tersor.graph.edit import parameters_by_name

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tersor.analyse.roofline import Profile
     from tersor.api.comparing import Comparison
     from tersor.api.result import Result
+    from tersor.core.ranks import Ranks
     from tersor.core.recovery import Recover
     from tersor.report.record import Report
     from tersor.runtime.guards import Guards
@@ -56,6 +57,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
     cache_dir: str | Path | None = None,
     seed: int = 0,
     progress: Any = True,
+    ranks: "Ranks | None" = None,
 ) -> "Result":
     """Compress a model for this machine under a target.
 
@@ -78,6 +80,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         cache_dir: Where finished stages are kept; None: ~/.cache/tersor.
         seed: Of every split, sample and draw.
         progress: True prints stages, False is silent, or a ``core.progress.Progress``.
+        ranks: ``tersor.Ranks(timeout_s=...)``, for calls on every rank of a process group.
 
     Returns:
         A Result whose verdict was measured. A target that can't be met gives the best point found
@@ -88,11 +91,10 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         TersorError: A subclass for each cause that the caller can act on.
     """
     _require_torch("compress")
-    from tersor.api.judging import TestPart
-    from tersor.api.quality import original_score
-    from tersor.api.result import Run, make_result
+    from tersor.api.proposing import propose
     from tersor.api.session import Settings, open_session
-    from tersor.api.stages import price, propose
+    from tersor.api.sharing import check_metric, found_result
+    from tersor.observe.ranks import joined
 
     wanted = as_target(target)
     settings = Settings(
@@ -109,14 +111,12 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
         test_metric=test_metric,
         for_size=wanted.size_mb is not None or wanted.size_ratio is not None,
     )
-    session = open_session(model, data, settings)
-    if metric is not None:  # a metric that can't be used is better known now
-        session.progress.stage("metric")
-        original_score(session, "metric")
-    offered = propose(session)
-    prices = price(session, offered)
-    run = Run(session=session, offered=offered, prices=prices, test=TestPart())
-    return make_result(run, wanted)
+    with joined(ranks) as group:
+        session = open_session(model, data, settings, group)
+        group.agree({"target": wanted.describe(), "metric": str(metric is not None)}, "open")
+        if metric is not None:
+            check_metric(session)
+        return found_result(session, propose(session), wanted)
 
 
 def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves open
@@ -129,24 +129,22 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     recover: "Recover | None" = None,
     cache_dir: str | Path | None = None,
     progress: Any = True,
+    ranks: "Ranks | None" = None,
 ) -> "Result":
     """Carry out a plan, edited or not, on a model and data: transform, build and verify.
 
-    Recovery is no part of a plan: ``recover`` is as for ``compress``.
+    Recovery is no part of a plan: ``recover`` is as for ``compress``, and so is ``ranks``.
 
     Raises:
         ConfigError: A plan that names a layer or a level that the model does not have.
     """
     _require_torch("apply_plan")
-    from tersor.api.choosing import ChoiceRecord
-    from tersor.api.judging import TestPart
-    from tersor.api.result import Result, Run
+    from tersor.api.proposing import propose
     from tersor.api.session import Settings, open_session
-    from tersor.api.stages import baselines, propose
+    from tersor.api.sharing import given_result
     from tersor.core.formats import PACKED
-    from tersor.core.jsonable import read_record
-    from tersor.core.machine import describe_machine
-    from tersor.core.records import Prices
+    from tersor.core.jsonable import digest, read_record
+    from tersor.observe.ranks import joined
 
     found = plan if isinstance(plan, Plan) else read_record(Plan, plan)
     settings = Settings(
@@ -164,26 +162,12 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
         or any(level in PACKED for level in found.assignment.values()),
         made_by=found.methods,
     )
-    session = open_session(model, data, settings)
-    offered = propose(session)
-    _check_plan(found, offered.levels())
-    rows, best = baselines(session)
-    prices = Prices(machine=describe_machine().fingerprint(), baselines=rows, best=best, tables=())
-    target = Target.from_mapping(found.target) if found.target else Target(speedup=1.0)
-    choice = ChoiceRecord(
-        plan=found,
-        finalists=(found,),
-        evaluations=(),
-        binding="",
-        reason="the given plan",
-        is_baseline=False,
-        tables=(),
-    )
-    run = Run(session=session, offered=offered, prices=prices, test=TestPart())
-    result = Result(run, target, choice)
-    _ = result.verdict
-    session.progress.close()
-    return result
+    with joined(ranks) as group:
+        session = open_session(model, data, settings, group)
+        group.agree({"plan": digest(found)}, "open")
+        offered = propose(session)
+        _check_plan(found, offered.levels())
+        return given_result(session, offered, found)
 
 
 def _methods_of(plan: Plan) -> list[str]:

@@ -7,13 +7,10 @@ from dataclasses import dataclass, replace
 from tersor.api.files import artifact_size, report_size
 from tersor.api.latency import measure_calls
 from tersor.api.looking import Looks
+from tersor.api.proposing import Offers
 from tersor.api.quality import Quality, original_score
 from tersor.api.session import Session, metric_of
-from tersor.api.stages import (
-    Offers,
-    build_for,
-    stitched,
-)
+from tersor.api.stages import build_for, stitched
 from tersor.core.errors import BackendError, ParityError
 from tersor.core.jsonable import digest
 from tersor.core.records import (

@@ -9,16 +9,12 @@ import torch
 from tersor.analyse.additions import own_operands
 from tersor.analyse.calibration import embedding_statistics, tensor_readers
 from tersor.analyse.sites import find_sites
+from tersor.api.proposing import Offers, calibration_batches, gradient_moments
 from tersor.api.quality import Quality
 from tersor.api.recovering import recovered, recovery_key
 from tersor.api.session import Session
 from tersor.api.shrink import Changes, formats_on, narrowed
-from tersor.api.stages import (
-    Offers,
-    build_for,
-    calibration_batches,
-    gradient_moments,
-)
+from tersor.api.stages import build_for
 from tersor.build.build import Built
 from tersor.core.levels import gone_with
 from tersor.core.records import (

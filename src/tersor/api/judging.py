@@ -11,10 +11,7 @@ from tersor.api.final import Final
 from tersor.api.latency import measure_calls
 from tersor.api.quality import original_score, score
 from tersor.api.session import Session, metric_of
-from tersor.api.stages import (
-    build_for,
-    eager_call,
-)
+from tersor.api.stages import build_for, eager_call
 from tersor.build.build import Built
 from tersor.core.records import (
     Prices,

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tersor.api.proposing import Offers
 from tersor.api.quality import Quality
 from tersor.api.session import Session
-from tersor.api.stages import Offers, stitched
+from tersor.api.stages import stitched
 from tersor.core.jsonable import digest
 from tersor.core.records import Level
 from tersor.graph.contracts import Graph

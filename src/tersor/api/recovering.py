@@ -7,18 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.api.proposing import as_arrays, as_tensors
 from tersor.api.quality import Quality
 from tersor.api.session import Session
 from tersor.api.shrink import Changes, counterparts_of
 from tersor.core.errors import StoreError
-from tersor.core.jsonable import digest
+from tersor.core.jsonable import digest, from_json
 from tersor.core.recovery import PartRecovery, Recover, Recovery
+from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
 from tersor.graph.meta import refresh
-from tersor.recover.blocks import Hooks, More, Progressed, part_count, reconstruct
+from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
+from tersor.observe.ranks import Parcel
+from tersor.recover.blocks import (
+    Hooks,
+    More,
+    Progressed,
+    Reconstructed,
+    part_count,
+    reconstruct,
+)
 from tersor.recover.goals import HELD_OUT, Judged, Teacher
 
+RECOVER = "recover"  # what other ranks do along with rank 0
 _ROUNDED_SHARE = 0.25  # of the seconds, where weights were trained before they were rounded
 _LEAST_BATCHES = 2 * HELD_OUT  # few samples: smaller batches, so that some can be held out
 
@@ -96,18 +108,94 @@ def _run(
         record = _Partial(parts=done.parts, seconds=done.seconds)
         session.store.put("recovering", key, record, arrays)
 
-    found = reconstruct(
+    done = _interrupted(session, key)
+    hooks = Hooks(advance=session.progress.advance, keep=keep)
+    with session.ranks.together(RECOVER, _call(changed, graph, config, done)):
+        found = _reconstructed(session, teacher, graph, config, (done, hooks))
+    return found.graph, found.recovery
+
+
+def _reconstructed(
+    session: Session,
+    teacher: Teacher,
+    graph: Graph,
+    config: Recover,
+    how: tuple[Progressed | None, Hooks],
+) -> Reconstructed:
+    done, hooks = how
+    return reconstruct(
         teacher,
         graph,
-        list(part.batches(batch)),
+        list(session.parts["calibration"].batches(config.batch)),
         config,
         seed=session.settings.seed,
         fixed=frozenset(op for s in session.formats if s.pinned is not None for op in s.ops),
-        done=_interrupted(session, key),
-        hooks=Hooks(advance=session.progress.advance, keep=keep),
+        done=done,
+        hooks=hooks,
+        ranks=session.ranks,
         more=_more(session),
     )
-    return found.graph, found.recovery
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """What the other ranks need to take part; its tensors are the graph's, the cuts' and the done ones."""
+
+    graph: Mapping[str, Any]
+    branches: ChangeRecords
+    widths: ChangeRecords
+    config: Recover
+    done: _Partial | None
+
+
+def _call(
+    changed: Changes, graph: Graph, config: Recover, done: Progressed | None
+) -> Parcel[_Call]:
+    branches, widths = pack(changed.branches), pack(changed.widths)
+    record = _Call(
+        graph=graph_to_json(graph),
+        branches=branches[0],
+        widths=widths[0],
+        config=config,
+        done=None if done is None else _Partial(parts=done.parts, seconds=done.seconds),
+    )
+    tensors = {
+        "graph": graph_tensors(graph),
+        "branches": as_tensors(branches[1]),
+        "widths": as_tensors(widths[1]),
+        "done": {} if done is None else done.tensors,
+    }
+    return Parcel(record, {f"{k}/{n}": t for k, own in tensors.items() for n, t in own.items()})
+
+
+def recover_along(session: Session, body: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Take part in rank 0's recovery, whose result is rank 0's.
+
+    Args:
+        session: This rank's.
+        body: The record that rank 0 has sent, as JSON.
+        tensors: Its tensors.
+    """
+    record = from_json(_Call, body)
+    own: dict[str, dict[str, Tensor]] = {"graph": {}, "branches": {}, "widths": {}, "done": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        own[kind][rest] = tensor
+    cuts = {
+        kind: tuple(unpack(records, as_arrays(own[kind]), session.site_by_name))
+        for kind, records in (("branches", record.branches), ("widths", record.widths))
+    }
+    graph = graph_from_json(record.graph, own["graph"])
+    graph = replace(graph, example=session.graph.example)
+    changed = Changes(branches=cuts["branches"], widths=cuts["widths"])
+    teacher = Teacher(
+        graph=session.graph, kind=session.kind, counterparts=counterparts_of(session, changed)
+    )
+    kept = record.done
+    done = None if kept is None else Progressed(
+        tensors=own["done"], parts=kept.parts, seconds=kept.seconds
+    )  # fmt: skip
+    _reconstructed(session, teacher, graph, record.config, (done, Hooks()))
 
 
 def _more(session: Session) -> More | None:

@@ -14,10 +14,11 @@ from tersor.api.choosing import ChoiceRecord, choose_plan, metric_stamp, plan_ke
 from tersor.api.files import Facts, artifact_size, final_bytes
 from tersor.api.final import Final, Made, as_baseline, built_final, make_final
 from tersor.api.judging import Decision, TestPart, judge, race, runner_for
+from tersor.api.keeping import MadeRecord, pack_made, unpack_made
+from tersor.api.proposing import Offers
 from tersor.api.quality import Quality
 from tersor.api.recovering import recovery_key
 from tersor.api.session import Session
-from tersor.api.stages import Offers
 from tersor.api.undoing import measure_undone
 from tersor.capture.detector import Attached
 from tersor.core.errors import BackendError, ConfigError, ParityError
@@ -28,6 +29,7 @@ from tersor.core.store import write_atomic
 from tersor.core.target import Target
 from tersor.core.units import BYTES_PER_MB
 from tersor.graph.modules import GraphModule
+from tersor.observe.ranks import Parcel
 from tersor.plan.resolve import curve
 from tersor.plan.resolve import resolve as resolve_plan
 from tersor.report.explain import costliest
@@ -54,6 +56,20 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResultRecord:
+    """A result that was verified, for other ranks; its tensors are the graph's and the changes'."""
+
+    choice: ChoiceRecord
+    plan: Plan
+    is_baseline: bool
+    reason: str
+    verdict: Verdict
+    pareto: tuple[ParetoPoint, ...]
+    made: MadeRecord
+    test_uses: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Curve:
     points: tuple[ParetoPoint, ...]
 
@@ -73,6 +89,34 @@ class Result:
         self._plan = choice.plan
         self._is_baseline = choice.is_baseline
         self._undone: dict[str, Undone] = {}
+
+    def parcel(self) -> Parcel[ResultRecord]:
+        """This result, verified, for other ranks."""
+        verdict = self.verdict  # may change the plan
+        record, tensors = pack_made(self._run.session, self._made)
+        found = ResultRecord(
+            choice=self._choice,
+            plan=self._plan,
+            is_baseline=self._is_baseline,
+            reason=self._reason,
+            verdict=verdict,
+            pareto=self.pareto,
+            made=record,
+            test_uses=self._run.test.uses,
+        )
+        return Parcel(found, tensors)
+
+    @classmethod
+    def of_parcel(cls, run: Run, target: Target, parcel: Parcel[ResultRecord]) -> "Result":
+        """What another rank found; its build is made here, on first use."""
+        record = parcel.record
+        run.test.uses = record.test_uses
+        result = cls(run, target, record.choice)
+        result._plan, result._reason = record.plan, record.reason
+        result._is_baseline = record.is_baseline
+        made = unpack_made(run.session, record.made, parcel.tensors)
+        result.__dict__ |= {"_made": made, "verdict": record.verdict, "pareto": record.pareto}
+        return result
 
     @property
     def plan(self) -> Plan:
@@ -300,19 +344,29 @@ class Result:
         return "" if choice.shapes == "open" else f"built as {choice.describe()}; else open sizes"
 
     def report(self, path: str | Path) -> None:
-        """Write the report as JSON.
+        """Write the report as JSON; of several ranks, rank 0 writes.
 
         Raises:
             ConfigError: Another suffix than .json.
         """
         if Path(path).suffix != ".json":
             raise ConfigError(f"{path}: reports are written as .json in this version")
-        write_atomic(path, dumps(report_json(self.record), indent=1).encode())
+        if self._writes:
+            write_atomic(path, dumps(report_json(self.record), indent=1).encode())
 
     def save(self, path: str | Path) -> None:
-        """Write one artifact that ``tersor.load`` runs, whole or not at all."""
+        """Write one artifact that ``tersor.load`` runs, whole or not at all.
+
+        Of several ranks, rank 0 writes.
+        """
+        if not self._writes:
+            return
         final, facts = self._final, self._facts(self.verdict)
         write_atomic(path, final_bytes(self._run.session, final.graph, final.built, facts))
+
+    @property
+    def _writes(self) -> bool:
+        return self._run.session.ranks.is_first
 
     def _facts(self, verdict: Verdict) -> Facts:
         return Facts(
@@ -329,11 +383,16 @@ class Result:
     def export(self, path: str | Path) -> None:
         """Write the model for another runtime: .xml (OpenVINO), .onnx or .pt2.
 
+        Of several ranks, rank 0 writes.
+
         Raises:
             ConfigError: Another suffix.
             ParityError: The file computes something else than the graph.
         """
         from tersor.api.exporting import export_graph
+
+        if not self._writes:
+            return
 
         flat = self._run.session.flat("calibration", 4)
         export_graph(self._final.graph, self._final.built.choice, Path(path), flat)

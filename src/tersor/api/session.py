@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tersor.analyse.additions import addition_sites
 from tersor.analyse.branches import branch_sites, sites_inside
 from tersor.analyse.sites import find_sites
 from tersor.analyse.widths import unit_size, width_sites
+from tersor.api.agreeing import Beating, agree
 from tersor.api.taught import Taught, read_taught
 from tersor.api.tiles import Tiles, device_tiles
 from tersor.build.reference import GraphExecutable
@@ -38,6 +39,7 @@ from tersor.graph.axes import Axes, analyse_axes
 from tersor.graph.axes.heads import Heads
 from tersor.graph.contracts import Backend, Executable, Graph, Method, kinds_of
 from tersor.graph.serial import structure_text
+from tersor.observe.ranks import ALONE, Parcel, RankGroup
 from tersor.price.grid import kept_counts
 from tersor.runtime.runner import Runner
 from tersor.timing.device import InTurn
@@ -87,6 +89,11 @@ class Settings:
                     "and returns a number, or tersor.Metric"
                 )
 
+    def options(self) -> dict[str, Any]:
+        """Those that are plain values, by name; where files and lines go is not among them."""
+        apart = ("cache_dir", "progress", "metric", "test_metric")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
@@ -118,6 +125,7 @@ class Session:
     fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
     heads: dict[str, Heads | None] = field(default_factory=dict)  # width -> how its heads lie
     detector: Detector | None = None  # whose core the captured model is
+    ranks: RankGroup = ALONE  # who shares the work
     drawn: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)  # examples
     taught: Taught | None = None  # the caller's own data for recovery
 
@@ -202,9 +210,13 @@ class Session:
         return Runner(GraphExecutable(graph), graph.signature, _REFERENCE_BATCH)
 
 
-def open_session(model: Any, data: Any, settings: Settings) -> Session:
-    """Check everything that can be checked early, read the data, capture the model."""
-    progress = _progress(settings.progress)
+def open_session(model: Any, data: Any, settings: Settings, ranks: RankGroup = ALONE) -> Session:
+    """Check everything that can be checked early, read the data, capture the model.
+
+    Raises:
+        RankError: Another rank has another model, other data or other settings.
+    """
+    progress = _progress(settings.progress, ranks)
     store = Store(settings.cache_dir or Path.home() / ".cache" / "tersor")
     backends, infos = pick_backends(settings.backend, settings.device)
     wanted = as_data(data)
@@ -214,16 +226,19 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
     captured = capture(opened, parts["calibration"], varying(parts.values()))
     graph = captured.graph
     parts = {name: as_carried(part, graph.signature) for name, part in parts.items()}
+    model_hash = graph_hash(graph)
+    agree(ranks, settings.options(), infos, lambda: _hashes(model_hash, parts))
     methods = pick_methods(settings.methods, infos, for_size=settings.for_size)
     sites, axes = offered_sites(graph, methods.values(), tuple(settings.keep))
     tiles = None
     has_widths = axes is not None and any(site.kind == "width" for site in sites)
     if has_widths or any(_takes(m, "rank_step") for m in methods.values()):
-        tiles = device_tiles(backends, infos, store, progress)
+        tiles = ranks.first(
+            Tiles, lambda: Parcel(device_tiles(backends, infos, store, progress)), "tiles"
+        ).record
         methods = {n: with_counts(m, axes, tiles) for n, m in methods.items()}
     outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
     kind = output_kind(wanted.output, outputs)
-    model_hash = graph_hash(graph)
     progress.note(
         f"{sum(s.kind == 'format' for s in sites)} layers, "
         f"{sum(s.kind == 'width' for s in sites)} widths, {sum(len(p) for p in parts.values())} samples "
@@ -246,6 +261,7 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         tiles,
         describe_machine().fingerprint(),
     )
+    key = ranks.first(_Key, lambda: Parcel(_Key(key=key)), "open").record.key  # of its machine
     return Session(
         captured=captured,
         parts=parts,
@@ -266,7 +282,19 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
             settings.recover, graph, captured.call, lambda s: _data_hash({"calibration": s})
         ),
         inside=sites_inside(graph, sites, axes),
+        ranks=ranks,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Key:
+    key: str
+
+
+def _hashes(model_hash: str, parts: Mapping[Split, Samples]) -> dict[str, str]:
+    """Of the model, and of each part of the data."""
+    own = {f"{name} data": _data_hash({name: part}) for name, part in parts.items()}
+    return {"model": model_hash, **own}
 
 
 def _read(
@@ -281,12 +309,13 @@ def _read(
     return (detector.core, detector, parts) if intake.taken else (model, None, parts)
 
 
-def _progress(progress: Any) -> Progress:
-    if progress is True:
-        return Printed()
-    if not progress:
-        return Silent()
-    return progress  # type: ignore[no-any-return]
+def _progress(progress: Any, ranks: RankGroup) -> Progress:
+    found: Progress = progress
+    if progress is True:  # one rank's lines are enough
+        found = Printed() if ranks.is_first else Silent()
+    elif not progress:
+        found = Silent()
+    return Beating(found, ranks) if ranks.is_shared and ranks.is_first else found
 
 
 def pick_backends(name: str, device: str) -> tuple[dict[str, Backend], tuple[BackendInfo, ...]]:

@@ -173,6 +173,7 @@ def width_errors(
         kind=session.kind,
         precision=error_precision(session),
         advance=session.progress.advance,
+        ranks=session.ranks,
     )
 
 
@@ -205,7 +206,7 @@ def branch_errors(
     session: Session, proposals: Sequence[tuple[Candidate, SiteChange]]
 ) -> list[Candidate]:
     """The candidates of branches with the error that each causes alone."""
-    if not proposals:
+    if not proposals and not (session.ranks.is_shared and session.branches):
         return []
     session.progress.stage("branch errors", len(proposals))
     return measure_branches(
@@ -215,6 +216,7 @@ def branch_errors(
         kind=session.kind,
         precision=error_precision(session),
         advance=session.progress.advance,
+        ranks=session.ranks,
     )
 
 

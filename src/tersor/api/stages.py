@@ -1,4 +1,4 @@
-"""The stages up to the prices, each found again in the store when it was finished before."""
+"""Baselines and prices, each found again in the store when it was finished before."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,30 +6,16 @@ from typing import Any
 
 import torch
 
-from tersor.analyse.calibration import self_check, site_statistics
 from tersor.api.latency import measure_calls
 from tersor.api.memory import price_memory
-from tersor.api.proxies import with_proxies
+from tersor.api.proposing import Offers
 from tersor.api.session import Session
 from tersor.api.shaping import open_baseline, reshaped, with_shapes
-from tersor.api.shrink import (
-    Changes,
-    activations_statistics,
-    additions_statistics,
-    branch_errors,
-    branch_sites_statistics,
-    error_precision,
-    evaluated,
-    facts_of,
-    fit_samples,
-    sketched,
-    width_errors,
-    width_sites_statistics,
-)
+from tersor.api.shrink import evaluated, facts_of, sketched
 from tersor.build.build import Built, build, shapes_of
 from tersor.core.errors import BackendError, ParityError
 from tersor.core.jsonable import digest
-from tersor.core.levels import Inside, gone_with, settled
+from tersor.core.levels import settled
 from tersor.core.machine import describe_machine, usable_cores
 from tersor.core.records import (
     BackendInfo,
@@ -42,12 +28,8 @@ from tersor.core.records import (
     Term,
 )
 from tersor.graph.apply import quantize_node_name
-from tersor.graph.changes import ChangeRecords, pack, unpack
-from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
+from tersor.graph.contracts import Graph
 from tersor.graph.facts import stored_elsewhere
-from tersor.observe import keeping
-from tersor.observe.output_moments import Felt, felt_by
-from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
 from tersor.price.price import PriceConfig, price_all
 from tersor.price.refuse import refused
@@ -55,18 +37,9 @@ from tersor.price.table import fit_error
 from tersor.price.terms import PackedBytes
 from tersor.price.tools import PriceTools
 from tersor.price.variants import native_assignment
-from tersor.propose.propose import (
-    NATIVE,
-    Offer,
-    best_of_each,
-    chunk_size,
-    measure_errors,
-    offers,
-)
+from tersor.propose.propose import NATIVE
 from tersor.timing.protocol import Protocol
 
-_CALIBRATION_SAMPLES = 256  # more change no statistics that matter here (ALGORITHMS 8.2)
-_GRADIENT_SAMPLES = 64  # of the output's gradient moments: a backward pass for each class
 _CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its graph
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
@@ -84,64 +57,6 @@ PRICING = Protocol(
 _DRAW_SEED = 0  # of the builds that prices are fitted on: the same ones, whatever the seed of a run
 
 
-@dataclass(frozen=True, kw_only=True)
-class Offers:
-    """Candidates with their measured errors, and their changes by (site, level)."""
-
-    candidates: tuple[Candidate, ...]
-    changes: Mapping[tuple[str, Level], SiteChange]
-    inside: Inside = field(default_factory=dict)  # branch -> sites that go with it
-
-    def levels(self) -> dict[str, tuple[Level, ...]]:
-        """Site -> its levels."""
-        found: dict[str, list[Level]] = {}
-        for candidate in self.candidates:
-            found.setdefault(candidate.site, []).append(candidate.level)
-        return {site: tuple(levels) for site, levels in found.items()}
-
-    def by_site(self) -> dict[str, tuple[Candidate, ...]]:
-        """Site -> its candidates."""
-        found: dict[str, list[Candidate]] = {}
-        for candidate in self.candidates:
-            found.setdefault(candidate.site, []).append(candidate)
-        return {site: tuple(rows) for site, rows in found.items()}
-
-    def chosen(self, assignment: Mapping[str, Level]) -> Changes:
-        """The changes of an assignment that edit the graph.
-
-        A count that is not on offer takes the first units of the next larger one: good for prices.
-        """
-        free = {site for site, _ in self.changes}  # the others are pinned
-        free -= gone_with(assignment, self.inside)
-        found = [
-            self._change(site, level)
-            for site, level in assignment.items()
-            if level not in NATIVE and site in free
-        ]
-        return Changes(
-            formats=tuple(c for c in found if c.site.kind == "format"),
-            widths=tuple(c for c in found if c.site.kind == "width" and c.level != c.site.units),
-            branches=tuple(c for c in found if c.site.kind == "branch" and c.level != c.site.units),
-        )
-
-    def _change(self, site: str, level: Level) -> SiteChange:
-        known = self.changes.get((site, level))
-        if known is not None:
-            return known
-        if not isinstance(level, int):
-            raise KeyError((site, level))
-        larger = min(n for s, n in self.changes if s == site and isinstance(n, int) and n > level)
-        near = self.changes[site, larger]
-        kept = torch.arange(larger) if near.kept is None else near.kept
-        return replace(near, level=level, kept=kept[:level])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _OfferRecord:
-    candidates: tuple[Candidate, ...]
-    changes: ChangeRecords
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tables:
     tables: tuple[PriceTable, ...]
@@ -154,127 +69,6 @@ class _BaselineRecord:
     rows: tuple[BaselineRow, ...]
     best: int
     notes: tuple[str, ...] = field(default=())
-
-
-def calibration_batches(session: Session) -> list[tuple[torch.Tensor, ...]]:
-    """Flat inputs of the calibration part, in batches that fit in memory."""
-    count = _CALIBRATION_SAMPLES if session.axes is None else fit_samples(session)
-    part = session.parts["calibration"].limited(max(count, _CALIBRATION_SAMPLES))
-    return list(part.batches(chunk_size(session.graph)))
-
-
-def calibrate(session: Session) -> dict[str, Observed]:
-    """One statistics pass, with the standing self-check."""
-    kept = session.store.get(keeping.ObservedRecords, "calibration", session.key)
-    if kept is not None:
-        arrays = session.store.arrays("calibration", session.key)
-        return keeping.unpack(kept, arrays)
-    batches = calibration_batches(session)
-    session.progress.stage("calibrate", len(batches))
-    seed = session.settings.seed
-    check = self_check(
-        session.graph, [t[:8] for t in batches[0]], seed=seed, note=session.progress.note
-    )
-    observed = observe(
-        session.graph, batches, len(batches), seed=seed, advance=session.progress.advance
-    )
-    record, kept_arrays = keeping.pack(observed, check)
-    session.store.put("calibration", session.key, record, kept_arrays)
-    return observed
-
-
-def gradient_moments(
-    session: Session, graph: Graph, batches: Sequence[tuple[torch.Tensor, ...]]
-) -> Felt:
-    """The output's gradient moments of a graph, worked out if a method asks for them."""
-    return felt_by(
-        graph, batches, session.kind, seed=session.settings.seed, samples=_GRADIENT_SAMPLES
-    )
-
-
-def propose(session: Session) -> Offers:
-    """All candidates with their errors; the statistics are not needed afterwards."""
-    kept = session.store.get(_OfferRecord, "propose", session.key)
-    if kept is not None:
-        arrays = session.store.arrays("propose", session.key)
-        changes = unpack(kept.changes, arrays, session.site_by_name)
-        return _offers(session, kept, changes)
-    observed = calibrate(session)
-    widths = width_sites_statistics(session, observed)
-    felt = gradient_moments(session, session.graph, calibration_batches(session))
-    statistics = site_statistics(session.graph, session.formats, observed, felt)
-    known: dict[str, Any] = {
-        **statistics,
-        **widths,
-        **branch_sites_statistics(session),
-        **additions_statistics(session, statistics),
-        **activations_statistics(session),
-    }
-    session.progress.stage("propose", len(session.sites))
-    proposals = offers(
-        session.sites,
-        known,
-        session.methods,
-        lambda candidate: any(b.supports(candidate).ok for b in session.backends.values()),
-        session.progress.advance,
-    )
-    proposals = with_proxies(session, proposals, known)
-    formats = [offer for offer in proposals if offer.change.site.kind == "format"]
-    cuts = [offer for offer in proposals if offer.change.site.kind == "width"]
-    branches = [offer for offer in proposals if offer.change.site.kind == "branch"]
-    candidates = _format_errors(session, formats) + _width_errors(session, cuts, widths, observed)
-    candidates += branch_errors(session, [(offer.candidate, offer.change) for offer in branches])
-    measured = [
-        Offer(candidate, offer.change)
-        for candidate, offer in zip(candidates, (*formats, *cuts, *branches), strict=True)
-    ]
-    best = best_of_each(measured, session.settings.made_by)
-    candidates, changes = [o.candidate for o in best], [o.change for o in best]
-    records, arrays = pack(changes)
-    record = _OfferRecord(candidates=tuple(candidates), changes=records)
-    session.store.put("propose", session.key, record, arrays)
-    session.store.remove("calibration", session.key)  # large, and recomputed by the transform
-    return _offers(session, record, changes)
-
-
-def _width_errors(
-    session: Session,
-    proposals: list[Offer],
-    statistics: Mapping[str, WidthStatistics],
-    observed: Mapping[str, Observed],
-) -> list[Candidate]:
-    if not proposals:
-        return []
-    pairs = [(offer.candidate, offer.change) for offer in proposals]
-    found = width_errors(session, pairs, statistics, observed)
-    # The change holds the units: as numbers in every record they would only take room.
-    return [
-        replace(c, detail={name: value for name, value in c.detail.items() if name != "kept"})
-        for c in found
-    ]
-
-
-def _format_errors(session: Session, proposals: list[Offer]) -> list[Candidate]:
-    part = session.parts["search"]
-    edits = sum(offer.candidate.level not in NATIVE for offer in proposals)
-    session.progress.stage("errors", edits)
-    advance, precision = session.progress.advance, error_precision(session)
-    return measure_errors(
-        session.graph,
-        proposals,
-        part.tensors,
-        session.kind,
-        advance,
-        part.others,
-        precision=precision,
-    )
-
-
-def _offers(session: Session, record: _OfferRecord, changes: list[SiteChange]) -> Offers:
-    by_level = {
-        (c.site, c.level): change for c, change in zip(record.candidates, changes, strict=True)
-    }
-    return Offers(candidates=record.candidates, changes=by_level, inside=session.inside)
 
 
 def stitched(session: Session, offered: Offers, assignment: Mapping[str, Level]) -> Graph:

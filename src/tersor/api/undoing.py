@@ -1,9 +1,10 @@
 """What undoing one choice of a plan would change: the plan with and without it, side by side."""
 
 from tersor.api.latency import measure_calls
+from tersor.api.proposing import Offers
 from tersor.api.quality import Quality
 from tersor.api.session import Session
-from tersor.api.stages import Offers, build_for, stitched
+from tersor.api.stages import build_for, stitched
 from tersor.core.errors import BackendError, ParityError
 from tersor.core.jsonable import digest
 from tersor.core.records import Level, Plan

@@ -71,6 +71,12 @@ class MeasurementError(TersorError):
     exit_code: ClassVar[int] = 3
 
 
+class RankError(TersorError):
+    """Another rank of a distributed run stopped, is silent, or works on something else."""
+
+    exit_code: ClassVar[int] = 3
+
+
 class StoreError(TersorError):
     """The cache directory can't be read or written."""
 

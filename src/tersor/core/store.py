@@ -4,11 +4,13 @@ Layout: ``<root>/<stage>/<key>/record.json`` with optional ``arrays.safetensors`
 entry appears by one rename, so a killed process leaves either a whole entry or none.
 """
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from tersor.core.jsonable import dumps, from_json
 
 RecordT = TypeVar("RecordT")
 Arrays = Mapping[str, NDArray[Any]]
+_TRIES = 5  # to replace an entry that other processes replace at the same time
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -52,6 +55,27 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _replace(fresh: Path, entry: Path) -> None:
+    """Put a folder in the place of an entry, or where none is; each step is one rename.
+
+    Several processes may write one entry at a time: they write the same, and one of theirs stays.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            fresh.rename(entry)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        if tries_left:
+            old = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".old-"))
+            with suppress(FileNotFoundError):  # another process was faster
+                entry.rename(old)
+            shutil.rmtree(old)
+    shutil.rmtree(fresh)  # others keep writing the same: theirs is there
 
 
 class Store:
@@ -121,9 +145,7 @@ class Store:
             if arrays:
                 (Path(temporary) / "arrays.safetensors").write_bytes(save(dict(arrays)))
             (Path(temporary) / "record.json").write_text(dumps(record), encoding="utf-8")
-            if entry.exists():
-                shutil.rmtree(entry)
-            Path(temporary).rename(entry)
+            _replace(Path(temporary), entry)
         except OSError as error:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)

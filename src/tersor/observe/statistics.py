@@ -30,6 +30,7 @@ ROWS_PER_INPUT = 16
 MIN_ROWS = 8192
 ROWS = 1024  # rows kept of each op
 CHANNEL_ROWS = 2048  # raw values kept of each channel
+_SEEDS = 2**20  # more than there are batches: each draws by a seed of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class Observed:
 
 
 @dataclass
-class _Streams:
+class Streams:
+    """What is gathered at one op while batches pass."""
+
     moments: MomentStream
     histogram: Histogram
     rows: RowSample
@@ -85,12 +88,33 @@ def observe(
         seed: Of the subsampling.
         advance: Called after each batch.
     """
-    ops = [op for op in weighted_ops(graph.module) if op.kind != "embedding"]
-    wanted = {op.node.name: op for op in ops}
+    streams = observe_part(graph, enumerate(batches), n_batches, seed=seed, advance=advance)
+    return {name: finish(own) for name, own in streams.items()}
+
+
+def observed_ops(graph: Graph) -> dict[str, WeightedOp]:
+    """The linear layers and convolutions of a graph, by node."""
+    return {op.node.name: op for op in weighted_ops(graph.module) if op.kind != "embedding"}
+
+
+def observe_part(
+    graph: Graph,
+    batches: Iterable[tuple[int, tuple[Tensor, ...]]],
+    n_batches: int,
+    *,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Streams]:
+    """As ``observe`` of some of the batches, each with its place among all.
+
+    What is sampled of a batch depends on the seed and its place alone, so that parts in the order of
+    their batches make up the whole.
+    """
+    wanted = observed_ops(graph)
     streams = {name: _new_streams(n_batches) for name in wanted}
-    generator = torch.Generator().manual_seed(seed)
     done = last_uses(graph.module)
-    for flat in batches:
+    for place, flat in batches:
+        generator = torch.Generator().manual_seed((seed * _SEEDS + place) % 2**63)
         mask = token_mask(graph.signature, flat)
         env: dict[str, object] = {}
         stream = iter(flat)
@@ -99,15 +123,16 @@ def observe(
                 is_input = node.op == "placeholder"
                 env[node.name] = next(stream) if is_input else execute(graph.module, node, env)
                 if node.name in wanted:
-                    _record(streams[node.name], wanted[node.name], env, mask, generator)
+                    op = wanted[node.name]
+                    _record(streams[node.name], op, env, mask, (generator, place))
                 for name in done.get(node.name, ()):
                     del env[name]
         advance()
-    return {name: _finish(streams[name]) for name in wanted}
+    return streams
 
 
-def _new_streams(n_batches: int) -> _Streams:
-    return _Streams(
+def _new_streams(n_batches: int) -> Streams:
+    return Streams(
         MomentStream(),
         Histogram(),
         RowSample(ROWS, n_batches),
@@ -117,23 +142,25 @@ def _new_streams(n_batches: int) -> _Streams:
 
 
 def _record(
-    streams: _Streams,
+    streams: Streams,
     op: WeightedOp,
     env: Mapping[str, object],
     mask: Tensor | None,
-    generator: torch.Generator,
+    chance: tuple[torch.Generator, int],
 ) -> None:
+    """Add one batch; ``chance``: what the batch's samples are drawn with, and its place."""
     data, output = env[op.data.name], env[op.node.name]
     assert isinstance(data, Tensor)
     assert isinstance(output, Tensor)
+    generator, place = chance
     keep = some_rows(data, op, mask, streams.rows.batches, generator)
     rows, results = as_rows(data, op, mask, keep), output_rows(output, op, mask)
     results = results if keep is None else results[keep]
     streams.moments.add_(rows)
     values = channel_rows(data, op, mask)
     streams.histogram.add_(values)
-    streams.channels.add_(values[streams.channels.pick(len(values), generator)])
-    picked = streams.rows.pick(len(rows), generator)
+    streams.channels.add_(values[streams.channels.pick(len(values), generator, place)])
+    picked = streams.rows.pick(len(rows), generator, place)
     streams.rows.add_(rows[picked])
     streams.outputs.add_(results[picked])
 
@@ -167,7 +194,8 @@ def channel_rows(data: Tensor, op: WeightedOp, mask: Tensor | None) -> Tensor:
     return data.movedim(1, -1).reshape(-1, data.shape[1])
 
 
-def _finish(streams: _Streams) -> Observed:
+def finish(streams: Streams) -> Observed:
+    """What is known when all batches have passed."""
     histogram, rows = streams.histogram, streams.rows.value()
     return Observed(
         moments=streams.moments.value(),

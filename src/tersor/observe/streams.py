@@ -41,12 +41,16 @@ class Histogram:
         wanted = 2.0 ** torch.ceil(torch.log2(torch.tensor(amax, dtype=torch.float64))).item()
         while wanted < amax:
             wanted *= 2
-        while self.edge and self.edge < wanted:
+        self.grow_(wanted)
+
+    def grow_(self, edge: float) -> None:
+        """Move the edge outwards to a power of two, or leave it: no count is lost."""
+        while self.edge and self.edge < edge:
             half = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.zeros_like(self.counts)
             self.counts[BINS // 4 : BINS // 4 + BINS // 2] = half
             self.edge *= 2
-        self.edge = max(self.edge, wanted)
+        self.edge = max(self.edge, edge)
 
     def edges(self) -> Tensor:
         """Borders of the bins [BINS + 1]."""
@@ -61,10 +65,18 @@ class RowSample:
     batches: int  # expected number of batches
     rows: list[Tensor] = field(default_factory=list)
 
-    def pick(self, count: int, generator: torch.Generator) -> Tensor:
-        """Indices of the rows to keep of the next ``count`` rows."""
+    def pick(self, count: int, generator: torch.Generator, before: int | None = None) -> Tensor:
+        """Indices of the rows to keep of the next ``count`` rows.
+
+        Args:
+            count: Rows that there are.
+            generator: Of the choice.
+            before: Batches before this one, wherever they were read: what is kept of a batch then
+                does not depend on which others this sample has seen. None: it may have seen all.
+        """
         share = max(1, -(-self.limit // max(1, self.batches)))
-        room = self.limit - sum(len(r) for r in self.rows)
+        used = sum(len(r) for r in self.rows) if before is None else before * share
+        room = self.limit - used
         share = max(0, min(share, room, count))
         return torch.randperm(count, generator=generator)[:share].sort().values
 

@@ -9,13 +9,14 @@ from tersor.core.levels import KEPT
 from tersor.core.records import Candidate, OutputKind
 from tersor.graph.branches import replace_branches
 from tersor.graph.contracts import Graph, SiteChange
+from tersor.observe.ranks import ALONE, RankGroup
 from tersor.propose.errors import sampled_errors, with_errors
 from tersor.propose.sampling import Precision
 
 Proposal = tuple[Candidate, SiteChange]
 
 
-def measure_branches(
+def measure_branches(  # noqa: PLR0913 - the stage's inputs
     graph: Graph,
     proposals: Sequence[Proposal],
     batches: Sequence[tuple[Tensor, ...]],
@@ -23,6 +24,7 @@ def measure_branches(
     kind: OutputKind,
     precision: Precision | None = None,
     advance: Callable[[], None] = lambda: None,
+    ranks: RankGroup = ALONE,
 ) -> list[Candidate]:
     """The candidates with the error that each causes alone, its standard error and its bytes.
 
@@ -33,6 +35,7 @@ def measure_branches(
         kind: The output's geometry.
         precision: When an error is known well enough.
         advance: Called once for each candidate.
+        ranks: Who measures candidates of its own at the same time.
     """
     edited = {
         i: replace_branches(graph, [change])
@@ -40,7 +43,7 @@ def measure_branches(
         if change.level != KEPT
     }
     errors: Mapping[int, Tensor] = {}
-    if edited:
+    if edited or ranks.is_shared:
         errors = sampled_errors(
             graph,
             edited,
@@ -49,6 +52,7 @@ def measure_branches(
             sites={i: proposals[i][0].site for i in edited},
             precision=precision or Precision(),
             advance=advance,
+            ranks=ranks,
         )
     found: list[Candidate] = []
     for i, (candidate, change) in enumerate(proposals):

@@ -17,6 +17,7 @@ from tersor.graph.geometry import (
     sample_sensitivity,
 )
 from tersor.graph.suffix import Original, Suffix
+from tersor.observe.ranks import ALONE, Parcel, RankGroup
 from tersor.propose.sampling import (
     Flat,
     Precision,
@@ -32,6 +33,7 @@ _ACTIVATION_BYTES = 1 << 29  # of all intermediate results of one chunk of sampl
 _MOST_SAMPLES = 16  # in a chunk
 _EDIT_BYTES = 1 << 28  # of the tensors of all edits that are at hand at a time
 _OUTPUT_BYTES = 1 << 28  # of the outputs from which spreads are taken
+_STEP = "errors"
 _POOL = 4  # times as many samples as may be read are those among which they are drawn
 
 
@@ -45,6 +47,7 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
     precision: Precision | None = None,
     few: frozenset[int] = frozenset(),
     advance: Callable[[], None] = lambda: None,
+    ranks: RankGroup = ALONE,
 ) -> dict[int, Tensor]:
     """Output errors of each edited graph, over as many samples as it takes to know their mean.
 
@@ -58,6 +61,8 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
         precision: When a mean is known well enough. None: all samples are read.
         few: Variants that are not worth more samples than the least.
         advance: Called once for each variant, when it is done.
+        ranks: Who measures variants of the same graph at the same time, all on the same samples; each
+            its own variants, maybe none. What a plan loses is estimated from all of them.
 
     Returns:
         Variant -> errors, one a draw [t], of the same samples in the same order, each times what
@@ -66,7 +71,7 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
     original, groups = Original(graph), by_shape(batches)
     count, size = sum(len(flat[0]) for flat in groups), chunk_size(graph)
     rule = precision or Precision(least=max(2, count), most=max(2, count))
-    survey = _survey(graph, groups, kind, rule, size)
+    survey = _shared_survey(ranks, lambda: _survey(graph, groups, kind, rule, size))
     read = {i: torch.full((count,), math.nan, dtype=torch.float64) for i in variants}
     found: dict[int, Tensor] = {}
     active = list(variants)
@@ -83,7 +88,10 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
                     read[i][rows] = output_error(new, old, kind, survey.spreads).double()
         for i in active:
             found[i] = read[i][survey.pool[look.draws]] * look.weights
-        scale = plan_scale({i: float(errors.mean()) for i, errors in found.items()}, sites)
+        means = {i: float(errors.mean()) for i, errors in found.items()}
+        scale, is_over = _scale(ranks, means, sites, is_active=bool(active))
+        if is_over:
+            break
         done = {
             i for i in active
             if look is looks[-1] or i in few or rule.is_enough(found[i], scale, survey.useless)
@@ -92,9 +100,46 @@ def sampled_errors(  # noqa: PLR0913 - a measurement and its limits
         for _ in done:
             advance()
         active = [i for i in active if i not in done]
-        if not active:
-            break
     return {i: found[i] for i in variants}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Means:
+    """Mean errors of one rank's variants, with their sites, and whether it goes on reading."""
+
+    means: tuple[float, ...]
+    sites: tuple[str, ...]
+    is_active: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scale:
+    scale: float
+    is_over: bool
+
+
+def _scale(
+    ranks: RankGroup, means: Mapping[int, float], sites: Mapping[int, str], *, is_active: bool
+) -> tuple[float, bool]:
+    """What a plan that changes every site loses, from all ranks' variants; and if all are done."""
+    if not ranks.is_shared:
+        return plan_scale(means, sites), not is_active
+    own = _Means(
+        means=tuple(means.values()), sites=tuple(sites[i] for i in means), is_active=is_active
+    )
+    parts = ranks.collect(_Means, Parcel(own), _STEP)
+
+    def join() -> Parcel[_Scale]:
+        rows = [row for p in parts for row in zip(p.record.means, p.record.sites, strict=True)]
+        both = (
+            {i: mean for i, (mean, _) in enumerate(rows)},
+            {i: s for i, (_, s) in enumerate(rows)},
+        )
+        is_over = not any(p.record.is_active for p in parts)
+        return Parcel(_Scale(scale=plan_scale(*both), is_over=is_over))
+
+    found = ranks.first(_Scale, join, _STEP).record
+    return found.scale, found.is_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +157,29 @@ class _Survey:
     sensitivity: Tensor
     spreads: tuple[float, ...]
     useless: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SurveyRecord:
+    """The plain part of a survey."""
+
+    spreads: tuple[float, ...]
+    useless: float
+
+
+def _shared_survey(ranks: RankGroup, make: Callable[[], _Survey]) -> _Survey:
+    """One rank's survey for all of them: errors on other samples would not be paired."""
+    if not ranks.is_shared:
+        return make()
+
+    def parcel() -> Parcel[_SurveyRecord]:
+        made = make()
+        record = _SurveyRecord(spreads=made.spreads, useless=made.useless)
+        return Parcel(record, {"pool": made.pool, "sensitivity": made.sensitivity})
+
+    found = ranks.first(_SurveyRecord, parcel, _STEP)
+    pool, sensitivity = found.tensors["pool"], found.tensors["sensitivity"]
+    return _Survey(pool, sensitivity, found.record.spreads, found.record.useless)
 
 
 def _survey(

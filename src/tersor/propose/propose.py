@@ -18,6 +18,7 @@ from tersor.graph.contracts import (
     WidthStatistics,
     works_on,
 )
+from tersor.observe.ranks import ALONE, RankGroup
 from tersor.propose.errors import chunk_size, chunks, sampled_errors, with_errors
 from tersor.propose.sampling import Flat, Precision
 
@@ -127,6 +128,7 @@ def measure_errors(  # noqa: PLR0913 - the stage's inputs
     others: Sequence[Flat] = (),
     *,
     precision: Precision | None = None,
+    ranks: RankGroup = ALONE,
 ) -> list[Candidate]:
     """The candidates with mean error, its standard error, and on how many samples.
 
@@ -139,11 +141,12 @@ def measure_errors(  # noqa: PLR0913 - the stage's inputs
         others: Flat inputs of the samples of each other shape.
         precision: When an error is known well enough. Candidates with a note are not worth more
             samples than the least.
+        ranks: Who measures candidates of its own at the same time.
     """
     changes = {
         i: offer.change for i, offer in enumerate(proposals) if offer.candidate.level not in NATIVE
     }
-    if not changes:
+    if not changes and not ranks.is_shared:
         return [offer.candidate for offer in proposals]
     errors = sampled_errors(
         graph,
@@ -154,6 +157,7 @@ def measure_errors(  # noqa: PLR0913 - the stage's inputs
         precision=precision or Precision(),
         few=frozenset(i for i in changes if proposals[i].candidate.note),
         advance=advance,
+        ranks=ranks,
     )
     return [
         with_errors(offer.candidate, errors[i]) if i in errors else offer.candidate

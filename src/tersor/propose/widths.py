@@ -15,6 +15,7 @@ from tersor.graph.edit import (
     rebuild,
 )
 from tersor.graph.operators import WeightedOp, weighted_ops
+from tersor.observe.ranks import ALONE, RankGroup
 from tersor.ops.head_turns import turned_consumer
 from tersor.ops.kept import kept_columns, refit_columns
 from tersor.ops.moments import Moments, means
@@ -118,6 +119,7 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
     kind: OutputKind,
     precision: Precision | None = None,
     advance: Callable[[], None] = lambda: None,
+    ranks: RankGroup = ALONE,
 ) -> list[Candidate]:
     """The candidates with the error that each causes alone, and its standard error.
 
@@ -131,10 +133,11 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
         precision: When an error is known well enough. Candidates with a note are not worth more
             samples than the least.
         advance: Called once for each candidate.
+        ranks: Who measures candidates of its own at the same time.
     """
     cuts = {i: c for i, (_, c) in enumerate(proposals) if c.level != c.site.units}
     errors: Mapping[int, Tensor] = {}
-    if cuts:
+    if cuts or ranks.is_shared:
         errors = sampled_errors(
             axes.graph,
             _Cut(axes, cuts, statistics, moments),
@@ -144,6 +147,7 @@ def measure_widths(  # noqa: PLR0913 - the stage's inputs
             precision=precision or Precision(),
             few=frozenset(i for i in cuts if proposals[i][0].note),
             advance=advance,
+            ranks=ranks,
         )
     for _ in range(len(proposals) - len(cuts)):
         advance()

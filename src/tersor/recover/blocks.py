@@ -26,6 +26,7 @@ from tersor.graph.geometry import output_error, output_spreads
 from tersor.graph.meta import ensure, refresh
 from tersor.graph.mutation import has_mutation
 from tersor.graph.training import Leaf, is_rounded, leaves, map_names
+from tersor.observe.ranks import ALONE, RankGroup
 from tersor.recover.goals import Goals, Judged, Teacher
 from tersor.recover.runs import Run
 from tersor.recover.samples import Flat
@@ -35,6 +36,7 @@ from tersor.recover.training import Budget, Part, train
 _SIZE = BlockSize()
 _LEAST_COST = 0.05
 _WHOLE_RATE = 0.25  # of the rate of blocks: changes of all layers add up
+_SEEDS = 2**40  # between those of two ranks: more than the parts and seeds of a run
 What = Literal["weights", "rounded"]
 
 
@@ -90,6 +92,7 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     done: Progressed | None = None,
     hooks: Hooks = Hooks(),
     more: More | None = None,
+    ranks: RankGroup = ALONE,
 ) -> Reconstructed:
     """Train the tensors of a compressed graph block by block, then together.
 
@@ -105,6 +108,7 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
         done: Of a run of the same inputs that was interrupted.
         hooks: How the caller follows it.
         more: Other batches for training all blocks together.
+        ranks: Who makes the same call at the same time, to take a share of each step's samples.
 
     Returns:
         The trained graph; where its outputs on the held-out samples are no closer to the
@@ -118,7 +122,8 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
         return Reconstructed(compressed, Recovery(what=what, reason=reason))
     blocks = _blocks(teacher, compressed, [leaf.target for leaf in found], size)
     goals = Goals(teacher, compressed, batches)
-    work = _Work(compressed, goals, Tensors(compressed.module, found), config, seed, hooks)
+    tensors = Tensors(compressed.module, found)
+    work = _Work(compressed, goals, tensors, _shared(config, ranks), (seed, hooks, ranks))
     if more is not None and len(more.batches) > 1:
         work.last = Goals(teacher, compressed, more.batches, more.judged)
     before = work.error(compressed)
@@ -126,6 +131,11 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     work.one_by_one(blocks)
     work.together()
     return work.finished(what, before)
+
+
+def _shared(config: Recover, ranks: RankGroup) -> Recover:
+    """The budget with this rank's share of the samples of a step."""
+    return replace(config, batch=-(-config.batch // ranks.world)) if ranks.is_shared else config
 
 
 def part_count(compressed: Graph, teacher: Teacher, size: BlockSize = _SIZE) -> int:
@@ -164,12 +174,12 @@ class _Work:
         goals: Goals,
         tensors: Tensors,
         config: Recover,
-        seed: int,
-        hooks: Hooks,
+        how: tuple[int, Hooks, RankGroup],
     ) -> None:
-        self.graph, self.goals, self.tensors = graph, goals, tensors
+        self.graph, self.goals, self.tensors, self.config = graph, goals, tensors, config
         self.last = goals  # of all blocks together
-        self.config, self.seed, self.hooks = config, seed, hooks
+        self.seed, hooks, self.ranks = how
+        self.hooks = hooks
         self.parts: list[PartRecovery] = []
         self._resumed: tuple[PartRecovery, ...] = ()
         self._begun = hooks.clock()
@@ -247,7 +257,8 @@ class _Work:
 
     def _train(self, part: Part, targets: Sequence[str], share: float, kind: PartName) -> None:
         """Train one part for a share of the time that is left."""
-        generator = torch.Generator().manual_seed(self.seed + len(self.parts))
+        own = self.ranks.rank * _SEEDS if self.ranks.is_shared else 0
+        generator = torch.Generator().manual_seed(self.seed + len(self.parts) + own)
         left = max(0.0, self.config.seconds - self.seconds)
         budget = Budget(
             clock=self.hooks.clock,
@@ -255,7 +266,7 @@ class _Work:
             steps=self.config.steps,
         )
         rate = self.config.rate * (_WHOLE_RATE if kind == "whole" else 1.0)
-        found = train(part, self.tensors, targets, budget, rate, generator)
+        found = train(part, self.tensors, targets, budget, rate, generator, ranks=self.ranks)
         done = PartRecovery(
             part=kind,
             name=", ".join(part.block.gives),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tersor.graph.frontiers import Block
 from tersor.graph.training import forward
+from tersor.observe.ranks import ALONE, RankGroup
 from tersor.ops.reconstruction import step_share
 from tersor.recover.samples import Drawn, Pool
 from tersor.recover.tensors import Tensors
@@ -63,15 +64,20 @@ class Trained:
     steps: int
 
 
-def train(
+def train(  # noqa: PLR0913 - what, how long, and who
     part: Part,
     tensors: Tensors,
     targets: Sequence[str],
     budget: Budget,
     rate: float,
     generator: torch.Generator,
+    *,
+    ranks: RankGroup = ALONE,
 ) -> Trained:
     """Train some tensors by Adam; the best of what was looked at stays, at worst what was given.
+
+    Of several ranks each draws samples of its own; a step follows the mean of their gradients, and
+    rank 0's clock and losses decide for all, so that all hold the same tensors.
 
     Args:
         part: What is trained, and on which samples.
@@ -79,19 +85,20 @@ def train(
         targets: Names of those to train.
         budget: When to stop.
         rate: Size of a full step relative to a tensor's own.
-        generator: Of the samples of each step.
+        generator: Of the samples of each step; one of its own on each rank.
+        ranks: Who takes part.
     """
     groups = tensors.begin(targets, rate)
-    before = _unseen_loss(part, tensors)
+    before = ranks.of_first(_unseen_loss(part, tensors))
     best, kept, steps = before, tensors.snapshot(), 0
     if groups and before > 0:
         optimizer = torch.optim.Adam(groups, betas=_BETAS)
         sizes = [float(group["lr"]) for group in optimizer.param_groups]
         looks, factor = list(_LOOKS), 1.0
-        for progress in budget.progress():
+        for progress in ranks.follow(budget.progress()):
             if looks and progress >= looks[0]:
                 looks = [look for look in looks if look > progress]
-                found = _unseen_loss(part, tensors)
+                found = ranks.of_first(_unseen_loss(part, tensors))
                 if found < best:
                     best, kept = found, tensors.snapshot()
                 elif not found < before:
@@ -100,25 +107,40 @@ def train(
                     optimizer.state.clear()
             for group, size in zip(optimizer.param_groups, sizes, strict=True):
                 group["lr"] = factor * size * step_share(progress)
-            if not _step(part, tensors, optimizer, part.seen.draw(generator)):
+            if not _step(part, tensors, optimizer, part.seen.draw(generator), ranks):
                 break
             steps += 1
-        found = _unseen_loss(part, tensors)
+        found = ranks.of_first(_unseen_loss(part, tensors))
         best, kept = (found, tensors.snapshot()) if found < best else (best, kept)
     tensors.end(kept)
     return Trained(before, best, steps)
 
 
-def _step(part: Part, tensors: Tensors, optimizer: torch.optim.Adam, drawn: Drawn) -> bool:
+def _step(
+    part: Part, tensors: Tensors, optimizer: torch.optim.Adam, drawn: Drawn, ranks: RankGroup
+) -> bool:
     """One step; not made where the loss is no number, as all that follows would be none."""
     optimizer.zero_grad()
     with torch.enable_grad():
         loss = part.loss(outputs(part.block, tensors, drawn), drawn)
-    if not bool(torch.isfinite(loss)):
+    if not ranks.is_shared and not bool(torch.isfinite(loss)):
         return False
     loss.backward()
+    if ranks.is_shared and not _averaged(optimizer, loss, ranks):
+        return False
     optimizer.step()
     return True
+
+
+def _averaged(optimizer: torch.optim.Adam, loss: Tensor, ranks: RankGroup) -> bool:
+    """Give all ranks the mean of their gradients; whether the mean of their losses is a number."""
+    free = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in free]
+    mean = loss.detach().reshape(1).to(grads[0].dtype)
+    ranks.mean_([*grads, mean])
+    for p, grad in zip(free, grads, strict=True):
+        p.grad = grad
+    return bool(torch.isfinite(mean))
 
 
 def outputs(block: Block, tensors: Tensors, drawn: Drawn) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tersor.api.latency import measure_calls
+from tersor.api.proposing import Offers
 from tersor.api.session import Session, Settings, open_session
-from tersor.api.stages import Offers, build_for, price
+from tersor.api.stages import build_for, price
 from tersor.build.build import build
 from tersor.capture.module import capture
 from tersor.core.data import Data

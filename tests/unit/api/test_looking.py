@@ -8,9 +8,9 @@ import pytest
 
 from tersor.api import looking
 from tersor.api.looking import Looks
+from tersor.api.proposing import Offers, propose
 from tersor.api.quality import Quality
 from tersor.api.session import Session, Settings, open_session
-from tersor.api.stages import Offers, propose
 from tersor.core.data import Data
 from tersor.core.records import Level
 from tersor.core.target import Target

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tersor.api.stages import Offers
+from tersor.api.proposing import Offers
 from tersor.core.records import Site
 from tersor.graph.contracts import SiteChange
 

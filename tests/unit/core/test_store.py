@@ -164,3 +164,28 @@ def test_an_entry_that_cannot_be_read_is_an_error_not_a_miss(tmp_path: Path):
     (tmp_path / "s" / "k" / "record.json").mkdir(parents=True)
     with pytest.raises(StoreError, match="cannot read"):
         store.get(Record, "s", "k")
+
+
+def test_two_processes_that_write_one_entry_leave_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The other one's entry appears between this one's look and its rename, once or always."""
+    store, other = Store(tmp_path), Store(tmp_path)
+    rename, times = Path.rename, [1]
+
+    def overtaken(self: Path, target: Path) -> Path:
+        if target.name == "k" and times[0] > 0:
+            times[0] -= 1
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "rename", rename)
+                other.put("s", "k", Record(x=2), {"a": np.zeros(2)})
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", overtaken)
+    for number in (1, 1000):
+        times[0] = number
+        store.put("s", "k", Record(x=2), {"a": np.zeros(2)})
+        assert store.get(Record, "s", "k") == Record(x=2)
+        assert everything_under(tmp_path) == [
+            "s", "s/k", "s/k/arrays.safetensors", "s/k/record.json"
+        ]  # fmt: skip
