@@ -104,8 +104,8 @@ def _permuted(words, PLACE: tl.constexpr, a, b, c, d, e, f, g, h, NATIVE: tl.con
 @no_type_check
 def codebook_vector_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     x_ptr, words_ptr, tables_ptr, planes_ptr, scales_ptr, bias_ptr, y_ptr,  # noqa: ANN001
-    N, K, WORDS, TABLE_STRIDE, PLANE_STRIDE, GROUP, GROUPS, STEPS,  # noqa: ANN001
-    BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr,
+    N, K, WORDS, TABLE_STRIDE, PLANE_STRIDE, GROUPS, STEPS,  # noqa: ANN001
+    GROUP: tl.constexpr, BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr,
     GROUPED: tl.constexpr, RUN: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
@@ -166,8 +166,8 @@ def codebook_vector_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
 @no_type_check
 def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     x_ptr, words_ptr, tables_ptr, planes_ptr, scales_ptr, bias_ptr, y_ptr,  # noqa: ANN001
-    M, N, K, WORDS, TABLE_STRIDE, PLANE_STRIDE, GROUP, GROUPS, STEPS,  # noqa: ANN001
-    BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr,
+    M, N, K, WORDS, TABLE_STRIDE, PLANE_STRIDE, GROUPS, STEPS,  # noqa: ANN001
+    GROUP: tl.constexpr, BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr,
     GROUPED: tl.constexpr, RUN: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -243,8 +243,8 @@ def codebook_sum_kernel(  # noqa: ANN201
 @triton.jit
 @no_type_check
 def codebook_expand_kernel(  # noqa: ANN201
-    words_ptr, tables_ptr, scales_ptr, weight_ptr, N, K, WORDS, TABLE_STRIDE, GROUP, GROUPS,  # noqa: ANN001
-    BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr, GROUPED: tl.constexpr,
+    words_ptr, tables_ptr, scales_ptr, weight_ptr, N, K, WORDS, TABLE_STRIDE, GROUPS,  # noqa: ANN001
+    GROUP: tl.constexpr, BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr, GROUPED: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
     """BN rows of a chunk of the weight, as floats."""

