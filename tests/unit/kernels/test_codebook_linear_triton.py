@@ -95,3 +95,26 @@ def test_a_chosen_launch_is_that_of_its_shape_alone(monkeypatch: pytest.MonkeyPa
     assert module.launch_of(x, other) == first
     table = weight_of(64, 512, 4, tables=torch.zeros(64, 1, 16))
     assert module.launch_of(x, table) == module.launches(1, table.facts)[0]
+
+
+def test_measured_calls_go_through_copies_that_no_cache_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from itertools import cycle
+    from types import SimpleNamespace
+
+    from tersor.kernels import codebook_linear_triton as module
+
+    weight = weight_of(64, 512, 4, scales=torch.ones(64, 1))
+    size = weight.words.numel() * 4
+    card = SimpleNamespace(L2_cache_size=2 * size)
+    monkeypatch.setattr(module.torch.cuda, "get_device_properties", lambda _: card)
+    copies = module._copies(weight.words)
+    assert len({t.data_ptr() for t in copies}) == 8
+    assert all(torch.equal(t, weight.words) for t in copies)
+    seen: list[int] = []
+    monkeypatch.setattr(module, "codebook_linear_op", lambda *args: seen.append(args[1].data_ptr()))
+    call = module._in_turn(cycle(copies), torch.zeros(1, 512), weight, None)
+    for _ in range(16):
+        call()
+    assert seen == [t.data_ptr() for t in copies] * 2
