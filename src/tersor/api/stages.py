@@ -381,7 +381,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
     baseline = rows[best]
     base = baseline.choice
     assert base is not None
-    choices = _ways(session, base, offered.levels())
+    choices = _ways(session.infos, base, offered.levels())
     config = PriceConfig(seed=_DRAW_SEED)
     native = native_assignment(session.sites, base.precision)
     ways = len(choices)  # at most: those whose probe is slow are not priced
@@ -441,14 +441,14 @@ def _runs(session: Session, choice: BuildChoice, site: str, level: Level) -> boo
 
 
 def _ways(
-    session: Session, base: BuildChoice, levels: Mapping[str, Sequence[Level]]
+    known: Sequence[BackendInfo], base: BuildChoice, levels: Mapping[str, Sequence[Level]]
 ) -> list[BuildChoice]:
     """Every way to build in the baseline's precision and with its threads; its backend first.
 
     Where a weight may be packed, also those that read packed weights in their own way.
     """
     is_packed = any(level in PACKED for offered in levels.values() for level in offered)
-    infos = [info for info in session.infos if base.precision in info.precisions]
+    infos = [info for info in known if base.precision in info.precisions]
     ordered = sorted(infos, key=lambda info: info.name != base.backend)
     return [
         replace(base, backend=info.name, options=_floats_of(info, base) | dict(options))
