@@ -27,7 +27,21 @@ _ROW_SCALE, _GROUP_SCALE = tl.constexpr(ROW_SCALE), tl.constexpr(GROUP_SCALE)
 
 @triton.jit
 @no_type_check
-def _number(words, PLACE: tl.constexpr, BITS: tl.constexpr):  # noqa: ANN001, ANN202
+def _and_or(words, MASK: tl.constexpr, MORE: tl.constexpr, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
+    """(words & MASK) | MORE in one instruction, which not every version of the compiler finds."""
+    if NATIVE:
+        found = tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [words, MASK, MORE],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:  # the interpreter knows no assembly
+        found = (words & MASK) | MORE
+    return found
+
+
+@triton.jit
+@no_type_check
+def _number(words, PLACE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
     """Code - 2**(BITS - 1) at a place, as float32, without a conversion.
 
     A code lies among the 23 bits of a float32's mantissa: with the exponent above it, at which a unit of
@@ -39,7 +53,7 @@ def _number(words, PLACE: tl.constexpr, BITS: tl.constexpr):  # noqa: ANN001, AN
     MASK: tl.constexpr = ((1 << BITS) - 1) << AT
     EXPONENT: tl.constexpr = (127 + 23 - AT) << 23
     ZERO: tl.constexpr = (1 << (23 - AT)) + (1 << (BITS - 1))
-    bits = ((words >> SHIFT) & MASK) | EXPONENT
+    bits = _and_or(words >> SHIFT, MASK, EXPONENT, NATIVE)
     return bits.to(tl.float32, bitcast=True) - ZERO
 
 
@@ -89,7 +103,7 @@ def _permuted(words, PLACE: tl.constexpr, a, b, c, d, e, f, g, h, NATIVE: tl.con
     """
     sixteen = words >> (16 * (PLACE // 4))
     digits = sixteen & 0x7777
-    which = ((sixteen >> 1) & 0x4444) | 0x3210
+    which = _and_or(sixteen >> 1, 0x4444, 0x3210, NATIVE)
     lower = _bytes(_bytes(a, b, digits, NATIVE), _bytes(c, d, digits, NATIVE), which, NATIVE)
     upper = _bytes(_bytes(e, f, digits, NATIVE), _bytes(g, h, digits, NATIVE), which, NATIVE)
     # Two values a word, of this pair of places.
@@ -114,46 +128,52 @@ def codebook_vector_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     RUN places share a group; TABLE_STRIDE and PLANE_STRIDE are 0 where all rows have one table.
     """
     PLACES: tl.constexpr = 32 // BITS
+    CHUNKS: tl.constexpr = BW // 32
     split = tl.program_id(1)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = rows < N
     rows = tl.minimum(rows, N - 1)  # what rows beyond the end give is not stored
-    lane = tl.arange(0, BW)
-    first = split * STEPS * BW
-    end = tl.minimum(first + STEPS * BW, WORDS)
-    at = words_ptr + rows.to(tl.int64)[:, None] * WORDS + lane[None, :]
-    column = (lane // 32) * (32 * PLACES) + lane % 32
-    tables = tables_ptr + (rows * TABLE_STRIDE)[:, None]
+    lane = tl.arange(0, 32)
+    chunk = split * STEPS * CHUNKS + tl.arange(0, CHUNKS)
+    end = tl.minimum((split + 1) * STEPS * CHUNKS, WORDS // 32)
+    # [outputs, chunks, words of a chunk]: a chunk has one group a place.
+    at = words_ptr + rows.to(tl.int64)[:, None, None] * WORDS
+    at += chunk[None, :, None] * 32 + lane[None, None, :]
+    tables = tables_ptr + (rows * TABLE_STRIDE)[:, None, None]
     if LOOKUP == _PERMUTE:
         a, b, c, d, e, f, g, h = _planes(planes_ptr, rows, PLANE_STRIDE)
-    total = tl.zeros((BN, BW), dtype=tl.float32)
-    words = tl.load(at + first, mask=(first + lane)[None, :] < WORDS, other=0)
-    for step in range(STEPS):
+        a, b, c, d = a[:, :, None], b[:, :, None], c[:, :, None], d[:, :, None]
+        e, f, g, h = e[:, :, None], f[:, :, None], g[:, :, None], h[:, :, None]
+    total = tl.zeros((BN, CHUNKS, 32), dtype=tl.float32)
+    words = tl.load(at, mask=(chunk < end)[None, :, None], other=0)
+    for _ in range(STEPS):
         # The next words are on their way while these are used.
-        start = first + (step + 1) * BW
-        following = tl.load(at + start, mask=(start + lane)[None, :] < end, other=0)
-        k = (split * STEPS + step) * (BW * PLACES) + column
+        at += BW
+        following = tl.load(at, mask=(chunk + CHUNKS < end)[None, :, None], other=0)
         for run in tl.static_range(PLACES // RUN):
-            part = tl.zeros((BN, BW), dtype=tl.float32)
-            group = tl.minimum((k + 32 * RUN * run) // GROUP, GROUPS - 1)
+            start = chunk * (32 * PLACES) + 32 * RUN * run
+            group = tl.minimum(start // GROUP, GROUPS - 1)
+            part = tl.zeros((BN, CHUNKS, 32), dtype=tl.float32)
             for within in tl.static_range(RUN):
-                inputs = k + 32 * (run * RUN + within)
-                x = tl.load(x_ptr + inputs, mask=inputs < K, other=0.0).to(tl.float32)
+                k = (start + 32 * within)[:, None] + lane[None, :]
+                x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
                 if LOOKUP == _ARITHMETIC:
-                    value = _number(words, run * RUN + within, BITS)
+                    value = _number(words, run * RUN + within, BITS, NATIVE)
                 elif LOOKUP == _PERMUTE:
                     value = _permuted(words, run * RUN + within, a, b, c, d, e, f, g, h, NATIVE)
                 else:
                     entry = _code(words, run * RUN + within, BITS)
                     if GROUPED:
-                        entry += group[None, :] << BITS
+                        entry += group[None, :, None] << BITS
                     value = tl.load(tables + entry).to(tl.float32)
-                part += value * x[None, :]
+                part += value * x[None, :, :]
             if SCALE == _GROUP_SCALE:
-                part *= tl.load(scales_ptr + (rows * GROUPS)[:, None] + group[None, :])
+                scale = tl.load(scales_ptr + (rows * GROUPS)[:, None] + group[None, :])
+                part *= scale[:, :, None]
             total += part
         words = following
-    y = tl.sum(total, 1)
+        chunk += CHUNKS
+    y = tl.sum(tl.sum(total, 2), 1)
     if SCALE == _ROW_SCALE:
         y *= tl.load(scales_ptr + rows)
     if BIAS:
@@ -201,7 +221,7 @@ def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
                 k = start + 32 * within
                 x = tl.load(x_at + k, mask=(k + lane)[:, None] < K, other=0.0)
                 if LOOKUP == _ARITHMETIC:
-                    value = _number(words, run * RUN + within, BITS)
+                    value = _number(words, run * RUN + within, BITS, NATIVE)
                 elif LOOKUP == _PERMUTE:
                     value = _permuted(words, run * RUN + within, a, b, c, d, e, f, g, h, NATIVE)
                 else:
@@ -244,8 +264,8 @@ def codebook_sum_kernel(  # noqa: ANN201
 @no_type_check
 def codebook_expand_kernel(  # noqa: ANN201
     words_ptr, tables_ptr, scales_ptr, weight_ptr, N, K, WORDS, TABLE_STRIDE, GROUPS,  # noqa: ANN001
-    GROUP: tl.constexpr, BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr, GROUPED: tl.constexpr,
-    BN: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr,
+    GROUPED: tl.constexpr, NATIVE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """BN rows of a chunk of the weight, as floats."""
     PLACES: tl.constexpr = 32 // BITS
@@ -259,7 +279,7 @@ def codebook_expand_kernel(  # noqa: ANN201
         start = (chunk * PLACES + place) * 32
         group = tl.minimum(start // GROUP, GROUPS - 1)
         if LOOKUP == _ARITHMETIC:
-            value = _number(words, place, BITS)
+            value = _number(words, place, BITS, NATIVE)
         else:
             entry = _code(words, place, BITS) + (rows * TABLE_STRIDE)[:, None]
             if GROUPED:

@@ -59,11 +59,11 @@ class Launch(NamedTuple):
     stages: int = 1
 
 
-# Outputs, words, splits, warps. A thread has four rows or eight, so that an input is converted once for as
-# many products; fewer words than threads: the compiler would hand x around through shared memory otherwise,
-# with a barrier for every place. The last two have 512 threads.
+# Outputs, words, splits, warps. A thread has two or four rows, so that an input is converted once for as many
+# products; fewer words than threads: the compiler would hand x around through shared memory otherwise, with
+# a barrier for every place. The last two have 512 threads.
 _VECTORS = (
-    (32, 64, 2, 4), (32, 64, 4, 4), (64, 64, 4, 4), (32, 128, 2, 8), (64, 128, 2, 16), (64, 128, 4, 16),
+    (32, 64, 2, 4), (32, 64, 4, 4), (32, 64, 1, 4), (32, 128, 2, 8), (32, 128, 2, 16), (32, 128, 4, 16),
 )  # fmt: skip
 # Outputs, splits, warps, stages; the last has 512 threads.
 _DOTS = ((64, 2, 4, 4), (64, 4, 4, 4), (128, 4, 4, 4), (128, 8, 8, 3), (256, 8, 16, 3))
@@ -155,7 +155,6 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
     own_bias = bias if splits == 1 else None
     settings = {
         **_settings(weight, launch.lookup), "RUN": _run(weight), "BIAS": own_bias is not None,
-        "NATIVE": _NATIVE,
     }  # fmt: skip
     tensors = (x, *_present(weight), weight.words if own_bias is None else own_bias, target)
     planes = 0 if weight.planes is None or weight.planes.shape[0] == 1 else weight.planes.shape[1]
@@ -209,6 +208,7 @@ def _settings(weight: Weight, lookup: int) -> dict[str, Any]:
     group = weight.group if _groups(weight) > 1 else WORD  # of one group the size does not count
     return {
         "GROUP": group, "BITS": weight.bits, "LOOKUP": lookup, "SCALE": scale, "GROUPED": grouped,
+        "NATIVE": _NATIVE,
     }  # fmt: skip
 
 
