@@ -26,8 +26,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def append(name: str, rows: Iterable[Any], *, seed: int, settings: Any = None) -> Path:
-    """Add rows to ``benchmarks/results/<name>.jsonl``, with what a reader needs to repeat them."""
+def append(
+    name: str, rows: Iterable[Any], *, seed: int, settings: Any = None, folder: Path = RESULTS
+) -> Path:
+    """Add rows to ``benchmarks/results/<name>.jsonl``, with what a reader needs to repeat them.
+
+    ``folder``: another one than ``benchmarks/results``.
+    """
     around = {
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -36,8 +41,8 @@ def append(name: str, rows: Iterable[Any], *, seed: int, settings: Any = None) -
         "seed": seed,
         "settings": to_json(settings),
     }
-    path = RESULTS / f"{name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
             line = json.dumps({**around, "row": to_json(row)}, sort_keys=True, allow_nan=False)

@@ -14,6 +14,7 @@ from tersor.api.shaping import open_baseline, reshaped, with_shapes
 from tersor.api.shrink import evaluated, facts_of, sketched
 from tersor.build.build import Built, build, shapes_of
 from tersor.core.errors import BackendError, ParityError
+from tersor.core.formats import PACKED
 from tersor.core.jsonable import digest
 from tersor.core.levels import settled
 from tersor.core.machine import describe_machine, usable_cores
@@ -186,7 +187,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
     baseline = rows[best]
     base = baseline.choice
     assert base is not None
-    choices = _ways(session, base)
+    choices = _ways(session.infos, base, offered.levels())
     config = PriceConfig(seed=_DRAW_SEED)
     native = native_assignment(session.sites, base.precision)
     ways = len(choices)  # at most: those whose probe is slow are not priced
@@ -245,14 +246,20 @@ def _runs(session: Session, choice: BuildChoice, site: str, level: Level) -> boo
     return session.backends[choice.backend].supports(wanted).ok
 
 
-def _ways(session: Session, base: BuildChoice) -> list[BuildChoice]:
-    """Every way to build in the baseline's precision and with its threads; its backend first."""
-    infos = [info for info in session.infos if base.precision in info.precisions]
+def _ways(
+    known: Sequence[BackendInfo], base: BuildChoice, levels: Mapping[str, Sequence[Level]]
+) -> list[BuildChoice]:
+    """Every way to build in the baseline's precision and with its threads; its backend first.
+
+    Where a weight may be packed, also those that read packed weights in their own way.
+    """
+    is_packed = any(level in PACKED for offered in levels.values() for level in offered)
+    infos = [info for info in known if base.precision in info.precisions]
     ordered = sorted(infos, key=lambda info: info.name != base.backend)
     return [
         replace(base, backend=info.name, options=_floats_of(info, base) | dict(options))
         for info in ordered
-        for options in info.choices or ({},)
+        for options in (*(info.choices or ({},)), *(info.stored_choices if is_packed else ()))
     ]
 
 

@@ -84,7 +84,7 @@ def artifact_bytes(artifact: Artifact) -> bytes:
             f"backends {without_choice}: wanted both a build and a choice in the manifest"
         )
     stored = {**artifact.tensors, **bits(artifact.packed)}
-    tensors = {**artifact.tensors, **expanded(artifact.packed, PACKED)}
+    tensors = {**artifact.tensors, **_shared(artifact.packed, PACKED)}
     entries = {GRAPH: dumps(dict(artifact.graph)).encode()}
     if artifact.packed:
         entries[PACKED] = write_layouts(artifact.packed)
@@ -106,6 +106,12 @@ def artifact_bytes(artifact: Artifact) -> bytes:
             "put less into metadata"
         )
     return write_container({MANIFEST: text, **entries})
+
+
+def _shared(packed: Mapping[str, Packed], where: str) -> dict[str, RawTensor]:
+    """What builds may hold of packed tensors: floats by their names, and bits by names of their own."""
+    own = {f"{RESERVED_PREFIX}bits.{name}": tensor for name, tensor in bits(packed).items()}
+    return {**own, **expanded(packed, where)}
 
 
 def read_artifact(path: str | Path) -> "ArtifactFile":
@@ -192,7 +198,7 @@ class ArtifactFile:
 
     @cached_property
     def _expanded(self) -> dict[str, RawTensor]:
-        return {**self._stored, **expanded(self.packed, f"{self.path}, entry {WEIGHTS}")}
+        return {**self._stored, **_shared(self.packed, f"{self.path}, entry {WEIGHTS}")}
 
     def _entry(self, name: str) -> bytes:
         # Hashed as it was read: the file may change, what is used may not.

@@ -218,6 +218,8 @@ class BackendInfo:
     precisions: tuple[Precision, ...] = ()
     formats: tuple[FormatInfo, ...] = ()
     choices: tuple[Mapping[str, str | int | bool], ...] = ()  # option sets worth measuring
+    # More of them, where weights may be stored in few bits.
+    stored_choices: tuple[Mapping[str, str | int | bool], ...] = ()
     # Uncompressed builds worth measuring, where options decide how floats are computed, too.
     floats: tuple[FloatChoice, ...] = ()
 

@@ -2,8 +2,7 @@
 
 Blocks of [M, N] outputs; the grid walks down a few blocks of rows before it moves to the next columns, so
 that both operands stay in the second-level cache. Both operands lie along K, as tensor cores want 8-bit
-ones. Tiles are chosen by measuring, for each shape, when a call is first made outside of a compiler:
-torch's own compiler would tune a kernel once and keep that for every shape (torch 2.11).
+ones. Tiles are chosen by measuring, for each shape (``tiles``).
 """
 
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton import knobs
-from triton.runtime.errors import OutOfResources
+
+from tersor.kernels.tiles import choose, is_real
 
 _CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 Tile = tuple[int, int, int, int, int]  # M, N, K, warps, stages
@@ -28,7 +28,6 @@ _FLAT: tuple[Tile, ...] = (
 )  # fmt: skip
 _FEW = 64  # rows up to which flat tiles are tried
 _GROUP = 8
-_TRIES_MS = 4  # of device time a tile
 # The interpreter that tests on CPUs use knows no assembly.
 _HAS_ASSEMBLY = not knobs.runtime.interpret
 # Kernels are marked @no_type_check: a checker of types wraps functions, and Triton would look for their
@@ -150,12 +149,6 @@ def _tiles(rows: int) -> tuple[Tile, ...]:
     return _FLAT if rows <= _FEW else _TALL
 
 
-def _is_real(tensor: Tensor) -> bool:
-    """Whether a call computes: not a compiler's, and not one that is being recorded."""
-    is_traced = torch.compiler.is_compiling() or type(tensor) is not Tensor
-    return not is_traced and not torch.cuda.is_current_stream_capturing()
-
-
 def choose_tile(key: _Key, call: Callable[[], object]) -> None:
     """Measure a shape's tiles by recorded calls on the device, once a process, and keep the fastest.
 
@@ -166,23 +159,7 @@ def choose_tile(key: _Key, call: Callable[[], object]) -> None:
     Raises:
         OutOfResources: The device has no room for any tile.
     """
-    if key in _CHOSEN:
-        return
-    times: dict[Tile, float] = {}
-    problem = None
-    for tile in _tiles(key[0]):
-        _CHOSEN[key] = tile
-        try:
-            times[tile] = triton.testing.do_bench_cudagraph(
-                call, rep=_TRIES_MS, return_mode="median"
-            )
-        except OutOfResources as error:  # shared memory that this card has less of
-            problem = error
-        finally:
-            del _CHOSEN[key]
-    if problem is not None and not times:
-        raise problem
-    _CHOSEN[key] = min(times, key=lambda t: times[t])
+    choose(_CHOSEN, key, _tiles(key[0]), call)
 
 
 @triton_op("tersor::linear8", mutates_args={})
@@ -254,7 +231,7 @@ def linear8_cuda(
         )  # fmt: skip
         return found
 
-    if _is_real(rows):
+    if is_real(rows):
         choose_tile(_key(rows, weight, dtype, kind), call)
     found = call()
     return found.reshape(*codes.shape[:-1], weight.shape[0])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tersor.core.errors import ShapeError
+from tersor.core.errors import ConfigError, ShapeError
 from tersor.core.packing import FLOAT_BITS, GROUP, GROUPS_OF_BYTE, PLACES, Packing
 
 Floats = NDArray[np.float32]
@@ -53,6 +53,26 @@ class Packed:
             self.packing.kind
         ]
         return read(self.packing, self._parts()).reshape(self.packing.shape)
+
+    def coded(self) -> tuple[NDArray[np.uint8], Floats]:
+        """Codes from 0 [outputs, inputs], and what makes them values.
+
+        Returns:
+            Of tables the entries [tables, 2**bits]; of a grid the steps [outputs, steps], whose
+            multiples code - 2**(bits - 1) are the values.
+
+        Raises:
+            ConfigError: A layout of another kind.
+        """
+        if self.packing.kind not in ("grid", "table"):
+            raise ConfigError(
+                f"packed weight {self.packing.shape}: found the kind {self.packing.kind}, wanted grid or "
+                "table; expand it"
+            )
+        rows, values = self._parts()
+        codes = unpack_bits(_rows(rows, self.packing), self.packing.bits, self.packing.inputs)
+        count = self.packing.tables if self.packing.kind == "table" else self.packing.outputs
+        return codes, _half(values).reshape(count, -1)
 
     def _parts(self) -> list[NDArray[np.uint8]]:
         ends = np.cumsum(self.packing.parts())[:-1]

@@ -50,6 +50,26 @@ def test_a_file_holds_bits_and_gives_floats(tmp_path: Path) -> None:
     assert artifact_bytes(verify_artifact(path)) == path.read_bytes()
 
 
+def test_bits_that_a_build_reads_are_stored_once(tmp_path: Path) -> None:
+    packed = grid()
+    artifact = with_packed(packed)
+    floats, own = packed.expand().tobytes(), RNG.bytes(400)
+    sizes = [len(floats), len(packed.data), len(own)]
+    build = {
+        "model.bin": floats + packed.data + own,
+        "segments.json": json.dumps([[sum(sizes[:i]), n] for i, n in enumerate(sizes)]).encode(),
+    }
+    artifact = replace(artifact, builds={**artifact.builds, "openvino": build})
+    path = tmp_path / "m.tersor"
+    path.write_bytes(artifact_bytes(artifact))
+    assert path.stat().st_size < len(packed.data) + 8000
+    found = read_artifact(path)
+    assert found.sections("openvino") == build
+    assert set(found.packed) == {"fc.new"}
+    assert not [name for name in found.tensors if name.startswith("builds.")]
+    assert artifact_bytes(verify_artifact(path)) == path.read_bytes()
+
+
 def test_a_file_without_packed_weights_is_as_before(tmp_path: Path) -> None:
     path = tmp_path / "m.tersor"
     path.write_bytes(artifact_bytes(build_artifact()))

@@ -203,3 +203,25 @@ def test_what_float16_does_not_hold() -> None:
 def test_schemes() -> None:
     assert kept_of((10, 3), 0.9) == 3
     assert scheme_of(Packing(kind="table", shape=(4, 4), bits=4, per_output=True)).outputs == 1
+
+
+@pytest.mark.parametrize("per_output", [True, False])
+def test_codes_and_entries_of_tables(per_output: bool) -> None:
+    packing = Packing(kind="table", shape=(6, 30), bits=4, per_output=per_output)
+    packed = pack_nearest(torch.randn(1, 6, 30, generator=generator(2)).double(), packing)
+    codes, entries = packed.coded()
+    assert entries.shape == (packing.tables, 16)
+    rows = np.arange(6) if per_output else np.zeros(6, dtype=int)
+    assert np.array_equal(entries[rows[:, None], codes], packed.expand())
+
+
+def test_codes_and_steps_of_grids_and_of_nothing_else() -> None:
+    weight = torch.randn(1, 6, 30, generator=generator(2)).double()
+    packed = pack_nearest(weight, Packing(kind="grid", shape=(6, 30), bits=3, group=8))
+    codes, steps = packed.coded()
+    assert steps.shape == (6, 4)
+    wanted = (codes.astype(np.float32) - 4) * np.repeat(steps, 8, axis=1)[:, :30]
+    assert np.array_equal(wanted, packed.expand())
+    sparse = pack_nearest(weight, Packing(kind="sparse", shape=(6, 30), bits=8, kept=90))
+    with pytest.raises(ConfigError, match="kind sparse, wanted grid or table"):
+        sparse.coded()

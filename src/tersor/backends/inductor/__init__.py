@@ -67,7 +67,7 @@ class InductorBackend:
             return BackendInfo(
                 name=_NAME, available=False, device=self.device, reason=reason, remedy=remedy
             )
-        from tersor.backends.inductor.options import float_choices
+        from tersor.backends.inductor.options import float_choices, stored_choices
 
         has_triton = find_spec("triton") is not None
         can_compile = has_triton if kind == "cuda" else any(map(shutil.which, _COMPILERS))
@@ -85,6 +85,7 @@ class InductorBackend:
                 FormatInfo(name="int8_weight", weight_limit=_FULL_LIMIT, note=folded),
             ),
             floats=float_choices(kind, can_compile=can_compile),
+            stored_choices=stored_choices(kind, has_kernels=has_triton),
         )
 
     def _problem(self, kind: str) -> tuple[str, str]:

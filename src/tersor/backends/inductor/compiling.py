@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from tersor.backends.inductor.options import Options
+from tersor.kernels.codebook_linear import codebook_linear
 from tersor.kernels.linear8 import linear8
 
 Call = Callable[..., Sequence[Tensor]]
+_TUNED = (linear8, codebook_linear)
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 
@@ -52,7 +54,7 @@ def compile_module(
     if options.mode == "eager":
         return Compiled(call=module)
     with _quiet():
-        if not is_open and any(n.target is linear8 for n in module.graph.nodes):
+        if not is_open and any(n.target in _TUNED for n in module.graph.nodes):
             module(*example)  # kernels choose their tiles for these shapes, which no compiler does
         if options.mode == "package":
             return _packaged(module, example, is_open=is_open)

@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -253,7 +253,10 @@ class InductorExecutable:
         native = None
         if self._compiled.package:
             native = Native(package=self._compiled.package, host=read_host(self._choice.device))
-        return written(self._graph, self._shapes, native)
+        graph = self._graph
+        if self._options.weights != "codes":  # whoever loads it needs the floats alone
+            graph = replace(graph, packed={})
+        return written(graph, self._shapes, native)
 
     def _ones(self) -> list[Tensor]:
         """Inputs of the built shapes; open sizes are those of the graph's example."""
@@ -312,7 +315,13 @@ def _full(graph: Graph, shapes: Shapes) -> dict[str, tuple[int, ...]]:
 def _form(choice: BuildChoice, options: Options, channels_last: bool) -> Form:
     dtype = torch.float32 if choice.precision == "f32" else _HALF[options.half]
     joins = family(choice.device) == "cuda"
-    return Form(dtype=dtype, device=choice.device, channels_last=channels_last, joins=joins)
+    return Form(
+        dtype=dtype,
+        device=choice.device,
+        channels_last=channels_last,
+        joins=joins,
+        codes=options.weights == "codes",
+    )
 
 
 def load(

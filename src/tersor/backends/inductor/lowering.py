@@ -2,7 +2,8 @@
 
 Linears that read codes become ``kernels.linear8``; where one's result goes through an activation to the
 next one's codes alone, all of it is one call. Every other quantiser is computed in floats, and weights of
-codes become the floats that they stand for. On CUDA devices linears that read one tensor are one product.
+codes become the floats that they stand for, or stay codes (``coding``). On CUDA devices linears that read
+one tensor are one product.
 """
 
 import operator
@@ -15,6 +16,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 
+from tersor.backends.inductor.coding import code_linears, own_tensors
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
 from tersor.kernels.linear8 import linear8, quantize_codes
@@ -47,6 +49,7 @@ class Form:
         channels_last: Images and the weights of their convolutions have their channels last.
         integers: Linears multiply codes; false: the floats that those stand for.
         joins: Linears that read one tensor become one product.
+        codes: Weights that are stored as codes stay codes where a kernel reads them.
     """
 
     dtype: torch.dtype = torch.float32
@@ -54,6 +57,7 @@ class Form:
     channels_last: bool = False
     integers: bool = True
     joins: bool = False
+    codes: bool = False
 
 
 @dataclass(slots=True)
@@ -71,6 +75,8 @@ def lower(graph: Graph, form: Form) -> Lowered:
         node.meta = {}
     work = _Lowering(copied, dict(tensors), form)
     work.linears()
+    if form.codes:
+        work.sources |= code_linears(copied, work.tensors, graph.packed)
     work.quantizers()
     copied.eliminate_dead_code()
     work.chains()
@@ -337,16 +343,17 @@ class _Lowering:
         found = {}
         for name in sorted(used):
             tensor = self.tensors[name].detach()
+            is_exact = name in self._exact or own_tensors(name)
             key = (
                 tensor.data_ptr(),
                 tensor.dtype,
                 tuple(tensor.shape),
                 tensor.stride(),
-                name in self._exact,
+                is_exact,
             )
             if tensor.numel() == 0 or key not in known:
                 new = tensor
-                if new.dtype == torch.float32 and name not in self._exact:
+                if new.dtype == torch.float32 and not is_exact:
                     if self.form.dtype != torch.float32:
                         finite = torch.clamp(new, -limit, limit)
                         new = torch.where(torch.isinf(new), new, finite).to(self.form.dtype)

@@ -12,6 +12,7 @@ from tersor.core.records import BuildChoice, FloatChoice, Precision
 Mode = Literal["eager", "compile", "autotune", "package"]
 _HALVES = ("bfloat16", "float16")
 _LAYOUTS = ("contiguous", "channels_last")
+_WEIGHTS = ("floats", "codes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,8 @@ class Options:
         half: The type of 16-bit floats.
         layout: Of images.
         tf32: Products of float32 in 19 bits (CUDA only).
+        weights: Of linears, where they are stored as codes: expanded to floats when the model is built, or
+            read as codes by every call.
     """
 
     mode: Mode = "eager"
@@ -31,6 +34,7 @@ class Options:
     half: str = "bfloat16"
     layout: str = "contiguous"
     tf32: bool = False
+    weights: str = "floats"
 
 
 _WANTED: Mapping[str, tuple[Any, ...]] = {
@@ -39,6 +43,7 @@ _WANTED: Mapping[str, tuple[Any, ...]] = {
     "half": _HALVES,
     "layout": _LAYOUTS,
     "tf32": (False, True),
+    "weights": _WEIGHTS,
 }
 
 
@@ -89,3 +94,8 @@ def float_choices(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
         if c.precision == "bf16" and c.options["graph"]
     ]
     return (*plain, *images)
+
+
+def stored_choices(device: str, *, has_kernels: bool) -> tuple[Mapping[str, str | int | bool], ...]:
+    """Option sets that are worth measuring beside the default where weights may be packed."""
+    return ({"weights": "codes"},) if device == "cuda" and has_kernels else ()

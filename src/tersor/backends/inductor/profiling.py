@@ -17,14 +17,19 @@ from torch import Tensor, fx
 from torch._C._autograd import DeviceType
 
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
-_KERNEL = re.compile(r"\b((?:triton|cpp|linear8)\w*)(?:\.run)?\(")
+_KERNEL = re.compile(r"\b((?:triton|cpp|linear8|codebook)\w*)(?:\.run)?\(")
 _EXTERN = re.compile(r"\bextern_kernels\.(\w+)\(")
 _OP = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.\w+\(")
 _MARK = "tersor:"
 _OTHER = "other kernels"
 _MICROSECOND = 1e-3
 # What functions of ours become in the compiler's graph: one such op each.
-_OWN = {"quantize_codes": "round", "floats_of": "round", "linear8": "linear8"}
+_OWN = {
+    "quantize_codes": "round",
+    "floats_of": "round",
+    "linear8": "linear8",
+    "codebook_linear": "codebook_linear",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ def traced_names(module: fx.GraphModule, traced: Sequence[tuple[str, str]]) -> d
 def _kind(target: str) -> str:
     if target.startswith("tersor.linear8") or "_int_mm" in target:
         return "linear8"
+    if target.startswith("tersor.codebook_linear"):
+        return "codebook_linear"
     return "round" if re.search(r"\bround\b", target) and not target.startswith("aten") else target
 
 

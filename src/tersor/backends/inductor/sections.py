@@ -1,8 +1,8 @@
 """What a file holds of a build: the graph, where its constants lie, and native code if there is any."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from tersor.backends.inductor.host import Host
-from tersor.core.errors import ArtifactError
+from tersor.core.errors import ArtifactError, ConfigError, ShapeError
 from tersor.core.jsonable import dumps, from_json, to_json
+from tersor.core.packing import Packing
 from tersor.graph.contracts import Graph, Shapes
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
+from tersor.ops.packed import Packed
 
 _NEEDED = ("graph.json", "tensors.json", "model.bin")
 _ALIGNED = 64  # bytes
+_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError)
 _DTYPES = (
     "float32", "float16", "bfloat16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool",
 )  # fmt: skip
@@ -49,8 +52,16 @@ def written(graph: Graph, shapes: Shapes, native: Native | None) -> dict[str, by
             pieces += [data, bytes(pad)]
             offset += size + pad
         rows.append((name, dtype, list(plain.shape), at, size))
-    segments = sorted({(r[3], r[4]) for r in rows if r[4]})
+    layouts: list[tuple[str, Any, int, int]] = []
+    for name, packed in sorted(graph.packed.items()):
+        data = bytes(packed.data)
+        pieces += [data, bytes(-len(data) % _ALIGNED)]
+        layouts.append((name, to_json(packed.packing), offset, len(data)))
+        offset += len(data) + -len(data) % _ALIGNED
+    segments = sorted({(r[-2], r[-1]) for r in [*rows, *layouts] if r[-1]})
     index = {"tensors": rows, "shapes": {n: list(s) for n, s in sorted(shapes.items())}}
+    if layouts:
+        index["packed"] = layouts
     sections = {
         "graph.json": dumps(graph_to_json(graph)).encode(),
         "tensors.json": dumps(index).encode(),
@@ -83,8 +94,12 @@ def read(sections: Mapping[str, bytes]) -> tuple[Graph, Shapes, Native | None]:
             for n, t, s, o, z in index["tensors"]
         ]
         shapes = {str(n): tuple(map(int, s)) for n, s in index["shapes"].items()}
+        layouts = [
+            (str(n), from_json(Packing, p, "tensors.json"), int(o), int(z))
+            for n, p, o, z in index.get("packed", [])
+        ]
         structure = json.loads(sections["graph.json"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except _DAMAGE as error:
         raise ArtifactError(
             f"inductor: tensors.json or graph.json is damaged ({error}); write the artifact again"
         ) from error
@@ -94,7 +109,35 @@ def read(sections: Mapping[str, bytes]) -> tuple[Graph, Shapes, Native | None]:
             "artifact again"
         )
     tensors = _tensors(rows, block)
-    return graph_from_json(structure, tensors), shapes, _native(sections)
+    graph = replace(graph_from_json(structure, tensors), packed=_packed(layouts, tensors, block))
+    return graph, shapes, _native(sections)
+
+
+def _packed(
+    layouts: Sequence[tuple[str, Packing, int, int]], tensors: Mapping[str, Tensor], block: bytes
+) -> dict[str, Packed]:
+    """The bits of packed weights.
+
+    Raises:
+        ArtifactError: Bits outside of the block, of another size than their layout takes, or of a tensor
+            that is not there or has another shape.
+    """
+    found = {}
+    for name, packing, offset, size in layouts:
+        inside = 0 <= offset <= offset + size <= len(block)
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if not inside or shape != packing.shape:
+            raise ArtifactError(
+                f"inductor: tensor {name!r} of shape {shape} claims packed bits of {packing.shape} at "
+                f"[{offset}, {offset + size}] of {len(block)} bytes; write the artifact again"
+            )
+        try:
+            found[name] = Packed(packing, block[offset : offset + size])
+        except ShapeError as error:
+            raise ArtifactError(
+                f"inductor: tensor {name!r}: {error}; write the artifact again"
+            ) from error
+    return found
 
 
 def _tensors(

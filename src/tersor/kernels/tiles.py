@@ -1,0 +1,56 @@
+"""Which of several launches of a kernel is the fastest at a shape: measured on the device, once a process.
+
+Torch's own compiler would tune a kernel at its first shape and keep that for every other one (torch 2.11),
+so that kernels choose here, when a call is first made outside of a compiler.
+"""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+Key = TypeVar("Key")
+Tile = TypeVar("Tile")
+_TRIES_MS = 4  # of device time a tile
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether a call computes: not a compiler's, and not one that is being recorded."""
+    is_traced = torch.compiler.is_compiling() or type(tensor) is not Tensor
+    return not is_traced and not torch.cuda.is_current_stream_capturing()
+
+
+def choose(
+    chosen: MutableMapping[Key, Tile], key: Key, tiles: Sequence[Tile], call: Callable[[], object]
+) -> None:
+    """Measure a shape's tiles by recorded calls on the device, and keep the fastest.
+
+    Args:
+        chosen: Shape -> tile; gets the fastest one. Nothing happens where the key is in it.
+        key: What tells calls of different speeds apart.
+        tiles: To choose from, at least one.
+        call: The call itself; it reads ``chosen``.
+
+    Raises:
+        OutOfResources: The device has no room for any tile.
+    """
+    if key in chosen:
+        return
+    times: dict[Tile, float] = {}
+    problem = None
+    for tile in tiles:
+        chosen[key] = tile
+        try:
+            times[tile] = triton.testing.do_bench_cudagraph(
+                call, rep=_TRIES_MS, return_mode="median"
+            )
+        except OutOfResources as error:  # shared memory that this card has less of
+            problem = error
+        finally:
+            del chosen[key]
+    if problem is not None and not times:
+        raise problem
+    chosen[key] = min(times, key=lambda t: times[t])

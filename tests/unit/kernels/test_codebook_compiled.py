@@ -1,0 +1,84 @@
+"""The codebook kernels as Triton compiles them for a card, without one: what only its compiler refuses,
+and what their speed rests on: wide loads, tensor cores, nothing spilled.
+"""
+
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+HOPPER = ("cuda", 90, 32)  # its capability and the threads of a warp
+WHOLE = ("x_ptr", "words_ptr", "tables_ptr", "planes_ptr", "scales_ptr", "y_ptr", "N", "K", "WORDS")
+TYPES = {
+    "x_ptr": "*bf16", "words_ptr": "*i32", "tables_ptr": "*fp16", "planes_ptr": "*i32",
+    "scales_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16", "parts_ptr": "*fp32",
+    "weight_ptr": "*bf16",
+}  # fmt: skip
+DEFAULTS = {"GROUP": 128, "BITS": 4, "SCALE": 0, "GROUPED": False, "RUN": 8, "BIAS": True}
+
+
+def compiled(name: str, warps: int, stages: int, **settings: Any) -> str:
+    """PTX of a kernel; machine code was made of it, too."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tersor.kernels import codebook_kernels_triton as module
+
+    kernel = getattr(module, name)
+    names = kernel.arg_names
+    fixed = {**DEFAULTS, "NATIVE": True, **settings}
+    fixed = {n: v for n, v in fixed.items() if n in names}
+    types = {n: "constexpr" if n in fixed else TYPES.get(n, "i32") for n in names}
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(names.index(n),): v for n, v in fixed.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in WHOLE if n in names},
+    )
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    made = triton.compile(source, target=GPUTarget(*HOPPER), options=options)
+    assert made.asm["cubin"]
+    return str(made.asm["ptx"])
+
+
+@pytest.mark.parametrize("index", [0, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lookup", ["PERMUTE", pytest.param("ARITHMETIC", marks=pytest.mark.slow)])
+def test_vector_kernel(lookup: str, index: int) -> None:
+    from tersor.kernels import codebook_kernels_triton as kernels
+    from tersor.kernels import codebook_linear_triton as module
+
+    outputs, words, _, warps = module._VECTORS[index]
+    number = getattr(kernels, lookup)
+    ptx = compiled("codebook_vector_kernel", warps, 1, LOOKUP=number, BN=outputs, BW=words)
+    assert re.search(r"ld\.global\.v4\.b32", ptx)  # of codes: 16 bytes a thread
+    loop = ptx[ptx.index("$L__BB0_") :]
+    assert "st.local" not in ptx
+    assert loop.count("bar.sync") <= 2  # those of the sum at the end alone
+    assert ("prmt" in ptx) == (lookup == "PERMUTE") or lookup == "ARITHMETIC"
+
+
+@pytest.mark.parametrize(
+    ("lookup", "scale"),
+    [("PERMUTE", 0), pytest.param("ARITHMETIC", 2, marks=pytest.mark.slow)],
+)
+def test_dot_kernel(lookup: str, scale: int) -> None:
+    from tersor.kernels import codebook_kernels_triton as kernels
+
+    ptx = compiled(
+        "codebook_dot_kernel", 4, 4,
+        LOOKUP=getattr(kernels, lookup), SCALE=scale, RUN=4 if scale else 8, BN=64, BM=16,
+    )  # fmt: skip
+    assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx)  # 16 bytes at once, in flight
+    assert "wgmma.mma_async" in ptx
+    assert "st.local" not in ptx
+
+
+def test_sum_and_expansion() -> None:
+    from tersor.kernels import codebook_kernels_triton as kernels
+
+    assert "ld.global" in compiled("codebook_sum_kernel", 4, 1, SPLITS=3, BN=256)
+    ptx = compiled("codebook_expand_kernel", 4, 1, LOOKUP=kernels.LOAD, SCALE=2, BN=16)
+    assert "st.global" in ptx
