@@ -160,13 +160,13 @@ class Muon(Switch):
         self._lists, self._links, self._optimizer = [], [], None
 
 
-def hidden_matrices(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     """Weights of all linear layers that an optimizer has, but for the last layer's and embeddings."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     excluded = {id(p) for p in tables} | {id(m.weight) for m in linears[-1:]}
-    found = {id(m.weight): m.weight for m in linears}
+    found: dict[int, Tensor] = {id(m.weight): m.weight for m in linears}
     return [
         p
         for key, p in found.items()

@@ -46,7 +46,7 @@ def map_leaves(batch: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_leaves(v, change) for v in batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(map_leaves(v, change) for v in batch)  # type: ignore[call-arg]
+        return type(batch)(map_leaves(v, change) for v in batch)
     if isinstance(batch, Mapping):
         return _map_mapping(batch, change)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -105,7 +105,10 @@ def signature(batch: Any) -> Signature:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         names = [f.name for f in dataclasses.fields(batch)]
         return type(batch), tuple((n, signature(getattr(batch, n))) for n in names)
-    return (type(batch), batch) if isinstance(batch, _PLAIN) else type(batch)
+    if isinstance(batch, _PLAIN):
+        return type(batch), batch
+    kind: Signature = type(batch)
+    return kind
 
 
 def describe(batch: Any) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from tersor.core.errors import ConfigError
 from tersor.core.progress import Progress, Silent
@@ -81,7 +80,9 @@ class Tuning:
         begun = self.clock()
         names = wanted if isinstance(wanted, tuple) else tuple(s.name for s in wanted.on)
         require(names, job)
-        arena = Arena(job, Snapshot(*_state(job)), self.clock)
+        generators = generators_of(job.source)
+        snapshot = Snapshot(job.model, job.optimizer, job.scaler, generators)
+        arena = Arena(job, snapshot, self.clock)
         with without_hooks(job.optimizer) as hooks:
             try:
                 arena.run_safely(check_first_step)
@@ -205,10 +206,6 @@ class Tuning:
             time_rule=self.time_rule,
             loss_rule=self.loss_rule,
         )
-
-
-def _state(job: Job) -> tuple[nn.Module, object, object, tuple[torch.Generator, ...]]:
-    return job.model, job.optimizer, job.scaler, generators_of(job.source)
 
 
 def without_pool(job: Job) -> Job:

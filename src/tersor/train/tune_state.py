@@ -134,9 +134,9 @@ class Snapshot:
         """Put everything back; layouts that a switch gave to parameters stay."""
         for parameter, value in self._values:
             parameter.data.copy_(value)
-        for parameter, gradient, value in self._gradients:
-            if gradient is not None and value is not None:
-                gradient.copy_(value)
+        for parameter, gradient, kept_gradient in self._gradients:
+            if gradient is not None and kept_gradient is not None:
+                gradient.copy_(kept_gradient)
             parameter.grad = gradient
         for module, is_training in self._modes:
             module.training = is_training

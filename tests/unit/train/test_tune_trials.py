@@ -168,11 +168,19 @@ def test_the_fastest_of_several_choices_is_on_and_the_next_where_its_loss_is_off
 
 
 def test_a_first_look_is_enough_where_it_is_clearly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trials, "look", lambda _: 2.0)
+    monkeypatch.setattr(Trials, "look", lambda self: 2.0 if self.arena.current else 1.0)
     found = made(job(), 10.0, 9.0, base_seconds=1.0)
     (report,) = found.stage([Scaled()])
     assert report.why == "slower: 2.00x the time in a first look"
     assert (report.speedup, report.low, report.is_on) == (0.5, None, False)
+
+
+def test_a_first_look_that_another_process_disturbed_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trials, "look", lambda _: 2.0)  # what is on has become as slow
+    (report,) = made(job(), 10.0, 9.0, base_seconds=1.0).stage([Scaled()])
+    assert report.is_on
 
 
 def test_what_is_refused_is_not_tried() -> None:
