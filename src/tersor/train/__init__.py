@@ -1,6 +1,11 @@
-"""Compress while training, and a fast step; public names load on first use."""
+"""Compress while training, and a fast step; public names load on first use.
 
+``import tersor.train`` loads no torch.
+"""
+
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +16,7 @@ if TYPE_CHECKING:
     from tersor.train.schedule import Schedule
     from tersor.train.shrinker import Shrinker
     from tersor.train.trainer_callback import TrainerCallback
+    from tersor.train.tune import tune
 
 _HOMES = {
     "LightningCallback": "tersor.train.lightning_callback",
@@ -20,6 +26,7 @@ _HOMES = {
     "TrainerCallback": "tersor.train.trainer_callback",
     "attach": "tersor.train.attaching",
     "rescued": "tersor.train.rescue",
+    "tune": "tersor.train.tune",
 }
 
 __all__ = [
@@ -30,7 +37,19 @@ __all__ = [
     "TrainerCallback",
     "attach",
     "rescued",
+    "tune",
 ]
+
+
+class _Package(ModuleType):
+    """A module may have the name of a public function (``tune``): the function wins."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):  # what importing a module sets
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

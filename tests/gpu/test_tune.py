@@ -1,0 +1,121 @@
+"""The fast step on a CUDA device: each switch trains as the plain step does, and all of them together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, TensorDataset
+
+import tersor.train
+from tersor.train.switches import ChannelsLast, Compiled, CudaGraph, ResidentData, Switch
+from tersor.train.switches_optimizer import FusedOptimizer
+from tersor.train.tune import LossRule, TimeRule
+from tersor.train.tune_arena import Arena
+from tersor.train.tune_batches import draw_pool
+from tersor.train.tune_state import Snapshot
+from tersor.train.tune_steps import Job, plain, platform_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+ROUNDING = 1e-3  # float32 sums in another order, through ten steps of Adam
+STEPS = 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _card() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def network() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 16, 10),
+        )  # fmt: skip
+    return model.cuda()
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (512, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    data = TensorDataset(images, torch.arange(512) % 10)
+    return DataLoader(data, 32, shuffle=True, generator=generator)
+
+
+def step(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0].float() / 128 - 1), batch[1])
+
+
+def job() -> Job:
+    model, source = network(), loader()
+    device = next(model.parameters()).device
+    return Job(
+        step=step,
+        model=model,
+        optimizer=AdamW(model.parameters(), 1e-3),
+        source=source,
+        device=device,
+        platform=platform_of(device),
+        pool=draw_pool(source, STEPS, 1e9),
+    )
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        (CudaGraph,),
+        (lambda: FusedOptimizer("fused"),),
+        (ChannelsLast, lambda: FusedOptimizer("fused"), CudaGraph),
+        (Compiled, CudaGraph),
+    ],
+)
+def test_switches_train_as_the_plain_step_also_after_a_change(
+    switches: tuple[Callable[[], Switch], ...],
+) -> None:
+    task = job()
+    arena = Arena(task, Snapshot(task.model, task.optimizer), lambda: 0.0)
+    wanted = torch.tensor(arena.losses((), 0, 0, STEPS))
+    chosen: tuple[Switch, ...] = ()
+    for make in switches:
+        switch = make()
+        assert switch.refusal(task, plain(task)) == ""
+        chosen = (*chosen, switch)
+    for configuration in (chosen, (), chosen):  # recorded work survives a change and back
+        found = torch.tensor(arena.losses(configuration, 0, 0, STEPS))
+        assert torch.allclose(found, wanted, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_data_on_the_card_are_the_loaders_batches() -> None:
+    task = job()
+    switch = ResidentData()
+    assert switch.refusal(task, plain(task)) == ""
+    assert switch.gives_the_same(task)
+    batch = next(iter(switch.apply(task, plain(task)).batches))
+    assert all(t.device == task.device for t in batch)
+    assert batch[0].dtype == torch.uint8
+
+
+def test_a_tuned_step_trains_on_and_an_odd_batch_too() -> None:
+    model, source = network(), loader()
+    optimizer = AdamW(model.parameters(), 1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    fast = tersor.train.tune(
+        step,
+        model=model,
+        optimizer=optimizer,
+        batches=source,
+        loss_rule=LossRule(steps=20, seeds=3),
+        time_rule=TimeRule(rounds=3),
+        progress=False,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not optimizer.state
+    losses = [fast(b) for _ in range(20) for b in fast.batches(source)]
+    assert float(losses[-1]) < float(losses[0])
+    odd = [torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)]
+    assert torch.isfinite(fast(odd))
+    assert all(s.why for s in fast.report.switches)
