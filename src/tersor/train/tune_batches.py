@@ -107,8 +107,7 @@ def signature(batch: Any) -> Signature:
         return type(batch), tuple((n, signature(getattr(batch, n))) for n in names)
     if isinstance(batch, _PLAIN):
         return type(batch), batch
-    kind: Signature = type(batch)
-    return kind
+    return (type(batch),)
 
 
 def describe(batch: Any) -> str:
