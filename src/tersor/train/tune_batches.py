@@ -9,7 +9,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import (
     Callable,
-    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -33,7 +32,9 @@ from torch.utils.data import (
 from tersor.core.errors import DataError
 from tersor.core.units import format_bytes
 
-Signature = Hashable  # of a batch: structure, shapes, types, and values that are no tensors
+Signature = (
+    object  # of a batch, to be compared: structure, shapes, types, and values that are no tensors
+)
 SAMPLERS = (SequentialSampler, RandomSampler)  # these draw an epoch's order at its start
 _IMAGE_DIMS = 4
 _PLAIN = (bool, int, float, str, bytes, type(None))
@@ -107,7 +108,7 @@ def signature(batch: Any) -> Signature:
         return type(batch), tuple((n, signature(getattr(batch, n))) for n in names)
     if isinstance(batch, _PLAIN):
         return type(batch), batch
-    return (type(batch),)
+    return type(batch)
 
 
 def describe(batch: Any) -> str:

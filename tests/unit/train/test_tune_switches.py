@@ -125,6 +125,19 @@ def test_channels_last_moves_kernels_moments_and_gradients_alike() -> None:
     assert optimizer.state[kernel]["exp_avg_sq"].stride() == kernel.stride()
 
 
+def test_a_change_of_layout_keeps_the_values_of_the_moment() -> None:
+    task, switch = job(), ChannelsLast()
+    kernel = task.model[3].weight
+    for value in (1.0, 2.0):
+        kernel.data.fill_(value)
+        switch.apply(task, plain(task))
+        assert torch.equal(kernel.detach(), torch.full((4, 4, 3, 3), value))
+        kernel.data.fill_(value + 10)
+        switch.undo(task)
+        assert kernel.is_contiguous()
+        assert torch.equal(kernel.detach(), torch.full((4, 4, 3, 3), value + 10))
+
+
 def test_a_state_that_is_loaded_later_follows_the_layout() -> None:
     model = network()
     optimizer = AdamW(model.parameters(), 1e-2, fused=True)
