@@ -66,6 +66,7 @@ class Turns:
     """Calls on copies of a weight in turn, recorded once."""
 
     def __init__(self, copies: Sequence[Any], call: Callable[[Any], Tensor]) -> None:
+        self._copies = copies  # the recording reads them where they lie
         rounds = -(-LEAST_CALLS // len(copies))
         self.count = rounds * len(copies)
         stream = torch.cuda.Stream()
