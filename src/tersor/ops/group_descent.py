@@ -216,7 +216,7 @@ def _refit_within_(state: _State, block: _Block, grid: GroupGrid, columns: slice
     local = slice(columns.start - block.start, columns.stop - block.start)
     v = state.codes[:, columns] - state.zero[:, None, group]
     pull = block.H[:, :, local] @ v
-    move = _step_move(v, block.gradient[:, local], pull[:, local], state.step[:, group], grid)
+    move = step_move(v, block.gradient[:, local], pull[:, local], state.step[:, group], grid)
     state.step[:, group] += move
     state.D[:, columns] -= v * move.unsqueeze(1)
     block.gradient -= pull * move.unsqueeze(1)
@@ -237,7 +237,7 @@ def _refit_wide_(state: _State, grid: GroupGrid, columns: slice) -> bool:
         pull = state.H[:, :, columns] @ v
     else:  # v step = W - D
         pull = (state.HW - state.gradient) / step.unsqueeze(1)
-    move = _step_move(v, state.gradient[:, columns], pull[:, columns], step, grid)
+    move = step_move(v, state.gradient[:, columns], pull[:, columns], step, grid)
     step += move
     state.D[:, columns] -= v * move.unsqueeze(1)
     state.gradient -= pull * move.unsqueeze(1)
@@ -251,14 +251,22 @@ def _refit_wide_(state: _State, grid: GroupGrid, columns: slice) -> bool:
     return changed or bool(shift.any())
 
 
-def _step_move(
+def step_move(
     v: Float64[Tensor, "g b m"],
     gradient: Float64[Tensor, "g b m"],
     pull: Float64[Tensor, "g b m"],
     step: Float64[Tensor, "g m"],
     grid: GroupGrid,
 ) -> Float64[Tensor, "g m"]:
-    """What to add to the steps; 0 where no step that can be stored is better."""
+    """What to add to the steps of a group of inputs; 0 where no step that can be stored is better.
+
+    Args:
+        v: Codes less their zero points.
+        gradient: Of half of the loss, against the weight.
+        pull: What that gradient loses where each weight moves by its v.
+        step: Steps.
+        grid: Their grid.
+    """
     slope, curvature = (v * gradient).sum(1), (v * pull).sum(1)
     wanted = step + torch.where(curvature > 0, slope / curvature, 0.0)
     # A step through zero would be no step; codes of the other sign belong to another start. Beyond
