@@ -11,6 +11,8 @@ from tersor.core.records import Site
 from tersor.graph.contracts import Graph, Readers, Rows, SiteStatistics
 from tersor.graph.edit import attribute, execute
 from tersor.graph.operators import WeightedOp, as_rows, weighted_ops
+from tersor.observe.assumed import assumed_moments
+from tersor.observe.output_moments import Felt, moment_at
 from tersor.observe.statistics import Observed, op_bias, op_weight, token_mask
 from tersor.ops.moments import Moments, moments_of, second_moment
 from tersor.ops.refit import layer_loss
@@ -21,9 +23,16 @@ _PERTURBATION = 0.05
 
 
 def site_statistics(
-    graph: Graph, sites: Sequence[Site], observed: Mapping[str, Observed]
+    graph: Graph, sites: Sequence[Site], observed: Mapping[str, Observed], felt: Felt = dict
 ) -> dict[str, SiteStatistics]:
-    """What methods need to know, by site name; embeddings have none of it but their table."""
+    """What methods need to know, by site name; embeddings have none of it but their table.
+
+    Args:
+        graph: The original.
+        sites: Of its layers.
+        observed: Statistics by op.
+        felt: Calls up the output's gradient moments by op.
+    """
     ops = {op.node.name: op for op in weighted_ops(graph.module)}
     readers = tensor_readers(graph, sites)
     # The readers of one tensor share its quantiser, so they share what it is chosen from.
@@ -32,7 +41,7 @@ def site_statistics(
         if site.tensor is not None:
             first.setdefault(site.tensor, observed[site.ops[0]])
     return {
-        site.name: _statistics(graph, site, ops[site.ops[0]], _Seen(observed, first, readers))
+        site.name: _statistics(graph, site, ops[site.ops[0]], _Seen(observed, first, readers, felt))
         for site in sites
     }
 
@@ -42,6 +51,7 @@ class _Seen:
     by_op: Mapping[str, Observed]
     by_tensor: Mapping[str, Observed]
     readers: Mapping[str, Readers]
+    felt: Felt
 
 
 def tensor_readers(graph: Graph, sites: Sequence[Site]) -> dict[str, Readers]:
@@ -94,6 +104,8 @@ def _statistics(graph: Graph, site: Site, op: WeightedOp, seen: _Seen) -> SiteSt
         is_padded=readers is not None and readers.is_padded,
         channel_dim=op.channel_dim,
         window=op.window,
+        assumed=lambda: assumed_moments(graph, op),
+        output_moment=lambda: moment_at(site.ops, seen.felt),
     )
 
 
@@ -168,6 +180,8 @@ def _check_one(
         difference = difference[mask] if output.shape[:2] == mask.shape else difference
     measured = float(difference.square().sum())
     moments = moments_of(as_rows(data, op, mask))
+    if not moments.count:  # nothing reaches the layer
+        return 0.0
     groups = 1 if op.window is None else op.window.groups
     delta = (changed[op.weight.name] - weight).double().reshape(groups, -1, moments.x.shape[1])
     predicted = float(layer_loss(delta, second_moment(moments)).sum()) * moments.count

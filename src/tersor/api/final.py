@@ -17,6 +17,7 @@ from tersor.api.stages import (
     Offers,
     build_for,
     calibration_batches,
+    gradient_moments,
 )
 from tersor.build.build import Built
 from tersor.core.levels import gone_with
@@ -167,6 +168,7 @@ def _transform(
 ) -> tuple[FinalRecord, tuple[SiteChange, ...]]:
     """Formats on the graph of the plan's widths: front to back, and from what is at hand."""
     session.progress.stage("transform", len(chosen))
+    batches = calibration_batches(session)
     sites = find_sites(base)
     additions = [s for s in session.additions if s.name in chosen]
     activations = [s for s in session.activations if s.name in chosen]
@@ -175,11 +177,12 @@ def _transform(
         (*sites, *additions, *activations),
         chosen,
         session.methods,
-        calibration_batches(session),
+        batches,
         readers=tensor_readers(base, sites),
         embedding=lambda site: embedding_statistics(attribute(base.module, site.weight)),
         seed=session.settings.seed,
         own=own_operands(base, additions, sites),
+        felt=gradient_moments(session, base, batches),
         advance=session.progress.advance,
     )
     at_hand = tuple(formats_on(session, changed, base))

@@ -6,6 +6,7 @@ from typing import Any
 
 from tersor.api.session import Session
 from tersor.graph.contracts import SiteStatistics
+from tersor.graph.low_bits import ASSUMED
 from tersor.propose.errors import chunk_size
 from tersor.propose.propose import NATIVE, Offer
 from tersor.propose.proxy import (
@@ -46,7 +47,9 @@ def _predicted(offer: Offer, statistics: Mapping[str, Any], gradients: Gradients
     candidate, change = offer.candidate, offer.change
     known, proxy = statistics[candidate.site], None
     # An addition has no weight; its operands' rounding is mostly that of their other readers.
-    if isinstance(known, SiteStatistics) and candidate.level not in NATIVE:
+    # What was rounded to the few rows there are would seem better on them than what was not.
+    is_fair = not candidate.detail.get(ASSUMED)
+    if isinstance(known, SiteStatistics) and candidate.level not in NATIVE and is_fair:
         proxy = format_proxy(change, known, gradients)
     if change.site.kind == "width" and candidate.level != change.site.units:
         proxy = width_proxy(candidate, change, known, gradients)

@@ -239,10 +239,8 @@ def open_session(model: Any, data: Any, settings: Settings) -> Session:
         list(settings.keep),
         sorted(methods),
         settings.for_size,
-        # Own methods share no level of a site: who made one is no choice.
-        {}
-        if all(registry.is_own(registry.METHODS, m) for m in methods)
-        else dict(settings.made_by),
+        # Where methods share no level of a site, who made one is no choice.
+        dict(settings.made_by) if any(may_share(m) for m in methods) else {},
         tiles,
         describe_machine().fingerprint(),
     )
@@ -340,6 +338,13 @@ def pick_methods(
         fields = getattr(cls, "__dataclass_fields__", {})
         found[name] = cls(**{k: v for k, v in known.items() if k in fields})
     return found
+
+
+def may_share(name: str) -> bool:
+    """Whether a method may offer levels that another one has, too; of other packages' nothing is known."""
+    if not registry.is_own(registry.METHODS, name):
+        return True
+    return bool(getattr(registry.resolve(registry.METHODS, name), "shares_levels", False))
 
 
 def default_methods() -> list[str]:

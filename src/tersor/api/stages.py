@@ -46,6 +46,7 @@ from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph, SiteChange, WidthStatistics
 from tersor.graph.facts import stored_elsewhere
 from tersor.observe import keeping
+from tersor.observe.output_moments import Felt, felt_by
 from tersor.observe.statistics import Observed, observe
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
 from tersor.price.price import PriceConfig, price_all
@@ -65,6 +66,7 @@ from tersor.propose.propose import (
 from tersor.timing.protocol import Protocol
 
 _CALIBRATION_SAMPLES = 256  # more change no statistics that matter here (ALGORITHMS 8.2)
+_GRADIENT_SAMPLES = 64  # of the output's gradient moments: a backward pass for each class
 _CHECKED_SIZES = 4  # beside the largest, at which a build is compared with its graph
 _QUICK = Protocol(rounds=3, runs=7, max_seconds=12.0)
 _CAREFUL = Protocol(rounds=7, runs=11, max_seconds=25.0)
@@ -181,6 +183,15 @@ def calibrate(session: Session) -> dict[str, Observed]:
     return observed
 
 
+def gradient_moments(
+    session: Session, graph: Graph, batches: Sequence[tuple[torch.Tensor, ...]]
+) -> Felt:
+    """The output's gradient moments of a graph, worked out if a method asks for them."""
+    return felt_by(
+        graph, batches, session.kind, seed=session.settings.seed, samples=_GRADIENT_SAMPLES
+    )
+
+
 def propose(session: Session) -> Offers:
     """All candidates with their errors; the statistics are not needed afterwards."""
     kept = session.store.get(_OfferRecord, "propose", session.key)
@@ -190,7 +201,8 @@ def propose(session: Session) -> Offers:
         return _offers(session, kept, changes)
     observed = calibrate(session)
     widths = width_sites_statistics(session, observed)
-    statistics = site_statistics(session.graph, session.formats, observed)
+    felt = gradient_moments(session, session.graph, calibration_batches(session))
+    statistics = site_statistics(session.graph, session.formats, observed, felt)
     known: dict[str, Any] = {
         **statistics,
         **widths,

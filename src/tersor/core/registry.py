@@ -12,6 +12,7 @@ _BUILT_IN = {
     METHODS: {
         "activation": "tersor.methods.activation:Activation",
         "codebook": "tersor.methods.codebook:Codebook",
+        "datafree": "tersor.methods.datafree:Datafree",
         "depth": "tersor.methods.depth:Depth",
         "lowrank": "tersor.methods.lowrank:Lowrank",
         "prune": "tersor.methods.prune:Prune",

@@ -101,6 +101,11 @@ class SiteStatistics:
         moments_of: Replays the pass with the compressed tensor mapped by a first function and the
             original one by a second (both before unfolding), in two halves of the samples, to fit
             on one and check on the other; only the transform can do it.
+        assumed: What the input's moments are taken to be where no row counts (``ops.assumed``); None:
+            nothing is known of it.
+        output_moment: Calls up the second moment of the model's gradient at the layer's output
+            [g, m, m] (``observe.output_moments``), all ops of the site together; None, or gives None,
+            where there is none.
     """
 
     weight: Tensor
@@ -117,6 +122,8 @@ class SiteStatistics:
     channel_dim: int = -1
     window: Window | None = None
     moments_of: Callable[[TensorMap, TensorMap], tuple[Moments, Moments]] | None = None
+    assumed: Callable[[], Moments] | None = None
+    output_moment: Callable[[], Tensor | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +293,8 @@ class Method(Protocol):
     none; it gets ``SiteStatistics`` of a format, ``WidthStatistics`` of a width and
     ``graph.branches.BranchStatistics`` of a branch. With ``by_name = True`` it is not part of
     ``methods="all"``; with ``for_size = True`` only plans with packed levels come from it, with
-    ``gives_ranks = True`` only those with rank levels. A dataclass field ``low_bits`` is false where
+    ``gives_ranks = True`` only those with rank levels. ``shares_levels = True``: another method of
+    this package has the same levels. A dataclass field ``low_bits`` is false where
     the target has no budget on the size.
     """
 

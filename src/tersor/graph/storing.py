@@ -1,6 +1,5 @@
 """What methods that only store a weight share: what to approach, and the change that comes of it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from tersor.core.records import Level, Site
 from tersor.graph.contracts import SiteChange, SiteStatistics
+from tersor.ops.assumed import plain_moments
 from tersor.ops.cross_fit import cross_fitted
 from tersor.ops.moments import Moments, add_moments, centred
 from tersor.ops.packed import Packed
@@ -33,6 +33,7 @@ class Aim:
         damping: Of the refit; None: there was none.
         is_draft: The original model, where every level of every site is worked out to be compared: what
             is chosen is worked out again, with more effort, behind its compressed prefix.
+        is_assumed: The moments are those of an assumption, as no row counted.
     """
 
     target: Tensor
@@ -40,6 +41,7 @@ class Aim:
     moments: Moments | None = None
     damping: float | None = None
     is_draft: bool = True
+    is_assumed: bool = False
 
 
 def worth_packing(statistics: SiteStatistics) -> bool:
@@ -47,8 +49,16 @@ def worth_packing(statistics: SiteStatistics) -> bool:
     return statistics.weight.numel() >= LEAST_WEIGHTS and fits(statistics.weight)
 
 
-def aim_of(site: Site, statistics: SiteStatistics) -> Aim:
+def aim_of(site: Site, statistics: SiteStatistics, *, is_assumed: bool = False) -> Aim:
     """What a site's stored weight approaches, from the statistics of the prefix as it is.
+
+    Where no row reached the layer, moments are assumed (``ops.assumed``), and the weight is not refitted;
+    where only one half of the samples has rows, it is not refitted either.
+
+    Args:
+        site: The site.
+        statistics: Its statistics.
+        is_assumed: Whether moments are assumed whatever was seen.
 
     Raises:
         NumericalError: The moments are not finite or not positive semi-definite.
@@ -56,13 +66,29 @@ def aim_of(site: Site, statistics: SiteStatistics) -> Aim:
     weight = statistics.weight
     if site.op_kind == "embedding":
         return Aim(weight, None)
-    if statistics.moments_of is None:
-        moments = statistics.moments()
-        return Aim(weight, centred(moments)[0], moments)
-    halves = statistics.moments_of(_same, _same)
+    is_draft = statistics.moments_of is None
+    halves = () if is_assumed else tuple(h for h in _halves(statistics) if h.count)
+    if not halves:
+        assumed = assumed_moments_of(statistics)
+        metric = centred(assumed)[0]
+        return Aim(weight, metric, assumed, is_draft=is_draft, is_assumed=True)
     target, damping = cross_fitted(weight, halves)
     moments = reduce(add_moments, halves)
-    return Aim(target, centred(moments)[0], moments, damping, is_draft=False)
+    return Aim(target, centred(moments)[0], moments, damping, is_draft=is_draft)
+
+
+def assumed_moments_of(statistics: SiteStatistics) -> Moments:
+    """What is assumed of a layer's input; of one that nothing is said of, that all inputs are alike."""
+    if statistics.assumed is not None:
+        return statistics.assumed()
+    return plain_moments(statistics.weight.shape[0], statistics.weight.shape[2])
+
+
+def _halves(statistics: SiteStatistics) -> tuple[Moments, ...]:
+    """Moments of both halves of the samples; on the original model, of all of them."""
+    if statistics.moments_of is None:
+        return (statistics.moments(),)
+    return statistics.moments_of(_same, _same)
 
 
 def stored_bytes(site: Site, packed_bytes: int) -> int:
@@ -75,7 +101,9 @@ def stored_change(
 ) -> SiteChange:
     """The change to a packed weight, with the bias that it needs."""
     aim, statistics = known
-    report: Mapping[str, Any] = {"refit_damping": aim.damping}
+    report: dict[str, Any] = {"refit_damping": aim.damping}
+    if aim.is_assumed:
+        report["is_assumed"] = True
     if aim.moments is None:
         return SiteChange(site=site, level=level, packed=packed, report=report)
     stored = torch.from_numpy(packed.expand()).double().reshape(statistics.weight.shape)

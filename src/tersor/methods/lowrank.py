@@ -83,7 +83,7 @@ class Lowrank:
             )
 
         found = [offer(level, site.size_bytes) for level in NATIVE]
-        if not _is_factorable(site, statistics.window):
+        if not _is_factorable(site, statistics.window) or not statistics.moments().count:
             return found
         layer, window = _layer(site, statistics.window), statistics.window
         kernel = () if window is None else window.kernel

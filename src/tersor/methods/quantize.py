@@ -5,21 +5,31 @@ where it nearly is), chosen by the error of the readers' outputs, with a smoothi
 where that helps; weights symmetric, one step an output channel, rounded with error feedback on the layer's
 own statistics; the bias takes up the mean of what is left. Low bits: a float16 step for each group of
 inputs, the group's size where a bit is spent best, error feedback and descent on codes and steps. Given statistics of a compressed
-prefix, the weight is first refitted to the original layer's outputs.
+prefix, the weight is first refitted to the original layer's outputs. Where fewer rows reached a layer than
+its covariance needs, low bits are also offered by the weights alone, in an assumed metric; where none
+did, only so.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from tersor.core.errors import ConfigError
-from tersor.core.packing import Packing
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import AddStatistics, MethodKind, Quantizer, SiteChange, SiteStatistics
+from tersor.graph.low_bits import (
+    DAMPING,
+    GROUPS,
+    INT8_LIMIT,
+    LOW_BITS,
+    LowBitConfig,
+    low_bit_candidates,
+    low_bit_change,
+    nearest_change,
+)
 from tersor.graph.quantizer import column_scale, rounded, scaled
 from tersor.graph.quantizer_choice import (
     SIGNED,
@@ -27,19 +37,15 @@ from tersor.graph.quantizer_choice import (
     choose_quantizer,
     expected_moments,
 )
-from tersor.graph.storing import Aim, aim_of, stored_bytes, stored_change, worth_packing
 from tersor.ops.cross_fit import cross_fitted
 from tersor.ops.feedback import descend, round_with_feedback
-from tersor.ops.grids import range_step, round_nearest, weight_steps
-from tersor.ops.group_rounding import RoundingConfig
-from tersor.ops.low_bits import DRAFT, best_group, rounded_low
+from tersor.ops.grids import range_step, weight_steps
 from tersor.ops.moments import Moments, add_moments, centred
 from tersor.ops.refit import bias_shift, relative_error
-from tersor.ops.storing import grid_of, pack_grid
 
-INT8_LIMIT = 127
 _SCALE_BYTES = 4
-LOW_BITS: Mapping[Level, int] = {"int4_weight": 4, "int3_weight": 3, "int2_weight": 2}
+# Rows for each input that a covariance needs (ALGORITHMS 8.2).
+_ENOUGH_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +60,18 @@ class Quantize:
         sweeps: Coordinate-descent sweeps after error feedback.
         groups: Inputs that share a step at low bits, to choose from; 0: all of an output.
         low_bits: Offer 4, 3 and 2 bits, which save bytes and no time.
+        blends: Shares of the identity in the metric of a layer's outputs, each a further offer at low
+            bits (``ops.two_sided``); empty: all outputs count alike.
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format", "addition")
     weight_limit: int = INT8_LIMIT
     alphas: tuple[float, ...] = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-    damping: float = 1e-2
+    damping: float = DAMPING
     sweeps: int = 1
-    groups: tuple[int, ...] = (0, 128, 64, 32)
+    groups: tuple[int, ...] = GROUPS
     low_bits: bool = True
+    blends: tuple[float, ...] = (0.4,)
 
     def __post_init__(self) -> None:
         if not 1 <= self.weight_limit <= INT8_LIMIT:
@@ -99,12 +108,11 @@ class Quantize:
             }
             found.append(offer("int8", coded + bias, **detail))
         found.append(offer("int8_weight", coded + (bias if site.op_kind != "embedding" else 0)))
-        if self.low_bits and worth_packing(statistics):
-            aim = aim_of(site, statistics)
-            for low, bits in LOW_BITS.items():
-                group = best_group(aim.target, aim.metric, bits, self.groups, self.damping)
-                packing = Packing(kind="grid", shape=site.shape, bits=bits, group=group)
-                found.append(offer(low, stored_bytes(site, packing.size_bytes()), group=group))
+        if self.low_bits:
+            for is_assumed in _metrics(site, statistics):
+                found += low_bit_candidates(
+                    site, statistics, self._low_bits(), is_assumed=is_assumed
+                )
         return found
 
     def _of_addition(self, site: Site, statistics: AddStatistics) -> Sequence[Candidate]:
@@ -133,7 +141,7 @@ class Quantize:
         if candidate.level == "int8_weight":
             return self._stored(site, statistics)
         if candidate.level in LOW_BITS:
-            return self._low_bit(site, candidate, statistics)
+            return low_bit_change(site, candidate, statistics, self._low_bits())
         if candidate.level == "int8":
             return self._computed(site, candidate, statistics)
         raise ConfigError(f"{site.name}: quantize has no level {candidate.level!r}")
@@ -156,46 +164,18 @@ class Quantize:
 
     def _stored(self, site: Site, statistics: SiteStatistics) -> SiteChange:
         """Integer weight, expanded before it is used."""
-        weight = statistics.weight
-        if site.op_kind == "embedding":
-            rows = weight[0].unsqueeze(0)  # [1, rows, width]: one step a row
-            step = rows.abs().amax(2) / INT8_LIMIT
-            step = torch.where(step > 0, step, 1.0)
-            codes = round_nearest(rows, step, INT8_LIMIT)
-            return SiteChange(
-                site=site,
-                level="int8_weight",
-                codes=codes.reshape(site.shape),
-                scale=step.reshape(-1).float(),
-            )
-        if statistics.moments_of is None:  # on the original model, 8 bits need no feedback
-            step = weight_steps(weight, INT8_LIMIT).float().double()
-            codes = round_nearest(weight, step, INT8_LIMIT)
-            return SiteChange(
-                site=site,
-                level="int8_weight",
-                codes=codes.reshape(site.shape),
-                scale=step.reshape(-1).float(),
-            )
-        halves = statistics.moments_of(_same, _same)
+        # On the original model 8 bits need no feedback; an embedding has no moments.
+        if site.op_kind == "embedding" or statistics.moments_of is None:
+            return nearest_change(site, statistics)
+        halves = tuple(h for h in statistics.moments_of(_same, _same) if h.count)
+        if not halves:
+            return nearest_change(site, statistics)
         return self._round(site, statistics, halves, None, "int8_weight")
 
-    def _low_bit(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
-        """A weight on a grid of a few bits, expanded before it is used."""
-        packing = Packing(
-            kind="grid",
-            shape=site.shape,
-            bits=LOW_BITS[candidate.level],
-            group=int(candidate.detail.get("group", 0)),
+    def _low_bits(self) -> LowBitConfig:
+        return LowBitConfig(
+            method="quantize", groups=self.groups, damping=self.damping, blends=self.blends
         )
-        aim = aim_of(site, statistics)
-        config = replace(DRAFT, damping=self.damping) if aim.is_draft else self._careful(aim)
-        codes, steps = rounded_low(aim.target, aim.metric, grid_of(packing), config)
-        packed = pack_grid(packing, codes, steps)
-        return stored_change(site, candidate.level, packed, (aim, statistics))
-
-    def _careful(self, aim: Aim) -> RoundingConfig:
-        return replace(RoundingConfig.for_layer(*aim.target.shape[1:]), damping=self.damping)
 
     def _computed(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
         """Integer weight and integer activations, smoothed as the candidate says."""
@@ -248,6 +228,16 @@ class Quantize:
         if not self.sweeps:
             return done.codes
         return descend(target, done.codes, step, metric, limit, self.sweeps)
+
+
+def _metrics(site: Site, statistics: SiteStatistics) -> tuple[bool, ...]:
+    """Of low bits, whether the metric is assumed: offered beside the observed one where rows are few."""
+    if site.op_kind == "embedding":
+        return (False,)
+    rows, inputs = statistics.moments().count, statistics.weight.shape[2]
+    if not rows:
+        return (True,)
+    return (False,) if rows >= _ENOUGH_ROWS * inputs else (False, True)
 
 
 def _same(x: Tensor) -> Tensor:

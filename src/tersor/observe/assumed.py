@@ -17,7 +17,10 @@ from tersor.ops.moments import Moments
 
 aten = torch.ops.aten
 
-_NORMS = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2, None)}
+_NORMS: dict[Any, tuple[int, int | None]] = {
+    aten.layer_norm.default: (2, 3),
+    aten.rms_norm.default: (2, None),
+}
 _FUNCTIONS = {
     aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default,
     aten.relu6.default, aten.leaky_relu.default, aten.elu.default, aten.gelu.default,

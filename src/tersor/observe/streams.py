@@ -69,8 +69,8 @@ class RowSample:
         return torch.randperm(count, generator=generator)[:share].sort().values
 
     def add_(self, rows: Tensor) -> None:
-        """Keep rows."""
-        if len(rows):
+        """Keep rows; of none, their width."""
+        if len(rows) or not self.rows:
             self.rows.append(rows.detach().clone())
 
     def value(self) -> Tensor:

@@ -143,7 +143,7 @@ def format_proxy(
     is changed. None where they hold none, or where there are no gradients.
     """
     known = [gradients.by_op[op] for op in change.site.ops if op in gradients.by_op]
-    if not known or change.site.op_kind == "embedding":
+    if not known or change.site.op_kind == "embedding" or not len(statistics.rows().original):
         return None
     moved = layer_change(change, statistics)
     return float(sum((moved * squares).sum() for squares in known))

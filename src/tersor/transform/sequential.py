@@ -44,6 +44,8 @@ from tersor.observe.activations import (
     kept_rows,
     rows_of_batch,
 )
+from tersor.observe.assumed import assumed_moments
+from tersor.observe.output_moments import Felt, moment_at
 from tersor.observe.statistics import channel_rows, op_bias, op_weight, some_rows, token_mask
 from tersor.observe.streams import Histogram, MomentStream, RowSample
 from tersor.ops.activations import cheaper
@@ -83,8 +85,9 @@ class _Run:
         batches: Sequence[tuple[Tensor, ...]],
         readers: Mapping[str, Readers],
         sites: Sequence[Site],
+        felt: Felt,
     ) -> None:
-        self.graph = graph
+        self.graph, self.felt = graph, felt
         self.sites = {
             op: s
             for s in sites
@@ -148,6 +151,8 @@ class _Run:
             channel_dim=op.channel_dim,
             window=op.window,
             moments_of=lambda new, old: self._moments(op, new, old, seed),
+            assumed=lambda: assumed_moments(self.graph, op),
+            output_moment=lambda: moment_at(site.ops, self.felt),
         )
 
     def _tensor_statistics(self, op: WeightedOp, seed: int) -> dict[str, Any]:
@@ -383,6 +388,7 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
     embedding: Callable[[Site], SiteStatistics],
     seed: int,
     own: Mapping[str, Sequence[str]] | None = None,
+    felt: Felt = dict,
     advance: Callable[[], None] = lambda: None,
 ) -> Transformed:
     """Apply the chosen candidates front to back on the calibration samples.
@@ -397,12 +403,13 @@ def transform(  # noqa: PLR0913 - the stage's inputs, each a record or a callabl
         embedding: Statistics of an embedding site.
         seed: Of the subsampling.
         own: Addition -> operands that nothing else reads, which get quantisers of their own.
+        felt: Calls up the original's output's gradient moments by op.
         advance: Called once for each site that is done.
 
     Raises:
         NumericalError: A change gives values that are not finite.
     """
-    run = _Run(graph, batches, readers, sites)
+    run = _Run(graph, batches, readers, sites, felt)
     by_op = {name: site for site in sites if site.name in chosen for name in site.ops}
     changes: dict[str, SiteChange] = {}
     done = last_uses(graph.module)

@@ -9,7 +9,7 @@ from tersor.methods.quantize import Quantize
 def test_methods_that_take_long_have_to_be_named() -> None:
     names = default_methods()
     assert {"prune", "quantize"} <= {*names}
-    assert not {"activation", "codebook", "depth", "lowrank", "sparsify"} & {*names}
+    assert not {"activation", "codebook", "datafree", "depth", "lowrank", "sparsify"} & {*names}
     assert {*pick_methods("all", [])} == {*names}
     assert {*pick_methods(("codebook", "quantize"), [])} == {"codebook", "quantize"}
 

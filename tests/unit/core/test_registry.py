@@ -28,7 +28,7 @@ def test_a_plug_in_of_another_distribution_is_found(monkeypatch: pytest.MonkeyPa
 
     assert registry.resolve(registry.METHODS, "fast") is json.JSONDecoder
     assert registry.names(registry.METHODS) == [
-        "activation", "codebook", "depth", "fast", "lowrank", "prune", "quantize", "sparsify",
+        "activation", "codebook", "datafree", "depth", "fast", "lowrank", "prune", "quantize", "sparsify",
     ]  # fmt: skip
     assert registry.names(registry.BACKENDS) == ["inductor", "onnxruntime", "openvino"]
 
