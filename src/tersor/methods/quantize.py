@@ -2,7 +2,7 @@
 
 int8: activations symmetric, one step a tensor (unsigned where the range is one-sided, shifted
 where it nearly is), chosen by the error of the readers' outputs, with a smoothing scale per channel
-where that helps (of convolutions as an offer of its own where it costs no op); weights symmetric, one step an output channel, rounded with error feedback on the layer's
+where that helps; weights symmetric, one step an output channel, rounded with error feedback on the layer's
 own statistics; the bias takes up the mean of what is left. Low bits: a float16 step for each group of
 inputs, the group's size where a bit is spent best, error feedback and descent on codes and steps. Given statistics of a compressed
 prefix, the weight is first refitted to the original layer's outputs. Where fewer rows reached a layer than
@@ -20,11 +20,6 @@ from torch import Tensor
 from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import AddStatistics, MethodKind, Quantizer, SiteChange, SiteStatistics
-from tersor.graph.equalisation import (
-    equalised_quantizer,
-    equalising_exponent,
-    is_equalisable,
-)
 from tersor.graph.low_bits import (
     DAMPING,
     GROUPS,
@@ -103,29 +98,21 @@ class Quantize:
             and site.tensor is not None
             and statistics.high > statistics.low
         ):
-            for quantizer, alpha in self._quantizers(statistics):
-                detail = {
-                    "alpha": alpha,
-                    "step": quantizer.step,
-                    "grid": [quantizer.low, quantizer.high],
-                    "shift": quantizer.shift,
-                    "weight_limit": self.weight_limit,
-                }
-                found.append(offer("int8", coded + bias, **detail))
+            quantizer, alpha = choose_quantizer(statistics, (None, *self.alphas), self.weight_limit)
+            detail = {
+                "alpha": alpha,
+                "step": quantizer.step,
+                "grid": [quantizer.low, quantizer.high],
+                "shift": quantizer.shift,
+                "weight_limit": self.weight_limit,
+            }
+            found.append(offer("int8", coded + bias, **detail))
         found.append(offer("int8_weight", coded + (bias if site.op_kind != "embedding" else 0)))
         if self.low_bits:
             for is_assumed in _metrics(site, statistics):
                 found += low_bit_candidates(
                     site, statistics, self._low_bits(), is_assumed=is_assumed
                 )
-        return found
-
-    def _quantizers(self, statistics: SiteStatistics) -> list[tuple[Quantizer, float | None]]:
-        """The tensor's quantiser, and one with its channels evened out where that promises less error."""
-        found = [choose_quantizer(statistics, (None, *self.alphas), self.weight_limit)]
-        alpha = equalising_exponent(statistics, self.alphas, self.weight_limit)
-        if alpha is not None:
-            found.append((equalised_quantizer(statistics, alpha), alpha))
         return found
 
     def _of_addition(self, site: Site, statistics: AddStatistics) -> Sequence[Candidate]:
@@ -193,10 +180,7 @@ class Quantize:
     def _computed(self, site: Site, candidate: Candidate, statistics: SiteStatistics) -> SiteChange:
         """Integer weight and integer activations, smoothed as the candidate says."""
         alpha = candidate.detail.get("alpha")
-        if alpha is not None and is_equalisable(statistics):
-            quantizer = equalised_quantizer(statistics, alpha)
-        else:
-            quantizer, _ = choose_quantizer(statistics, (alpha,), self.weight_limit)
+        quantizer, _ = choose_quantizer(statistics, (alpha,), self.weight_limit)
         moments: tuple[Moments, ...]
         if statistics.moments_of is not None:
             moments = statistics.moments_of(
