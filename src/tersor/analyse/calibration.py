@@ -9,8 +9,7 @@ from torch import Tensor
 from tersor.core.errors import NumericalError
 from tersor.core.records import Site
 from tersor.graph.contracts import Graph, Readers, Rows, SiteStatistics
-from tersor.graph.edit import attribute, execute, parameters_by_name
-from tersor.graph.folding import source_of
+from tersor.graph.edit import attribute, execute
 from tersor.graph.operators import WeightedOp, as_rows, weighted_ops
 from tersor.observe.assumed import assumed_moments
 from tersor.observe.output_moments import Felt, moment_at
@@ -58,7 +57,6 @@ class _Seen:
 def tensor_readers(graph: Graph, sites: Sequence[Site]) -> dict[str, Readers]:
     """What is true of all the sites that read a tensor, by tensor."""
     ops = {op.node.name: op for op in weighted_ops(graph.module)}
-    stored = parameters_by_name(graph.module)
     result: dict[str, Readers] = {}
     for site in sites:
         if site.tensor is None or site.op_kind == "embedding":
@@ -74,10 +72,7 @@ def tensor_readers(graph: Graph, sites: Sequence[Site]) -> dict[str, Readers]:
             amax, is_padded = torch.maximum(old.amax, amax), is_padded or old.is_padded
             both = rows is not None and old.weight is not None
             rows = torch.cat([old.weight, rows]) if both else None  # type: ignore[list-item]
-        alone = source_of(op.data, op.channel_dim, stored) if len(op.data.users) == 1 else None
-        result[site.tensor] = Readers(
-            amax=amax, is_padded=is_padded, weight=rows, is_foldable=alone is not None
-        )
+        result[site.tensor] = Readers(amax=amax, is_padded=is_padded, weight=rows)
     return result
 
 

@@ -3,8 +3,7 @@
 An int8 op reads ``quantize -> dequantize`` of its tensor (one pair for all readers, with the
 channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight. An
 int8 addition reads such pairs of its operands, in the tensors' own units again. A packed weight is
-there as the floats that it stands for; the graph knows its bits beside them. A channel scaling that can
-go into the op that makes the tensor does (``graph.folding``). A layer with factors
+there as the floats that it stands for; the graph knows its bits beside them. A layer with factors
 becomes a chain of ops, of which the last one keeps its node's name (``graph.factors``).
 """
 
@@ -20,7 +19,6 @@ from tersor.core.errors import ShapeError
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import copy_graph, parameters_by_name, rebuild
 from tersor.graph.factors import insert_chain
-from tersor.graph.folding import fold_
 from tersor.graph.operators import WeightedOp, Window, weighted_op
 
 aten = torch.ops.aten
@@ -40,7 +38,7 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
     """
     fresh, tensors = copy_graph(graph.module)
     nodes = {node.name: node for node in fresh.nodes}
-    pairs = _Pairs(fresh, tensors, {}, [])
+    pairs = _Pairs(fresh, tensors, {})
     weights: dict[str, fx.Node | None] = {}
     packed = dict(graph.packed)
     position = {name: i for i, name in enumerate(nodes)}
@@ -66,7 +64,6 @@ def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
         _connect(fresh, tensors, op, change, weights[site])
         if change.quantizer is not None:
             pairs.read(op.node, change.quantizer, op.window)
-    fold_(fresh, tensors, pairs.scalings, packed.keys())
     fresh.lint()
     module = rebuild(fresh, tensors)
     held = parameters_by_name(module)
@@ -190,7 +187,6 @@ class _Pairs:
     graph: fx.Graph
     tensors: dict[str, Tensor]
     done: dict[str, tuple[Quantizer, fx.Node]]  # tensor -> its quantiser, and the rounded values
-    scalings: list[tuple[fx.Node, int]]  # of a tensor by channel, and the channels' dimension
 
     def read(self, reader: fx.Node, quantizer: Quantizer, window: Window | None) -> None:
         """The op reads its tensor rounded, scaled and shifted: its weight and bias undo that."""
@@ -246,10 +242,8 @@ class _Pairs:
             scale = quantizer.inverse_scale
             if scale is not None and window is not None:
                 scale = scale.reshape(-1, *[1] * len(window.kernel))
-            pair, scaling = _quantize_pair(self.graph, self.tensors, data, quantizer, scale)
+            pair = _quantize_pair(self.graph, self.tensors, data, quantizer, scale)
             self.done[data.name] = (quantizer, pair)
-            if scaling is not None:
-                self.scalings.append((scaling, -1 if window is None else 1))
         agreed, node = self.done[data.name]
         if not same_quantizer(agreed, quantizer):
             raise ShapeError(
@@ -282,9 +276,8 @@ def _quantize_pair(
     node: fx.Node,
     quantizer: Quantizer,
     inverse_scale: Tensor | None,
-) -> tuple[fx.Node, fx.Node | None]:
-    """The rounded values, and the multiplication by the channels' factors before them."""
-    tensor, scaling = node.name, None
+) -> fx.Node:
+    tensor = node.name
     dtype = torch.uint8 if quantizer.low >= 0 else torch.int8
     decomposed = torch.ops.quantized_decomposed
     with graph.inserting_before(_first_reader(graph, node)):
@@ -292,7 +285,7 @@ def _quantize_pair(
             name = f"{tensor}_inverse_scale"
             tensors[name] = inverse_scale.to(torch.float32)
             factor = graph.create_node("get_attr", name, name=name)
-            node = scaling = graph.create_node(
+            node = graph.create_node(
                 "call_function", torch.ops.aten.mul.Tensor, (node, factor), name=f"{tensor}_scaled"
             )
         if quantizer.shift:
@@ -309,13 +302,12 @@ def _quantize_pair(
             (node, *grid),
             name=quantize_node_name(tensor),
         )
-        pair = graph.create_node(
+        return graph.create_node(
             "call_function",
             decomposed.dequantize_per_tensor.default,
             (codes, *grid),
             name=f"{tensor}_dequantize",
         )
-    return pair, scaling
 
 
 def _first_reader(graph: fx.Graph, tensor: fx.Node) -> fx.Node:

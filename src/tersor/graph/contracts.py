@@ -72,8 +72,6 @@ class Readers:
     Attributes:
         amax: Largest |w| over the readers, for each input channel [c_in].
         weight: All rows of all readers [rows, c_in], float32, where all are linear; else None.
-        is_foldable: One op alone reads the tensor, and a factor a channel can go into the op that makes
-            it (``graph.folding``).
         is_padded: A reader adds zeros at the borders, so that zero must stay zero.
         decided: What methods have decided for all readers at once, by a key of their own.
     """
@@ -81,7 +79,6 @@ class Readers:
     amax: Tensor
     is_padded: bool
     weight: Tensor | None = None
-    is_foldable: bool = False
     decided: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
 

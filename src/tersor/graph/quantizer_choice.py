@@ -1,8 +1,7 @@
 """Which quantiser a tensor gets: one for all its readers, by the error of their outputs.
 
 Symmetric, one step a tensor (unsigned where the range is one-sided, shifted where it nearly is), with
-a smoothing scale per channel where that helps, of powers of two where it can go into the op before and
-then costs nothing (``graph.folding``). What convolutions read takes the range of least squared
+a smoothing scale per channel where that helps. What convolutions read takes the range of least squared
 error, or that of another rule (largest value, percentile, entropy) where one is surely better.
 """
 
@@ -17,7 +16,7 @@ from tersor.graph.contracts import Quantizer, Readers, SiteStatistics
 from tersor.ops.grids import fake_quantize
 from tersor.ops.moments import Moments
 from tersor.ops.ranges import PERCENTILES, activation_steps
-from tersor.ops.smoothing import powers_of_two, smoothing_scale
+from tersor.ops.smoothing import smoothing_scale
 
 SIGNED, UNSIGNED = (-128, 127), (0, 255)
 # A tensor such as GELU's, whose negative part is short, wastes half of a signed grid.
@@ -75,7 +74,7 @@ def _least_cost(
     is_tall = readers.weight.shape[0] > readers.weight.shape[1]
     gram = readers.weight.mT @ readers.weight if is_tall else None
     for alpha in alphas:
-        scale = None if alpha is None else channel_scale(amax, readers, alpha)
+        scale = None if alpha is None else smoothing_scale(amax, readers.amax, alpha).float()
         values = rows if scale is None else rows / scale
         weight = readers.weight if scale is None else readers.weight * scale
         form = gram if gram is None or scale is None else gram * torch.outer(scale, scale)
@@ -86,18 +85,6 @@ def _least_cost(
                 best = (cost, quantizer, alpha)
     assert best is not None
     return best[1], best[2]
-
-
-def channel_scale(amax: Tensor, readers: Readers, alpha: float) -> Tensor:
-    """What each channel of a tensor is divided by [c_in], for an exponent.
-
-    Args:
-        amax: How large each channel is [c_in].
-        readers: Of the tensor.
-        alpha: As for ``ops.smoothing.smoothing_scale``.
-    """
-    scale = smoothing_scale(amax, readers.amax, alpha)
-    return (powers_of_two(scale) if readers.is_foldable else scale).float()
 
 
 def range_steps(statistics: SiteStatistics) -> dict[str, float]:

@@ -60,20 +60,3 @@ def smoothing_scale(
     scale = torch.ones_like(a)
     scale[live] = (log_scale - log_scale.mean()).exp()
     return scale
-
-
-def powers_of_two(scale: Float64[Tensor, " n"]) -> Float64[Tensor, " n"]:
-    """The nearest powers of two, by their logarithms.
-
-    Multiplying by one changes no bit of a significand, so that the factors can move through any op that
-    commutes with positive factors and leave every float what it was. At most sqrt(2) is lost.
-
-    Args:
-        scale: Positive finite scales within 2^+-126; read only.
-    """
-    return torch.exp2(scale.log2().round())
-
-
-def is_power_of_two(scale: Float[Tensor, " n"]) -> bool:
-    """Whether all of a tensor are powers of two, 1 among them."""
-    return bool((torch.frexp(scale).mantissa == 0.5).all())

@@ -9,12 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersor.core.errors import ConfigError, NumericalError
-from tersor.ops.smoothing import (
-    LARGEST_LOG2,
-    is_power_of_two,
-    powers_of_two,
-    smoothing_scale,
-)
+from tersor.ops.smoothing import LARGEST_LOG2, smoothing_scale
 
 EPS = torch.finfo(torch.float64).eps
 ALPHAS = st.floats(0, 1)
@@ -96,21 +91,3 @@ def test_magnitude_that_is_none_is_refused(bad: float) -> None:
         NumericalError, match=r"weight_amax \(2 channels\): channel 1.*drop samples"
     ):
         smoothing_scale(torch.ones(2), values, 0.5)
-
-
-@given(st.lists(st.floats(2.0**-100, 2.0**100), min_size=1, max_size=8))
-@settings(max_examples=60)
-def test_the_nearest_powers_of_two_are_within_the_root_of_two(values: list[float]) -> None:
-    scale = double(values)
-    found = powers_of_two(scale)
-    assert is_power_of_two(found)
-    ratio = found / scale
-    limit = math.sqrt(2) * (1 + 200 * EPS)  # a logarithm below 128, rounded
-    assert bool(((ratio <= limit) & (ratio >= 1 / limit)).all())
-    assert torch.equal(powers_of_two(found), found)
-
-
-@pytest.mark.parametrize(("values", "wanted"), [([1.0, 0.25], True), ([1.0, 3.0], False)])
-def test_powers_of_two_are_told_from_others(values: list[float], wanted: bool) -> None:
-    assert is_power_of_two(double(values)) == wanted
-    assert is_power_of_two(double(values).float()) == wanted
