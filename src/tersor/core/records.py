@@ -324,7 +324,8 @@ class Term:
 
     Attributes:
         name: The op or weight that costs it.
-        sites: The sites whose levels decide; at least one, each once.
+        sites: The sites whose levels decide; at least one, each once. Of several formats the
+            first is the op's own.
         levels: The levels of each site, each once.
         values: One cost a combination, the last site's levels running fastest.
 
@@ -354,6 +355,11 @@ class Term:
             )
         if not all(map(math.isfinite, self.values)):
             raise ConfigError(f"{self.name}: found a value that is not finite")
+
+    def is_int8(self, assignment: Mapping[str, Level]) -> bool:
+        """Whether the op itself is at int8: of several formats the first is its own."""
+        formats = (v for s in self.sites if isinstance(v := assignment[s], str))
+        return is_int8(next(formats, None))
 
     def at(self, assignment: Mapping[str, Level]) -> float:
         """The cost under an assignment that names all the sites.
@@ -486,7 +492,7 @@ class PriceTable:
             native, int8 = (native, int8 + ms) if is_int8(level) else (native + ms, int8)
         levels = self.complete(assignment)
         for term in self.terms:
-            ms, rounds = term.at(levels), any(is_int8(levels[site]) for site in term.sites)
+            ms, rounds = term.at(levels), term.is_int8(levels)
             native, int8 = (native, int8 + ms) if rounds else (native + ms, int8)
         chosen = {tensors[s] for s, level in assignment.items() if is_int8(level) and s in tensors}
         quantizers = sum(self.quantizers.get(t, 0.0) for t in sorted(chosen))

@@ -3,8 +3,8 @@
 One binary for each (site, level); one variable for each tensor that int8 sites read, as its
 quantiser is paid once however many readers it has; and for each group of sites that a term
 couples one variable y >= 0 a combination of their levels, tied to the binaries by its marginals:
-the sum of y over all other sites' levels is the binary of (site, level). With the binaries whole,
-that leaves the one combination which they chose.
+the sum of y over all other sites' levels is the binary of (site, level), or the sum of those that
+no term tells apart. With the binaries whole, that leaves the one combination which they chose.
 
 Budgets are rows. Everything is scaled to the order of 1 (milliseconds and bytes by the budget,
 errors likewise), as raw bytes beside raw errors would meet the solver's absolute tolerances.
@@ -20,7 +20,7 @@ from tersor.core.rank_levels import is_int8
 from tersor.core.records import Level
 from tersor.plan.highs import Row, Vector
 from tersor.plan.problem import CONSTRAINTS, Constraint, Objective, Problem
-from tersor.plan.products import Block, Reduced, blocks_of, reduce_terms
+from tersor.plan.products import Block, Reduced, blocks_of, home_of, reduce_terms
 
 # A site leaves its native format only for more than this share of the objective: fewer formats.
 FORMAT_PENALTY = 1e-6
@@ -134,9 +134,10 @@ class Model:
         start = len(self.columns) + len(self.readers)
         for block in self.blocks:
             columns = np.arange(start, start + block.size).reshape(block.shape)
-            for axis, site in enumerate(block.sites):
-                for x, marginal in zip(rows[site], np.moveaxis(columns, axis, 0), strict=True):
-                    entries.append((len(bounds), x, -1.0))
+            for axis, (site, groups) in enumerate(zip(block.sites, block.groups, strict=True)):
+                for group, marginal in enumerate(np.moveaxis(columns, axis, 0)):
+                    own = [x for x, g in zip(rows[site], groups, strict=True) if g == group]
+                    entries += [(len(bounds), x, -1.0) for x in own]
                     entries += [(len(bounds), int(y), 1.0) for y in marginal.flat]
                     bounds.append((0.0, 0.0))
             start += block.size
@@ -168,13 +169,14 @@ class _Layout:
         total = np.zeros(ends[-1])
         total[: len(own)] = own
         rows, fixed = _rows(self.columns), 0.0
+        homes = [block.sites for block in self.blocks]
         for term in terms:
             if not term.sites:
                 fixed += float(term.values)
             elif len(term.sites) == 1:
                 total[rows[term.sites[0]]] += term.values
             else:
-                i = next(i for i, b in enumerate(self.blocks) if set(term.sites) <= set(b.sites))
+                i = homes.index(home_of(homes, term))
                 total[ends[i] : ends[i + 1]] += self.blocks[i].spread(term)
         return total, fixed
 

@@ -1,6 +1,8 @@
 """What terms of several sites cost, as arrays over the levels that are left to choose.
 
 Terms over the same sites, or over some of another term's, share one block of product variables.
+Levels that no term of a block tells apart share variables as well: where an op's time depends on
+whether the next one is int8, that one's other formats are all the same to it.
 """
 
 import math
@@ -23,7 +25,7 @@ MAX_COMBINATIONS = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """A term over the sites that have a choice, in the order of their names.
+    """A term over the sites that have a choice which changes it, in the order of their names.
 
     ``values`` has one axis a site, along the site's usable levels; no axis where nothing is left
     to choose.
@@ -35,10 +37,20 @@ class Reduced:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Variables: one for each combination of the sites' usable levels, the last site fastest."""
+    """Variables: one for each combination of the sites' groups of levels, the last site fastest.
+
+    Attributes:
+        groups: Of each site, the group of each of its usable levels: 0, 1 and so on in the order in
+            which they begin. No term of the block tells the levels of one group apart.
+    """
 
     sites: tuple[str, ...]
-    shape: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many groups each site has."""
+        return tuple(max(row) + 1 for row in self.groups)
 
     @property
     def size(self) -> int:
@@ -50,8 +62,10 @@ class Block:
 
         A site that the term does not have adds nothing: its variables sum to the others' product.
         """
+        own = [row for s, row in zip(self.sites, self.groups, strict=True) if s in term.sites]
+        values = term.values[np.ix_(*([row.index(g) for g in range(max(row) + 1)] for row in own))]
         shape = [n if s in term.sites else 1 for s, n in zip(self.sites, self.shape, strict=True)]
-        whole: Array = np.broadcast_to(term.values.reshape(shape), self.shape).ravel()
+        whole: Array = np.broadcast_to(values.reshape(shape), self.shape).ravel()
         return whole
 
 
@@ -67,21 +81,39 @@ def reduce_terms(problem: Problem, terms: Iterable[Term]) -> list[Reduced]:
 def _reduce(problem: Problem, term: Term) -> Reduced:
     rows = problem.levels()
     free = [site for site in term.sites if len(rows.get(site, ())) > 1]
-    n = math.prod(len(rows[site]) for site in free)
-    if len(free) > 1 and n > MAX_COMBINATIONS:
-        each = " x ".join(f"{site}: {len(rows[site])}" for site in free)
-        raise ConfigError(
-            f"{term.name}: found {n} combinations of levels ({each}), wanted at most "
-            f"{MAX_COMBINATIONS}; offer fewer levels of these sites"
-        )
     picks = [
         _places(levels, list(rows[site]) if site in free else [problem.native_of(site)])
         for site, levels in zip(term.sites, term.levels, strict=True)
     ]
     values = np.array(term.values, dtype=np.float64).reshape([len(row) for row in term.levels])
     values = values[np.ix_(*picks)].reshape([len(rows[site]) for site in free])
+    counts = [max(row) + 1 for row in _groups(values)]
+    moving = [axis for axis, n in enumerate(counts) if n > 1]
+    values = np.asarray(values[tuple(slice(None) if n > 1 else 0 for n in counts)])
+    free, counts = [free[axis] for axis in moving], [counts[axis] for axis in moving]
+    if len(free) > 1 and math.prod(counts) > MAX_COMBINATIONS:
+        each = " x ".join(f"{site}: {n}" for site, n in zip(free, counts, strict=True))
+        raise ConfigError(
+            f"{term.name}: found {math.prod(counts)} combinations of levels ({each}), wanted at most "
+            f"{MAX_COMBINATIONS}; offer fewer levels of these sites"
+        )
     order = sorted(range(len(free)), key=free.__getitem__)
     return Reduced(tuple(sorted(free)), values.transpose(order))
+
+
+def _groups(values: Array) -> list[tuple[int, ...]]:
+    """Of each axis, the group of each place: those whose values are all the same share one."""
+    found: list[tuple[int, ...]] = []
+    for axis in range(values.ndim):
+        slices = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        found.append(_numbered([row.tobytes() for row in slices]))
+    return found
+
+
+def _numbered(keys: Sequence[object]) -> tuple[int, ...]:
+    """Keys as numbers, in the order in which they come up."""
+    numbers: dict[object, int] = {}
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
 def _places(levels: Sequence[Level], wanted: Sequence[Level]) -> list[int]:
@@ -92,9 +124,28 @@ def _places(levels: Sequence[Level], wanted: Sequence[Level]) -> list[int]:
 
 def blocks_of(terms: Iterable[Reduced]) -> tuple[Block, ...]:
     """The fewest blocks that hold every term of two sites or more."""
-    shapes = {term.sites: term.values.shape for term in terms if len(term.sites) > 1}
-    blocks: list[Block] = []
-    for sites in sorted(shapes, key=lambda s: (-len(s), s)):
-        if not any(set(sites) <= set(block.sites) for block in blocks):
-            blocks.append(Block(sites, shapes[sites]))
-    return tuple(blocks)
+    joint = sorted((t for t in terms if len(t.sites) > 1), key=lambda t: (-len(t.sites), t.sites))
+    members: dict[tuple[str, ...], list[Reduced]] = {}
+    for term in joint:
+        if not any(set(term.sites) <= set(sites) for sites in members):
+            members[term.sites] = []
+    for term in joint:
+        members[home_of(list(members), term)].append(term)
+    return tuple(Block(sites, _told_apart(sites, own)) for sites, own in members.items())
+
+
+def home_of(blocks: Sequence[tuple[str, ...]], term: Reduced) -> tuple[str, ...]:
+    """The sites of the block that a term is in: of those that hold it the last, which are the fewest.
+
+    A larger one would have to tell apart what this term does.
+    """
+    return next(sites for sites in reversed(blocks) if set(term.sites) <= set(sites))
+
+
+def _told_apart(sites: Sequence[str], terms: Sequence[Reduced]) -> tuple[tuple[int, ...], ...]:
+    """The groups of levels of a block: levels that any of its terms tells apart are in two."""
+    seen: dict[str, list[tuple[int, ...]]] = {site: [] for site in sites}
+    for term in terms:
+        for site, row in zip(term.sites, _groups(term.values), strict=True):
+            seen[site].append(row)
+    return tuple(_numbered(list(zip(*seen[site], strict=True))) for site in sites)

@@ -18,6 +18,7 @@ from tersor.price.chains import Chain, learn_chains, middle, ranked
 from tersor.price.variants import counted, native_assignment
 
 SIZES = ("macs", "weight_elements", "in_elements", "out_elements", "inputs", "outputs")
+_EQUAL = 1e-9  # of a ratio, interpolated
 _INPUTS, _OUTPUTS = SIZES.index("inputs"), SIZES.index("outputs")
 
 Facts = Callable[[Mapping[str, Level]], Mapping[str, NodeFacts]]
@@ -48,9 +49,18 @@ class WidthFacts:
     rules: Mapping[str, tuple[Rule, ...]]
     chains: Mapping[str, Chain] = field(default_factory=dict)
 
-    def widths(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """The widths that move any of some nodes, in the order of ``full``."""
-        moving = {w for node in nodes for w in self.ratios.get(node, {})}
+    def widths(self, nodes: Sequence[str], of: str | None = None) -> tuple[str, ...]:
+        """The widths that move any of some nodes, in the order of ``full``.
+
+        ``of`` asks for one of ``SIZES`` only.
+        """
+        place = slice(None) if of is None else slice(SIZES.index(of), SIZES.index(of) + 1)
+        moving = {
+            w
+            for node in nodes
+            for w, row in self.ratios.get(node, {}).items()
+            if any(abs(ratio - 1) > _EQUAL for sizes in row.values() for ratio in sizes[place])
+        }
         return tuple(w for w in self.full if w in moving)
 
     def at(self, node: str, assignment: Mapping[str, Level]) -> NodeFacts:

@@ -19,12 +19,14 @@ from tersor.graph.facts import NodeFacts
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Integers = np.ndarray[Any, np.dtype[np.int64]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
-_BLOCKS = range(2 + 2 * len(RAGGED), 3 + 3 * len(RAGGED))
+_BLOCKS = slice(2 + 2 * len(RAGGED), 3 + 3 * len(RAGGED))
+_PADDED = 1  # the only column that depends on the tiles
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
 RIDGE = 1e-4
@@ -57,6 +59,11 @@ class Law:
     input_tile: int
     output_tile: int
     weights: tuple[float, ...]
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Of both sides."""
+        return self.input_tile, self.output_tile
 
     def ms(self, facts: NodeFacts) -> float:
         """Time at some sizes; nothing for a node that is gone."""
@@ -99,7 +106,7 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
     laws: dict[tuple[str, Format], Law] = {}
     levels: dict[tuple[str, Format], float] = {}
     for (kind, level), rows in groups.items():
-        laws[kind, level], own = _fit_group(rows)
+        laws[kind, level], own = fit_law(rows)
         levels |= {(node, level): value for node, value in own.items()}
     return Laws(laws=laws, levels=levels)
 
@@ -109,7 +116,7 @@ def grouped_error(rows: Sequence[NodeTime], groups: Sequence[bool]) -> float:
     sizes, ms = _sizes([row.facts for row in rows]), np.array([row.ms for row in rows])
     builds, member = np.array([row.build for row in rows]), np.array(groups)
     total = 0.0
-    for seen in _folds(builds):
+    for seen in folds(builds):
         for group in np.unique(member):
             known, unknown = seen & (member == group), ~seen & (member == group)
             if not unknown.any():
@@ -126,7 +133,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """What a node's time may be made of, a column each.
 
     A call, MACs with both sides padded to whole tiles, MACs (or, without any, activations read and
-    written) where a side is not whole, and over the blocks of outputs that are worked on at once,
+    written) where only inputs are not whole and where outputs are not, and over the blocks of outputs that are worked on at once,
     activations written where outputs are not whole blocks, weights read, activations read and written.
 
     A kernel that keeps several blocks of outputs in registers reads its inputs once for all of them. It
@@ -139,15 +146,18 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """
     macs, weight, read, written, inputs, outputs, window = sizes.T
     channels = inputs / np.maximum(window, 1)
-    padded = macs * _share(channels, input_tile) * _share(outputs, output_tile)
     # A pool of ragged channels may take ten times as long.
     work = np.where(macs > 0, macs, read + written)
-    sides = [(_is_ragged_input(channels, b), _is_ragged(outputs, b)) for b in RAGGED]
+    # Either side takes a kernel to another layout, so that both are not worse than one.
+    sides = [
+        (_is_ragged_input(channels, b) * (1.0 - _is_ragged(outputs, b)), _is_ragged(outputs, b))
+        for b in RAGGED
+    ]
     ragged = [work * is_ragged for pair in sides for is_ragged in pair]
     return np.stack(
         [
             np.ones(len(sizes)),
-            padded,
+            _padded(sizes, input_tile, output_tile),
             *ragged,
             *(work / _at_once(outputs, block) for block in RAGGED),
             written * _is_ragged(outputs, RAGGED[0]),
@@ -157,6 +167,14 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
         ],
         axis=1,
     )
+
+
+def _padded(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
+    """MACs with both sides padded to whole tiles."""
+    macs, _, _, _, inputs, outputs, window = sizes.T
+    channels = inputs / np.maximum(window, 1)
+    padded: Matrix = macs * _share(channels, input_tile) * _share(outputs, output_tile)
+    return padded
 
 
 def _share(n: Matrix, tile: int) -> Matrix:
@@ -192,21 +210,29 @@ def _sizes(facts: Sequence[NodeFacts]) -> Matrix:
     return np.array([[*f.sizes(), f.window] for f in facts], dtype=np.float64)
 
 
-def _fit_group(rows: Sequence[NodeTime]) -> tuple[Law, dict[str, float]]:
+def fit_law(
+    rows: Sequence[NodeTime], tiles: tuple[int, int] | None = None
+) -> tuple[Law, dict[str, float]]:
+    """The law of ops of one kind in one format, and the level of each op.
+
+    Args:
+        rows: At least one; all of them took time.
+        tiles: Of both sides; chosen by builds left out where not given.
+    """
     sizes = _sizes([row.facts for row in rows])
     ms = np.array([row.ms for row in rows])
     builds = np.array([row.build for row in rows])
     names, owner = np.unique([row.node for row in rows], return_inverse=True)
     levels = np.ones(len(names))
-    tiles = _best_tiles(sizes, ms, builds)
-    law = _fit(sizes, ms, tiles)
+    best = tiles or _best_tiles(sizes, ms, builds)
+    law = _fit(sizes, ms, best)
     for i in range(ROUNDS):
         own = ms / np.maximum(law.times(sizes), 1e-12)
         levels = np.array([np.median(own[owner == n]) for n in range(len(names))])
-        if i < _TILE_ROUNDS:
-            tiles = _best_tiles(sizes, ms / levels[owner], builds)
+        if i < _TILE_ROUNDS and tiles is None:
+            best = _best_tiles(sizes, ms / levels[owner], builds)
         if i < ROUNDS - 1:
-            law = _fit(sizes, ms / levels[owner], tiles)
+            law = _fit(sizes, ms / levels[owner], best)
     return law, {str(name): float(v) for name, v in zip(names, levels, strict=True)}
 
 
@@ -215,20 +241,27 @@ def _best_tiles(sizes: Matrix, ms: Matrix, builds: Integers) -> tuple[int, int]:
     choices = list(product(TILES, TILES))
     if not np.any(sizes[:, 0]) or len(set(builds.tolist())) < 2:
         return choices[0]
-    errors = [_unseen_error(sizes, ms, builds, tiles) for tiles in choices]
+    weight = 1.0 / (ms + RESOLUTION_MS)
+    columns = features(sizes, *choices[0]) * weight[:, None]
+    columns[:, _BLOCKS] = 0.0
+    masks = list(folds(builds))
+    errors = []
+    for tiles in choices:  # they change one column
+        columns[:, _PADDED] = _padded(sizes, *tiles) * weight
+        errors.append(_unseen_error(columns, ms * weight, masks))
     return choices[int(np.argmin(errors))]
 
 
-def _unseen_error(sizes: Matrix, ms: Matrix, builds: Integers, tiles: tuple[int, int]) -> float:
+def _unseen_error(columns: Matrix, relative: Matrix, masks: Sequence[Mask]) -> float:
+    """Sum of squared relative errors on builds that the weights did not see."""
     total = 0.0
-    for seen in _folds(builds):
-        law = _fit(sizes[seen], ms[seen], tiles, without=_BLOCKS)
-        off = (law.times(sizes[~seen]) - ms[~seen]) / (ms[~seen] + RESOLUTION_MS)
+    for seen in masks:
+        off = columns[~seen] @ _weights(columns[seen], relative[seen]) - relative[~seen]
         total += float(np.sum(np.square(off)))
     return total
 
 
-def _folds(builds: Integers) -> Iterator[np.ndarray[Any, np.dtype[np.bool_]]]:
+def folds(builds: Integers) -> Iterator[Mask]:
     """Masks of what is seen; each build is unseen once."""
     places = np.unique(builds, return_inverse=True)[1]
     n = min(FOLDS, int(places.max()) + 1)
@@ -236,18 +269,17 @@ def _folds(builds: Integers) -> Iterator[np.ndarray[Any, np.dtype[np.bool_]]]:
         yield places % n != fold
 
 
-def _fit(sizes: Matrix, ms: Matrix, tiles: tuple[int, int], without: Sequence[int] = ()) -> Law:
-    """Ridge non-negative least squares on relative errors, some columns left out."""
+def _fit(sizes: Matrix, ms: Matrix, tiles: tuple[int, int]) -> Law:
     weight = 1.0 / (ms + RESOLUTION_MS)
-    columns = features(sizes, *tiles) * weight[:, None]
-    columns[:, list(without)] = 0.0
+    found = _weights(features(sizes, *tiles) * weight[:, None], ms * weight)
+    return Law(input_tile=tiles[0], output_tile=tiles[1], weights=tuple(float(w) for w in found))
+
+
+def _weights(columns: Matrix, relative: Matrix) -> Matrix:
+    """Ridge non-negative least squares; rows are over the times that they are to give."""
     norms = np.sqrt(np.mean(np.square(columns), axis=0))
     scale = np.where(norms > 0, norms, 1.0)
     n = columns.shape[1]
-    rows = np.vstack([columns / scale, np.sqrt(RIDGE * len(ms)) * np.eye(n)])
-    found, _ = nnls(rows, np.concatenate([ms * weight, np.zeros(n)]))
-    return Law(
-        input_tile=tiles[0],
-        output_tile=tiles[1],
-        weights=tuple(float(w) for w in np.where(norms > 0, found / scale, 0.0)),
-    )
+    rows = np.vstack([columns / scale, np.sqrt(RIDGE * len(relative)) * np.eye(n)])
+    found, _ = nnls(rows, np.concatenate([relative, np.zeros(n)]))
+    return np.where(norms > 0, found / scale, 0.0)

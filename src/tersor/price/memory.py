@@ -164,13 +164,36 @@ def _is_edit(level: str) -> bool:
 def _narrowed_term(
     term: Term, table: PriceTable, formats: set[str], levels: Mapping[str, Sequence[Level]]
 ) -> Term | float:
-    """The term over the sites that are free; what it costs where none is."""
+    """The term over the sites that are free; what it costs where none is.
+
+    Where an op's own format is fixed, that of what reads it may be no matter any more.
+    """
     fixed = {s: table.native_level(s) for s in term.sites if s not in levels}
-    free = tuple(s for s in term.sites if s in levels)
+    fixed |= {
+        s: table.native_level(s)
+        for s in term.sites
+        if fixed and s in levels and s in formats and not _matters(term, s, fixed)
+    }
+    free = tuple(s for s in term.sites if s not in fixed)
     rows = tuple(
         tuple(n for n in own if s in formats or n in levels[s])
         for s, own in zip(term.sites, term.levels, strict=True)
-        if s in levels
+        if s in free
     )
     values = tuple(term.at({**fixed, **dict(zip(free, at, strict=True))}) for at in product(*rows))
     return replace(term, sites=free, levels=rows, values=values) if free else values[0]
+
+
+def _matters(term: Term, site: str, fixed: Mapping[str, Level]) -> bool:
+    """Whether a term tells the levels of a site apart, with other sites fixed."""
+    rest = [s for s in term.sites if s != site]
+    rows = [
+        (fixed[s],) if s in fixed else own
+        for s, own in zip(term.sites, term.levels, strict=True)
+        if s != site
+    ]
+    own = term.levels[term.sites.index(site)]
+    return any(
+        len({term.at({**dict(zip(rest, at, strict=True)), site: level}) for level in own}) > 1
+        for at in product(*rows)
+    )

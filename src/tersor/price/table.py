@@ -7,7 +7,6 @@ to the quantisers and to the int8 entries; the constant stays. What widths decid
 (costs.py). At the end the sums are scaled to the measured latencies.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,8 +19,10 @@ from scipy.stats import spearmanr
 from tersor.core.errors import ConfigError
 from tersor.core.rank_levels import is_int8, rank_of
 from tersor.core.records import BuildChoice, Level, PricedBuild, PriceTable, Site, Term
-from tersor.price.costs import NodeCost, Slopes, WidthCosts, width_costs
+from tersor.price.costs import WidthCosts, width_costs
 from tersor.price.facts import WidthFacts
+from tersor.price.glue import glue_of, steadied, with_glue
+from tersor.price.node_costs import NodeCost
 from tersor.price.observation import Observation
 from tersor.price.uncertainty import RIDGE, uncertain, with_entries
 
@@ -85,7 +86,7 @@ def fit_table(
     uncertainty = uncertain(table, observations, tensors, lambda seen: fit(seen)[0])
     if uncertainty is not None:
         ops = _with_chains({s.name: s.ops for s in formats}, facts)
-        uncertainty = with_entries(uncertainty, table, owners, ops, fitted)
+        uncertainty = with_entries(uncertainty, table, owners, ops, steadied(fitted))
     return replace(table, builds=builds, uncertainty=uncertainty)
 
 
@@ -97,6 +98,7 @@ def _fit(
     facts: WidthFacts | None,
 ) -> tuple[PriceTable, list[tuple[NodeCost, Term]]]:
     """A table, and whose costs its terms are."""
+    fitted = steadied(fitted)
     tensors = {s.name: s.tensor for s in formats if s.tensor is not None}
     costs = _costs(choice, formats, fitted, tensors, quantize_nodes, facts)
     moved = costs.sites() if costs else set[str]()
@@ -107,9 +109,12 @@ def _fit(
         glue_ms=0.0,
         native={} if facts is None else facts.full,
     )
-    glue = [_glue(o, formats, tensors, quantize_nodes, costs) for o in fitted]
+    glue = [
+        glue_of(o, formats, {t: quantize_nodes(t) for t in _quantized(o, tensors)}, costs)
+        for o in fitted
+    ]
     additions = {s.name: s.tensor for s in formats if s.op_kind == "add"}
-    table, slopes = _with_glue(table, glue, additions)
+    table, slopes = with_glue(table, glue, additions)
     terms = [] if costs is None else list(costs.terms(slopes))
     table = replace(table, terms=tuple(term for _, term in terms))
     table = _balanced(table, tensors, fitted, [cost for cost, _ in terms])
@@ -235,76 +240,6 @@ def _costs(
     return width_costs(choice.precision, formats, fitted, facts, quantizers)
 
 
-def _glue(
-    observation: Observation,
-    sites: Sequence[Site],
-    tensors: Mapping[str, str],
-    quantize_nodes: QuantizeNodes,
-    costs: WidthCosts | None,
-) -> tuple[list[float], float]:
-    """What glue grows with, and the time of the nodes that nothing else owns.
-
-    It grows with quantised tensors, int8 layers and quantised tensors that an addition reads as
-    floats, which are then there twice; and with widths also with the elements that
-    the ops write, all and in int8.
-    """
-    quantized = _quantized(observation, tensors)
-    owned = {name for site in sites for name in site.ops}
-    owned |= {name for tensor in quantized for name in quantize_nodes(tensor)}
-    owned |= costs.nodes() if costs else set()
-    rest = sum((ms for name, ms in observation.node_ms.items() if name not in owned), 0.0)
-    int8 = [s for s in sites if _is_int8(observation, s.name) and s.op_kind != "add"]
-    boundaries = [
-        s
-        for s in sites
-        if s.op_kind == "add" and s.tensor in quantized and not _is_int8(observation, s.name)
-    ]
-    counts = [1.0, len(quantized), len(int8), len(boundaries)]
-    return [*counts, *(costs.elements(observation.assignment) if costs else ())], rest
-
-
-def _with_glue(
-    table: PriceTable,
-    glue: Sequence[tuple[list[float], float]],
-    additions: Mapping[str, str | None],
-) -> tuple[PriceTable, Slopes]:
-    """The table with the slopes of its own parts, and the slopes of what widths decide.
-
-    What it costs that an addition reads a quantised tensor as floats goes to the quantiser, and
-    comes back with the addition's own int8: no other term sees both.
-    """
-    counts = np.array([row for row, _ in glue])
-    rest = np.array([ms for _, ms in glue])
-    (constant, per_tensor, per_site, boundary, *by_elements), _ = nnls(counts, rest)
-    readers = Counter(tensor for tensor in additions.values())
-
-    def caused(site: str) -> float:
-        if site not in additions:
-            return float(per_site)
-        return -float(boundary) if additions[site] is not None else 0.0
-
-    table = replace(
-        table,
-        ops={
-            site: {level: ms + caused(site) * is_int8(level) for level, ms in row.items()}
-            for site, row in table.ops.items()
-        },
-        quantizers={
-            t: ms + float(per_tensor) + readers[t] * float(boundary)
-            for t, ms in table.quantizers.items()
-        },
-        glue_ms=float(constant),
-    )
-    per_element, per_int8_element = by_elements or (0.0, 0.0)
-    slopes = Slopes(
-        int8_op=float(per_site),
-        boundary=float(boundary),
-        elements=float(per_element),
-        int8_elements=float(per_int8_element),
-    )
-    return table, slopes
-
-
 def _balanced(
     table: PriceTable,
     tensors: Mapping[str, str],
@@ -345,7 +280,8 @@ def _balanced(
 
 def _scaled(term: Term, native: float, int8: float) -> Term:
     """A term with its values at int8 and all others scaled."""
-    factors = [int8 if any(map(is_int8, row)) else native for row in product(*term.levels)]
+    rows = [dict(zip(term.sites, row, strict=True)) for row in product(*term.levels)]
+    factors = [int8 if term.is_int8(row) else native for row in rows]
     values = tuple(v * f for v, f in zip(term.values, factors, strict=True))
     return replace(term, values=values)
 

@@ -34,6 +34,7 @@ def spread(
     formats: Mapping[str, Sequence[Level]],
     facts: WidthFacts,
     cost: Cost,
+    of: str | None = None,
 ) -> tuple[Term, ...]:
     """The terms whose sum is a cost at every combination of levels.
 
@@ -43,17 +44,18 @@ def spread(
     Args:
         name: Of the op or weight.
         nodes: Nodes behind the cost; at least one is moved by a width.
-        formats: The format site that the cost depends on, with its levels; may be empty.
+        formats: The format sites that the cost depends on, with their levels; may be empty.
         facts: Which widths move the nodes.
         cost: Takes an assignment; widths that it does not list are full.
+        of: The only size of the nodes that the cost depends on; None for all of them.
     """
-    moving = facts.widths(nodes)
+    moving = facts.widths(nodes, of)
     branches = [w for w in moving if w in facts.branches]
     widths = [w for w in moving if w not in branches]
     levels = {**{w: facts.levels[w] for w in moving}, **formats}
     if len(widths) <= MAX_WIDTHS:
         return (_term(name, (*widths, *branches, *formats), levels, cost),)
-    pivot = facts.pivot(nodes)
+    pivot = next((w for w in (facts.pivot(nodes),) if w in widths), widths[0])
     others = [w for w in widths if w != pivot]
     return tuple(
         _term(f"{name}, {w}", (w, pivot, *branches, *formats), levels, _part(cost, w, len(others)))

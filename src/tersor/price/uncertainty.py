@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tersor.core.rank_levels import format_of, rank_of
 from tersor.core.records import PriceTable, Term, Uncertainty
-from tersor.price.costs import NodeCost
+from tersor.price.node_costs import NodeCost
 from tersor.price.observation import Observation
 
 FOLDS = 4  # fits of the table without a part of its builds
@@ -84,12 +84,14 @@ def with_entries(
         ops: Format site -> its nodes.
         fitted: Builds that the fit saw.
     """
-    names: dict[str, tuple[Sequence[str], list[Term]]] = {}
+    names: dict[str, tuple[NodeCost, list[Term]]] = {}
     for (owner, _), term in zip(owners, table.terms, strict=True):
-        names.setdefault(owner.name, (owner.nodes, []))[1].append(term)
+        names.setdefault(owner.name, (owner, []))[1].append(term)
     found: dict[str, float] = {}
-    for nodes, terms in names.values():
-        spread = _spread(nodes, fitted, lambda o, terms=terms: _term_ms(table, terms, o))  # type: ignore[misc]
+    for owner, terms in names.values():
+        spread = owner.spread
+        if spread is None:
+            spread = _spread(owner.nodes, fitted, lambda o, terms=terms: _term_ms(table, terms, o))  # type: ignore[misc]
         found |= {term.name: spread for term in terms if spread is not None}
     native = table.choice.precision
     for site, row in table.ops.items():

@@ -105,8 +105,12 @@ def point(problem: Problem, model: Model, assignment: dict[str, Level]) -> np.nd
     x += [max(x[j] for j in readers) for readers in model.readers]
     for block in model.blocks:
         rows = [list(problem.levels()[site]) for site in block.sites]
-        chosen = tuple(assignment[site] for site in block.sites)
-        x += [float(combination == chosen) for combination in itertools.product(*rows)]
+        chosen = tuple(
+            groups[row.index(assignment[site])]
+            for site, row, groups in zip(block.sites, rows, block.groups, strict=True)
+        )
+        every = (range(max(groups) + 1) for groups in block.groups)
+        x += [float(combination == chosen) for combination in itertools.product(*every)]
     return np.array(x)
 
 
@@ -121,6 +125,83 @@ def test_terms_over_the_same_sites_share_variables(lab: ModuleType) -> None:
     ]
     assert [block.size for block in model.blocks] == [36, 27, 18]
     assert model.is_choice.sum() == sum(len(r) for r in lab.random_joint(0).levels().values())
+
+
+def fused(problem: Problem, seed: int) -> Problem:
+    """The op of a is computed in int8 only where c is int8 as well; what changes format costs more."""
+    rng = np.random.default_rng(seed + 10_000)
+    first = next(t for t in problem.table.terms if t.name == "op.a")
+    sites = (*first.sites, "c")
+    levels = (*first.levels, ("f32", "int8", "int8_weight"))
+
+    def ms(at: dict[str, Level]) -> float:
+        whole = at["a"] == at["c"] == "int8"
+        return first.at({**at, "a": at["a"] if whole else "f32"})
+
+    per_unit = rng.uniform(0, 0.01)
+    rows = [dict(zip(sites, row, strict=True)) for row in itertools.product(*levels)]
+    changes = [
+        per_unit * int(r["width:v"]) * ((r["a"] == "int8") != (r["c"] == "int8")) for r in rows
+    ]
+    terms = (
+        *(t for t in problem.table.terms if t.name != "op.a"),
+        Term(name="op.a", sites=sites, levels=levels, values=tuple(map(ms, rows))),
+        Term(name="op.a, format", sites=sites, levels=levels, values=tuple(changes)),
+    )
+    return replace(problem, table=replace(problem.table, terms=terms))
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10_000))
+def test_terms_of_two_formats_are_solved_and_priced_as_enumerated(
+    lab: ModuleType, seed: int
+) -> None:
+    problem = fused(lab.random_joint(seed), seed)
+    every = enumerate_all(problem)
+    error = sorted(t.error for _, t in every)
+    problem = replace(problem, max_error=error[0] + 0.4 * (error[-1] - error[0]))
+    best = min(t.ms for _, t in every if holds(problem, t))
+    worst = max(t.ms for _, t in every)
+    slop = (2 * OTHER_QUANTITIES["latency"] + 4 * FORMAT_PENALTY + TOLERANCE) * worst
+    assert exactly(problem).totals.ms <= best + slop
+    grid, rng = Grid(problem), np.random.default_rng(seed)
+    x = np.stack([rng.integers(0, len(row), 20) for row in grid.levels], 1)
+    totals = [problem.totals(grid.decode(row)).ms for row in x]
+    assert grid.ms(x) == pytest.approx(totals, rel=1e-12)
+    model = Model.of(problem)
+    for row in x:
+        at = point(problem, model, grid.decode(row))
+        value = float(model.coefficients["latency"] @ at) + model.constants["latency"]
+        assert value == pytest.approx(problem.totals(grid.decode(row)).ms, rel=ROUNDING)
+        matrix, low, high = model.structure()
+        assert bool(((low <= matrix @ at) & (matrix @ at <= high)).all())
+
+
+def test_levels_that_nothing_tells_apart_share_variables(lab: ModuleType) -> None:
+    model = Model.of(fused(lab.random_joint(0), 0))
+    sizes = {block.sites: block.shape for block in model.blocks}
+    # To a's op c is int8 or not: two groups of three levels. The weight of a tells a's own apart.
+    assert sizes["a", "c", "width:v", "width:w"] == (3, 2, 3, 3)
+    groups = {block.sites: block.groups for block in model.blocks}
+    assert groups["a", "c", "width:v", "width:w"][1] == (0, 1, 0)
+    # c with v and b has a block of its own, in which all three of c are told apart.
+    assert sizes["branch:b", "c", "width:v"] == (2, 3, 3)
+
+
+def test_a_site_that_changes_nothing_is_left_out_of_a_term(lab: ModuleType) -> None:
+    problem = lab.random_joint(0)
+    sites, levels = ("width:w", "width:v"), ((64, 48, 32), (96, 64, 32))
+    same = Term(name="same", sites=sites, levels=levels, values=(0.9, 0.6, 0.3) * 3)
+    flat = replace(same, name="flat", values=(0.7,) * 9)
+    table = replace(problem.table, terms=(same, flat))
+    some = replace(problem, table=table, size_terms=())
+    assert Model.of(some).blocks == ()
+    assert solve(some).assignment["width:v"] == 32
+    saved = some.totals({}).ms - some.totals({"width:v": 32}).ms
+    assert saved == pytest.approx(0.6 * table.scale)
+    grid = Grid(some)
+    whole = grid.encode([some.native_assignment()])
+    assert grid.ms(whole) == pytest.approx([some.totals({}).ms])
 
 
 def test_a_quantiser_is_paid_once_where_prices_are_terms(lab: ModuleType) -> None:

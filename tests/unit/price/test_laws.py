@@ -93,3 +93,21 @@ def test_a_pool_of_ragged_channels_is_another_law() -> None:
     for n in (40, 56, 29, 61):
         for w in (9, 49):
             assert laws.ms("p", "f32", pool(n, w)) == pytest.approx(ms(n, w), rel=0.15)
+
+
+def test_both_sides_off_a_block_cost_what_one_does() -> None:
+    """Either takes a kernel to another layout; builds seldom show both."""
+
+    def ms(inp: int, out: int) -> float:
+        return 1e-4 * inp * out * (1.0 if inp % 8 == out % 8 == 0 else 1.5)
+
+    whole, ragged = (32, 48, 64, 96, 128, 160), (36, 52, 76, 108, 140, 164)
+    pairs = [(a, b) for a in whole for b in whole]
+    pairs += [(a, b) for a in whole for b in ragged] + [(b, a) for a in whole for b in ragged]
+    rows = [
+        NodeTime(node="n", format="f32", build=i % 9, facts=linear(*pair), ms=ms(*pair))
+        for i, pair in enumerate(pairs)
+    ]
+    laws = fit_laws(rows)
+    for pair in ((60, 100), (100, 60), (148, 148)):
+        assert laws.ms("n", "f32", linear(*pair)) == pytest.approx(ms(*pair), rel=0.15)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tersor.core.records import Level, PriceTable, Site
+from tersor.core.records import Level, PriceTable, Site, Term
 from tersor.core.store import Store
-from tersor.price.memory import PriceMemory
+from tersor.price.memory import PriceMemory, narrowed
 from tersor.price.price import PriceConfig, price_choice
 from tersor.price.table import fit_error
 
@@ -226,3 +226,23 @@ def test_a_narrowed_table_costs_what_the_wide_one_does(lab: ModuleType, tmp_path
     assert not pins & set(table.native)
     counts = {dict(zip(t.sites, t.levels, strict=True)).get("width:b0") for t in table.terms}
     assert counts <= {None, (128, 64, 32)}
+
+
+def test_what_reads_an_op_is_no_matter_once_its_own_format_is_fixed(lab: ModuleType) -> None:
+    both = (("bf16", "int8"), ("bf16", "int8"))
+    fused = Term(name="a", sites=("a", "c"), levels=both, values=(1.0, 1.0, 1.0, 0.5))
+    changed = Term(name="a, format", sites=("a", "c"), levels=both, values=(0.0, 0.1, 0.1, 0.0))
+    table = PriceTable(
+        choice=lab.CHOICE, ops={}, quantizers={}, glue_ms=0.2, terms=(fused, changed)
+    )
+    sites = tuple(
+        Site(name=name, kind="format", ops=(name,), op_kind="conv", pinned=pinned)
+        for name, pinned in (("a", "keep"), ("c", None))
+    )
+    found = narrowed(table, sites, {"c": ("bf16", "int8")})
+    reads = Term(name="a, format", sites=("c",), levels=both[:1], values=(0.0, 0.1))
+    assert found.terms == (reads,)
+    for level in both[1]:
+        assert found.predict_ms({"c": level}, {}) == pytest.approx(
+            table.predict_ms({"c": level}, {})
+        )

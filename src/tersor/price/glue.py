@@ -1,0 +1,166 @@
+"""What no op owns: the time outside of all nodes, and glue that grows with what a plan chooses.
+
+A runtime inserts conversions of its own (reorders, transposes). They grow with quantised tensors, int8
+ops and elements, and with the elements that are written in one format and read in the other, where
+that tells them on builds left out.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from tersor.core.rank_levels import is_int8
+from tersor.core.records import OUTSIDE, PriceTable, Site
+from tersor.price.costs import WidthCosts
+from tersor.price.gates import GATE_SHARE
+from tersor.price.node_costs import Slopes
+from tersor.price.observation import Observation
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+
+_CHANGED = 6  # place among ``Glue.counts`` of the elements that are read in another format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glue:
+    """What is there of glue in one build.
+
+    Attributes:
+        counts: What it grows with: a call, quantised tensors, int8 layers, quantised tensors that an
+            addition reads as floats; and with widths elements written, those in int8, and those that
+            are read in another format, as shares of all at full counts.
+        ms: Of the nodes that nothing else owns.
+        outside_ms: Outside of all nodes.
+    """
+
+    counts: tuple[float, ...]
+    ms: float
+    outside_ms: float
+
+
+def steadied(builds: Sequence[Observation]) -> list[Observation]:
+    """Builds whose time outside of all nodes is one constant, and whose nodes take the rest.
+
+    A profile's time outside is the small difference of two large numbers, and varies by several
+    hundredths of a call from profile to profile. As the rest is scaled to what was measured, all
+    nodes of a build would be off by as much. What grows with the call is spread over its nodes.
+    """
+    outside = np.array([o.node_ms.get(OUTSIDE, 0.0) for o in builds])
+    total = np.array([sum(o.node_ms.values()) for o in builds])
+    if not outside.any() or not (total > outside).all():
+        return list(builds)
+    (constant, _), _ = nnls(np.stack([1 / total, np.ones(len(total))], axis=1), outside / total)
+    constant = min(float(constant), float(np.min(total - outside)))
+    found: list[Observation] = []
+    for o, all_ms, out_ms in zip(builds, total, outside, strict=True):
+        factor = float((all_ms - constant) / (all_ms - out_ms))
+        nodes = {name: ms * factor for name, ms in o.node_ms.items()}
+        found.append(replace(o, node_ms={**nodes, OUTSIDE: constant}))
+    return found
+
+
+def glue_of(
+    observation: Observation,
+    sites: Sequence[Site],
+    quantizers: Mapping[str, Sequence[str]],
+    costs: WidthCosts | None,
+) -> Glue:
+    """The glue of one build.
+
+    Args:
+        observation: The build.
+        sites: Format sites.
+        quantizers: Quantised tensor of that build -> profile names of its quantiser.
+        costs: What widths decide.
+    """
+    owned = {name for site in sites for name in site.ops} | {OUTSIDE}
+    owned |= {name for names in quantizers.values() for name in names}
+    owned |= costs.nodes() if costs else set()
+    chosen = {s.name for s in sites if is_int8(observation.assignment.get(s.name))}
+    int8 = [s for s in sites if s.name in chosen and s.op_kind != "add"]
+    boundaries = [
+        s for s in sites if s.op_kind == "add" and s.tensor in quantizers and s.name not in chosen
+    ]
+    counts = (1.0, float(len(quantizers)), float(len(int8)), float(len(boundaries)))
+    return Glue(
+        counts=(*counts, *(costs.elements(observation.assignment) if costs else ())),
+        ms=sum((ms for name, ms in observation.node_ms.items() if name not in owned), 0.0),
+        outside_ms=observation.node_ms.get(OUTSIDE, 0.0),
+    )
+
+
+def with_glue(
+    table: PriceTable, glue: Sequence[Glue], additions: Mapping[str, str | None]
+) -> tuple[PriceTable, Slopes]:
+    """The table with the slopes of its own parts, and the slopes of what widths decide.
+
+    What it costs that an addition reads a quantised tensor as floats goes to the quantiser, and
+    comes back with the addition's own int8: no other term sees both.
+
+    Args:
+        table: Without glue.
+        glue: Of each build.
+        additions: Sites of additions -> the tensor that each reads.
+    """
+    counts, rest = np.array([g.counts for g in glue]), np.array([g.ms for g in glue])
+    found, off = _slopes(counts, rest)
+    constant, per_tensor, per_site, boundary, *by_elements = found
+    readers = Counter(tensor for tensor in additions.values())
+
+    def caused(site: str) -> float:
+        if site not in additions:
+            return per_site
+        return -boundary if additions[site] is not None else 0.0
+
+    table = replace(
+        table,
+        ops={
+            site: {level: ms + caused(site) * is_int8(level) for level, ms in row.items()}
+            for site, row in table.ops.items()
+        },
+        quantizers={
+            t: ms + per_tensor + readers[t] * boundary for t, ms in table.quantizers.items()
+        },
+        glue_ms=constant + float(np.mean([g.outside_ms for g in glue])),
+    )
+    per_element, per_int8_element, per_changed_element = by_elements or (0.0, 0.0, 0.0)
+    slopes = Slopes(
+        int8_op=per_site,
+        boundary=boundary,
+        elements=per_element,
+        int8_elements=per_int8_element,
+        changed_elements=per_changed_element,
+        changed_spread=off,
+    )
+    return table, slopes
+
+
+def _slopes(counts: Vector, rest: Vector) -> tuple[list[float], float]:
+    """Non-negative slopes; elements that change formats have one where that halves the error.
+
+    And the error on builds left out over what they have of glue, both as root mean squares.
+    """
+    error = _unseen_error(counts, rest)
+    if counts.shape[1] > _CHANGED:
+        fewer = counts.copy()
+        fewer[:, _CHANGED] = 0.0
+        without = _unseen_error(fewer, rest)
+        if not error < (1 - GATE_SHARE) * without:
+            counts, error = fewer, without
+    whole = float(np.sum(np.square(rest)))
+    slopes = [float(v) for v in nnls(counts, rest)[0]]
+    return slopes, math.sqrt(error / whole) if whole > 0 else 0.0
+
+
+def _unseen_error(counts: Vector, rest: Vector) -> float:
+    """Sum of squared errors of the glue of builds, each left out of the fit."""
+    total = 0.0
+    for i in range(len(rest)):
+        seen = np.arange(len(rest)) != i
+        total += float(counts[i] @ nnls(counts[seen], rest[seen])[0] - rest[i]) ** 2
+    return total

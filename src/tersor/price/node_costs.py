@@ -1,0 +1,155 @@
+"""Whose cost a node is: the op of a format site, or one node of glue, and what decides about it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tersor.core.rank_levels import is_int8, rank_of
+from tersor.core.records import Format, Level, Precision, Site
+from tersor.price.chains import ChainCosts
+from tersor.price.facts import WidthFacts
+from tersor.price.observation import Observation
+from tersor.price.ways import Ways
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCost:
+    """An op of a format site, or one node of glue, that some width moves.
+
+    Attributes:
+        site: The format site whose level decides too; None where none does.
+        formats: Its levels, the native one first.
+        shares: (node, what it is computed in) -> in what part of such builds it stood alone.
+        is_addition: The format is that of an addition's operands.
+        reader: The format site that first reads what it writes; None where none is free.
+        reader_formats: Its levels, the native one first.
+        is_fused: It computes in int8 only where the reader is int8 as well.
+        spread: Relative deviation of the cost in one build, of what has no nodes to show it.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    is_glue: bool
+    site: str | None
+    formats: tuple[Level, ...]
+    shares: Mapping[tuple[str, Format], float]
+    is_addition: bool = False
+    reader: str | None = None
+    reader_formats: tuple[Level, ...] = ()
+    is_fused: bool = False
+    spread: float | None = None
+
+    def choices(self, *, with_reader: bool) -> dict[str, tuple[Level, ...]]:
+        """The format sites that decide, the op's own first, and their levels."""
+        found = {} if self.site is None else {self.site: self.formats}
+        if with_reader and self.reader is not None:
+            found[self.reader] = self.reader_formats
+        return found
+
+    def is_changed(self, assignment: Mapping[str, Level]) -> bool:
+        """Whether what the op writes is read in another format: int8 or not."""
+        if self.reader is None:
+            return False
+        return is_int8(assignment.get(self.name)) != is_int8(assignment.get(self.reader))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slopes:
+    """Glue that ops cause, in milliseconds: an int8 op, and all elements at full counts.
+
+    ``boundary``: of a quantised tensor that an addition reads as floats. ``changed_elements``: of
+    those that are written in one format and read in the other; ``changed_spread`` is the relative
+    deviation of these.
+    """
+
+    int8_op: float = 0.0
+    boundary: float = 0.0
+    elements: float = 0.0
+    int8_elements: float = 0.0
+    changed_elements: float = 0.0
+    changed_spread: float = 0.0
+
+
+def is_chain(site: Site | None, observation: Observation) -> bool:
+    """Whether a build has a layer as a chain of two."""
+    return site is not None and rank_of(observation.assignment.get(site.name)) > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Builds:
+    """The builds that a fit sees, and what was learned of all of them."""
+
+    fitted: Sequence[Observation]
+    facts: WidthFacts
+    chains: ChainCosts
+    ways: Ways
+
+
+def site_cost(site: Site, known: Builds) -> NodeCost:
+    """The cost of the op of a format site."""
+    whole = [o for o in known.fitted if not is_chain(site, o)]
+    name = None if site.pinned is not None else site.name
+    reader = known.ways.readers.get(site.name)
+    return NodeCost(
+        name=site.name,
+        nodes=site.ops,
+        is_glue=False,
+        site=name,
+        formats=_formats(site.name, known),
+        shares=_shares(
+            site.ops, [(known.ways.format(site.name, o.assignment), o) for o in whole], known.facts
+        ),
+        is_addition=site.op_kind == "add",
+        reader=reader,
+        reader_formats=() if reader is None else _formats(reader, known),
+        is_fused=name is not None and known.ways.is_fused(name),
+    )
+
+
+def _formats(site: str, known: Builds) -> tuple[Level, ...]:
+    """The levels of a format site that builds have shown, the native one first."""
+    precision = known.ways.precision
+    has_int8 = any(
+        is_int8(level) and not rank_of(level)
+        for level in (o.assignment.get(site) for o in known.fitted)
+    )
+    own: tuple[Level, ...] = (precision, "int8_weight", *(("int8",) if has_int8 else ()))
+    return (*own, *known.chains.known(site))
+
+
+def glue_cost(node: str, gate: Site | None, known: Builds) -> NodeCost:
+    """The cost of a node of glue, and the site whose format it goes by, if any."""
+    precision = known.ways.precision
+    ranks = () if gate is None else known.chains.known(gate.name)
+    return NodeCost(
+        name=node,
+        nodes=(node,),
+        is_glue=True,
+        site=None if gate is None else gate.name,
+        formats=(precision, "int8_weight", "int8", *ranks),
+        shares=_shares(
+            (node,), [(gated_format(gate, o, precision), o) for o in known.fitted], known.facts
+        ),
+    )
+
+
+def gated_format(gate: Site | None, observation: Observation, precision: Precision) -> Format:
+    """The format that a node of glue goes by."""
+    rounds = gate is not None and is_int8(observation.assignment.get(gate.name))
+    return "int8" if rounds else precision
+
+
+def _shares(
+    nodes: Sequence[str], builds: Sequence[tuple[Format, Observation]], facts: WidthFacts
+) -> dict[tuple[str, Format], float]:
+    """(node, format) -> in what part of the builds with that format it stands alone."""
+    shares: dict[tuple[str, Format], float] = {}
+    for node in nodes:
+        for level in dict.fromkeys(level for level, _ in builds):
+            shown = [
+                o.node_ms.get(node, 0.0) > 0
+                for o_level, o in builds
+                if o_level == level and facts.at(node, o.assignment).out_elements > 0
+            ]
+            if shown:
+                shares[node, level] = sum(shown) / len(shown)
+    return shares

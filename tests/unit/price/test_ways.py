@@ -1,0 +1,157 @@
+"""Ops at int8 that are computed in floats, seen on machines that do so, and on such as don't."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from tersor.core.records import Level, PriceTable, Site
+from tersor.price.facts import learn_facts
+from tersor.price.table import fit_error, fit_table
+from tersor.price.variants import draw_variants
+from tersor.price.ways import first_readers
+
+
+def chained(lab: ModuleType, *, fuses: bool, **fields: object):
+    """The network whose sites read what nodes give."""
+
+    @dataclass
+    class Chained(lab.Network):  # type: ignore[misc, name-defined]
+        """First convolutions are integers only in front of an int8 one; second ones never are."""
+
+        def _sites(self) -> tuple[Site, ...]:
+            read = {f"b{i}a": f"add{i - 1}" for i in range(1, self.blocks)}
+            read |= {f"b{i}c": f"b{i}a" for i in range(self.blocks)} | {"head": "pool"}
+            return tuple(replace(s, tensor=read.get(s.name, s.tensor)) for s in super()._sites())
+
+        def exact(self, assignment: Mapping[str, Level]) -> dict[str, float]:
+            found: dict[str, float] = super().exact(assignment)
+            for node, own in self.facts(assignment).items() if fuses else ():
+                reader = f"{node[:-1]}c"
+                if node[0] == "b" and (node == reader or assignment.get(reader) != "int8"):
+                    found[node] = self.law(node, own, int8=False)
+            return found
+
+    return Chained(**fields)
+
+
+def fitted(lab: ModuleType, net, k: int = 20) -> PriceTable:  # noqa: ANN001
+    drawn = draw_variants(net.sites, net.levels, "bf16", k=k, held_out=20, seed=net.seed)
+    facts = learn_facts(net.facts, net.sites, net.levels, "bf16")
+    seen = [net.observe(v.assignment, held_out=v.held_out) for v in drawn]
+    return fit_table(lab.CHOICE, net.sites, seen, lab.quantize_nodes, facts)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+@pytest.mark.parametrize("seed", range(2))
+def test_int8_that_needs_an_int8_reader_goes_by_both_formats(
+    lab: ModuleType, seed: int, noise: float
+) -> None:
+    net = chained(lab, fuses=True, seed=seed, noise=noise)
+    table = fitted(lab, net)
+    error = fit_error(table)
+    assert error is not None
+    assert error.median < 0.01 + 2 * noise
+    terms = {term.name: term for term in table.terms}
+    for i in range(net.blocks):
+        assert terms[f"b{i}a"].sites[-2:] == (f"b{i}a", f"b{i}c")  # its own comes first
+        assert terms[f"b{i}c"].sites[-1] == f"b{i}c"  # never in integers, whatever reads it
+        assert not any(f"b{i}a" in term.sites for term in (terms[f"b{i}c"], terms["head"]))
+    at = {"width:stem": 96, "width:b1": 80}
+    native, alone, both, beside = (
+        terms["b1a"].at({**at, "b1a": mine, "b1c": reader})
+        for mine, reader in (
+            ("bf16", "bf16"), ("int8", "bf16"), ("int8", "int8"), ("bf16", "int8"),
+        )
+    )  # fmt: skip
+    facts = net.facts(at)["b1a"]
+    true = net.law("b1a", facts, int8=False) / net.law("b1a", facts, int8=True)
+    assert native == beside
+    assert native / both == pytest.approx(true, rel=0.02 + 2 * noise)
+    assert alone / native == pytest.approx(1, rel=0.02 + 2 * noise)
+    second = {"width:stem": 96, "width:b1": 80}
+    ratio = terms["b1c"].at({**second, "b1c": "int8"}) / terms["b1c"].at({**second, "b1c": "bf16"})
+    assert ratio == pytest.approx(1, rel=0.02 + 2 * noise)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+@pytest.mark.parametrize("seed", range(2))
+def test_int8_that_needs_none_goes_by_its_own_format(
+    lab: ModuleType, seed: int, noise: float
+) -> None:
+    net = chained(lab, fuses=False, seed=seed, noise=noise)
+    table = fitted(lab, net)
+    formats = {s.name for s in net.sites if s.kind == "format"}
+    assert all(len(formats & set(term.sites)) <= 1 for term in table.terms)
+    error = fit_error(table)
+    assert error is not None
+    assert error.p90 < 0.01 + 3 * noise
+
+
+def test_a_table_of_both_formats_is_worse_by_one(lab: ModuleType) -> None:
+    """What the second site is worth: the same builds, with readers that nobody names."""
+    net = chained(lab, fuses=True)
+    table = fitted(lab, net)
+    net.sites = tuple(
+        replace(s, tensor=f"{s.tensor}?") if s.kind == "format" else s for s in net.sites
+    )
+    blind = fit_error(fitted(lab, net))
+    error = fit_error(table)
+    assert error is not None
+    assert blind is not None
+    assert blind.median > 5 * error.median
+
+
+def test_a_reader_reads_the_next_tensor_that_is_written_behind(lab: ModuleType) -> None:
+    net = chained(lab, fuses=False)
+    facts = learn_facts(net.facts, net.sites, net.levels, "bf16")
+    found = first_readers([s for s in net.sites if s.kind == "format"], facts)
+    # b0a reads a tensor that no node gives, so that nothing tells what stands in front of it.
+    assert found == {
+        "b0c": "b1a", "b1a": "b1c", "b1c": "b2a", "b2a": "b2c", "b2c": "b3a", "b3a": "b3c",
+        "b3c": "head", "b0a": "b0c",
+    }  # fmt: skip
+    kept = tuple(replace(s, pinned="keep") if s.name == "b1c" else s for s in net.sites)
+    rest = first_readers([s for s in kept if s.kind == "format"], facts)
+    assert rest == {site: reader for site, reader in found.items() if reader != "b1c"}
+
+
+def test_what_a_result_costs_that_is_read_in_another_format(lab: ModuleType) -> None:
+    net = chained(lab, fuses=False)
+    exact = net.exact
+    readers = {f"b{i}a": f"b{i}c" for i in range(4)} | {f"b{i}c": f"b{i + 1}a" for i in range(3)}
+    readers["b3c"] = "head"
+    per_element = 2e-6
+
+    def changes(assignment: Mapping[str, Level]) -> dict[str, float]:
+        facts = net.facts(assignment)
+        elements = sum(
+            facts[site].out_elements
+            for site, reader in readers.items()
+            if (assignment.get(site) == "int8") != (assignment.get(reader) == "int8")
+        )
+        return {**exact(assignment), "Convert": per_element * elements}
+
+    without = fitted(lab, net)
+    assert not any(term.name.endswith(", format") for term in without.terms)
+    net.exact = changes
+    table = fitted(lab, net)
+    error = fit_error(table)
+    assert error is not None
+    assert error.p90 < 0.02
+    terms = {term.name: term for term in table.terms}
+    assert {name for name in terms if name.endswith(", format")} == {
+        f"{site}, format" for site in readers
+    }
+    assert terms["b1a, format"].sites == ("width:b1", "b1a", "b1c")  # what it reads is no matter
+    at = {"width:b1": 64}
+    cost = terms["b1a, format"].at({**at, "b1a": "int8", "b1c": "bf16"}) * table.scale
+    wanted = per_element * net.facts(at)["b1a"].out_elements * net.overhead
+    assert cost == pytest.approx(wanted, rel=0.1)
+    assert cost == terms["b1a, format"].at({**at, "b1a": "bf16", "b1c": "int8"}) * table.scale
+    assert terms["b1a, format"].at({**at, "b1a": "int8", "b1c": "int8"}) == 0.0
+    assert table.uncertainty is not None
+    assert set(terms) <= set(table.uncertainty.entries)  # else `explain` has no standard error
+    assert 0 < np.median(list(table.uncertainty.entries.values())) < 1
