@@ -2,6 +2,9 @@
 
     python -m benchmarks.codebook_linear --out results [--shapes 8192x8192] [--rows 1,8,16,64] [--kinds table4]
 
+Most of a first run is compiling: some 35 launches of a kind of weight, a second or two each. ``--kinds`` and
+``--shapes`` split it; what was compiled stays in Triton's cache.
+
 Every contender has so many copies of its weight that they take more than four times the second-level
 cache, and its calls go through them in turn, recorded as a CUDA graph; one figure is one replay over its
 calls. All contenders of a line were measured in turn in one run by device events. Every contender's result
