@@ -19,7 +19,7 @@ from tersor.train.tune_steps import GradientGraph, Job, Recipe, Runner
 
 MEMORY_SHARE = 0.2  # of the device's, that data may take: the rest is for the model and its values
 # With all of its kernels in the compiler's cache, ResNet-20 took 6 s of processor time to get ready (torch
-# 2.13, one thread); without them many times that. A run that is over in less can't gain.
+# 2.13, one thread); without them longer. A run that is over in less can't gain.
 LEAST_COMPILE_SECONDS = 5.0
 _COMPARED = 3  # batches, bit by bit
 _IMAGE_DIMS = 4
