@@ -2,7 +2,8 @@
 
 Moments and histograms are sums; ranges are extremes; sampled rows follow each other in the order of
 the batches. Histograms have edges at powers of two, so that those of all ranks grow to the largest by
-merging bins: no count moves to another bin than it would have had in one process.
+merging bins. A value that float32 can't tell from a bin's border may be counted on its other side, as
+the bins were narrower or wider when its batch came: in one process that depends on the order as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
