@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import tersor
+from tersor.train.ranks import agreed_counts
 from tersor.train.schedule import Schedule
 from tests.unit.train.networks import Convolutional, images
 
@@ -41,7 +42,8 @@ for epoch in range(6):
         shapes.append(len(model.module.blocks[0].conv1.weight))
     model = shrinker.epoch_end(model)
 small, report = shrinker.finish()
-torch.save({"state": small.state_dict(), "shapes": shapes, "counts": report.counts(),
+counts = agreed_counts({"a": 3 + rank, "b": 5 - rank}, torch.device("cpu"))
+torch.save({"agreed": counts, "state": small.state_dict(), "shapes": shapes, "counts": report.counts(),
             "difference": report.difference, "shrunk_at": report.shrunk_at},
            Path(sys.argv[1]) / f"{rank}.pt")
 torch.distributed.destroy_process_group()
@@ -72,6 +74,7 @@ def test_two_processes_choose_and_cut_the_same(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["counts"]["blocks.0.conv1"] == two["counts"]["blocks.0.conv1"] == 3
+    assert one["agreed"] == two["agreed"] == {"a": 3, "b": 5}
     # The units are chosen after step 30, and cut at the end of that epoch.
     assert one["shapes"] == [8] * 30 + [3] * 30
     assert one["shrunk_at"] == 30

@@ -29,6 +29,14 @@ def agreed(flags: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def agreed_counts(counts: Mapping[str, int], device: torch.device) -> dict[str, int]:
+    """The first process's counts, on all of them; all have the same groups."""
+    names = sorted(counts)
+    values = torch.tensor([counts[n] for n in names], device=device)
+    torch.distributed.broadcast(values, src=0)
+    return dict(zip(names, values.tolist(), strict=True))
+
+
 def rewrapped(old: nn.Module, model: nn.Module) -> nn.Module:
     """A new wrapper with the old one's settings; the old one can't be used any more."""
     assert isinstance(old, DistributedDataParallel)
