@@ -1,6 +1,6 @@
 """How units die: by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -62,12 +62,16 @@ class Algorithm(Protocol):
 
 
 def make(
-    name: str, units: Units, optimizer: Optimizer, schedule: Schedule, costs: Mapping[str, float]
+    name: str,
+    units: Units,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    costs: Callable[[], Mapping[str, float]],
 ) -> Algorithm:
     """An algorithm by its name, one of ``NAMES``."""
     if name == "ramp":
         return Ramp(units, optimizer, schedule.every)
     if name == "prox":
-        return Prox(units, optimizer, costs, schedule.last - schedule.first)
+        return Prox(units, optimizer, costs(), schedule.last - schedule.first)
     assert name == "regrow"
     return Regrow(units, optimizer)

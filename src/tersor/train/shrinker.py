@@ -6,6 +6,7 @@ behind it are all that runs; no wrapper class, no value read from the device but
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tersor.train.literals import macs_share
 from tersor.train.pace import Pace
 from tersor.train.parts import Parts
 from tersor.train.planning import Counts
-from tersor.train.ranks import agreed, is_replicated, rewrapped
+from tersor.train.ranks import agreed, agreed_counts, is_replicated, rewrapped
 from tersor.train.report import Kept, Report
 from tersor.train.rescue import Rescue
 from tersor.train.resuming import VERSION, bind, check_structure
@@ -47,7 +48,7 @@ class Shrinker:
         self._units = Units.of(parts.model, groups)
         self._scores = Scores()
         self._algorithm = make(
-            parts.algorithm, self._units, parts.optimizer, parts.schedule, self._costs()
+            parts.algorithm, self._units, parts.optimizer, parts.schedule, self._costs
         )
         self._commit: Commit | None = None
         self._before = sum(p.numel() for p in parts.model.parameters())
@@ -169,6 +170,9 @@ class Shrinker:
         if self.plan is None:
             assert self._parts.planner is not None
             self.plan = self._parts.planner.counts(self._scores.values)
+            if is_replicated(self._parts.outer):  # each process has measured prices of its own
+                device = self._units.parameters()[0].device
+                self.plan = replace(self.plan, keep=agreed_counts(self.plan.keep, device))
             if self.plan.note:
                 self._notes.append(self.plan.note)
         dead = {
@@ -240,7 +244,7 @@ class Shrinker:
         assert self._commit is not None
         if self._commit.cut():
             self._shrunk_at = self.step
-        self._notes += self._commit.notes
+        self._notes += [n for n in self._commit.notes if n not in self._notes]
 
     def epoch_end(self, model: nn.Module | None = None) -> nn.Module:
         """Shrink where the model is replicated over processes: only between epochs, as it is wrapped anew.
@@ -304,7 +308,11 @@ class Shrinker:
             steps=self.step,
             shrunk_at=self._shrunk_at,
             groups=tuple(
-                Kept(group=n, units=g.units, kept=len(self._commit.kept[n]))
+                Kept(
+                    group=n,
+                    units=g.units,
+                    kept=len(self._commit.kept[n]) if self._commit.is_cut else g.units,
+                )
                 for n, g in groups.items()
             ),
             held=parts.structure.held,

@@ -309,6 +309,22 @@ def test_a_compiled_model_stays_as_it_is_where_compiling_again_does_not_pay() ->
     assert any("stays compiled at its old size" in note for note in report.notes)
 
 
+def test_a_cut_that_changes_the_outputs_is_undone_and_the_report_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tersor.train.committing.TOLERANCE", -1.0)  # no difference is small enough
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    shrinker = attached(model, optimizer)
+    run(model, optimizer, range(STEPS))
+    _, report = shrinker.finish()
+    assert report.counts()["blocks.0.conv1"] == 8 == len(model.blocks[0].bn1.weight)
+    assert report.parameters_after == report.parameters_before
+    assert int(model.blocks[0].bn1.weight.count_nonzero()) == 3  # at zero, and held there
+    assert report.shrunk_at is None
+    assert [n for n in report.notes if "undone" in n] == [report.notes[-1]]
+
+
 def test_multiply_accumulates_of_a_cut_are_counted() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
     axes = find_structure(model, torch.ones(2, 6)).axes
