@@ -10,6 +10,7 @@ from torch.nn import functional
 import tersor
 from tersor.core.errors import ConfigError, TargetError
 from tersor.price.price import PriceConfig
+from tersor.train.report import Report
 from tersor.train.schedule import Schedule
 from tests.data.zoo import load_lenet5
 from tests.e2e.helpers import quick_runs
@@ -29,7 +30,10 @@ def train(
         optimizer.zero_grad()
 
 
-def test_a_speed_is_planned_reached_and_measured(images: dict[str, Tensor], tmp_path: Path) -> None:
+def trained(
+    images: dict[str, Tensor], folder: Path, target: tersor.Target
+) -> tuple[nn.Module, nn.Module, Report]:
+    """LeNet-5 before and after a run towards a target."""
     model = load_lenet5()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     with quick_runs(PriceConfig(k=4, held_out=1)):
@@ -37,14 +41,19 @@ def test_a_speed_is_planned_reached_and_measured(images: dict[str, Tensor], tmp_
             model,
             optimizer,
             images["train"][:8],
-            target=tersor.Target(speedup=1.5),
+            target=target,
             total_steps=STEPS,
             schedule=SCHEDULE,
-            cache_dir=tmp_path,
+            cache_dir=folder,
             progress=False,
         )
         train(model, images["train"], images["train_labels"], optimizer)
         small, report = shrinker.finish()
+    return model, small, report
+
+
+def test_a_speed_is_planned_reached_and_measured(images: dict[str, Tensor], tmp_path: Path) -> None:
+    model, small, report = trained(images, tmp_path, tersor.Target(speedup=1.5))
     assert small is model
     assert any(row.kept < row.units for row in report.groups)
     assert report.predicted_ms is not None
@@ -57,42 +66,14 @@ def test_a_speed_is_planned_reached_and_measured(images: dict[str, Tensor], tmp_
 def test_a_size_is_planned_without_looking_at_speed(
     images: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    model = load_lenet5()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    with quick_runs(PriceConfig(k=4, held_out=1)):
-        shrinker = tersor.train.attach(
-            model,
-            optimizer,
-            images["train"][:8],
-            target=tersor.Target(size_ratio=4),
-            total_steps=STEPS,
-            schedule=SCHEDULE,
-            cache_dir=tmp_path,
-            progress=False,
-        )
-        train(model, images["train"], images["train_labels"], optimizer)
-        _, report = shrinker.finish()
+    _, _, report = trained(images, tmp_path, tersor.Target(size_ratio=4))
     assert report.parameters_after <= report.parameters_before / 4
 
 
 def test_a_target_out_of_reach_gives_the_fewest_units_and_says_what_binds(
     images: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    model = load_lenet5()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    with quick_runs(PriceConfig(k=4, held_out=1)):
-        shrinker = tersor.train.attach(
-            model,
-            optimizer,
-            images["train"][:8],
-            target=tersor.Target(speedup=10_000),
-            total_steps=STEPS,
-            schedule=SCHEDULE,
-            cache_dir=tmp_path,
-            progress=False,
-        )
-        train(model, images["train"], images["train_labels"], optimizer)
-        _, report = shrinker.finish()
+    _, _, report = trained(images, tmp_path, tersor.Target(speedup=10_000))
     (note,) = [n for n in report.notes if "can't be met" in n]
     assert "latency binds" in note
 
