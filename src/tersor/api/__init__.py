@@ -70,7 +70,7 @@ def compress(  # noqa: PLR0913 - the options of DESIGN.md, all by keyword
             None: agreement with the original.
         test_metric: The same on data that nothing else saw; called once for the original and once
             for the result.
-        device: Where the model will run: "cpu".
+        device: Where the model will run: "cpu", or "cuda" (or "cuda:1") for the first (second) card.
         backend: "auto" or a backend's name.
         batch: Samples in one call, for which latency is measured.
         methods: "all" or names.

@@ -59,6 +59,48 @@ def _number(words, PLACE: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr
 
 @triton.jit
 @no_type_check
+def _half_numbers(words, PLACE: tl.constexpr, BITS: tl.constexpr, BRAIN: tl.constexpr):  # noqa: ANN001, ANN202
+    """As ``_number``, in float16 or (``BRAIN``, 4 bits only) bfloat16, two neighbouring words at once.
+
+    One permutation takes the byte with the code out of both words; the exponent above it makes it a number,
+    two in a register, which is the form in which tensor cores take them: five instructions for four codes
+    of 4 bits, a shift more in bfloat16, whose mantissa has no room for the upper half of a byte. Exact, as
+    every number has at most 8 bits.
+    """
+    BYTE: tl.constexpr = BITS * PLACE // 8
+    HIGH: tl.constexpr = BITS == 4 and PLACE % 2 == 1
+    AT: tl.constexpr = 4 if HIGH and not BRAIN else 0
+    MANTISSA: tl.constexpr = 7 if BRAIN else 10
+    BIAS: tl.constexpr = 127 if BRAIN else 15
+    MASK: tl.constexpr = (((1 << BITS) - 1) << AT) * 0x10001
+    EXPONENT: tl.constexpr = ((MANTISSA - AT + BIAS) << MANTISSA) * 0x10001
+    # The same exponent, with the code of zero.
+    ZERO: tl.constexpr = EXPONENT | (((1 << (BITS - 1)) << AT) * 0x10001)
+    SELECTOR: tl.constexpr = ((4 + BYTE) << 8) | BYTE
+    if BRAIN and HIGH:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; prmt.b32 t, $1, $2, $3; shr.u32 t, t, 4; lop3.b32 t, t, $5, $7, 0xEA; "
+            "sub.bf16x2 $0, t, $9; }",
+            "=r,r,r,r,r,r,r,r,r,r,r", [words, SELECTOR, MASK, EXPONENT, ZERO],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif BRAIN:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; prmt.b32 t, $1, $2, $3; lop3.b32 t, t, $5, $7, 0xEA; sub.bf16x2 $0, t, $9; }",
+            "=r,r,r,r,r,r,r,r,r,r,r", [words, SELECTOR, MASK, EXPONENT, ZERO],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        found = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; prmt.b32 t, $1, $2, $3; lop3.b32 t, t, $5, $7, 0xEA; sub.f16x2 $0, t, $9; }",
+            "=r,r,r,r,r,r,r,r,r,r,r", [words, SELECTOR, MASK, EXPONENT, ZERO],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+@no_type_check
 def _code(words, PLACE: tl.constexpr, BITS: tl.constexpr):  # noqa: ANN001, ANN202
     return (words >> (BITS * PLACE)) & ((1 << BITS) - 1)
 
@@ -193,6 +235,9 @@ def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
 ):  # fmt: skip
     """BN outputs of BM rows of x, over STEPS chunks of 32 words."""
     PLACES: tl.constexpr = 32 // BITS
+    BRAIN: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    # The interpreter knows no assembly; in bfloat16 a byte has no room below an exponent.
+    PAIRS: tl.constexpr = NATIVE and (x_ptr.dtype.element_ty == tl.float16 or (BRAIN and BITS == 4))
     split = tl.program_id(1)
     blocks = tl.cdiv(N, BN)
     rows = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
@@ -220,7 +265,9 @@ def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
             for within in tl.static_range(RUN):
                 k = start + 32 * within
                 x = tl.load(x_at + k, mask=(k + lane)[:, None] < K, other=0.0)
-                if LOOKUP == _ARITHMETIC:
+                if LOOKUP == _ARITHMETIC and PAIRS:
+                    value = _half_numbers(words, run * RUN + within, BITS, BRAIN)
+                elif LOOKUP == _ARITHMETIC:
                     value = _number(words, run * RUN + within, BITS, NATIVE)
                 elif LOOKUP == _PERMUTE:
                     value = _permuted(words, run * RUN + within, a, b, c, d, e, f, g, h, NATIVE)

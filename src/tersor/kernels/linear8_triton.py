@@ -182,7 +182,7 @@ def linear8_op(
     result = torch.empty((M, N), dtype=dtype, device=codes.device)
     tile = _tile_of(codes, weight, dtype, activation)
 
-    def grid(meta: dict[str, int]) -> tuple[int]:
+    def grid(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(M, meta["BM"]) * triton.cdiv(N, meta["BN"]),)
 
     wrap_triton(_tiled(tile))[grid](

@@ -14,6 +14,7 @@ from tersor.capture.structures import describe
 from tersor.capture.weights import state_restored
 from tersor.core.records import Structure
 from tersor.core.structure import unflatten
+from tersor.graph.tf32 import tf32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,10 @@ class Probe:
         return cls(call, tuple(t.detach().clone() for t in flat))
 
     def run(self, model: nn.Module) -> list[Tensor]:
-        """The tensors of the model's outputs in evaluation mode; modes and buffers stay as they are."""
+        """The tensors of the model's outputs in evaluation mode; modes and buffers stay as they are.
+
+        Without shortened mantissas, whatever the caller trains with: answers are compared to roundings.
+        """
         first = next(iter(model.parameters()), None)
         device = torch.device("cpu") if first is None else first.device
         dtype = torch.float32 if first is None else first.dtype
@@ -38,7 +42,8 @@ class Probe:
         moved = [t.to(dtype) if t.is_floating_point() else t for t in moved]
         args, kwargs = unflatten(both, moved)
         quiet = (state_restored(model), configured(model, WITHOUT_CACHE), evaluation_mode(model))
-        with quiet[0], quiet[1], quiet[2], torch.no_grad():
+        exact = (tf32(enabled=False), torch.autocast(device.type, enabled=False))
+        with quiet[0], quiet[1], quiet[2], exact[0], exact[1], torch.no_grad():
             found: Any = model(*args, **kwargs)
         leaves: list[Tensor] = []
         describe(found, leaves)

@@ -69,14 +69,8 @@ def set_up(device: str, threads: int, *, tf32: bool) -> Iterator[None]:
         finally:
             torch.set_num_threads(before)
         return
-    products, images = torch.backends.cuda.matmul, torch.backends.cudnn
-    kept = products.allow_tf32, images.allow_tf32
-    products.allow_tf32 = images.allow_tf32 = tf32
-    try:
-        with torch.cuda.device(device):
-            yield
-    finally:
-        products.allow_tf32, images.allow_tf32 = kept
+    with switches.tf32(enabled=tf32), torch.cuda.device(device):
+        yield
 
 
 class Recorded:
