@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tersor.backends.inductor.host import family
 from tersor.core.errors import BackendError, TersorError
+from tersor.graph import tf32 as switches
 
 Call = Callable[..., Sequence[Tensor]]
 _WARM = 3  # calls before a recording: libraries allocate their workspaces, kernels are chosen
