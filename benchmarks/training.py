@@ -43,6 +43,7 @@ NAME = "training"
 ARMS = ("dense", "regrow", "oneshot", "scratch", "groupnorm")
 SHARES = (1 / 2, 1 / 2.6, 1 / 4)
 VALIDATION = 5_000
+RATE, TUNING_RATE = 0.1, 0.02  # peaks: of random weights, of trained ones
 PRUNING_STEPS = 400  # Torch-Pruning stops at the first step below the share
 
 
@@ -316,7 +317,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    rate = options.rate or (0.02 if options.start == "checkpoint" else 0.1)
+    rate = options.rate or (TUNING_RATE if options.start == "checkpoint" else RATE)
     setting = Setting(
         start=options.start,
         epochs=options.epochs,
@@ -331,12 +332,15 @@ def main() -> None:
             for name in options.arms:
                 if name == "dense" and share != options.shares[0]:
                     continue
-                row = Arm(name, share, replace(setting, seed=seed), data).run()
+                own = replace(setting, seed=seed)
+                if name == "scratch" and options.rate is None:  # it starts from random weights always
+                    own = replace(own, rate=RATE)
+                row = Arm(name, share, own, data).run()
                 printed.note(
                     f"{row.arm} at {row.macs_share:.3f}: {row.accuracy:.2f} % "
                     f"({row.validation:.2f} %), {row.seconds:.0f} s"
                 )
-                record.append(NAME, [row], seed=seed, settings=setting)
+                record.append(NAME, [row], seed=seed, settings=own)
 
 
 if __name__ == "__main__":
