@@ -333,7 +333,8 @@ def main() -> None:
                 if name == "dense" and share != options.shares[0]:
                     continue
                 own = replace(setting, seed=seed)
-                if name == "scratch" and options.rate is None:  # it starts from random weights always
+                # The final architecture starts from random weights always.
+                if name == "scratch" and options.rate is None:
                     own = replace(own, rate=RATE)
                 row = Arm(name, share, own, data).run()
                 printed.note(
