@@ -9,6 +9,7 @@ import torch
 from tersor.analyse.additions import own_operands
 from tersor.analyse.calibration import embedding_statistics, tensor_readers
 from tersor.analyse.sites import find_sites
+from tersor.api.latency import measure_calls
 from tersor.api.proposing import Offers, calibration_batches, gradient_moments
 from tersor.api.quality import Quality
 from tersor.api.recovering import recovered, recovery_key
@@ -16,6 +17,7 @@ from tersor.api.session import Session
 from tersor.api.shrink import Changes, formats_on, narrowed
 from tersor.api.stages import build_for
 from tersor.build.build import Built
+from tersor.core.errors import BackendError, ParityError
 from tersor.core.levels import gone_with
 from tersor.core.records import (
     BuildChoice,
@@ -28,11 +30,15 @@ from tersor.core.recovery import Recovery
 from tersor.core.target import Target
 from tersor.graph.apply import apply
 from tersor.graph.changes import ChangeRecords, pack, unpack
-from tersor.graph.contracts import Graph, SiteChange
+from tersor.graph.contracts import Graph, Packaging, SiteChange
 from tersor.graph.edit import attribute
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tersor.propose.propose import NATIVE
+from tersor.timing.protocol import Protocol, Ratio, ratio
 from tersor.transform.sequential import transform
+from tersor.verify.verify import is_slower
+
+_PACKAGED = Protocol(rounds=7, runs=11, max_seconds=20.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +209,53 @@ def built_final(session: Session, made: Made, choice: BuildChoice) -> Final:
     session.progress.stage("build")
     built = build_for(session, made.graph, choice)
     return Final(made.graph, made.changes, built, (made.note,) if made.note else ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """How the final graph is built for its file."""
+
+    choice: BuildChoice
+
+
+def kept_choice(session: Session, key: str) -> BuildChoice | None:
+    """What ``packaged`` chose before."""
+    kept = session.store.get(FileRecord, "file", key)
+    return None if kept is None else kept.choice
+
+
+def packaged(session: Session, final: Final, key: str) -> Final:
+    """The same build as native code, where its backend makes such and it is not slower.
+
+    It answers at once wherever the file is loaded; what was compiled while it ran is compiled again there.
+    """
+    backend, choice = session.backends[final.built.choice.backend], final.built.choice
+    ahead = backend.for_file(choice) if isinstance(backend, Packaging) else None
+    if ahead is None:
+        return final
+    kept = kept_choice(session, key)
+    if kept == choice:
+        return final
+    try:
+        other = replace(final, built=build_for(session, final.graph, ahead))
+    except (BackendError, ParityError) as error:
+        session.progress.note(f"no native code for the file: {error}")
+        return final
+    if kept is None and is_slower(_beside(session, final, other)):
+        session.progress.note("native code for the file is slower than the build of the plan: left")
+        other = final
+    session.store.put("file", key, FileRecord(choice=other.built.choice))
+    return other
+
+
+def _beside(session: Session, final: Final, other: Final) -> Ratio:
+    """Latency of one build over that of another, of one interleaved run."""
+    calls = {
+        name: session.caller(f.built.executable, f.built.choice.batch)
+        for name, f in (("planned", final), ("packaged", other))
+    }
+    timings = measure_calls(session, calls, _PACKAGED)
+    return ratio(timings["planned"], timings["packaged"], session.settings.seed)
 
 
 def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) -> Plan:

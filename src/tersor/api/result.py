@@ -12,7 +12,15 @@ from torch import nn
 from tersor._version import __version__
 from tersor.api.choosing import ChoiceRecord, choose_plan, metric_stamp, plan_key, task_for
 from tersor.api.files import Facts, artifact_size, final_bytes
-from tersor.api.final import Final, Made, as_baseline, built_final, make_final
+from tersor.api.final import (
+    Final,
+    Made,
+    as_baseline,
+    built_final,
+    kept_choice,
+    make_final,
+    packaged,
+)
 from tersor.api.judging import Decision, TestPart, judge, race, runner_for
 from tersor.api.keeping import MadeRecord, pack_made, unpack_made
 from tersor.api.proposing import Offers
@@ -142,14 +150,18 @@ class Result:
     @cached_property
     def _final(self) -> Final:
         session = self._run.session
-        made = self._made
+        made, key = self._made, self._key
         try:
-            return built_final(session, made, self._plan.choice)
+            final = built_final(session, made, self._plan.choice)
         except (BackendError, ParityError) as error:
             if self._is_baseline:
                 raise
             self._fall_back(f"the planned build failed: {error}")
-            return built_final(session, Made(session.graph), self._plan.choice)
+            key = self._key
+            final = built_final(session, Made(session.graph), self._plan.choice)
+        final = packaged(session, final, key)
+        self._plan = replace(self._plan, choice=final.built.choice)
+        return final
 
     @cached_property
     def _made(self) -> Made:
@@ -201,6 +213,8 @@ class Result:
             _ = self._made  # may step back, as it did then
             if kept.returned_baseline and not self._is_baseline:
                 self._fall_back(kept.reason)
+            choice = kept_choice(session, self._key) or self._plan.choice
+            self._plan = replace(self._plan, choice=choice)
             return kept
         found = self._verify()
         if found.noise <= BUSY:  # else the same command measures again

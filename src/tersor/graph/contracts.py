@@ -351,6 +351,15 @@ class Reshapable(Protocol):
 
 
 @runtime_checkable
+class Packaging(Protocol):
+    """What a backend offers that can put native code of its builds into a file."""
+
+    def for_file(self, choice: BuildChoice) -> BuildChoice | None:
+        """The same build compiled ahead of time; None where it is, or where there is none."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A compiler or runtime on a device."""
 

@@ -6,6 +6,7 @@ graph, and native code that links against torch.
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -103,6 +104,15 @@ class InductorBackend:
         if candidate.site.startswith(ADD_PREFIX) and candidate.level not in ("f32", "bf16"):
             return Support(ok=False, reason="inductor computes additions in floats here")
         return support_of(self.describe(), candidate)
+
+    def for_file(self, choice: BuildChoice) -> BuildChoice | None:
+        """The build ahead of time in place of one that compiles again wherever it is loaded.
+
+        Prices are those of the compiler's own mode: a package of the same kernels takes longer to build.
+        """
+        if choice.options.get("mode") not in ("compile", "autotune"):
+            return None
+        return replace(choice, options={**choice.options, "mode": "package"})
 
     def build(
         self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice
