@@ -31,11 +31,11 @@ def _quick() -> Iterator[None]:
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO has no native code of its own: another way to build stands for it."""
 
-    def for_file(self: Any, choice: BuildChoice) -> BuildChoice | None:
-        del self
+    def for_file(self: Any, choice: BuildChoice, best: BuildChoice) -> tuple[BuildChoice, ...]:
+        del self, best
         if "int8_linear" in choice.options:
-            return None
-        return replace(choice, options={"int8_linear": "linear"})
+            return ()
+        return (replace(choice, options={"int8_linear": "linear"}),)
 
     monkeypatch.setattr(OpenVINOBackend, "for_file", for_file, raising=False)
 
@@ -93,14 +93,18 @@ def test_the_file_takes_what_is_not_slower(
 
 def test_what_is_compiled_for_a_file() -> None:
     backend = InductorBackend("cuda")
-    choice = BuildChoice(
-        backend="inductor", device="cuda", options={"mode": "autotune", "graph": True}
+    plain = BuildChoice(
+        backend="inductor", device="cuda", options={"mode": "compile", "graph": True}
     )
-    ahead = backend.for_file(choice)
-    assert ahead is not None
-    assert dict(ahead.options) == {"mode": "package", "graph": True}
-    assert backend.for_file(ahead) is None
-    assert backend.for_file(replace(choice, options={"mode": "eager"})) is None
+    searched = replace(plain, options={"mode": "autotune", "graph": True})
+    eager = replace(plain, options={"mode": "eager"})
+    package = {"mode": "package", "graph": True}
+    assert [dict(c.options) for c in backend.for_file(plain, eager)] == [package]
+    for choice, best in ((plain, searched), (searched, eager)):
+        found = [dict(c.options) for c in backend.for_file(choice, best)]
+        assert found == [package, {**package, "tuned": True}]
+    assert not backend.for_file(replace(plain, options=package), searched)
+    assert not backend.for_file(eager, searched)
 
 
 @pytest.mark.slow

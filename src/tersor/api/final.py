@@ -1,6 +1,6 @@
 """From a plan to the final graph: widths cut and fitted, formats rounded, and its build."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from tersor.graph.contracts import Graph, Packaging, SiteChange
 from tersor.graph.edit import attribute
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tersor.propose.propose import NATIVE
-from tersor.timing.protocol import Protocol, Ratio, ratio
+from tersor.timing.protocol import Protocol, ratio
 from tersor.transform.sequential import transform
 from tersor.verify.verify import is_slower
 
@@ -224,38 +224,44 @@ def kept_choice(session: Session, key: str) -> BuildChoice | None:
     return None if kept is None else kept.choice
 
 
-def packaged(session: Session, final: Final, key: str) -> Final:
+def packaged(session: Session, final: Final, best: BuildChoice, key: str) -> Final:
     """The same build as native code, where its backend makes such and it is not slower.
 
     It answers at once wherever the file is loaded; what was compiled while it ran is compiled again there.
+
+    ``best`` is how the best uncompressed build was made; ``key`` is the plan's: what was chosen once for it
+    is chosen again.
     """
-    backend, choice = session.backends[final.built.choice.backend], final.built.choice
-    ahead = backend.for_file(choice) if isinstance(backend, Packaging) else None
-    if ahead is None:
-        return final
+    choice, backend = final.built.choice, session.backends[final.built.choice.backend]
+    ahead = backend.for_file(choice, best) if isinstance(backend, Packaging) else ()
     kept = kept_choice(session, key)
-    if kept == choice:
+    if not ahead or kept == choice:
         return final
-    try:
-        other = replace(final, built=build_for(session, final.graph, ahead))
-    except (BackendError, ParityError) as error:
-        session.progress.note(f"no native code for the file: {error}")
+    others: list[Final] = []
+    for other in ahead if kept is None else (kept,):
+        try:
+            others.append(replace(final, built=build_for(session, final.graph, other)))
+        except (BackendError, ParityError) as error:
+            session.progress.note(f"{other.describe()}: no native code for the file: {error}")
+    if not others:
         return final
-    if kept is None and is_slower(_beside(session, final, other)):
-        session.progress.note("native code for the file is slower than the build of the plan: left")
-        other = final
-    session.store.put("file", key, FileRecord(choice=other.built.choice))
-    return other
+    found = others[0] if kept is not None else _fastest(session, final, others)
+    session.store.put("file", key, FileRecord(choice=found.built.choice))
+    return found
 
 
-def _beside(session: Session, final: Final, other: Final) -> Ratio:
-    """Latency of one build over that of another, of one interleaved run."""
+def _fastest(session: Session, final: Final, others: Sequence[Final]) -> Final:
+    """The fastest of some builds, of one interleaved run; the planned one where all are surely slower."""
+    named = {"planned": final, **{str(i): other for i, other in enumerate(others)}}
     calls = {
-        name: session.caller(f.built.executable, f.built.choice.batch)
-        for name, f in (("planned", final), ("packaged", other))
+        name: session.caller(f.built.executable, f.built.choice.batch) for name, f in named.items()
     }
     timings = measure_calls(session, calls, _PACKAGED)
-    return ratio(timings["planned"], timings["packaged"], session.settings.seed)
+    least = min((n for n in named if n != "planned"), key=lambda n: timings[n].median_ms)
+    if is_slower(ratio(timings["planned"], timings[least], session.settings.seed)):
+        session.progress.note("native code for the file is slower than the build of the plan: left")
+        return final
+    return named[least]
 
 
 def as_baseline(session: Session, prices: Prices, target: Target, plan: Plan) -> Plan:

@@ -159,7 +159,9 @@ class Result:
             self._fall_back(f"the planned build failed: {error}")
             key = self._key
             final = built_final(session, Made(session.graph), self._plan.choice)
-        final = packaged(session, final, key)
+        best = self._run.prices.baseline.choice
+        assert best is not None
+        final = packaged(session, final, best, key)
         self._plan = replace(self._plan, choice=final.built.choice)
         return final
 

@@ -264,11 +264,14 @@ def _ways(
 
 
 def _floats_of(info: BackendInfo, base: BuildChoice) -> dict[str, str | int | bool]:
-    """How a backend builds floats: as the baseline does where it is the baseline's."""
+    """How a backend builds floats: as the baseline does where it is the baseline's, or quicker."""
     if not info.floats:
         return {}
     if info.name == base.backend:
-        return dict(base.options)
+        same = [
+            w for w in info.floats if (w.precision, w.options) == (base.precision, base.options)
+        ]
+        return dict(base.options) | (dict(same[0].quick) if same else {})
     ways = [way.options for way in info.floats if way.precision == base.precision]
     return dict(ways[0]) if ways else {}
 

@@ -199,10 +199,16 @@ class FormatInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FloatChoice:
-    """A way to build floats."""
+    """A way to build floats.
+
+    Attributes:
+        quick: Options in place of those of the same names where dozens of builds are needed, as for prices;
+            empty where such a build takes no longer than others.
+    """
 
     precision: Precision
     options: Mapping[str, str | int | bool] = field(default_factory=dict)
+    quick: Mapping[str, str | int | bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -354,8 +354,13 @@ class Reshapable(Protocol):
 class Packaging(Protocol):
     """What a backend offers that can put native code of its builds into a file."""
 
-    def for_file(self, choice: BuildChoice) -> BuildChoice | None:
-        """The same build compiled ahead of time; None where it is, or where there is none."""
+    def for_file(self, choice: BuildChoice, best: BuildChoice) -> Sequence[BuildChoice]:
+        """The same build compiled ahead of time, in every way worth measuring; none where it is.
+
+        Args:
+            choice: Of the build.
+            best: Of the best uncompressed build: what gains there is tried here.
+        """
         ...
 
 

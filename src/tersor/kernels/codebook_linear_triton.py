@@ -66,10 +66,13 @@ _VECTORS = (
     (32, 64, 2, 4), (32, 64, 4, 4), (32, 64, 1, 4), (32, 128, 2, 8), (32, 128, 2, 16), (32, 128, 4, 16),
 )  # fmt: skip
 # Outputs, splits, warps, stages; the last has 512 threads.
-_DOTS = ((64, 2, 4, 4), (64, 4, 4, 4), (128, 4, 4, 4), (128, 8, 8, 3), (256, 8, 16, 3))
+_DOTS = (
+    (64, 2, 4, 4), (64, 4, 4, 4), (64, 4, 4, 2), (128, 4, 4, 4), (128, 4, 8, 2), (128, 8, 8, 3), (256, 8, 16, 3),
+)  # fmt: skip
 _TALL_DOTS = ((64, 1, 4, 3), (128, 1, 4, 3), (128, 1, 8, 3), (128, 2, 8, 3))
 _LESS = 2  # tiles that are tried with a lookup of which less is to be expected
 _FEW = 64  # rows of x up to which one program takes all of them
+_FLOAT32_STAGES = 2  # 1 and 2 compute what they should on an H200
 _LEAST_ROWS = 16  # of x in a program, of which tensor cores take 8 or 16 at once
 _ADDED = 256  # outputs of a program that adds parts
 _EXPANDED = 16  # rows of a program that expands a weight
@@ -165,6 +168,8 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
         kernel = wrap_triton(_tiled(codebook_vector_kernel, launch))
         kernel[blocks, splits](*tensors, *sizes, *counts, **settings)
     else:
+        if x.dtype == torch.float32:  # with 4 stages Triton 3.6 reads words at addresses that are off
+            launch = launch._replace(stages=min(launch.stages, _FLOAT32_STAGES))
         kernel = wrap_triton(_tiled(codebook_dot_kernel, launch))
         kernel[blocks * triton.cdiv(x.shape[0], launch.width), splits](
             *tensors, x.shape[0], *sizes, *counts, **settings

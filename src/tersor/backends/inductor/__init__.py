@@ -105,14 +105,18 @@ class InductorBackend:
             return Support(ok=False, reason="inductor computes additions in floats here")
         return support_of(self.describe(), candidate)
 
-    def for_file(self, choice: BuildChoice) -> BuildChoice | None:
-        """The build ahead of time in place of one that compiles again wherever it is loaded.
+    def for_file(self, choice: BuildChoice, best: BuildChoice) -> tuple[BuildChoice, ...]:
+        """Builds ahead of time in place of one that compiles again wherever it is loaded.
 
         Prices are those of the compiler's own mode: a package of the same kernels takes longer to build.
+        Where a search for kernels paid on the uncompressed model, one with such a search is tried, too.
         """
         if choice.options.get("mode") not in ("compile", "autotune"):
-            return None
-        return replace(choice, options={**choice.options, "mode": "package"})
+            return ()
+        plain = replace(choice, options={**choice.options, "mode": "package"})
+        if "autotune" not in (choice.options.get("mode"), best.options.get("mode")):
+            return (plain,)
+        return (plain, replace(plain, options={**plain.options, "tuned": True}))
 
     def build(
         self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice

@@ -57,7 +57,7 @@ def compile_module(
         if not is_open and any(n.target in _TUNED for n in module.graph.nodes):
             module(*example)  # kernels choose their tiles for these shapes, which no compiler does
         if options.mode == "package":
-            return _packaged(module, example, is_open=is_open)
+            return _packaged(module, example, is_open=is_open, is_tuned=options.tuned)
         return _just_in_time(module, example, options, is_open=is_open)
 
 
@@ -94,7 +94,9 @@ def _just_in_time(
     return Compiled(call=compiled, sources=texts, traced=traced)
 
 
-def _packaged(module: fx.GraphModule, example: Sequence[Tensor], *, is_open: bool) -> Compiled:
+def _packaged(
+    module: fx.GraphModule, example: Sequence[Tensor], *, is_open: bool, is_tuned: bool
+) -> Compiled:
     """Constants stay outside: the file holds them once, and they are on the device already."""
     shapes = None
     if is_open:
@@ -108,6 +110,7 @@ def _packaged(module: fx.GraphModule, example: Sequence[Tensor], *, is_open: boo
             inductor_configs={
                 "aot_inductor.package_constants_in_so": False,
                 "always_keep_tensor_constants": True,
+                "max_autotune": is_tuned,
             },
         )
         package = Path(path).read_bytes()

@@ -25,6 +25,7 @@ class Options:
         half: The type of 16-bit floats.
         layout: Of images.
         tf32: Products of float32 in 19 bits (CUDA only).
+        tuned: A package whose kernels are chosen by measurement, as "autotune" does.
         weights: Of linears, where they are stored as codes: expanded to floats when the model is built, or
             read as codes by every call.
     """
@@ -34,6 +35,7 @@ class Options:
     half: str = "bfloat16"
     layout: str = "contiguous"
     tf32: bool = False
+    tuned: bool = False
     weights: str = "floats"
 
 
@@ -43,6 +45,7 @@ _WANTED: Mapping[str, tuple[Any, ...]] = {
     "half": _HALVES,
     "layout": _LAYOUTS,
     "tf32": (False, True),
+    "tuned": (False, True),
     "weights": _WEIGHTS,
 }
 
@@ -86,8 +89,9 @@ def float_choices(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
         for mode, graph in (("eager", False), *((m, True) for m in modes))
         if graph or not more
     ]
-    if can_compile:
-        plain.append(FloatChoice(precision="bf16", options={"mode": "autotune", "graph": True}))
+    if can_compile:  # a search of minutes for every build
+        searched = {"mode": "autotune", "graph": True}
+        plain.append(FloatChoice(precision="bf16", options=searched, quick={"mode": "compile"}))
     images = [
         replace(c, options={**c.options, "layout": "channels_last"})
         for c in plain
