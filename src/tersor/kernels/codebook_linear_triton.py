@@ -168,7 +168,9 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
         kernel = wrap_triton(_tiled(codebook_vector_kernel, launch))
         kernel[blocks, splits](*tensors, *sizes, *counts, **settings)
     else:
-        if x.dtype == torch.float32:  # with 4 stages Triton 3.6 reads words at addresses that are off
+        if (
+            x.dtype == torch.float32
+        ):  # with 4 stages Triton 3.6 reads words at addresses that are off
             launch = launch._replace(stages=min(launch.stages, _FLOAT32_STAGES))
         kernel = wrap_triton(_tiled(codebook_dot_kernel, launch))
         kernel[blocks * triton.cdiv(x.shape[0], launch.width), splits](

@@ -63,9 +63,18 @@ def compile_module(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    from torch._inductor import select_algorithm
+
+    prints = getattr(select_algorithm, "PRINT_AUTOTUNE", None)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own compiler
-        yield
+        if prints is not None:  # a table of kernels for every layer
+            select_algorithm.PRINT_AUTOTUNE = False
+        try:
+            yield
+        finally:
+            if prints is not None:
+                select_algorithm.PRINT_AUTOTUNE = prints
 
 
 def _just_in_time(

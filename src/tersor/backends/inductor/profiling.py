@@ -186,7 +186,7 @@ def profiled(run: Callable[[], None]) -> tuple[list[Any], dict[str, float]]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.no_grad(), torch.profiler.profile(activities=activities) as profile:
+    with torch.no_grad(), torch.profiler.profile(activities=activities, acc_events=True) as profile:
         run()
         if on_gpu:
             torch.cuda.synchronize()
