@@ -3,7 +3,7 @@
 #   make demo    compress MiniLM-L6 for this processor and compare
 #   make test    lint, types, import contracts, tests
 #   make lint    the first three alone
-#   make test-slow   the tests that take long, half an hour or more; by hand and before a release
+#   make test-slow   the tests that take long: by hand, and before a release
 #   make bench   write the tables of benchmarks/results
 #   make clean   remove caches and outputs; make distclean removes .venv too
 
@@ -19,7 +19,9 @@ BIN := $(VENV)/bin
 # Errors only: pip's warnings about index locations fill the screen and stop nobody.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 # Many tests start processes, which would compile the package anew without its bytecode.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# In the order of the folders: whole runs first, so that the workers end with short files together.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
+	--dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow lint bench clean distclean
 .DELETE_ON_ERROR:

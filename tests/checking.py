@@ -1,7 +1,9 @@
 """Annotations of the package are checked while its tests run.
 
-Only modules with shapes in their annotations pay for jaxtyping, which binds the arguments of every
-call: with it everywhere the suite would take twice as long. beartype alone checks all others.
+jaxtyping binds the arguments of every call, which more than doubles the time of code that calls
+small functions: only modules with shapes in their annotations have it, and those whose annotations
+name what is imported for type checkers alone or whose functions have decorators of other packages,
+which the hook of beartype does not take. beartype alone checks all others.
 """
 
 from beartype import BeartypeConf
@@ -9,8 +11,7 @@ from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
 WITH_SHAPES = ("tersor.ops", "tersor.graph.axes.heads")
-# Its hook checks functions inside of other decorators, such as Triton's; that of beartype outside.
-_DECORATED = ("tersor.kernels",)
+_NOT_BY_BEARTYPE = ("tersor.api", "tersor.backends", "tersor.cli", "tersor.kernels", "tersor.train")
 _CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_random=False))"
 
 
@@ -23,4 +24,4 @@ def check_annotations() -> None:
         warning_cls_on_decorator_exception=None,
     )
     beartype_package("tersor", conf=conf)
-    install_import_hook([*WITH_SHAPES, *_DECORATED], _CHECKER)
+    install_import_hook([*WITH_SHAPES, *_NOT_BY_BEARTYPE], _CHECKER)

@@ -299,7 +299,7 @@ def family(entry: ZooModel) -> Any:
     return pytest.param(entry, id=entry.name, marks=() if is_fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("entry", map(family, families.entries()))
+@pytest.mark.parametrize("entry", [family(entry) for entry in families.entries()])
 def test_families(entry: ZooModel) -> None:
     check(tersor.inspect(entry.build(), entry.inputs()))
 
