@@ -3,6 +3,7 @@
 #   make demo    compress MiniLM-L6 for this processor and compare
 #   make test    lint, types, import contracts, tests
 #   make lint    the first three alone
+#   make test-slow   the tests that take long: by hand, and before a release
 #   make bench   write the tables of benchmarks/results
 #   make clean   remove caches and outputs; make distclean removes .venv too
 
@@ -17,15 +18,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Errors only: pip's warnings about index locations fill the screen and stop nobody.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Many tests start processes, which would compile the package anew without its bytecode.
+# In the order of the folders: whole runs first, so that the workers end with short files together.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) \
+	--dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint bench clean distclean
+.PHONY: demo test test-slow lint bench clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/tersor demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not zoo and not gpu and not slow"
+	$(PYTEST) -m "not zoo and not gpu and not slow"
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m "slow and not zoo and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

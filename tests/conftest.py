@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.data.zoo import load_lenet5, load_resnet20
+from tests.checking import check_annotations
+
+check_annotations()
+
+from tests.data.zoo import load_lenet5, load_resnet20  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 MEAN, DEVIATION = 0.2860, 0.3530

@@ -1,7 +1,6 @@
 """Finished runs of real networks, made once for all end-to-end tests."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.api.tiles import Tiles
-from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Ratio
 from tests.data.zoo import load_lenet5, load_resnet20
-from tests.e2e.helpers import Accuracy, Finished, Recorded, parts, state_of, warm_copy
+from tests.e2e.helpers import Accuracy, Finished, Recorded, brief_runs, parts, state_of, warm_copy
 
 # A size that only int8 weights reach, whatever the machine's timings say.
 LENET_TARGET = tersor.Target(size_ratio=3.0, drop_points=5.0)
@@ -51,6 +49,13 @@ def _one_backend() -> Iterator[None]:
     """``backend="auto"`` races backends; most of these tests are about something else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tersor.api.session.backend_names", lambda: ["openvino"])
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _brief_runs() -> Iterator[None]:
+    """How long builds are measured is tested in ``tests/unit``, and by the runs marked slow."""
+    with brief_runs():
         yield
 
 
@@ -97,9 +102,7 @@ def resnet_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFacto
     loader = torch.utils.data.DataLoader(chosen, batch_size=32)
     data = tersor.Data(loader, to_inputs=lambda batch: batch[0], output="logits")
     cache = tmp_path_factory.mktemp("resnet") / "cache"
-    with pytest.MonkeyPatch.context() as patch:  # half of the priced builds: half a minute less
-        patch.setattr("tersor.api.stages.PriceConfig", partial(PriceConfig, k=6, held_out=2))
-        return finish(load_resnet20(), data, RESNET_TARGET, cache)
+    return finish(load_resnet20(), data, RESNET_TARGET, cache)
 
 
 @pytest.fixture(scope="session")
@@ -107,13 +110,7 @@ def pruned_run(images: dict[str, Tensor], tmp_path_factory: pytest.TempPathFacto
     """LeNet-5 with every method, for a size that needs fewer units as well as fewer bits."""
     metric = Accuracy(images["train"][60:100], images["train_labels"][60:100])
     cache = tmp_path_factory.mktemp("pruned") / "cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "tersor.api.stages.PriceConfig", partial(PriceConfig, k=6, k_mixed=8, held_out=2)
-        )
-        return finish(
-            load_lenet5(), parts(images), PRUNED_TARGET, cache, (metric, None), methods="all"
-        )
+    return finish(load_lenet5(), parts(images), PRUNED_TARGET, cache, (metric, None), methods="all")
 
 
 @pytest.fixture(params=["lenet_run", "resnet_run"])

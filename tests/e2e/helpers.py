@@ -89,18 +89,28 @@ class Finished:
         return found
 
 
+BRIEF = Protocol(rounds=3, runs=3, max_seconds=3.0)
+FEW_BUILDS = PriceConfig(k=6, k_mixed=8, held_out=2)
+
+
 @contextmanager
-def quick_runs(config: PriceConfig) -> Iterator[None]:
-    """Few builds and few runs, and no baseline in the result's place: times do not matter here."""
-    protocol = Protocol(rounds=3, runs=3, max_seconds=3.0)
+def brief_runs(config: PriceConfig = FEW_BUILDS) -> Iterator[None]:
+    """Few builds, each measured briefly: what these tests are about is not how long a call takes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tersor.api.stages.PriceConfig", lambda seed: replace(config, seed=seed))
         for name in ("stages._QUICK", "stages._CAREFUL", "stages.PRICING"):
-            patch.setattr(f"tersor.api.{name}", protocol)
+            patch.setattr(f"tersor.api.{name}", BRIEF)
         for name in ("shaping._CURVE", "shaping._RACE"):
-            patch.setattr(f"tersor.api.{name}", protocol)
-        for name in ("choosing._FINALISTS", "judging._FINAL"):
-            patch.setattr(f"tersor.api.{name}", protocol)
+            patch.setattr(f"tersor.api.{name}", BRIEF)
+        for name in ("choosing._FINALISTS", "judging._FINAL", "undoing._SIDE_BY_SIDE"):
+            patch.setattr(f"tersor.api.{name}", BRIEF)
+        yield
+
+
+@contextmanager
+def quick_runs(config: PriceConfig) -> Iterator[None]:
+    """Brief runs with no baseline in the result's place."""
+    with brief_runs(config), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tersor.api.result.is_slower", lambda _: False)
         yield
 

@@ -200,7 +200,11 @@ def test_a_target_of_another_type() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "binding"), [({"speedup": 50}, "latency"), ({"size_ratio": 90}, "size")]
+    ("target", "binding"),
+    [
+        pytest.param({"speedup": 50}, "latency", marks=pytest.mark.slow),
+        ({"size_ratio": 90}, "size"),
+    ],
 )
 def test_a_target_that_no_plan_meets_gives_the_best_point(
     again: Callable[..., Result], tmp_path: Path, target: Any, binding: str

@@ -34,12 +34,13 @@ import numpy as np
 import tersor
 from tests.conftest import DATA, pixels
 from tests.data.zoo import load_lenet5
-from tests.e2e.helpers import parts
+from tests.e2e.helpers import brief_runs, parts
 with np.load(DATA / "fashion_mnist_2k.npz") as packed:
     images = {"train": pixels(packed["train_images"]), "test": pixels(packed["test_images"])}
 target = tersor.Target(size_ratio=3.0)
-result = tersor.compress(load_lenet5(), parts(images), target=target, cache_dir=sys.argv[1],
-                         methods=("quantize",), backend="openvino")
+with brief_runs():
+    result = tersor.compress(load_lenet5(), parts(images), target=target, cache_dir=sys.argv[1],
+                             methods=("quantize",), backend="openvino")
 print(json.dumps({"assignment": dict(result.plan.assignment),
                   "choice": result.plan.choice.describe()}))
 """
@@ -64,7 +65,7 @@ KILLS = (
     Kill("measured", BEHIND_PRICES, PRICED),  # in the middle of planning
     Kill("plan", BEHIND_PRICES, PRICED | {"plan"}),
 )
-SLOW = ("propose", "plan")
+SLOW = ("calibration", "propose", "plan")
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ class TestAccelerate:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    @pytest.mark.parametrize("stop", [2 * 14, 2 * 36])
+    @pytest.mark.parametrize("stop", [2 * 14, pytest.param(2 * 36, marks=pytest.mark.slow)])
     def test_a_run_resumes_from_the_accelerators_own_state(self, stop: int, tmp_path: Path) -> None:
         parts = self.start()
         self.train(parts, 0, stop)
@@ -138,7 +138,7 @@ class TestLightning:
         trainer.fit(module, loader, ckpt_path=path)
         return trainer, callback
 
-    @pytest.mark.parametrize("stop", [12, 36])
+    @pytest.mark.parametrize("stop", [12, pytest.param(36, marks=pytest.mark.slow)])
     def test_a_fit_resumes_from_its_checkpoint(self, stop: int, tmp_path: Path) -> None:
         module = self.module()
         _, callback = self.fit(tmp_path, module, until=STEPS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -45,7 +45,7 @@ def fitted(lab: ModuleType, net, k: int = 20) -> PriceTable:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_int8_that_needs_an_int8_reader_goes_by_both_formats(
     lab: ModuleType, seed: int, noise: float
 ) -> None:
@@ -77,7 +77,7 @@ def test_int8_that_needs_an_int8_reader_goes_by_both_formats(
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_int8_that_needs_none_goes_by_its_own_format(
     lab: ModuleType, seed: int, noise: float
 ) -> None:

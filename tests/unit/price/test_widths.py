@@ -29,7 +29,9 @@ def by_name(table: PriceTable) -> dict:
     return {term.name: term for term in table.terms}
 
 
-@pytest.mark.parametrize(("seed", "tile"), [(0, 16), (1, 16), (2, 32)])
+@pytest.mark.parametrize(
+    ("seed", "tile"), [(0, 16), pytest.param(1, 16, marks=pytest.mark.slow), (2, 32)]
+)
 def test_held_out_widths_and_formats_are_predicted(lab: ModuleType, seed: int, tile: int) -> None:
     error = fit_error(fitted(lab, lab.Network(seed=seed, tile=tile)))
     assert error.n == 20
@@ -37,7 +39,7 @@ def test_held_out_widths_and_formats_are_predicted(lab: ModuleType, seed: int, t
     assert error.spearman > 0.99
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_noise_of_builds_is_not_amplified(lab: ModuleType, seed: int) -> None:
     noise = 0.02
     error = fit_error(fitted(lab, lab.Network(seed=seed, noise=noise)))

@@ -363,8 +363,18 @@ def test_neurons_of_a_transformer() -> None:
     assert report.difference <= 1e-5
 
 
-@pytest.mark.parametrize("algorithm", ["regrow", "ramp", "prox"])
-@pytest.mark.parametrize("stop", [3, 22, 34, 45])
+@pytest.mark.parametrize(
+    ("algorithm", "stop"),
+    [
+        *(("regrow", stop) for stop in (3, 22, 34, 45)),
+        *((algorithm, 22) for algorithm in ("ramp", "prox")),
+        *(
+            pytest.param(algorithm, stop, marks=pytest.mark.slow)
+            for algorithm in ("ramp", "prox")
+            for stop in (3, 34, 45)
+        ),
+    ],
+)
 def test_a_run_that_stops_anywhere_resumes_to_the_same_result(algorithm: str, stop: int) -> None:
     def begin() -> tuple[Convolutional, torch.optim.Optimizer, Shrinker]:
         model = network()
