@@ -11,10 +11,13 @@ bfloat16 and float16, and its calls recorded as a CUDA graph. Widths are cut in 
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor, nn
 
 from tersor.backends.inductor import InductorBackend
@@ -27,8 +30,12 @@ from tersor.graph.apply import apply
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import attribute, run_all
 from tersor.graph.operators import weighted_ops
+from tersor.kernels.epilogue import activated, finished
 from tersor.kernels.linear8 import linear8
-from tersor.timing.device import SelfTimed
+from tersor.kernels.linear8_cuda import CHOICES
+from tersor.kernels.linear8_library import library_product, library_ways
+from tersor.kernels.linear8_triton import ACTIVATION_CODES, choose_tile, finish, key_of, launch
+from tersor.kernels.linear8_triton import CHOSEN as CHOSEN_TILES
 from tersor.timing.protocol import Protocol, measure, noise
 from tests.conformance.zoo.torchvision_shim import import_torchvision
 
@@ -45,7 +52,14 @@ IMAGES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
 )
 HANDS = ((True, torch.bfloat16), (False, torch.bfloat16))
 IMAGE_HANDS = ((True, torch.bfloat16), (True, torch.float16), (False, torch.float16))
-LINEARS = ((4096, 768, 3072), (4096, 3072, 768), (4096, 768, 768), (32768, 768, 3072))
+LINEARS = (
+    (4096, 768, 768), (4096, 768, 2304), (4096, 768, 3072), (4096, 3072, 768),  # BERT-base, batch 32
+    (32768, 768, 768), (32768, 768, 2304), (32768, 768, 3072), (32768, 3072, 768),  # batch 256
+    (6304, 768, 2304), (6304, 768, 3072), (6304, 3072, 768),  # ViT-B, batch 32
+    (50432, 768, 2304), (50432, 768, 3072), (50432, 3072, 768),  # batch 256
+    (1, 768, 3072), (128, 768, 3072),
+)  # fmt: skip
+CHAINED = ("none", "gelu")  # to bf16, and through GELU to the next codes
 
 
 class Layer(nn.Module):
@@ -246,55 +260,84 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
     return row
 
 
-class Timed:
-    """Many calls of one kernel between two events."""
-
-    def __init__(self, call: Any, count: int = 20) -> None:
-        self.call, self.count = call, count
-
-    def __call__(self) -> object:
-        self.call()
-        torch.cuda.synchronize()
-        return None
-
-    def timed_ms(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(self.count):
-            self.call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / self.count
+def _in_turn(
+    product: Callable[[], Tensor], after: Callable[..., Tensor], arguments: tuple[Any, ...]
+) -> Tensor:
+    return after(product(), *arguments)
 
 
-def kernels(rows: int, inp: int, out: int) -> dict[str, Any]:
-    """One layer, whatever computes it: with bias, to bf16 and (fused) to the next codes."""
+def arms(rows: int, inp: int, out: int, activation: str) -> dict[str, Callable[[], object]]:
+    """One layer, whatever computes it: with bias, to bf16, or through an activation to the next codes.
+
+    "fused": the Triton kernel; the others are the library's products, with what follows compiled by
+    Inductor ("compiled") or in one kernel of ours ("finished").
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(rows, inp, device="cuda", generator=generator)
     w = torch.randn(out, inp, device="cuda", generator=generator)
-    xi, wi = ((t * 30).round().clamp(-127, 127).to(torch.int8) for t in (x, w))
-    xf, wf = (t.to(torch.float8_e4m3fn) for t in (x, w))
-    xb, wb = x.bfloat16(), w.bfloat16()
     scale, bias = torch.full((out,), 0.01, device="cuda"), torch.randn(out, device="cuda")
-    inverse, half = torch.full((out,), 20.0, device="cuda"), bias.bfloat16()
-    one = torch.ones((), device="cuda")
-    calls: dict[str, Any] = {
-        "bf16": lambda: nn.functional.linear(xb, wb, half),
-        "int8 kernel to bf16": lambda: linear8(xi, wi, scale, bias, torch.bfloat16),
-        "int8 kernel, gelu, to codes": lambda: linear8(xi, wi, scale, bias, torch.int8, "gelu", inverse),
-        "int8 _int_mm to int32": lambda: torch._int_mm(xi, wi.t()),  # noqa: SLF001
-        "fp8 kernel to bf16": lambda: linear8(xf, wf, scale, bias, torch.bfloat16),
-        "fp8 kernel, gelu, to codes": lambda: linear8(xf, wf, scale, bias, torch.float8_e4m3fn, "gelu", inverse),
-        "fp8 _scaled_mm to bf16": lambda: torch._scaled_mm(xf, wf.t(), one, one, half, out_dtype=torch.bfloat16),  # noqa: SLF001
-    }  # fmt: skip
-    timed: dict[str, SelfTimed] = {n: Timed(c) for n, c in calls.items()}
-    times = measure(timed, Protocol(rounds=3, runs=5, max_seconds=3.0))
-    flop = 2.0 * rows * inp * out
-    return {
-        "work": "linear", "shape": [rows, inp, out],
-        "us": {n: round(t.median_ms * 1e3, 2) for n, t in times.items()},
-        "tera": {n: round(flop / t.median_ms / 1e9) for n, t in times.items()},
-    }  # fmt: skip
+    inverse = None if activation == "none" else torch.full((out,), 20.0, device="cuda")
+    xb, wb, half = x.bfloat16(), w.bfloat16(), bias.bfloat16()
+    after = torch.compile(finished, dynamic=False)
+
+    def by_hand() -> object:
+        return activated(nn.functional.linear(xb, wb, half), activation)
+
+    found: dict[str, Callable[[], object]] = {"bf16": torch.compile(by_hand, dynamic=False)}
+    for name, kind in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        xc, wc = ((t * 30).round().clamp(-127, 127).to(kind) for t in (x, w))
+        dtype = torch.bfloat16 if inverse is None else kind
+        code, known = ACTIVATION_CODES[activation], scale if inverse is None else inverse
+        most = 127.0 if kind == torch.int8 else 448.0
+        tail = (dtype, code, inverse is not None, 0.0, -most, most)
+        key = key_of(xc, wc, dtype, code)
+
+        fused = partial(launch, xc, wc, scale, bias, known, *tail)
+        choose_tile(key, fused)
+        found[f"{name} fused"] = fused
+        found[f"{name} chosen"] = partial(
+            linear8, xc, wc, scale, bias, dtype, activation, inverse, 0.0, int(-most), int(most)
+        )
+        for way in library_ways(xc, wc, dtype):
+            product = partial(library_product, xc, wc, scale, bias, dtype, way)
+            found[f"{name} {way} alone"] = product
+            if way == "rowwise" and inverse is None:
+                continue
+            is_scaled = way == "rowwise"
+            first = torch.ones_like(scale) if is_scaled else scale
+            second = torch.zeros_like(bias) if is_scaled else bias
+            end = (first, second, dtype, activation, inverse, 0.0, -most, most)
+            found[f"{name} {way} compiled"] = partial(_in_turn, product, after, end)
+            found[f"{name} {way} finished"] = partial(
+                _in_turn, product, finish, (first, second, known, *tail)
+            )
+    return found
+
+
+def kernels(rows: int, inp: int, out: int) -> Iterator[dict[str, Any]]:
+    """Median microseconds of every way of one layer, recorded as CUDA graphs, and which is chosen."""
+    for activation in CHAINED:
+        us: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        torch._dynamo.reset()  # noqa: SLF001 - one compiled program a shape
+        for name, call in arms(rows, inp, out, activation).items():
+            try:
+                call()
+                ms = triton.testing.do_bench_cudagraph(call, rep=10, return_mode="median")
+            except RuntimeError as error:
+                refused[name] = str(error)[:300]
+                continue
+            us[name] = round(ms * 1e3, 2)
+        flop = 2.0 * rows * inp * out
+        yield {
+            "work": "linear", "shape": [rows, inp, out], "after": activation, "us": us,
+            "tera": {n: round(flop / t / 1e6) for n, t in us.items()}, "refused": refused,
+            "chosen": {
+                str(k[3]): v.way for k, v in CHOICES.items()
+                if k[:3] == (rows, inp, out) and k[5] == ACTIVATION_CODES[activation]
+            },
+            "tiles": {str(k[3]): v for k, v in CHOSEN_TILES.items() if k[:3] == (rows, inp, out)},
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -308,7 +351,7 @@ def main() -> None:
     card = {**facts("cuda"), "torch": torch.__version__}
     for work in options.work.split(","):
         rows = (
-            (kernels(*shape) for shape in LINEARS)
+            (row for shape in LINEARS for row in kernels(*shape))
             if work == "kernels"
             else (
                 compare(work, int(b), small=options.small, modes=options.modes)

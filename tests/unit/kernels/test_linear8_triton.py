@@ -17,7 +17,7 @@ import json
 import torch
 import triton
 from tersor.kernels.linear8 import ACTIVATIONS, linear8_reference
-from tersor.kernels.linear8_triton import _CODES, linear8_kernel
+from tersor.kernels.linear8_triton import ACTIVATION_CODES, linear8_kernel
 
 def off(rows, inp, out, activation, to_codes, tile, kind):
     generator = torch.Generator().manual_seed(rows + inp)
@@ -35,7 +35,8 @@ def off(rows, inp, out, activation, to_codes, tile, kind):
     grid = (triton.cdiv(rows, tile[0]) * triton.cdiv(out, tile[1]),)
     linear8_kernel[grid](
         x, w, buffer, scale, offset, inverse, rows, out, inp, zero, *limits,
-        IS_INT=kind == "int8", ACTIVATION=_CODES[activation], TO_CODES=to_codes, SHORT=False,
+        IS_INT=kind == "int8", ACTIVATION=ACTIVATION_CODES[activation], TO_CODES=to_codes,
+        ROUNDS=kind == "int8", SHORT=False,
         BM=tile[0], BN=tile[1], BK=tile[2], GROUP=8, STEPS=triton.cdiv(inp, tile[2]),
     )
     wanted = linear8_reference(
@@ -96,20 +97,20 @@ def test_the_fastest_tile_of_a_shape_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     def bench(times: dict[Any, float]) -> Any:
         def measured(call: Any, **_: Any) -> float:
             calls.append(call)
-            tile = module._CHOSEN[key]
+            tile = module.CHOSEN[key]
             if tile not in times:
                 raise OutOfResources(300_000, 100_000, "shared memory")
             return times[tile]
 
         return measured
 
-    monkeypatch.setattr(module, "_CHOSEN", {})
+    monkeypatch.setattr(module, "CHOSEN", {})
     large, middle, small = module._TALL
     codes, weight = torch.zeros(4096, 64, dtype=torch.int8), torch.zeros(32, 64, dtype=torch.int8)
     monkeypatch.setattr(module.triton.testing, "do_bench_cudagraph", bench({}))
     with pytest.raises(OutOfResources):
         module.choose_tile(key, print)
-    assert not module._CHOSEN
+    assert not module.CHOSEN
     assert len(calls) == 3
     monkeypatch.setattr(
         module.triton.testing, "do_bench_cudagraph", bench({middle: 2.0, small: 1.0})
@@ -117,8 +118,8 @@ def test_the_fastest_tile_of_a_shape_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(2):  # measured once
         module.choose_tile(key, print)
         assert len(calls) == 6
-    assert {key: small} == module._CHOSEN
-    monkeypatch.setattr(module, "_CHOSEN", {(*key[:-1], "cpu"): small})
+    assert {key: small} == module.CHOSEN
+    monkeypatch.setattr(module, "CHOSEN", {(*key[:-1], "cpu"): small})
     assert module._tile_of(codes, weight, torch.bfloat16, 0) == small
     assert module._tile_of(codes[:100], weight, torch.bfloat16, 0) == large
     assert module._tile_of(codes[:5], weight, torch.bfloat16, 0) == module._FLAT[0]
