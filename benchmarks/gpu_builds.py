@@ -1,6 +1,6 @@
 """Builds on one card, random weights: what is found, by hand, in 8 bits; BERT-base, ViT-B, ResNet-50.
 
-    python -m benchmarks.gpu_builds --out results.jsonl [--work bert,vit,resnet50,kernels] [--batches 1,32]
+    python -m benchmarks.gpu_builds --out results.jsonl [--work bert,vit,resnet50,kernels] [--batches 1,32] [--formats int8,fp8]
 
 Speed only. All builds of one line were measured in turn in one run by device events, inputs on the
 device. "float": uncompressed builds of this project; "hand": the same module by ``torch.compile``, in
@@ -11,10 +11,10 @@ bfloat16 and float16, and its calls recorded as a CUDA graph. Widths are cut in 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -36,6 +36,7 @@ from tersor.kernels.linear8_cuda import CHOICES
 from tersor.kernels.linear8_library import library_product, library_ways
 from tersor.kernels.linear8_triton import ACTIVATION_CODES, choose_tile, finish, key_of, launch
 from tersor.kernels.linear8_triton import CHOSEN as CHOSEN_TILES
+from tersor.ops.float8 import FLOAT8_LIMIT, float8_codes
 from tersor.timing.protocol import Protocol, measure, noise
 from tests.conformance.zoo.torchvision_shim import import_torchvision
 
@@ -194,32 +195,39 @@ class ByHand:
         return start.elapsed_time(end)
 
 
-def in_eight_bits(graph: Graph) -> Graph:
-    """Every linear on symmetric codes: a scale a row, a step a tensor from the largest value seen."""
+def in_eight_bits(graph: Graph, level: Literal["int8", "fp8"]) -> Graph:
+    """Every linear on codes: a scale a row, a step a tensor, both from the largest value seen."""
     seen = run_all(graph.module, graph.example)
     changes = []
     for op in weighted_ops(graph.module):
         if op.kind != "linear":
             continue
         weight = attribute(graph.module, str(op.weight.target)).detach()
-        scale = weight.abs().amax(1) / 127
-        step = float(seen[op.data.name].abs().max()) / 127
+        most = 127 if level == "int8" else FLOAT8_LIMIT
+        scale = weight.abs().amax(1) / most
+        step = float(seen[op.data.name].abs().max()) / most
         site = Site(name=op.node.name, kind="format", ops=(op.node.name,), op_kind="linear",
                     weight=str(op.weight.target), shape=tuple(weight.shape))  # fmt: skip
-        codes = (weight / scale[:, None]).round().to(torch.int8)
-        grid = Quantizer(step=step, low=-128, high=127)
-        changes.append(
-            SiteChange(site=site, level="int8", codes=codes, scale=scale, quantizer=grid)
-        )
+        units = weight / scale[:, None]
+        if level == "int8":
+            codes, grid = units.round().to(torch.int8), Quantizer(step=step, low=-128, high=127)
+        else:
+            codes = float8_codes(units)
+            grid = Quantizer(step=step, low=-FLOAT8_LIMIT, high=FLOAT8_LIMIT, kind="fp8")
+        changes.append(SiteChange(site=site, level=level, codes=codes, scale=scale, quantizer=grid))
     return apply(graph, changes)
 
 
-def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]:
+def compare(
+    name: str, batch: int, *, small: bool, modes: str, formats: Sequence[Literal["int8", "fp8"]]
+) -> dict[str, Any]:
     plain, has_images = graph_of(name, small=False), name == "resnet50"
     builds = [("float", plain, p, o) for p, o in (IMAGES if has_images else FLOATS)]
     if not has_images and batch > 1:
-        cut = in_eight_bits(graph_of(name, small=True) if small else plain)
-        builds += [("int8", cut, p, o) for p, o in FLOATS[1:]]
+        whole = graph_of(name, small=True) if small else plain
+        for level in formats:
+            cut = in_eight_bits(whole, level)
+            builds += [(level, cut, p, o) for p, o in FLOATS[1:]]
     builds = [b for b in builds if b[3]["mode"] in modes.split(",")]
     (spec,) = plain.signature.inputs
     inputs = {spec.name: example(name, batch).numpy()}
@@ -245,7 +253,7 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
     times = measure(calls, PROTOCOL)
     best = {
         kind: min((t.median_ms, n) for n, t in times.items() if n.startswith(kind))
-        for kind in ("hand", "float", "int8")
+        for kind in ("hand", "float", *formats)
         if any(n.startswith(kind) for n in times)
     }
     row: dict[str, Any] = {
@@ -254,9 +262,11 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
         "build_s": seconds, "dropped": notes, "best": best,
     }  # fmt: skip
     row["float_over_hand"] = round(best["hand"][0] / best["float"][0], 3)
-    if "int8" in best:
-        row["speedup"] = round(best["float"][0] / best["int8"][0], 3)
-        row["speedup_over_hand"] = round(best["hand"][0] / best["int8"][0], 3)
+    for level in formats:
+        if level in best:
+            row[f"{level}_speedup"] = round(best["float"][0] / best[level][0], 3)
+            row[f"{level}_speedup_over_hand"] = round(best["hand"][0] / best[level][0], 3)
+    row["ways"] = [[str(k), c.way, c.ms, c.refused] for k, c in CHOICES.items()]
     return row
 
 
@@ -346,6 +356,7 @@ def main() -> None:
     parser.add_argument("--work", default="kernels,bert,vit")
     parser.add_argument("--batches", default="32,256")
     parser.add_argument("--modes", default="eager,compile,autotune")
+    parser.add_argument("--formats", default="int8,fp8", help="of eight bits, beside floats")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     card = {**facts("cuda"), "torch": torch.__version__}
@@ -354,7 +365,13 @@ def main() -> None:
             (row for shape in LINEARS for row in kernels(*shape))
             if work == "kernels"
             else (
-                compare(work, int(b), small=options.small, modes=options.modes)
+                compare(
+                    work,
+                    int(b),
+                    small=options.small,
+                    modes=options.modes,
+                    formats=options.formats.split(","),
+                )
                 for b in options.batches.split(",")
             )
         )

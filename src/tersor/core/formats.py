@@ -12,6 +12,7 @@ Format = Literal[
     "f32",
     "bf16",
     "int8",
+    "fp8",
     "int8_weight",
     "int4_weight",
     "int3_weight",

@@ -35,6 +35,17 @@ def quantize_codes(x: Tensor, step: float, zero: int, low: int, high: int) -> Te
     return torch.clamp(codes, low, high).to(torch.int8)
 
 
+def quantize_floats(x: Tensor, step: float) -> Tensor:
+    """Codes of a tensor as 8-bit floats, E4M3: x / step, rounded half to even, saturated at 448.
+
+    Args:
+        x: Any shape; floats, computed in float32.
+        step: Units of x a unit of the codes, above 0.
+    """
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    return torch.clamp(x.float() * (1.0 / step), -limit, limit).to(torch.float8_e4m3fn)
+
+
 def linear8(
     codes: Tensor,
     weight: Tensor,
@@ -100,4 +111,11 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(rows, weight.t())  # noqa: SLF001 - the only integer product there is
 
 
-__all__ = ["ACTIVATIONS", "activated", "linear8", "linear8_reference", "quantize_codes"]
+__all__ = [
+    "ACTIVATIONS",
+    "activated",
+    "linear8",
+    "linear8_reference",
+    "quantize_codes",
+    "quantize_floats",
+]
