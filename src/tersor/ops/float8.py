@@ -7,6 +7,8 @@ of a tensor at 448; how it is chosen beyond that hardly matters, as the error is
 Source: Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch import Tensor
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_LIMIT = 448
 RELATIVE_ERROR = 2.0**-4  # of rounding to nearest, of normal values
+# Mean squared error of rounding over the value squared: spacing^2 / 12, the spacing 2^-3 of the power of two
+# below a value, and values' places between two powers spread evenly by their logarithms.
+RELATIVE_VARIANCE = 3 / (8 * math.log(2)) * 2.0**-6 / 12
 SMALLEST_ERROR = 2.0**-10  # of rounding below those
 
 

@@ -1,0 +1,96 @@
+"""The library's products on the CPU, which ways take a shape, and which one is kept."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from tersor.kernels.epilogue import finished
+from tersor.kernels.linear8_library import library_product, library_ways
+
+FLOAT8 = torch.float8_e4m3fn
+HALF = 2.0**-8  # of a bfloat16, a rounding of the sum and one of what is done with it
+# Sums of products in float32, in another order.
+SINGLE = 1e-5
+
+
+def drawn(rows: int, inp: int, out: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    x, w = (
+        (torch.randn(n, inp, generator=generator) * 20).clamp(-127, 127).to(dtype)
+        for n in (rows, out)
+    )
+    scale = torch.rand(out, generator=generator) / inp + 1e-4
+    return x, w, scale, torch.randn(out, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("shape", "codes", "dtype", "wanted"),
+    [
+        ((32, 64, 48), torch.int8, torch.bfloat16, ("integers",)),
+        ((32, 64, 48), FLOAT8, torch.bfloat16, ("tensorwise", "rowwise")),
+        ((32, 64, 48), FLOAT8, FLOAT8, ("tensorwise", "rowwise")),
+        ((32, 64, 48), FLOAT8, torch.float32, ("tensorwise",)),
+        ((16, 64, 48), FLOAT8, torch.bfloat16, ()),
+        ((32, 72, 48), FLOAT8, torch.bfloat16, ()),
+        ((32, 72, 48), torch.int8, torch.bfloat16, ("integers",)),
+        ((32, 64, 44), torch.int8, torch.bfloat16, ()),
+    ],
+)
+def test_ways_of_a_shape(
+    shape: tuple[int, int, int], codes: torch.dtype, dtype: torch.dtype, wanted: tuple[str, ...]
+) -> None:
+    x, w, _, _ = drawn(*shape, codes)
+    assert library_ways(x, w, dtype) == wanted
+
+
+@pytest.mark.parametrize("kind", [torch.int8, FLOAT8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_computes_the_linear(kind: torch.dtype, dtype: torch.dtype) -> None:
+    x, w, scale, offset = drawn(32, 64, 48, kind)
+    wanted = x.double() @ w.double().t() * scale.double() + offset.double()
+    terms = x.double().abs() @ w.double().abs().t() * scale.double() + offset.double().abs()
+    for way in library_ways(x, w, dtype):
+        y = library_product(x, w, scale, offset, dtype, way)
+        if way != "rowwise":
+            y = finished(y, scale, offset, dtype, "none", None, 0.0, -128, 127)
+        assert y.dtype == dtype
+        bound = terms * SINGLE if dtype == torch.float32 else wanted.abs() * HALF + terms * HALF
+        assert bool(((y.double() - wanted).abs() <= bound).all()), way
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_fastest_way_is_kept_and_refused_ones_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tersor.kernels import linear8_cuda as module
+
+    x, w, _, _ = drawn(32, 64, 48, FLOAT8)
+    key = module.key_of(x, w, FLOAT8, 2)
+    times = {"fused": 3.0, "rowwise": 2.0}
+    seen: list[str] = []
+
+    def call() -> None:
+        way = module.CHOICES[key].way if key in module.CHOICES else "tile"
+        if way == "tensorwise":
+            raise RuntimeError("no such product here")
+
+    def bench(call: Any, **_: Any) -> float:
+        call()
+        seen.append(module.CHOICES[key].way)
+        return times[seen[-1]]
+
+    monkeypatch.setattr(module, "CHOICES", {})
+    monkeypatch.setattr(module, "choose_tile", lambda _key, _call: None)
+    monkeypatch.setattr(module.triton.testing, "do_bench_cudagraph", bench)
+    for _ in range(2):  # measured once
+        module.choose_way(key, ("tensorwise", "rowwise"), call)
+    assert seen == ["fused", "rowwise"]
+    choice = module.CHOICES[key]
+    assert choice.way == "rowwise"
+    assert choice.ms == times
+    assert choice.refused == {"tensorwise": "no such product here"}
+    assert module._way_of(x, w, FLOAT8, 2) == "rowwise"
+    assert module._way_of(x, w, FLOAT8, 0) is None
+    few = x[:4]
+    module.choose_way(module.key_of(few, w, FLOAT8, 2), (), call)
+    assert module._way_of(few, w, FLOAT8, 2) is None
