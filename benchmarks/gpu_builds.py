@@ -5,7 +5,8 @@
 Speed only. All builds of one line were measured in turn in one run by device events, inputs on the
 device. "float": uncompressed builds of this project; "hand": the same module by ``torch.compile``, in
 bfloat16 and float16, and its calls recorded as a CUDA graph. Widths are cut in the models themselves
-(``--small``: feed-forward 2048, nine heads; "hand" and "float" stay whole).
+(``--small``: feed-forward 2048, nine heads; "hand" and "float" stay whole). With ``--out`` whole rows
+go to the file, and what is printed is short.
 """
 
 import argparse
@@ -219,7 +220,7 @@ def in_eight_bits(graph: Graph, level: Literal["int8", "fp8"]) -> Graph:
 
 
 def compare(
-    name: str, batch: int, *, small: bool, modes: str, formats: Sequence[Literal["int8", "fp8"]]
+    name: str, batch: int, *, small: bool, modes: str, formats: Sequence[Any], by_hand: bool = True
 ) -> dict[str, Any]:
     plain, has_images = graph_of(name, small=False), name == "resnet50"
     builds = [("float", plain, p, o) for p, o in (IMAGES if has_images else FLOATS)]
@@ -245,7 +246,7 @@ def compare(
             continue
         seconds[label] = round(time.perf_counter() - start, 1)
         calls[label] = built.resident(inputs)
-    for compiles, dtype in IMAGE_HANDS if has_images else HANDS:
+    for compiles, dtype in (IMAGE_HANDS if has_images else HANDS) if by_hand else ():
         label = f"hand {str(dtype).partition('.')[2]} {'compile' if compiles else 'eager'}"
         start = time.perf_counter()
         calls[label] = ByHand(name, batch, dtype, compiles=compiles)
@@ -261,11 +262,9 @@ def compare(
         "ms": {n: [round(t.median_ms, 4), round(noise(t), 4)] for n, t in times.items()},
         "build_s": seconds, "dropped": notes, "best": best,
     }  # fmt: skip
-    row["float_over_hand"] = round(best["hand"][0] / best["float"][0], 3)
-    for level in formats:
-        if level in best:
-            row[f"{level}_speedup"] = round(best["float"][0] / best[level][0], 3)
-            row[f"{level}_speedup_over_hand"] = round(best["hand"][0] / best[level][0], 3)
+    for base, over in ((b, o) for b in ("float", "hand") for o in ("float", *formats)):
+        if base != over and base in best and over in best:
+            row[f"{over}_over_{base}"] = round(best[base][0] / best[over][0], 3)
     row["ways"] = [[str(k), c.way, c.ms, c.refused] for k, c in CHOICES.items()]
     return row
 
@@ -308,18 +307,17 @@ def arms(rows: int, inp: int, out: int, activation: str) -> dict[str, Callable[[
         found[f"{name} chosen"] = partial(
             linear8, xc, wc, scale, bias, dtype, activation, inverse, 0.0, int(-most), int(most)
         )
-        for way in library_ways(xc, wc, dtype):
+        if kind == torch.int8 and rows > 16:
+            found["int8 _int_mm alone"] = partial(torch._int_mm, xc, wc.t())  # noqa: SLF001
+        for way in library_ways(xc, wc, dtype, is_last=inverse is None):
             product = partial(library_product, xc, wc, scale, bias, dtype, way)
             found[f"{name} {way} alone"] = product
-            if way == "rowwise" and inverse is None:
+            if way == "rowwise":
                 continue
-            is_scaled = way == "rowwise"
-            first = torch.ones_like(scale) if is_scaled else scale
-            second = torch.zeros_like(bias) if is_scaled else bias
-            end = (first, second, dtype, activation, inverse, 0.0, -most, most)
+            end = (scale, bias, dtype, activation, inverse, 0.0, -most, most)
             found[f"{name} {way} compiled"] = partial(_in_turn, product, after, end)
             found[f"{name} {way} finished"] = partial(
-                _in_turn, product, finish, (first, second, known, *tail)
+                _in_turn, product, finish, (scale, bias, known, *tail)
             )
     return found
 
@@ -350,6 +348,16 @@ def kernels(rows: int, inp: int, out: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
+def brief(row: dict[str, Any]) -> str:
+    """A row in at most 300 characters; the whole one is in the file."""
+    if "shape" in row:
+        return f"{row['shape']} {row['after']} {row['us']}"[:300]
+    ms = {kind: round(found[0], 3) for kind, found in row["best"].items()}
+    over = {name: value for name, value in row.items() if "_over_" in name}
+    ways = [f"{c[1]} {c[0].split(', torch')[0][1:]}" for c in row["ways"]]
+    return f"{row['work']} {row['batch']} {ms} {over} {row['dropped']} {ways}"[:300]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=None)
@@ -357,6 +365,7 @@ def main() -> None:
     parser.add_argument("--batches", default="32,256")
     parser.add_argument("--modes", default="eager,compile,autotune")
     parser.add_argument("--formats", default="int8,fp8", help="of eight bits, beside floats")
+    parser.add_argument("--hand", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     card = {**facts("cuda"), "torch": torch.__version__}
@@ -371,13 +380,14 @@ def main() -> None:
                     small=options.small,
                     modes=options.modes,
                     formats=options.formats.split(","),
+                    by_hand=options.hand,
                 )
                 for b in options.batches.split(",")
             )
         )
         for row in rows:
             line = json.dumps({**row, "card": card})
-            print(line, flush=True)
+            print(line if options.out is None else brief(row), flush=True)
             if options.out is not None:
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

@@ -1,7 +1,9 @@
-"""Products of 8-bit codes by the device's own library, in several ways; what follows is computed apart.
+"""Products of 8-bit floats by the device's own library; what follows is computed apart.
 
 The library multiplies faster than one fused kernel, and its sums go through memory once more, in 16 or 32
-bits. Which of the two is faster depends on the shape, and is measured (``linear8_ways``).
+bits. Which of the two is faster depends on the shape, and is measured (``linear8_cuda``). Its product of
+int8 codes is left out: it gives 32 bits, and lost to the fused kernel at all shapes of BERT-base and
+ViT-B (H200, torch 2.11; by half at least, where there are more than 128 rows).
 """
 
 from collections.abc import Callable
@@ -10,29 +12,28 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Way = Literal["tensorwise", "rowwise", "integers"]
+Way = Literal["tensorwise", "rowwise"]
 WAYS: tuple[Way, ...] = get_args(Way)
 _ALIGNED = 16  # inputs and outputs of an fp8 product are a multiple
-_ALIGNED_INTEGERS = 8
-_MIN_ROWS = 17  # of an integer product; fewer rows of either kind are the fused kernel's
+_MIN_ROWS = 17  # fewer are one block of rows of the fused kernel
 
 
-def library_ways(codes: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Way, ...]:
+def library_ways(
+    codes: Tensor, weight: Tensor, dtype: torch.dtype, *, is_last: bool
+) -> tuple[Way, ...]:
     """The ways that take these shapes and types.
 
     Args:
         codes: [rows, inp].
         weight: [out, inp].
-        dtype: Of the linear's result; ``rowwise`` has 16 bits of it at most.
+        dtype: Of the linear's result.
+        is_last: Nothing but scale and offset follows, which ``rowwise`` has in it, in 16 bits.
     """
     rows, inp = codes.shape
     out = weight.shape[0]
-    aligned = _ALIGNED_INTEGERS if codes.dtype == torch.int8 else _ALIGNED
-    if rows < _MIN_ROWS or inp % aligned or out % aligned:
+    if codes.dtype == torch.int8 or rows < _MIN_ROWS or inp % _ALIGNED or out % _ALIGNED:
         return ()
-    if codes.dtype == torch.int8:
-        return ("integers",)
-    return ("tensorwise",) if dtype in (torch.float32, torch.float16) else ("tensorwise", "rowwise")
+    return ("tensorwise", "rowwise") if is_last and dtype == torch.bfloat16 else ("tensorwise",)
 
 
 def library_product(
@@ -40,15 +41,12 @@ def library_product(
 ) -> Tensor:
     """Sums of products [rows, out].
 
-    ``integers``: exact, int32. ``tensorwise``: of 8-bit floats, in bfloat16, or float32 where the result has
-    more than 8 bits. ``rowwise``: with scale and offset applied, in bfloat16. The hardware adds 8-bit floats
-    in about 14 bits.
+    ``tensorwise``: in bfloat16, or float32 where the result has more bits than that. ``rowwise``: with scale
+    and offset applied, in bfloat16. The hardware adds in about 14 bits.
 
     Raises:
         RuntimeError: The device or this version of torch does not have the way.
     """
-    if way == "integers":
-        return torch._int_mm(codes, weight.t())  # noqa: SLF001 - the only integer product there is
     product: Callable[..., Tensor] = torch._scaled_mm  # noqa: SLF001 - the only one of 8-bit floats
     if way == "tensorwise":
         one = torch.ones((), dtype=torch.float32, device=codes.device)

@@ -4,7 +4,7 @@ Weights of 8-bit floats that nothing so reads are expanded when the model is bui
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,7 @@ from tersor.kernels.linear8 import linear8, quantize_floats
 _LINEAR = torch.ops.aten.linear.default
 
 
+@runtime_checkable
 class Work(Protocol):
     """A graph in the making (``lowering``)."""
 
