@@ -7,6 +7,7 @@ floats, what follows is in torch's own ops, so that it is fused to what comes ne
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -79,7 +80,8 @@ def linear8_op(
 
 def _way_of(codes: Tensor, weight: Tensor, dtype: torch.dtype, activation: int) -> Way | None:
     """The library's way; None: the fused kernel, also where nothing was measured."""
-    if not isinstance(codes.shape[0], int):  # open: any number of rows
+    rows: Any = codes.shape[0]
+    if not isinstance(rows, int):  # open: any number of rows
         return None
     choice = CHOICES.get(key_of(codes, weight, dtype, activation))
     return next((w for w in WAYS if choice is not None and w == choice.way), None)

@@ -71,6 +71,11 @@ def tower() -> Graph:
     return graph_of(trained(Tower()), random(3, 12))
 
 
+# Of 8-bit floats a layer's weight and input are each off by a share of 7e-4 of the variance: 6.5 % after three
+# layers, and the largest of 320 errors is about twice that.
+LIMITS: Mapping[Level, float] = {"int8": 0.05, "int8_weight": 0.02, "fp8": 0.13}
+
+
 @pytest.mark.parametrize("level", ["int8", "int8_weight", "fp8"])
 def test_formats_follow_a_width(tower: Graph, level: Level) -> None:
     x = random(64, 12, seed=4)
@@ -80,7 +85,7 @@ def test_formats_follow_a_width(tower: Graph, level: Level) -> None:
     found = requantized(made, axes.graph, axes, removed, small)
     (wanted,) = small.run([x])
     (rounded,) = apply(small, found).run([x])
-    assert 0 < scale_error(rounded, wanted) < (0.02 if level == "int8_weight" else 0.05)
+    assert 0 < scale_error(rounded, wanted) < LIMITS[level]
     by_name = {c.site.name: c for c in found}
     assert by_name["last"] is next(c for c in made if c.site.name == "last")  # not touched
     assert by_name["first"].site.shape == (16, 12)

@@ -60,6 +60,38 @@ def test_every_way_computes_the_linear(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("way", ["tensorwise", "rowwise"])
+def test_a_compiler_sees_through_the_chosen_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    from tersor.kernels import linear8_cuda as module
+
+    x, w, scale, offset = drawn(32, 64, 48, FLOAT8)
+    key = module.key_of(x, w, torch.bfloat16, 0)
+    monkeypatch.setattr(module, "CHOICES", {key: module.Choice(way=way)})
+    seen: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: object) -> Any:
+        seen.extend(str(n.target) for n in graph.graph.nodes)
+        return graph.forward
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = module.linear8_op(
+            x, w, scale, offset, scale, torch.bfloat16, 0, False, 0.0, -448.0, 448.0
+        )
+        return found
+
+    found = torch.compile(call, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(x)
+    assert "aten._scaled_mm.default" in seen
+    # What follows is left to the compiler, unless it is in the product.
+    assert ("aten.mul.Tensor" in seen) == (way == "tensorwise")
+    y = library_product(x, w, scale, offset, torch.bfloat16, way)  # type: ignore[arg-type]
+    if way == "tensorwise":
+        y = finished(y, scale, offset, torch.bfloat16, "none", None, 0.0, -448, 448)
+    assert torch.equal(found, y)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_fastest_way_is_kept_and_refused_ones_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.kernels import linear8_cuda as module
 
