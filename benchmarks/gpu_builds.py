@@ -1,20 +1,24 @@
 """Builds on one card, random weights: what is found, by hand, in 8 bits; BERT-base, ViT-B, ResNet-50.
 
-    python -m benchmarks.gpu_builds --out results.jsonl [--work bert,vit,resnet50,kernels] [--batches 1,32]
+    python -m benchmarks.gpu_builds --out results.jsonl [--work bert,vit,resnet50,kernels] [--batches 1,32] [--formats int8,fp8]
 
 Speed only. All builds of one line were measured in turn in one run by device events, inputs on the
 device. "float": uncompressed builds of this project; "hand": the same module by ``torch.compile``, in
 bfloat16 and float16, and its calls recorded as a CUDA graph. Widths are cut in the models themselves
-(``--small``: feed-forward 2048, nine heads; "hand" and "float" stay whole).
+(``--small``: feed-forward 2048, nine heads; "hand" and "float" stay whole). With ``--out`` whole rows
+go to the file, and what is printed is short.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import triton
 from torch import Tensor, nn
 
 from tersor.backends.inductor import InductorBackend
@@ -27,8 +31,13 @@ from tersor.graph.apply import apply
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import attribute, run_all
 from tersor.graph.operators import weighted_ops
+from tersor.kernels.epilogue import activated, finished
 from tersor.kernels.linear8 import linear8
-from tersor.timing.device import SelfTimed
+from tersor.kernels.linear8_cuda import CHOICES
+from tersor.kernels.linear8_library import library_product, library_ways
+from tersor.kernels.linear8_triton import ACTIVATION_CODES, choose_tile, finish, key_of, launch
+from tersor.kernels.linear8_triton import CHOSEN as CHOSEN_TILES
+from tersor.ops.float8 import FLOAT8_LIMIT, float8_codes
 from tersor.timing.protocol import Protocol, measure, noise
 from tests.conformance.zoo.torchvision_shim import import_torchvision
 
@@ -45,7 +54,14 @@ IMAGES: tuple[tuple[str, dict[str, Any]], ...] = tuple(
 )
 HANDS = ((True, torch.bfloat16), (False, torch.bfloat16))
 IMAGE_HANDS = ((True, torch.bfloat16), (True, torch.float16), (False, torch.float16))
-LINEARS = ((4096, 768, 3072), (4096, 3072, 768), (4096, 768, 768), (32768, 768, 3072))
+LINEARS = (
+    (4096, 768, 768), (4096, 768, 2304), (4096, 768, 3072), (4096, 3072, 768),  # BERT-base, batch 32
+    (32768, 768, 768), (32768, 768, 2304), (32768, 768, 3072), (32768, 3072, 768),  # batch 256
+    (6304, 768, 2304), (6304, 768, 3072), (6304, 3072, 768),  # ViT-B, batch 32
+    (50432, 768, 2304), (50432, 768, 3072), (50432, 3072, 768),  # batch 256
+    (1, 768, 3072), (128, 768, 3072),
+)  # fmt: skip
+CHAINED = ("none", "gelu")  # to bf16, and through GELU to the next codes
 
 
 class Layer(nn.Module):
@@ -180,32 +196,39 @@ class ByHand:
         return start.elapsed_time(end)
 
 
-def in_eight_bits(graph: Graph) -> Graph:
-    """Every linear on symmetric codes: a scale a row, a step a tensor from the largest value seen."""
+def in_eight_bits(graph: Graph, level: Literal["int8", "fp8"]) -> Graph:
+    """Every linear on codes: a scale a row, a step a tensor, both from the largest value seen."""
     seen = run_all(graph.module, graph.example)
     changes = []
     for op in weighted_ops(graph.module):
         if op.kind != "linear":
             continue
         weight = attribute(graph.module, str(op.weight.target)).detach()
-        scale = weight.abs().amax(1) / 127
-        step = float(seen[op.data.name].abs().max()) / 127
+        most = 127 if level == "int8" else FLOAT8_LIMIT
+        scale = weight.abs().amax(1) / most
+        step = float(seen[op.data.name].abs().max()) / most
         site = Site(name=op.node.name, kind="format", ops=(op.node.name,), op_kind="linear",
                     weight=str(op.weight.target), shape=tuple(weight.shape))  # fmt: skip
-        codes = (weight / scale[:, None]).round().to(torch.int8)
-        grid = Quantizer(step=step, low=-128, high=127)
-        changes.append(
-            SiteChange(site=site, level="int8", codes=codes, scale=scale, quantizer=grid)
-        )
+        units = weight / scale[:, None]
+        if level == "int8":
+            codes, grid = units.round().to(torch.int8), Quantizer(step=step, low=-128, high=127)
+        else:
+            codes = float8_codes(units)
+            grid = Quantizer(step=step, low=-FLOAT8_LIMIT, high=FLOAT8_LIMIT, kind="fp8")
+        changes.append(SiteChange(site=site, level=level, codes=codes, scale=scale, quantizer=grid))
     return apply(graph, changes)
 
 
-def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]:
+def compare(
+    name: str, batch: int, *, small: bool, modes: str, formats: Sequence[Any], by_hand: bool = True
+) -> dict[str, Any]:
     plain, has_images = graph_of(name, small=False), name == "resnet50"
     builds = [("float", plain, p, o) for p, o in (IMAGES if has_images else FLOATS)]
     if not has_images and batch > 1:
-        cut = in_eight_bits(graph_of(name, small=True) if small else plain)
-        builds += [("int8", cut, p, o) for p, o in FLOATS[1:]]
+        whole = graph_of(name, small=True) if small else plain
+        for level in formats:
+            cut = in_eight_bits(whole, level)
+            builds += [(level, cut, p, o) for p, o in FLOATS[1:]]
     builds = [b for b in builds if b[3]["mode"] in modes.split(",")]
     (spec,) = plain.signature.inputs
     inputs = {spec.name: example(name, batch).numpy()}
@@ -223,7 +246,7 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
             continue
         seconds[label] = round(time.perf_counter() - start, 1)
         calls[label] = built.resident(inputs)
-    for compiles, dtype in IMAGE_HANDS if has_images else HANDS:
+    for compiles, dtype in (IMAGE_HANDS if has_images else HANDS) if by_hand else ():
         label = f"hand {str(dtype).partition('.')[2]} {'compile' if compiles else 'eager'}"
         start = time.perf_counter()
         calls[label] = ByHand(name, batch, dtype, compiles=compiles)
@@ -231,7 +254,7 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
     times = measure(calls, PROTOCOL)
     best = {
         kind: min((t.median_ms, n) for n, t in times.items() if n.startswith(kind))
-        for kind in ("hand", "float", "int8")
+        for kind in ("hand", "float", *formats)
         if any(n.startswith(kind) for n in times)
     }
     row: dict[str, Any] = {
@@ -239,62 +262,100 @@ def compare(name: str, batch: int, *, small: bool, modes: str) -> dict[str, Any]
         "ms": {n: [round(t.median_ms, 4), round(noise(t), 4)] for n, t in times.items()},
         "build_s": seconds, "dropped": notes, "best": best,
     }  # fmt: skip
-    row["float_over_hand"] = round(best["hand"][0] / best["float"][0], 3)
-    if "int8" in best:
-        row["speedup"] = round(best["float"][0] / best["int8"][0], 3)
-        row["speedup_over_hand"] = round(best["hand"][0] / best["int8"][0], 3)
+    for base, over in ((b, o) for b in ("float", "hand") for o in ("float", *formats)):
+        if base != over and base in best and over in best:
+            row[f"{over}_over_{base}"] = round(best[base][0] / best[over][0], 3)
+    row["ways"] = [[str(k), c.way, c.ms, c.refused] for k, c in CHOICES.items()]
     return row
 
 
-class Timed:
-    """Many calls of one kernel between two events."""
-
-    def __init__(self, call: Any, count: int = 20) -> None:
-        self.call, self.count = call, count
-
-    def __call__(self) -> object:
-        self.call()
-        torch.cuda.synchronize()
-        return None
-
-    def timed_ms(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(self.count):
-            self.call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / self.count
+def _in_turn(
+    product: Callable[[], Tensor], after: Callable[..., Tensor], arguments: tuple[Any, ...]
+) -> Tensor:
+    return after(product(), *arguments)
 
 
-def kernels(rows: int, inp: int, out: int) -> dict[str, Any]:
-    """One layer, whatever computes it: with bias, to bf16 and (fused) to the next codes."""
+def arms(rows: int, inp: int, out: int, activation: str) -> dict[str, Callable[[], object]]:
+    """One layer, whatever computes it: with bias, to bf16, or through an activation to the next codes.
+
+    "fused": the Triton kernel; the others are the library's products, with what follows compiled by
+    Inductor ("compiled") or in one kernel of ours ("finished").
+    """
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(rows, inp, device="cuda", generator=generator)
     w = torch.randn(out, inp, device="cuda", generator=generator)
-    xi, wi = ((t * 30).round().clamp(-127, 127).to(torch.int8) for t in (x, w))
-    xf, wf = (t.to(torch.float8_e4m3fn) for t in (x, w))
-    xb, wb = x.bfloat16(), w.bfloat16()
     scale, bias = torch.full((out,), 0.01, device="cuda"), torch.randn(out, device="cuda")
-    inverse, half = torch.full((out,), 20.0, device="cuda"), bias.bfloat16()
-    one = torch.ones((), device="cuda")
-    calls: dict[str, Any] = {
-        "bf16": lambda: nn.functional.linear(xb, wb, half),
-        "int8 kernel to bf16": lambda: linear8(xi, wi, scale, bias, torch.bfloat16),
-        "int8 kernel, gelu, to codes": lambda: linear8(xi, wi, scale, bias, torch.int8, "gelu", inverse),
-        "int8 _int_mm to int32": lambda: torch._int_mm(xi, wi.t()),  # noqa: SLF001
-        "fp8 kernel to bf16": lambda: linear8(xf, wf, scale, bias, torch.bfloat16),
-        "fp8 kernel, gelu, to codes": lambda: linear8(xf, wf, scale, bias, torch.float8_e4m3fn, "gelu", inverse),
-        "fp8 _scaled_mm to bf16": lambda: torch._scaled_mm(xf, wf.t(), one, one, half, out_dtype=torch.bfloat16),  # noqa: SLF001
-    }  # fmt: skip
-    timed: dict[str, SelfTimed] = {n: Timed(c) for n, c in calls.items()}
-    times = measure(timed, Protocol(rounds=3, runs=5, max_seconds=3.0))
-    flop = 2.0 * rows * inp * out
-    return {
-        "work": "linear", "shape": [rows, inp, out],
-        "us": {n: round(t.median_ms * 1e3, 2) for n, t in times.items()},
-        "tera": {n: round(flop / t.median_ms / 1e9) for n, t in times.items()},
-    }  # fmt: skip
+    inverse = None if activation == "none" else torch.full((out,), 20.0, device="cuda")
+    xb, wb, half = x.bfloat16(), w.bfloat16(), bias.bfloat16()
+    after = torch.compile(finished, dynamic=False)
+
+    def by_hand() -> object:
+        return activated(nn.functional.linear(xb, wb, half), activation)
+
+    found: dict[str, Callable[[], object]] = {"bf16": torch.compile(by_hand, dynamic=False)}
+    for name, kind in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        xc, wc = ((t * 30).round().clamp(-127, 127).to(kind) for t in (x, w))
+        dtype = torch.bfloat16 if inverse is None else kind
+        code, known = ACTIVATION_CODES[activation], scale if inverse is None else inverse
+        most = 127.0 if kind == torch.int8 else 448.0
+        tail = (dtype, code, inverse is not None, 0.0, -most, most)
+        key = key_of(xc, wc, dtype, code)
+
+        fused = partial(launch, xc, wc, scale, bias, known, *tail)
+        choose_tile(key, fused)
+        found[f"{name} fused"] = fused
+        found[f"{name} chosen"] = partial(
+            linear8, xc, wc, scale, bias, dtype, activation, inverse, 0.0, int(-most), int(most)
+        )
+        if kind == torch.int8 and rows > 16:
+            found["int8 _int_mm alone"] = partial(torch._int_mm, xc, wc.t())  # noqa: SLF001
+        for way in library_ways(xc, wc, dtype, is_last=inverse is None):
+            product = partial(library_product, xc, wc, scale, bias, dtype, way)
+            found[f"{name} {way} alone"] = product
+            if way == "rowwise":
+                continue
+            end = (scale, bias, dtype, activation, inverse, 0.0, -most, most)
+            found[f"{name} {way} compiled"] = partial(_in_turn, product, after, end)
+            found[f"{name} {way} finished"] = partial(
+                _in_turn, product, finish, (scale, bias, known, *tail)
+            )
+    return found
+
+
+def kernels(rows: int, inp: int, out: int) -> Iterator[dict[str, Any]]:
+    """Median microseconds of every way of one layer, recorded as CUDA graphs, and which is chosen."""
+    for activation in CHAINED:
+        us: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        torch._dynamo.reset()  # noqa: SLF001 - one compiled program a shape
+        for name, call in arms(rows, inp, out, activation).items():
+            try:
+                call()
+                ms = triton.testing.do_bench_cudagraph(call, rep=10, return_mode="median")
+            except RuntimeError as error:
+                refused[name] = str(error)[:300]
+                continue
+            us[name] = round(ms * 1e3, 2)
+        flop = 2.0 * rows * inp * out
+        yield {
+            "work": "linear", "shape": [rows, inp, out], "after": activation, "us": us,
+            "tera": {n: round(flop / t / 1e6) for n, t in us.items()}, "refused": refused,
+            "chosen": {
+                str(k[3]): v.way for k, v in CHOICES.items()
+                if k[:3] == (rows, inp, out) and k[5] == ACTIVATION_CODES[activation]
+            },
+            "tiles": {str(k[3]): v for k, v in CHOSEN_TILES.items() if k[:3] == (rows, inp, out)},
+        }  # fmt: skip
+
+
+def brief(row: dict[str, Any]) -> str:
+    """A row in at most 300 characters; the whole one is in the file."""
+    if "shape" in row:
+        return f"{row['shape']} {row['after']} {row['us']}"[:300]
+    ms = {kind: round(found[0], 3) for kind, found in row["best"].items()}
+    over = {name: value for name, value in row.items() if "_over_" in name}
+    ways = [f"{c[1]} {c[0].split(', torch')[0][1:]}" for c in row["ways"]]
+    return f"{row['work']} {row['batch']} {ms} {over} {row['dropped']} {ways}"[:300]
 
 
 def main() -> None:
@@ -303,21 +364,30 @@ def main() -> None:
     parser.add_argument("--work", default="kernels,bert,vit")
     parser.add_argument("--batches", default="32,256")
     parser.add_argument("--modes", default="eager,compile,autotune")
+    parser.add_argument("--formats", default="int8,fp8", help="of eight bits, beside floats")
+    parser.add_argument("--hand", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     card = {**facts("cuda"), "torch": torch.__version__}
     for work in options.work.split(","):
         rows = (
-            (kernels(*shape) for shape in LINEARS)
+            (row for shape in LINEARS for row in kernels(*shape))
             if work == "kernels"
             else (
-                compare(work, int(b), small=options.small, modes=options.modes)
+                compare(
+                    work,
+                    int(b),
+                    small=options.small,
+                    modes=options.modes,
+                    formats=options.formats.split(","),
+                    by_hand=options.hand,
+                )
                 for b in options.batches.split(",")
             )
         )
         for row in rows:
             line = json.dumps({**row, "card": card})
-            print(line, flush=True)
+            print(line if options.out is None else brief(row), flush=True)
             if options.out is not None:
                 with options.out.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

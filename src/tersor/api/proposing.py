@@ -23,6 +23,8 @@ from tersor.api.shrink import (
     width_errors,
     width_sites_statistics,
 )
+from tersor.core.errors import ConfigError
+from tersor.core.formats import UNPRICED
 from tersor.core.levels import Inside, gone_with
 from tersor.core.records import Candidate, Level, SiteKind
 from tersor.graph.changes import ChangeRecords, pack, unpack
@@ -246,6 +248,7 @@ def _proposed(session: Session) -> list[Offer]:
         lambda candidate: any(b.supports(candidate).ok for b in session.backends.values()),
         session.progress.advance,
     )
+    refuse_unpriced([offer.candidate for offer in proposals])
     proposals = with_proxies(session, proposals, known)
     by_kind = [[o for o in proposals if o.change.site.kind == kind] for kind in _KINDS]
     formats, cuts, branches = by_kind
@@ -256,6 +259,20 @@ def _proposed(session: Session) -> list[Offer]:
         for candidate, offer in zip(candidates, (*formats, *cuts, *branches), strict=True)
     ]
     return best_of_each(measured, session.settings.made_by)
+
+
+def refuse_unpriced(candidates: Sequence[Candidate]) -> None:
+    """Refuse levels that no table of prices knows, before anything is measured of them.
+
+    Raises:
+        ConfigError: There is one; names its site and level.
+    """
+    for candidate in candidates:
+        if candidate.level in UNPRICED:
+            raise ConfigError(
+                f"{candidate.site}: {candidate.method} offers {candidate.level}, which tables of prices do "
+                "not know, so that no plan can have it; take it out of methods="
+            )
 
 
 def _width_errors(

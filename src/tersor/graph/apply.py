@@ -1,7 +1,7 @@
 """The only place that edits a graph: changes at sites become nodes and tensors.
 
 An int8 op reads ``quantize -> dequantize`` of its tensor (one pair for all readers, with the
-channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight. An
+channel scaling and the shift before it) and ``dequantize_per_channel`` of its integer weight; of 8-bit floats see ``graph.float8``. An
 int8 addition reads such pairs of its operands, in the tensors' own units again. A packed weight is
 there as the floats that it stands for; the graph knows its bits beside them. A layer with factors
 becomes a chain of ops, of which the last one keeps its node's name (``graph.factors``).
@@ -19,7 +19,9 @@ from tersor.core.errors import ShapeError
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import copy_graph, parameters_by_name, rebuild
 from tersor.graph.factors import insert_chain
+from tersor.graph.float8 import SUFFIX, write_read, write_weight
 from tersor.graph.operators import WeightedOp, Window, weighted_op
+from tersor.ops.float8 import FLOAT8
 
 aten = torch.ops.aten
 
@@ -135,6 +137,9 @@ def _new_weight(
                 f"{change.site.name}: codes {tuple(change.codes.shape)} for a weight "
                 f"{tuple(old.shape)}; wanted the same shape and one scale a row"
             )
+        if change.codes.dtype == FLOAT8:
+            with graph.inserting_before(op.node):
+                return write_weight(graph, tensors, op.weight, change.codes, change.scale)
         tensors[f"{base}_codes"] = change.codes.to(torch.int8)
         tensors[f"{base}_scale"] = change.scale.to(torch.float32)
         with graph.inserting_before(op.node):
@@ -238,13 +243,14 @@ class _Pairs:
     def _pair(
         self, reader: fx.Node, data: fx.Node, quantizer: Quantizer, window: Window | None
     ) -> fx.Node:
-        if data.name not in self.done:
+        key = data.name if quantizer.kind == "integers" else f"{data.name}{SUFFIX}"
+        if key not in self.done:
             scale = quantizer.inverse_scale
             if scale is not None and window is not None:
                 scale = scale.reshape(-1, *[1] * len(window.kernel))
             pair = _quantize_pair(self.graph, self.tensors, data, quantizer, scale)
-            self.done[data.name] = (quantizer, pair)
-        agreed, node = self.done[data.name]
+            self.done[key] = (quantizer, pair)
+        agreed, node = self.done[key]
         if not same_quantizer(agreed, quantizer):
             raise ShapeError(
                 f"{reader.name}: the readers of {data.name} carry different quantisers; wanted one "
@@ -262,7 +268,8 @@ def same_quantizer(left: Quantizer, right: Quantizer) -> bool:
         return False
     if scales[0] is not None and scales[1] is not None and not torch.equal(scales[0], scales[1]):
         return False
-    return (left.step, left.low, left.high, left.shift) == (
+    return (left.kind, left.step, left.low, left.high, left.shift) == (
+        right.kind,
         right.step,
         right.low,
         right.high,
@@ -281,6 +288,8 @@ def _quantize_pair(
     dtype = torch.uint8 if quantizer.low >= 0 else torch.int8
     decomposed = torch.ops.quantized_decomposed
     with graph.inserting_before(_first_reader(graph, node)):
+        if quantizer.kind == "fp8":
+            return write_read(graph, node, quantizer)
         if inverse_scale is not None:
             name = f"{tensor}_inverse_scale"
             tensors[name] = inverse_scale.to(torch.float32)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tersor.core.packing import Packing
 from tersor.core.records import Level, Site
-from tersor.graph.contracts import Factor, Quantizer, SiteChange
+from tersor.graph.contracts import Factor, GridKind, Quantizer, SiteChange
 from tersor.graph.operators import Window
+from tersor.ops.float8 import FLOAT8
 from tersor.ops.packed import Packed
 
 Arrays = dict[str, NDArray[Any]]
@@ -31,6 +32,7 @@ class QuantizerRecord:
     high: int
     channel_dim: int
     shift: float
+    kind: GridKind = "integers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ def pack(changes: Sequence[SiteChange]) -> tuple[ChangeRecords, Arrays]:
         for name in _TENSORS:
             value: Tensor | None = getattr(change, name)
             if value is not None:
-                arrays[f"{i}.{name}"] = value.detach().contiguous().numpy()
+                arrays[f"{i}.{name}"] = _array(value)
         if change.packed is not None:
             arrays[f"{i}.{_PACKED}"] = np.frombuffer(change.packed.data, dtype=np.uint8)
         for tensor, maps in change.turn.items():
@@ -90,6 +92,19 @@ def pack(changes: Sequence[SiteChange]) -> tuple[ChangeRecords, Arrays]:
         arrays |= _factor_arrays(i, change)
         records.append(_record(i, change, arrays))
     return ChangeRecords(changes=tuple(records)), arrays
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A tensor as NumPy has it; 8-bit floats, which it lacks, as their bits."""
+    plain = tensor.detach().contiguous()
+    array: NDArray[Any] = (plain.view(torch.uint8) if plain.dtype == FLOAT8 else plain).numpy()
+    return array
+
+
+def _codes(found: Tensor | None) -> Tensor | None:
+    """Integer codes are signed: unsigned ones are the bits of floats."""
+    is_bits = found is not None and found.dtype == torch.uint8
+    return found.view(FLOAT8) if found is not None and is_bits else found
 
 
 def _factor_arrays(position: int, change: SiteChange) -> Arrays:
@@ -161,6 +176,7 @@ def _quantizer_record(quantizer: Quantizer) -> QuantizerRecord:
         high=quantizer.high,
         channel_dim=quantizer.channel_dim,
         shift=quantizer.shift,
+        kind=quantizer.kind,
     )
 
 
@@ -177,7 +193,7 @@ def unpack(
         SiteChange(
             site=sites[record.site],
             level=record.level,
-            codes=tensor(i, "codes"),
+            codes=_codes(tensor(i, "codes")),
             scale=tensor(i, "scale"),
             weight=tensor(i, "weight"),
             packed=_packed(record, arrays.get(f"{i}.{_PACKED}")),
@@ -215,5 +231,6 @@ def _quantizer(record: QuantizerRecord, inverse_scale: Tensor | None) -> Quantiz
         high=record.high,
         channel_dim=record.channel_dim,
         shift=record.shift,
+        kind=record.kind,
         inverse_scale=inverse_scale,
     )

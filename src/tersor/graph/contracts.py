@@ -26,6 +26,7 @@ from tersor.ops.packed import Packed
 Shapes = Mapping[str, tuple[int, ...]]  # input name -> shape of one build; shapes.OPEN: any size
 Arrays = Mapping[str, NDArray[Any]]
 TensorMap = Callable[[Tensor], Tensor]
+GridKind = Literal["integers", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,8 @@ class ActivationStatistics:
 class Quantizer:
     """How the readers of one tensor see it: (x * inverse_scale + shift) rounded on a grid.
 
+    ``kind``: integers from ``low`` to ``high`` times ``step``, or 8-bit floats (E4M3, ``ops.float8``)
+    times ``step``, of which ``low`` and ``high`` are the ends.
     ``inverse_scale`` is None or one factor a channel; ``channel_dim`` is that channel's
     dimension. The reader's weight carries 1 / inverse_scale, its bias the shift.
     """
@@ -209,6 +212,7 @@ class Quantizer:
     inverse_scale: Tensor | None = None
     channel_dim: int = -1
     shift: float = 0.0
+    kind: GridKind = "integers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +251,7 @@ class SiteChange:
     Attributes:
         site: The site.
         level: Number format after the change; of a width how many units are kept.
-        codes: Integer weight in the weight's own shape, or None for a float weight.
+        codes: Integer weight in the weight's own shape, or 8-bit floats; None for a float weight.
         scale: Step for each output channel [c_out] (each row of an embedding).
         weight: A new float weight, where ``codes`` is None.
         packed: A new float weight as the bits that files are to hold; then ``weight`` is None.

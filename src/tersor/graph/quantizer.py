@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tersor.graph.contracts import Quantizer
+from tersor.ops.float8 import float8_rounded
 
 
 def scaled(x: Tensor, quantizer: Quantizer) -> Tensor:
@@ -23,6 +24,8 @@ def scaled(x: Tensor, quantizer: Quantizer) -> Tensor:
 def rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
     """What the readers see, without the shift: dequantise(quantise(scaled + shift)) - shift."""
     raw = scaled(x, quantizer) + quantizer.shift
+    if quantizer.kind == "fp8":
+        return float8_rounded(raw * (1.0 / quantizer.step)) * quantizer.step - quantizer.shift
     codes = torch.clamp(torch.round(raw * (1.0 / quantizer.step)), quantizer.low, quantizer.high)
     return codes * quantizer.step - quantizer.shift
 

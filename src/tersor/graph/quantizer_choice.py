@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tersor.graph.contracts import Quantizer, Readers, SiteStatistics
+from tersor.ops.float8 import RELATIVE_VARIANCE
 from tersor.ops.grids import fake_quantize
 from tersor.ops.moments import Moments
 from tersor.ops.ranges import PERCENTILES, activation_steps
@@ -191,9 +192,12 @@ class _Expected:
 
 
 def expected_moments(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:
-    """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12."""
+    """Moments of the quantised input without a second pass: rounding noise adds step^2 / 12, of floats a share."""
     moments = statistics.moments()
     n = moments.xx.shape[-1]
+    if quantizer.kind == "fp8":  # relative to each value
+        own = moments.xx.diagonal(dim1=1, dim2=2) * RELATIVE_VARIANCE
+        return replace(moments, xx=moments.xx + torch.diag_embed(own))
     noise = torch.eye(n, dtype=torch.float64) * (quantizer.step**2 / 12 * moments.count)
     if quantizer.inverse_scale is None:
         return replace(moments, xx=moments.xx + noise)

@@ -23,6 +23,7 @@ from tersor.graph.edit import parameters_by_name
 from tersor.graph.operators import WeightedOp, grouped_weight, weighted_ops
 from tersor.graph.project import Moved, projected
 from tersor.graph.quantizer import column_scale
+from tersor.ops.float8 import FLOAT8, float8_codes, float8_steps
 from tersor.ops.grids import round_nearest, weight_steps
 from tersor.ops.storing import pack_nearest
 
@@ -133,6 +134,8 @@ class _Work:
         self, change: SiteChange, op: WeightedOp, quantizer: Quantizer | None, now: Tensor
     ) -> SiteChange:
         assert change.codes is not None
+        if change.codes.dtype == FLOAT8:
+            return self._floats(change, op, now)
         limit = max(1, int(change.codes.abs().max()))
         site = replace(change.site, shape=tuple(now.shape))
         if op.kind == "embedding":
@@ -158,6 +161,20 @@ class _Work:
             scale=step.reshape(-1).float(),
             bias=None if bias is None else bias.float(),
             quantizer=quantizer,
+        )
+
+    def _floats(self, change: SiteChange, op: WeightedOp, now: Tensor) -> SiteChange:
+        """Nearest 8-bit floats of a linear; its tensor keeps its grid."""
+        weight = now.detach().double().unsqueeze(0)
+        step = float8_steps(weight).float()
+        codes = float8_codes((weight / step.double().unsqueeze(-1)).float())
+        bias = None if op.bias is None else self.new[str(op.bias.target)].detach().float()
+        return replace(
+            change,
+            site=replace(change.site, shape=tuple(now.shape)),
+            codes=codes.reshape(now.shape),
+            scale=step.reshape(-1),
+            bias=bias,
         )
 
     def _projected(

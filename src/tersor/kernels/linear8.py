@@ -1,7 +1,8 @@
 """Linear layers on 8-bit codes, from codes to floats or to the next layer's codes.
 
 ``linear8`` is what graphs call. On a CUDA device with Triton it is one fused kernel
-(``linear8_triton``), elsewhere ``linear8_reference``, the definition that the kernel is tested against.
+(``linear8_triton``), or the library's
+product and what follows it (``linear8_library``), whichever was measured faster at a shape, elsewhere ``linear8_reference``, the definition that the kernel is tested against.
 """
 
 from importlib.util import find_spec
@@ -9,11 +10,12 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from tersor.kernels.epilogue import ACTIVATIONS, activated, finished
+
 HAS_KERNEL = find_spec("triton") is not None
 if HAS_KERNEL:  # here, where no compiler traces it
-    from tersor.kernels.linear8_triton import linear8_cuda
+    from tersor.kernels.linear8_cuda import linear8_cuda
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 _INT8 = (-128, 127)
 
 
@@ -31,6 +33,17 @@ def quantize_codes(x: Tensor, step: float, zero: int, low: int, high: int) -> Te
     """
     codes = torch.round(x.float() * (1.0 / step)) + zero
     return torch.clamp(codes, low, high).to(torch.int8)
+
+
+def quantize_floats(x: Tensor, step: float) -> Tensor:
+    """Codes of a tensor as 8-bit floats, E4M3: x / step, rounded half to even, saturated at 448.
+
+    Args:
+        x: Any shape; floats, computed in float32.
+        step: Units of x a unit of the codes, above 0.
+    """
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    return torch.clamp(x.float() * (1.0 / step), -limit, limit).to(torch.float8_e4m3fn)
 
 
 def linear8(
@@ -85,16 +98,9 @@ def linear8_reference(
 ) -> Tensor:
     """As ``linear8``, in torch's own ops: the sums of int8 codes are exact integers."""
     rows = codes.reshape(-1, codes.shape[-1])
-    y = _product(rows, weight).float() * scale + offset
-    y = activated(y, activation)
-    if inverse is not None:
-        y = y * inverse + zero
-        if dtype == torch.int8:
-            y = torch.clamp(torch.round(y), low, high)
-        else:
-            limit = torch.finfo(dtype).max
-            y = torch.clamp(y, -limit, limit)
-    return y.to(dtype).reshape(*codes.shape[:-1], weight.shape[0])
+    total = _product(rows, weight)
+    y = finished(total, scale, offset, dtype, activation, inverse, zero, low, high)
+    return y.reshape(*codes.shape[:-1], weight.shape[0])
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -105,14 +111,11 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(rows, weight.t())  # noqa: SLF001 - the only integer product there is
 
 
-def activated(y: Tensor, activation: str) -> Tensor:
-    """One of ``ACTIVATIONS`` of a tensor."""
-    if activation == "relu":
-        return torch.relu(y)
-    if activation == "gelu":
-        return torch.nn.functional.gelu(y)
-    if activation == "gelu_tanh":
-        return torch.nn.functional.gelu(y, approximate="tanh")
-    if activation == "silu":
-        return torch.nn.functional.silu(y)
-    return y
+__all__ = [
+    "ACTIVATIONS",
+    "activated",
+    "linear8",
+    "linear8_reference",
+    "quantize_codes",
+    "quantize_floats",
+]

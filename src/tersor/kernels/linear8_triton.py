@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 from triton import knobs
 
-from tersor.kernels.tiles import choose, is_real
+from tersor.kernels.tiles import choose
 
-_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 Tile = tuple[int, int, int, int, int]  # M, N, K, warps, stages
 # The first of each is the fastest at most shapes of BERT-base (H200): two blocks of four warps share a
 # multiprocessor, so that one multiplies while the other one finishes its results.
@@ -26,14 +26,15 @@ _TALL: tuple[Tile, ...] = ((128, 128, 128, 4, 3), (128, 128, 64, 4, 4), (64, 128
 _FLAT: tuple[Tile, ...] = (
     (16, 128, 128, 4, 5), (16, 64, 256, 4, 4), (32, 64, 128, 4, 5), (64, 64, 128, 4, 5),
 )  # fmt: skip
+_FINISH = (16, 256)  # rows and columns of a block that follows a library's product
 _FEW = 64  # rows up to which flat tiles are tried
 _GROUP = 8
 # The interpreter that tests on CPUs use knows no assembly.
 _HAS_ASSEMBLY = not knobs.runtime.interpret
 # Kernels are marked @no_type_check: a checker of types wraps functions, and Triton would look for their
 # names in the wrapper's module.
-_Key = tuple[int, int, int, torch.dtype, torch.dtype, int, str]
-_CHOSEN: dict[_Key, Tile] = {}
+Key = tuple[int, int, int, torch.dtype, torch.dtype, int, str]
+CHOSEN: dict[Key, Tile] = {}
 
 
 @triton.jit
@@ -80,10 +81,53 @@ def _activated(y, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):  # noqa: ANN00
 
 @triton.jit
 @no_type_check
+def _finished(  # noqa: ANN202
+    total, scale, offset, inverse, zero, low, high,  # noqa: ANN001
+    ACTIVATION: tl.constexpr, TO_CODES: tl.constexpr, ROUNDS: tl.constexpr, SHORT: tl.constexpr,
+):  # fmt: skip
+    """Products [M, N] -> what is stored (``epilogue.finished``)."""
+    y = _activated(total.to(tl.float32) * scale[None, :] + offset[None, :], ACTIVATION, SHORT)
+    if TO_CODES:
+        y = tl.minimum(tl.maximum(y * inverse[None, :] + zero, low), high)
+        if ROUNDS:
+            # Adding 1.5 * 2**23 leaves whole numbers, rounded half to even as torch does.
+            y = (y + 12582912.0) - 12582912.0
+    return y
+
+
+@triton.jit
+@no_type_check
+def linear8_finish_kernel(  # noqa: ANN201
+    total_ptr, c_ptr, scale_ptr, offset_ptr, inverse_ptr,  # noqa: ANN001
+    M, N, zero, low, high,  # noqa: ANN001
+    ACTIVATION: tl.constexpr, TO_CODES: tl.constexpr, ROUNDS: tl.constexpr, SHORT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One block of what follows a library's product."""
+    m, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs_m, offs_n = m * BM + tl.arange(0, BM), n * BN + tl.arange(0, BN)
+    inside_n = offs_n < N
+    inside = (offs_m < M)[:, None] & inside_n[None, :]
+    places = offs_m[:, None] * N + offs_n[None, :]
+    total = tl.load(total_ptr + places, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + offs_n, mask=inside_n, other=0.0)
+    offset = tl.load(offset_ptr + offs_n, mask=inside_n, other=0.0)
+    inverse = scale
+    if TO_CODES:
+        inverse = tl.load(inverse_ptr + offs_n, mask=inside_n, other=0.0)
+    y = _finished(
+        total, scale, offset, inverse, zero, low, high, ACTIVATION, TO_CODES, ROUNDS, SHORT
+    )
+    tl.store(c_ptr + places, y.to(c_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+@no_type_check
 def linear8_kernel(  # noqa: ANN201, PLR0915
     a_ptr, b_ptr, c_ptr, scale_ptr, offset_ptr, inverse_ptr,  # noqa: ANN001
     M, N, K, zero, low, high,  # noqa: ANN001
-    IS_INT: tl.constexpr, ACTIVATION: tl.constexpr, TO_CODES: tl.constexpr, SHORT: tl.constexpr,
+    IS_INT: tl.constexpr, ACTIVATION: tl.constexpr, TO_CODES: tl.constexpr, ROUNDS: tl.constexpr,
+    SHORT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """One block of the result."""
@@ -120,17 +164,12 @@ def linear8_kernel(  # noqa: ANN201, PLR0915
     inside_n = offs_n < N
     scale = tl.load(scale_ptr + offs_n, mask=inside_n, other=0.0)
     offset = tl.load(offset_ptr + offs_n, mask=inside_n, other=0.0)
-    y = total.to(tl.float32) * scale[None, :] + offset[None, :]
-    y = _activated(y, ACTIVATION, SHORT)
+    inverse = scale
     if TO_CODES:
         inverse = tl.load(inverse_ptr + offs_n, mask=inside_n, other=0.0)
-        y = y * inverse[None, :] + zero
-        if IS_INT:
-            # Adding 1.5 * 2**23 leaves whole numbers, rounded half to even as torch does.
-            y = tl.minimum(tl.maximum(y, low), high)
-            y = (y + 12582912.0) - 12582912.0
-        else:
-            y = tl.minimum(tl.maximum(y, low), high)
+    y = _finished(
+        total, scale, offset, inverse, zero, low, high, ACTIVATION, TO_CODES, ROUNDS, SHORT
+    )
     c = c_ptr + (m * BM).to(tl.int64) * N + tl.arange(0, BM)[:, None] * N + offs_n[None, :]
     inside = (offs_m < M)[:, None] & inside_n[None, :]
     tl.store(c, y.to(c_ptr.dtype.element_ty), mask=inside)
@@ -149,21 +188,20 @@ def _tiles(rows: int) -> tuple[Tile, ...]:
     return _FLAT if rows <= _FEW else _TALL
 
 
-def choose_tile(key: _Key, call: Callable[[], object]) -> None:
+def choose_tile(key: Key, call: Callable[[], object]) -> None:
     """Measure a shape's tiles by recorded calls on the device, once a process, and keep the fastest.
 
     Args:
         key: What tells calls of different speeds apart.
-        call: The call itself; it reads ``_CHOSEN``.
+        call: The call itself; it reads ``CHOSEN``.
 
     Raises:
         OutOfResources: The device has no room for any tile.
     """
-    choose(_CHOSEN, key, _tiles(key[0]), call)
+    choose(CHOSEN, key, _tiles(key[0]), call)
 
 
-@triton_op("tersor::linear8", mutates_args={})
-def linear8_op(
+def launch(
     codes: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -176,7 +214,7 @@ def linear8_op(
     low: float,
     high: float,
 ) -> Tensor:
-    """[rows, inp] x [out, inp] -> [rows, out]."""
+    """[rows, inp] x [out, inp] -> [rows, out] by the fused kernel."""
     M, K = codes.shape
     N = weight.shape[0]
     result = torch.empty((M, N), dtype=dtype, device=codes.device)
@@ -188,7 +226,30 @@ def linear8_op(
     wrap_triton(_tiled(tile))[grid](
         codes, weight, result, scale, offset, inverse, M, N, K, zero, low, high,
         IS_INT=codes.dtype == torch.int8, ACTIVATION=activation, TO_CODES=to_codes,
-        SHORT=to_codes and _HAS_ASSEMBLY, STEPS=triton.cdiv(K, tile[2]),
+        ROUNDS=dtype == torch.int8, SHORT=to_codes and _HAS_ASSEMBLY, STEPS=triton.cdiv(K, tile[2]),
+    )  # fmt: skip
+    return result
+
+
+def finish(
+    total: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    inverse: Tensor,
+    dtype: torch.dtype,
+    activation: int,
+    to_codes: bool,
+    zero: float,
+    low: float,
+    high: float,
+) -> Tensor:
+    """What follows a library's product [rows, out], by one kernel."""
+    M, N = total.shape
+    result = torch.empty((M, N), dtype=dtype, device=total.device)
+    wrap_triton(linear8_finish_kernel)[(triton.cdiv(M, _FINISH[0]), triton.cdiv(N, _FINISH[1]))](
+        total, result, scale, offset, inverse, M, N, zero, low, high,
+        ACTIVATION=activation, TO_CODES=to_codes, ROUNDS=dtype == torch.int8,
+        SHORT=to_codes and _HAS_ASSEMBLY, BM=_FINISH[0], BN=_FINISH[1],
     )  # fmt: skip
     return result
 
@@ -197,41 +258,11 @@ def _tile_of(codes: Tensor, weight: Tensor, dtype: torch.dtype, activation: int)
     rows: Any = codes.shape[0]
     if not isinstance(rows, int):  # open: any number of rows
         return _TALL[0]
-    return _CHOSEN.get(_key(codes, weight, dtype, activation), _tiles(rows)[0])
+    return CHOSEN.get(key_of(codes, weight, dtype, activation), _tiles(rows)[0])
 
 
-def _key(codes: Tensor, weight: Tensor, dtype: torch.dtype, activation: int) -> _Key:
+def key_of(codes: Tensor, weight: Tensor, dtype: torch.dtype, activation: int) -> Key:
+    """What tells calls of different speeds apart."""
     rows, inp = codes.shape
     device = str(codes.device)
     return (rows, inp, weight.shape[0], codes.dtype, dtype, activation, device)
-
-
-def linear8_cuda(
-    codes: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    dtype: torch.dtype,
-    activation: str,
-    inverse: Tensor | None,
-    zero: float,
-    low: int,
-    high: int,
-) -> Tensor:
-    """As ``linear8.linear8``, by the kernel."""
-    rows = codes.reshape(-1, codes.shape[-1]).contiguous()
-    limit = float(high) if dtype == torch.int8 or inverse is None else torch.finfo(dtype).max
-    least = float(low) if dtype == torch.int8 or inverse is None else -limit
-    kind = _CODES[activation]
-
-    def call() -> Tensor:
-        found: Tensor = linear8_op(
-            rows, weight, scale, offset, scale if inverse is None else inverse,
-            dtype, kind, inverse is not None, zero, least, limit,
-        )  # fmt: skip
-        return found
-
-    if is_real(rows):
-        choose_tile(_key(rows, weight, dtype, kind), call)
-    found = call()
-    return found.reshape(*codes.shape[:-1], weight.shape[0])

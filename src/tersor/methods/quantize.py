@@ -20,6 +20,7 @@ from torch import Tensor
 from tersor.core.errors import ConfigError
 from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import AddStatistics, MethodKind, Quantizer, SiteChange, SiteStatistics
+from tersor.graph.float8_change import fits_float8, float8_change, float8_quantizer
 from tersor.graph.low_bits import (
     DAMPING,
     GROUPS,
@@ -62,6 +63,8 @@ class Quantize:
         low_bits: Offer 4, 3 and 2 bits, which save bytes and no time.
         blends: Shares of the identity in the metric of a layer's outputs, each a further offer at low
             bits (``ops.two_sided``); empty: all outputs count alike.
+        fp8: Offer 8-bit floats for linears, for callers that build and measure what they choose: tables of
+            prices know one 8-bit format, int8, so that no plan of ``compress`` has this one.
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format", "addition")
@@ -72,6 +75,7 @@ class Quantize:
     groups: tuple[int, ...] = GROUPS
     low_bits: bool = True
     blends: tuple[float, ...] = (0.4,)
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.weight_limit <= INT8_LIMIT:
@@ -107,6 +111,8 @@ class Quantize:
                 "weight_limit": self.weight_limit,
             }
             found.append(offer("int8", coded + bias, **detail))
+        if self.fp8 and fits_float8(site, statistics):
+            found.append(offer("fp8", coded + bias, step=float8_quantizer(statistics).step))
         found.append(offer("int8_weight", coded + (bias if site.op_kind != "embedding" else 0)))
         if self.low_bits:
             for is_assumed in _metrics(site, statistics):
@@ -142,6 +148,8 @@ class Quantize:
             return self._stored(site, statistics)
         if candidate.level in LOW_BITS:
             return low_bit_change(site, candidate, statistics, self._low_bits())
+        if candidate.level == "fp8":
+            return float8_change(site, statistics)
         if candidate.level == "int8":
             return self._computed(site, candidate, statistics)
         raise ConfigError(f"{site.name}: quantize has no level {candidate.level!r}")

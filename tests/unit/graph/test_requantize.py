@@ -52,7 +52,7 @@ class Words(nn.Module):
 def changes(graph: Graph, batches: list[tuple[Tensor, ...]], level: Level) -> list[SiteChange]:
     sites = find_sites(graph)
     statistics = site_statistics(graph, sites, observe(graph, batches, len(batches), seed=0))
-    method = Quantize(weight_limit=63)
+    method = Quantize(weight_limit=63, fp8=True)
     return [
         method.apply(site, candidate, statistics[site.name])
         for site in sites
@@ -71,7 +71,12 @@ def tower() -> Graph:
     return graph_of(trained(Tower()), random(3, 12))
 
 
-@pytest.mark.parametrize("level", ["int8", "int8_weight"])
+# Of 8-bit floats a layer's weight and input are each off by a share of 7e-4 of the variance: 6.5 % after three
+# layers, and the largest of 320 errors is about twice that.
+LIMITS: Mapping[Level, float] = {"int8": 0.05, "int8_weight": 0.02, "fp8": 0.13}
+
+
+@pytest.mark.parametrize("level", ["int8", "int8_weight", "fp8"])
 def test_formats_follow_a_width(tower: Graph, level: Level) -> None:
     x = random(64, 12, seed=4)
     made = changes(tower, [(x,)], level)
@@ -80,12 +85,12 @@ def test_formats_follow_a_width(tower: Graph, level: Level) -> None:
     found = requantized(made, axes.graph, axes, removed, small)
     (wanted,) = small.run([x])
     (rounded,) = apply(small, found).run([x])
-    assert 0 < scale_error(rounded, wanted) < (0.05 if level == "int8" else 0.02)
+    assert 0 < scale_error(rounded, wanted) < LIMITS[level]
     by_name = {c.site.name: c for c in found}
     assert by_name["last"] is next(c for c in made if c.site.name == "last")  # not touched
     assert by_name["first"].site.shape == (16, 12)
-    limit = 63 if level == "int8" else 127
-    assert all(1 <= int(c.codes.abs().max()) <= limit for c in found if c.codes is not None)
+    limit = {"int8": 63, "fp8": 448}.get(str(level), 127)
+    assert all(1 <= int(c.codes.float().abs().max()) <= limit for c in found if c.codes is not None)
 
 
 def test_readers_of_a_tensor_share_the_quantiser_that_lost_channels(tower: Graph) -> None:

@@ -6,7 +6,7 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tersor.kernels.linear8 import ACTIVATIONS, activated, linear8, quantize_codes
+from tersor.kernels.linear8 import ACTIVATIONS, activated, linear8, quantize_codes, quantize_floats
 
 # Two float32 roundings, of the product with the scale and of the sum.
 ROUNDED = 2.0**-22
@@ -62,3 +62,26 @@ def test_codes_are_torchs_own() -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 4
     wanted = torch.ops.quantized_decomposed.quantize_per_tensor(x, 0.03, 5, -100, 100, torch.int8)
     assert torch.equal(quantize_codes(x, 0.03, 5, -100, 100), wanted)
+
+
+def test_eight_bit_floats_are_the_nearest_ones() -> None:
+    bits = torch.arange(256, dtype=torch.uint8)
+    grid = bits.view(torch.float8_e4m3fn).double()
+    grid = grid[grid.isfinite()].unique()
+    step = 0.01
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 3
+    found = quantize_floats(x, step).double()
+    # The division is a multiplication by 1 / step: two float32 roundings in front of the grid's.
+    units = x.double() / step
+    nearest = (units[:, None].clamp(-448, 448) - grid).abs().amin(1)
+    assert bool(((found - units.clamp(-448, 448)).abs() <= nearest + units.abs() * 2.0**-22).all())
+    assert bool(torch.isin(found, grid).all())
+
+
+def test_integers_behind_eight_bit_floats() -> None:
+    x, w = (torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (4, 6))
+    x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    scale, offset = torch.full((6,), 0.1), torch.zeros(6)
+    y = x.double() @ w.double().t() * 0.1
+    found = linear8(x, w, scale, offset, torch.int8, inverse=torch.full((6,), 20.0))
+    assert int((found.int() - (y * 20).round().clamp(-128, 127).int()).abs().max()) <= 1

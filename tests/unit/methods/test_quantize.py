@@ -14,6 +14,7 @@ from tersor.core.records import Candidate, Site
 from tersor.graph.contracts import Graph, Method, SiteChange, SiteStatistics
 from tersor.methods.quantize import Quantize, choose_quantizer, layer_error
 from tersor.observe.statistics import observe
+from tersor.ops.float8 import RELATIVE_VARIANCE
 from tersor.ops.moments import moments_of
 from tests.unit.capturing import graph_of, random, trained
 
@@ -291,3 +292,30 @@ def test_unknown_levels_are_refused(net: Case) -> None:
     object.__setattr__(candidate, "level", "int4")  # as a plug-in without type checks might
     with pytest.raises(ConfigError, match="q: quantize has no level 'int4'"):
         Quantize().apply(net.sites["q"], candidate, net.statistics["q"])
+
+
+def test_eight_bit_floats_of_linears(net: Case) -> None:
+    method = Quantize(fp8=True)
+    steps: dict[str, float] = {}
+    for name, site in net.sites.items():
+        found, is_linear = net.propose(name, method), site.op_kind == "linear"
+        assert ("fp8" in found) == is_linear
+        assert "fp8" not in net.propose(name, Quantize())
+        if not is_linear:
+            continue
+        assert found["fp8"].size_bytes == found["int8"].size_bytes
+        change = net.apply(name, "fp8", method)
+        assert change.codes is not None
+        assert change.codes.dtype == torch.float8_e4m3fn
+        assert change.quantizer is not None
+        assert change.quantizer.kind == "fp8"
+        assert steps.setdefault(str(site.tensor), change.quantizer.step) == change.quantizer.step
+        # Input and weight each add the share of a value's square that its rounding is off by.
+        assert 0 < layer_error(net.statistics[name], change) < 2 * 2 * RELATIVE_VARIANCE
+
+
+def test_eight_bit_floats_are_for_linears_alone(net: Case) -> None:
+    name = next(n for n, site in net.sites.items() if site.op_kind == "conv")
+    candidate = Candidate(site=name, level="fp8", method="quantize", size_bytes=1)
+    with pytest.raises(ConfigError, match="fp8 is for linears"):
+        Quantize(fp8=True).apply(net.sites[name], candidate, net.statistics[name])

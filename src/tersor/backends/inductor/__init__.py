@@ -25,6 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _NAME = "inductor"
 _REMEDY = "pip install 'tersor[compress]'"
 _FULL_LIMIT = 127  # products of int8 codes are added in 32 bits
+_FLOAT8_CAPABILITY = (8, 9)  # from which on cards multiply 8-bit floats
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -84,10 +85,20 @@ class InductorBackend:
                 FormatInfo(name="bf16"),
                 FormatInfo(name="int8", weight_limit=_FULL_LIMIT),
                 FormatInfo(name="int8_weight", weight_limit=_FULL_LIMIT, note=folded),
+                *self._float8(kind),
             ),
             floats=float_choices(kind, can_compile=can_compile),
             stored_choices=stored_choices(kind, has_kernels=has_triton),
         )
+
+    def _float8(self, kind: str) -> tuple[FormatInfo, ...]:
+        """8-bit floats, where the card multiplies them."""
+        if kind != "cuda":
+            return ()
+        from tersor.backends.inductor.host import DRIVER, index_of
+
+        has_products = DRIVER.capability(index_of(self.device)) >= _FLOAT8_CAPABILITY
+        return (FormatInfo(name="fp8", note="linears alone"),) if has_products else ()
 
     def _problem(self, kind: str) -> tuple[str, str]:
         """Why the device can't be used and what to do; torch is asked about GPUs alone."""

@@ -17,9 +17,10 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 
 from tersor.backends.inductor.coding import code_linears, own_tensors
+from tersor.backends.inductor.float8 import float8_linears
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
-from tersor.kernels.linear8 import linear8, quantize_codes
+from tersor.kernels.linear8 import linear8, quantize_codes, quantize_floats
 
 _aten = torch.ops.aten
 _decomposed = torch.ops.quantized_decomposed
@@ -27,6 +28,7 @@ _QUANTIZE = _decomposed.quantize_per_tensor.default
 _DEQUANTIZE = _decomposed.dequantize_per_tensor.default
 _WEIGHT = _decomposed.dequantize_per_channel.default
 _MOST = 127  # of an int8 code
+_INT8 = (-128, 127)
 _SHIFT = 128  # from unsigned to signed codes
 _SIDES = 4  # dimensions of an image
 _UNFUSED = (
@@ -75,6 +77,7 @@ def lower(graph: Graph, form: Form) -> Lowered:
         node.meta = {}
     work = _Lowering(copied, dict(tensors), form)
     work.linears()
+    float8_linears(work)
     if form.codes:
         work.sources |= code_linears(copied, work.tensors, graph.packed)
     work.quantizers()
@@ -138,8 +141,8 @@ class _Lowering:
             arguments = (
                 read,
                 self.graph.get_attr(str(weight.args[0].target)),  # type: ignore[union-attr]
-                self._constant(f"{node.name}_scale", scale.float()),
-                self._constant(f"{node.name}_offset", offset.float()),
+                self.constant(f"{node.name}_scale", scale.float()),
+                self.constant(f"{node.name}_offset", offset.float()),
                 torch.float32,
             )
             product = self.graph.call_function(linear8, arguments)
@@ -156,7 +159,8 @@ class _Lowering:
             self.sources[found.name] = grid.node.name
         return self._codes[grid.node]
 
-    def _constant(self, name: str, value: Tensor) -> fx.Node:
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        """A new tensor that keeps its type."""
         name = f"tersor_{name}"
         self.tensors[name] = value
         self._exact.add(name)
@@ -191,7 +195,7 @@ class _Lowering:
     def chains(self) -> None:
         """Activation and the next codes behind a product, where nothing else reads what is between."""
         for node in list(self.graph.nodes):
-            if not _is_call(node, quantize_codes):
+            if not _is_call(node, quantize_codes) and not _is_call(node, quantize_floats):
                 continue
             path, factor = [node.args[0]], None
             if _is_call(path[-1], _aten.mul.Tensor):
@@ -213,7 +217,10 @@ class _Lowering:
         return tensor if tensor.dim() == 1 and tensor.dtype == torch.float32 else None
 
     def _fuse(self, node: fx.Node, product: fx.Node, kind: str, factor: Tensor | None) -> None:
-        _, step, zero, low, high = node.args
+        is_floats = node.target is quantize_floats
+        step, *grid = node.args[1:]
+        zero, low, high = (0.0, *_INT8) if is_floats else grid
+        dtype = torch.float8_e4m3fn if is_floats else torch.int8
         width = self.tensors[str(product.args[2].target)].numel()  # type: ignore[union-attr]
         inverse = torch.full((width,), 1.0 / float(step))  # type: ignore[arg-type]
         if factor is not None:
@@ -221,8 +228,8 @@ class _Lowering:
                 return
             inverse = inverse * factor.cpu()
         with self.graph.inserting_before(node):
-            constant = self._constant(f"{product.name}_inverse", inverse)
-            arguments = (*product.args[:4], torch.int8, kind, constant, float(zero), low, high)  # type: ignore[arg-type]
+            constant = self.constant(f"{product.name}_inverse", inverse)
+            arguments = (*product.args[:4], dtype, kind, constant, float(zero), low, high)  # type: ignore[arg-type]
             fused = self.graph.call_function(linear8, arguments)
         self.sources[fused.name] = self.sources[product.name]
         node.replace_all_uses_with(fused)
@@ -394,6 +401,8 @@ def _joined(values: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | N
     if known is None:
         return None
     filled = [known.new_zeros(n) if v is None else v for v, n in zip(values, sizes, strict=True)]
+    if known.dtype == torch.float8_e4m3fn:  # no device joins them as such
+        return torch.cat([v.view(torch.uint8) for v in filled]).view(known.dtype)
     return torch.cat(filled)
 
 

@@ -75,7 +75,7 @@ def traced_names(module: fx.GraphModule, traced: Sequence[tuple[str, str]]) -> d
 
 
 def _kind(target: str) -> str:
-    if target.startswith("tersor.linear8") or "_int_mm" in target:
+    if target.startswith("tersor.linear8") or "_int_mm" in target or "_scaled_mm" in target:
         return "linear8"
     if target.startswith("tersor.codebook_linear"):
         return "codebook_linear"

@@ -22,6 +22,7 @@ _ALIGNED = 64  # bytes
 _DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError)
 _DTYPES = (
     "float32", "float16", "bfloat16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool",
+    "float8_e4m3fn",
 )  # fmt: skip
 
 

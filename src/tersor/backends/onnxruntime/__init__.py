@@ -84,7 +84,9 @@ class ONNXRuntimeBackend:
         _require(_NAME, *_WRITERS)
         from tersor.backends.onnxruntime.assembly import assemble
         from tersor.backends.onnxruntime.executable import ONNXRuntimeExecutable
+        from tersor.graph.float8 import refuse_float8
 
+        refuse_float8(graph.module, "onnxruntime")
         in_integers = choice.options.get("int8_conv", _WAYS[0]) == _WAYS[1]
         return ONNXRuntimeExecutable(assemble(graph, shapes, in_integers=in_integers), choice)
 

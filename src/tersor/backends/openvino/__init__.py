@@ -63,6 +63,9 @@ class OpenVINOBackend:
             ConfigError: A device or an option that this backend does not have.
             ShapeError: Shapes that the graph can't take.
         """
+        from tersor.graph.float8 import refuse_float8
+
+        refuse_float8(graph.module, "openvino")
         return executable_from_model(to_openvino_model(graph, shapes, choice), choice)
 
     def load(
