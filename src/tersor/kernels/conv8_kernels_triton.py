@@ -71,7 +71,7 @@ def conv8_kernel(  # noqa: ANN201, PLR0915, C901
     UNIT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, WALK: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN: tl.constexpr, IS_INT: tl.constexpr, BORDER: tl.constexpr, INNER: tl.constexpr,
-    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, SPLITS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, IS_SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One block of the result, or of the sums over a share of the steps.
@@ -145,7 +145,7 @@ def conv8_kernel(  # noqa: ANN201, PLR0915, C901
         else:
             total = tl.dot(a, b, total)
     pixels, columns = tl.arange(0, BM), n + tl.arange(0, BN)
-    if SPLITS > 1:
+    if IS_SHARE:
         at = (m + pixels)[:, None] * N + columns[None, :]
         inside = (pixels < M - m)[:, None] & (columns < N)[None, :]
         tl.store(parts_ptr + tl.program_id(1) * M * N + at, total, mask=inside)
@@ -161,11 +161,11 @@ def conv8_kernel(  # noqa: ANN201, PLR0915, C901
 @no_type_check
 def conv8_finish_kernel(  # noqa: ANN201
     parts_ptr, y_ptr, scale_ptr, offset_ptr, residual_ptr,  # noqa: ANN001
-    M, N, H, W, OH, OW,  # noqa: ANN001
+    SPLITS, M, N, H, W, OH, OW,  # noqa: ANN001
     gain, residual_gain, shift, low, high, inner_low, inner_high,  # noqa: ANN001
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, BORDER: tl.constexpr, INNER: tl.constexpr,
-    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, SPLITS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROUND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares' sums, in their order, and finishes a block."""
@@ -174,7 +174,7 @@ def conv8_finish_kernel(  # noqa: ANN201
     at = (m + pixels)[:, None] * N + columns[None, :]
     inside = (pixels < M - m)[:, None] & (columns < N)[None, :]
     total = tl.load(parts_ptr + at, mask=inside, other=0)
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, SPLITS):
         total += tl.load(parts_ptr + split * M * N + at, mask=inside, other=0)
     _finish(
         total, m, pixels, columns, y_ptr, scale_ptr, offset_ptr, residual_ptr,

@@ -34,6 +34,8 @@ _LINE = 32  # codes that tensor cores multiply at once
 _WIDE = 128  # of the inner dimension, where channels fill it
 _FEW = 4096  # pixels up to which small tiles are tried
 _BLOCKS = 132  # multiprocessors of the card that this was written for (H200)
+_SMALL = ((64, 64), (32, 64), (16, 64), (64, 128))  # pixels, channels
+_SHARES = 16
 _FINISH = (16, 64, 4)  # pixels, channels, warps of the second kernel
 _FINITE = torch.finfo(torch.float32).max  # no compiler has to write an infinity
 _Key = tuple[Any, ...]
@@ -110,13 +112,13 @@ def _small(
     """Few pixels: enough blocks for every multiprocessor, by smaller tiles or shares of the sums."""
     steps = walk(kernel, inp, block)[1]
     found = []
-    for rows, outputs in ((64, 64), (64, 32), (32, 64), (16, 64), (64, 128)):
+    for rows, outputs in _SMALL:
         columns = min(outputs, max(16, triton.next_power_of_2(out)))
         count = triton.cdiv(pixels, rows) * triton.cdiv(out, columns)
-        splits = min(max(1, _BLOCKS // count), max(1, steps // 4), 16)
-        for shares in {1, splits}:
+        most = min(max(1, _BLOCKS // count), max(1, steps // 2), _SHARES)
+        for shares in {1, (most + 1) // 2, most}:
             share = triton.cdiv(steps, shares)
-            found.append(Tile(rows, columns, block, 4, 4, triton.cdiv(steps, share)))
+            found.append(Tile(rows, columns, block, 4, 5, triton.cdiv(steps, share)))
     return tuple(dict.fromkeys(found))
 
 
@@ -189,7 +191,7 @@ def launched(  # noqa: PLR0913
     ending = {
         "KH": down, "KW": across, "SH": stride[0], "SW": stride[1],
         "PH": padding[0], "PW": padding[1], "BORDER": offset.shape[0] > 1, "INNER": bool(inner),
-        "RESIDUAL": residual is not None, "ROUND": dtype == torch.int8, "SPLITS": tile.splits,
+        "RESIDUAL": residual is not None, "ROUND": dtype == torch.int8,
     }  # fmt: skip
     is_int = codes.dtype == torch.int8
     other = scale if residual is None else residual
@@ -204,14 +206,17 @@ def launched(  # noqa: PLR0913
     kernel[grid](
         codes, weight, result, parts, scale, offset, other,
         *sizes, inp // unit, steps, triton.cdiv(steps, tile.splits), *numbers,
-        UNIT=unit, WALK=kind, BLOCKS=each, EVEN=is_even, IS_INT=is_int, **ending,
+        UNIT=unit, WALK=kind, BLOCKS=each, EVEN=is_even, IS_INT=is_int,
+        IS_SHARE=tile.splits > 1, **ending,
     )  # fmt: skip
     if tile.splits > 1:
 
         def blocks(meta: dict[str, int]) -> tuple[int, int]:
             return triton.cdiv(pixels, meta["BM"]), triton.cdiv(out, meta["BN"])
 
-        finisher[blocks](parts, result, scale, offset, other, *sizes, *numbers, **ending)
+        finisher[blocks](
+            parts, result, scale, offset, other, tile.splits, *sizes, *numbers, **ending
+        )
     return result
 
 

@@ -37,7 +37,7 @@ def test_interpreted_kernels_compute_their_definition() -> None:
             assert case["largest"] <= 0.5, name
             assert case["share"] <= BORDER, name
         else:
-            bound = HALF if name in ("half", "fp8") else ROUNDED
+            bound = HALF if name == "half" else ROUNDED
             assert case["largest"] <= bound * case["size"], (name, case)
 
 
