@@ -47,7 +47,7 @@ def compiled(name: str, warps: int, stages: int, types: dict[str, str], **settin
         constexprs={(names.index(n),): v for n, v in fixed.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in whole},
     )
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     made = triton.compile(source, target=GPUTarget(*HOPPER), options=options)
     assert made.asm["cubin"]
     return str(made.asm["ptx"])
