@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ MODEL_PROTOCOL = Protocol(rounds=5, runs=15, max_seconds=20.0)
 LOUD = 4 * 50 * 2**20  # four times the second-level cache of an H200, bytes
 MOST_COPIES = 32
 CODES = 127
+BUILDS = "float-float16-compile,float-bfloat16-compile,int8-float16-compile,int8-float16-eager"
 
 
 class Layer(NamedTuple):
@@ -109,7 +110,7 @@ class Recorded:
 
 def operands(layer: Layer, batch: int) -> dict[str, Any]:
     """Random ones for both, channels last; the stem's codes are filled up to four channels."""
-    inp = 4 if layer.inp < 4 else layer.inp
+    inp = max(layer.inp, 4)
     side = result_size(layer.size, layer.kernel, layer.stride, layer.kernel // 2)
     last = torch.channels_last
 
@@ -271,49 +272,52 @@ def warmed(jobs: int, batches: str) -> float:
     return time.perf_counter() - start
 
 
+def compile_part(part: str, batches: Sequence[int]) -> None:
+    """The kernels of every n-th layer, from the i-th on: "i/n"."""
+    index, count = (int(v) for v in part.split("/"))
+    for batch in batches:
+        for layer in layers()[index::count]:
+            eight_bit(layer, operands(layer, batch))
+
+
+def rows(work: Sequence[str], batch: int, builds: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Lines of one batch, as they are measured."""
+    if "layers" in work:
+        total = dict.fromkeys(("conv8", "cudnn float16"), 0.0)
+        for layer in layers():
+            row = layer_row(layer, batch)
+            for name in total:
+                total[name] += row["us"][name] * layer.count / 1e3
+            yield row
+        yield {"work": "layers", "batch": batch, "ms": {n: round(v, 3) for n, v in total.items()}}
+    if "model" in work:
+        yield model_row(batch, builds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--work", default="layers,model")
     parser.add_argument("--batches", default="256,1")
-    parser.add_argument(
-        "--builds", default="float-float16-compile,float-bfloat16-compile,int8-float16-compile,int8-float16-eager"
-    )
+    parser.add_argument("--builds", default=BUILDS)
     parser.add_argument("--jobs", type=int, default=12)
-    parser.add_argument("--part", default="", help="compile this part of the layers' kernels, and no more")
+    parser.add_argument("--part", default="", help="compile this part of the layers' kernels alone")
     options = parser.parse_args()
     torch.manual_seed(0)
     batches = [int(b) for b in options.batches.split(",")]
     if options.part:
-        index, count = (int(v) for v in options.part.split("/"))
-        for batch in batches:
-            for layer in layers()[index::count]:
-                eight_bit(layer, operands(layer, batch))
+        compile_part(options.part, batches)
         return
     card = {**facts("cuda"), "torch": torch.__version__}
-
-    def write(row: dict[str, Any]) -> None:
-        line = json.dumps({**row, "card": card})
-        print(line, flush=True)
-        if options.out is not None:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-
-    work = options.work.split(",")
     if options.jobs > 1:
         print("compiled in", round(warmed(options.jobs, options.batches), 1), "s", flush=True)
     for batch in batches:
-        rows = [layer_row(layer, batch) for layer in layers()] if "layers" in work else []
-        for row in rows:
-            write(row)
-        if rows:
-            total = {
-                name: round(sum(r["us"][name] * r["layer"]["count"] for r in rows) / 1e3, 3)
-                for name in rows[0]["us"]
-            }
-            write({"work": "layers", "batch": batch, "ms": total})
-        if "model" in work:
-            write(model_row(batch, options.builds.split(",")))
+        for row in rows(options.work.split(","), batch, options.builds.split(",")):
+            line = json.dumps({**row, "card": card})
+            print(line, flush=True)
+            if options.out is not None:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
         torch.cuda.empty_cache()
 
 

@@ -39,7 +39,7 @@ def _card() -> None:
         pytest.skip("no CUDA device")
 
 
-def drawn(
+def drawn(  # noqa: PLR0913, PLR0917
     n: int, inp: int, out: int, kernel: tuple[int, int], size: tuple[int, int] = (14, 15),
     stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0), zero: int = 0,
     kind: torch.dtype = torch.int8, unit: float = 1.0,
@@ -57,7 +57,9 @@ def drawn(
     scale = (torch.rand(out, generator=generator) + 0.1) / fan**0.5 * unit
     scale = scale / 5000 if kind == torch.int8 else scale
     offset = border_offsets(w, scale, zero, torch.randn(out, generator=generator) * unit, padding)
-    sides = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)]
+    sides = [
+        (s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)
+    ]
     residual = torch.randint(-128, 128, (n, *sides, out), generator=generator).to(torch.int8)
     tensors = [t.cuda() for t in (x, w, scale, offset)]
     return (*tensors, list(stride), list(padding), residual.permute(0, 3, 1, 2).cuda())

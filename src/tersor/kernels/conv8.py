@@ -121,19 +121,18 @@ def conv8_reference(
     return y.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _sums(
-    codes: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
+def _sums(codes: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Sums of products: whole numbers in float64 for int8, float64 sums for 8-bit floats."""
     kernel = weight.permute(0, 3, 1, 2)
     across = weight.shape[1] * weight.shape[2]
     most = _EXACT // (_PRODUCT * across)
-    steps = [list(stride), list(padding)]
+    steps, sides = list(stride), list(padding)
+    convolve = torch.nn.functional.conv2d
     if codes.dtype != torch.int8 or codes.is_cuda or most == 0:
-        return torch.nn.functional.conv2d(codes.double(), kernel.double(), None, *steps)
+        return convolve(codes.double(), kernel.double(), None, steps, sides)
     # As many channels at a time as float32 adds exactly, which is faster than float64.
     parts = [
-        torch.nn.functional.conv2d(x.float(), w.float(), None, *steps)
+        convolve(x.float(), w.float(), None, steps, sides)
         for x, w in zip(codes.split(most, 1), kernel.split(most, 1), strict=True)
     ]
     if len(parts) == 1:
@@ -266,7 +265,9 @@ def _check_window(
             f"conv8: {codes.shape[1]} channels for a weight of {inp}; grouped convolutions are not "
             "computed on codes, leave them in floats"
         )
-    fits = all(s >= 1 and 0 <= p < k for s, p, k in zip(stride, padding, (down, across), strict=True))
+    fits = all(
+        s >= 1 and 0 <= p < k for s, p, k in zip(stride, padding, (down, across), strict=True)
+    )
     sides = zip(codes.shape[2:], padding, (down, across), strict=True)
     if not fits or any(size + 2 * p < k for size, p, k in sides):
         raise ShapeError(
@@ -275,7 +276,7 @@ def _check_window(
             "less padding than kernel, and a kernel that fits into the padded image"
         )
     rows = (1, (padding[0] + 1) ** 2 * (padding[1] + 1) ** 2)
-    if offset.dim() != 2 or offset.shape[0] not in rows or offset.shape[1] != out:  # noqa: PLR2004
+    if offset.dim() != 2 or offset.shape[0] not in rows or offset.shape[1] != out:
         raise ShapeError(
             f"conv8: offset {tuple(offset.shape)}, wanted {out} channels in 1 or {rows[1]} rows"
         )

@@ -17,7 +17,7 @@ POINT, TAPS, LINES = 0, 1, 2
 
 @triton.jit
 @no_type_check
-def _finish(  # noqa: ANN202, PLR0915
+def _finish(  # noqa: ANN202
     total, m, pixels, columns,  # noqa: ANN001
     y_ptr, scale_ptr, offset_ptr, residual_ptr,  # noqa: ANN001
     M, N, H, W, OH, OW,  # noqa: ANN001
@@ -51,7 +51,9 @@ def _finish(  # noqa: ANN202, PLR0915
     if RESIDUAL:
         other = tl.load(residual_ptr + at, mask=inside, other=0.0)
         if other.dtype == tl.int8:
-            other = other.to(tl.int32)  # the compiler hands on bytes between threads then, not floats
+            other = other.to(
+                tl.int32
+            )  # the compiler hands on bytes between threads then, not floats
         other = other.to(tl.float32)
         y += other * residual_gain + shift
     elif INNER:
@@ -64,7 +66,7 @@ def _finish(  # noqa: ANN202, PLR0915
 
 @triton.jit
 @no_type_check
-def conv8_kernel(  # noqa: ANN201, PLR0915, C901
+def conv8_kernel(  # noqa: ANN201, PLR0912, PLR0915, C901
     x_ptr, w_ptr, y_ptr, parts_ptr, scale_ptr, offset_ptr, residual_ptr,  # noqa: ANN001
     M, N, H, W, OH, OW, UNITS, STEPS, SHARE,  # noqa: ANN001
     gain, residual_gain, shift, low, high, inner_low, inner_high,  # noqa: ANN001

@@ -116,7 +116,7 @@ def _small(
         columns = min(outputs, max(16, triton.next_power_of_2(out)))
         count = triton.cdiv(pixels, rows) * triton.cdiv(out, columns)
         most = min(max(1, _BLOCKS // count), max(1, steps // 2), _SHARES)
-        for shares in {1, (most + 1) // 2, most}:
+        for shares in sorted({1, (most + 1) // 2, most}):
             share = triton.cdiv(steps, shares)
             found.append(Tile(rows, columns, block, 4, 5, triton.cdiv(steps, share)))
     return tuple(dict.fromkeys(found))
@@ -160,7 +160,7 @@ def conv8_op(
     )  # fmt: skip
 
 
-def launched(  # noqa: PLR0913
+def launched(
     kernel: Any,
     finisher: Any,
     tile: Tile,
@@ -239,9 +239,7 @@ def _tile_of(
     return tiles(_pixels(codes, weight, stride, padding), out, (down, across), inp)[0]
 
 
-def _pixels(
-    codes: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> int:
+def _pixels(codes: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> int:
     n, h, w, _ = codes.shape
     _, down, across, _ = weight.shape
     oh = (h + 2 * padding[0] - down) // stride[0] + 1
@@ -295,8 +293,8 @@ def conv8_cuda(
         return found
 
     if is_real(images):
-        pixels = _pixels(images, kernel, *steps)
-        candidates = tiles(pixels, kernel.shape[0], tuple(kernel.shape[1:3]), kernel.shape[3])
+        out, down, across, inp = kernel.shape
+        candidates = tiles(_pixels(images, kernel, *steps), out, (down, across), inp)
         key = _key(images, kernel, offset, other, *steps, dtype, bounds)
         choose_tile(key, candidates, call)
     return call().permute(0, 3, 1, 2)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tersor.backends.inductor import InductorBackend
 from tersor.backends.inductor.executable import InductorExecutable, load
-from tersor.backends.inductor.lowering import Form, lower
+from tersor.backends.inductor.lowering import lower
 from tersor.backends.inductor.lowering_conv import filled, floats_from, pooled_codes
 from tersor.backends.inductor.trust import BuildCache
+from tersor.backends.inductor.work import Form
 from tersor.build.build import parity
 from tersor.core.records import BuildChoice, Candidate, Site
 from tersor.graph.apply import apply
@@ -98,6 +99,10 @@ def targets(graph: Graph, **form: Any) -> tuple[list[Any], list[Any]]:
     return [n.target for n in nodes], [n for n in nodes if n.target is conv8]
 
 
+def quantisers(graph: Graph) -> list[Any]:
+    return [n for n in graph.module.graph.nodes if "quantize_per_tensor" in str(n.target)][::2]
+
+
 @pytest.fixture(scope="module")
 def residual() -> tuple[Graph, tuple[Tensor, ...]]:
     inputs = (random(4, 3, 32, 32),)
@@ -106,7 +111,9 @@ def residual() -> tuple[Graph, tuple[Tensor, ...]]:
 
 def built(graph: Graph, cache: Path, precision: Any = "f32", **options: Any) -> InductorExecutable:
     choice = BuildChoice(backend="inductor", precision=precision, batch=4, options=options)
-    return InductorExecutable(graph, input_shapes(graph.signature, 4), choice, cache=BuildCache(cache))
+    return InductorExecutable(
+        graph, input_shapes(graph.signature, 4), choice, cache=BuildCache(cache)
+    )
 
 
 def test_a_network_stays_in_codes(residual: tuple[Graph, tuple[Tensor, ...]]) -> None:
@@ -132,7 +139,9 @@ def test_additions_in_floats(residual: tuple[Graph, tuple[Tensor, ...]]) -> None
     graph = in_codes(residual[0], additions=False)
     calls, convs = targets(graph)
     assert len(convs) == 6
-    assert calls.count(quantize_codes) == 3  # behind the first addition, whose floats the second reads
+    assert (
+        calls.count(quantize_codes) == 3
+    )  # behind the first addition, whose floats the second reads
     assert aten.add.Tensor not in calls
     assert [c.args[6] for c in convs].count(torch.int8) == 3
     wanted, found = graph.run(residual[1])[0], lower(graph, Form()).module(*residual[1])[0]
@@ -155,7 +164,11 @@ class Others(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = self.wide(self.dilated(self.grouped(x)))
         z = nn.functional.relu6(self.same(x) * 50)
-        return y, self.long(x.flatten(2).transpose(1, 2)), self.last(nn.functional.hardtanh(z, 0.5, 4.0))
+        return (
+            y,
+            self.long(x.flatten(2).transpose(1, 2)),
+            self.last(nn.functional.hardtanh(z, 0.5, 4.0)),
+        )
 
 
 def test_what_stays_in_floats() -> None:
@@ -188,54 +201,58 @@ def test_bounds_are_codes() -> None:
     _, (first, second) = targets(graph)
     assert second.args[0] is first
     low, high = first.args[7:9]
-    step = next(n for n in graph.module.graph.nodes if n.name == "hardtanh_quantize" or n.name == "hardtanh_1_quantize").args[1]
+    step = quantisers(graph)[-1].args[1]
     assert low == round(0.25 / step) - 128
     assert high == min(127, round(4 / step) - 128)
     wanted, found = graph.run(inputs)[0], lower(graph, Form()).module(*inputs)[0]
     assert float((found - wanted).abs().max()) <= 0.01 * float(wanted.abs().max())
 
 
-def test_factors_of_channels() -> None:
-    """A quantiser that scales every channel by a number of its own."""
+class Pair(nn.Module):
+    """Two convolutions with a bound between them."""
+
+    def __init__(self, bound: str) -> None:
+        super().__init__()
+        self.first, self.second, self.bound = nn.Conv2d(8, 20, 3), nn.Conv2d(20, 4, 3), bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(getattr(nn.functional, self.bound)(self.first(x)))
+        return y
+
+
+@pytest.mark.parametrize(("bound", "is_fused"), [("relu", True), ("hardtanh", False)])
+def test_factors_of_channels(bound: str, is_fused: bool) -> None:
+    """A quantiser that scales every channel by a number of its own: no bound but 0 goes with it."""
     inputs = (random(4, 8, 8, 8),)
-    plain = graph_of(seeded(Bounded()), *inputs)
-    graph = in_codes(plain)
-    for name, is_fused in (("relu", True), ("hardtanh", False)):
-
-        class Pair(Bounded):
-            bound = name
-
-            def forward(self, x: Tensor) -> Tensor:
-                y: Tensor = self.second(getattr(nn.functional, self.bound)(self.first(x)))
-                return y
-
-        plain = graph_of(seeded(Pair()), *inputs)
-        ops = {op.node.name: op for op in weighted_ops(plain.module)}
-        graph = in_codes(plain)
-        op = ops["conv2d_1"]
-        factor = torch.rand(20, generator=torch.Generator().manual_seed(0)) + 0.5
-        weight = attribute(plain.module, str(op.weight.target)).detach() / factor.reshape(1, -1, 1, 1)
+    plain = graph_of(seeded(Pair(bound)), *inputs)
+    factor = torch.rand(20, generator=torch.Generator().manual_seed(0)) + 0.5
+    changes = []
+    for op, quantizer in zip(
+        weighted_ops(plain.module),
+        (
+            Quantizer(step=0.03, low=-128, high=127),
+            Quantizer(step=0.05, low=-128, high=127, inverse_scale=factor, channel_dim=1),
+        ),
+        strict=True,
+    ):
+        weight = attribute(plain.module, str(op.weight.target)).detach()
+        if quantizer.inverse_scale is not None:
+            weight = weight / factor.reshape(1, -1, 1, 1)
         scale = weight.abs().flatten(1).amax(1) / 127
-        site = Site(name="conv2d_1", kind="format", ops=("conv2d_1",), op_kind="conv",
-                    weight=str(op.weight.target), shape=tuple(weight.shape))  # fmt: skip
-        grid = Quantizer(step=0.05, low=-128, high=127, inverse_scale=factor, channel_dim=1)
-        codes = (weight / scale.reshape(-1, 1, 1, 1)).round().to(torch.int8)
-        change = SiteChange(site=site, level="int8", codes=codes, scale=scale, quantizer=grid)
-        first = ops["conv2d"]
-        kernel = attribute(plain.module, str(first.weight.target)).detach()
-        steps = kernel.abs().flatten(1).amax(1) / 127
-        other = SiteChange(
-            site=Site(name="conv2d", kind="format", ops=("conv2d",), op_kind="conv",
-                      weight=str(first.weight.target), shape=tuple(kernel.shape)),
-            level="int8", codes=(kernel / steps.reshape(-1, 1, 1, 1)).round().to(torch.int8), scale=steps,
-            quantizer=Quantizer(step=0.03, low=-128, high=127),
+        site = Site(
+            name=op.node.name, kind="format", ops=(op.node.name,), op_kind="conv",
+            weight=str(op.weight.target), shape=tuple(weight.shape),
         )  # fmt: skip
-        graph = apply(plain, [other, change])
-        calls, convs = targets(graph)
-        assert len(convs) == 2
-        assert (aten.mul.Tensor in calls) != is_fused
-        wanted, found = graph.run(inputs)[0], lower(graph, Form()).module(*inputs)[0]
-        assert float((found - wanted).abs().max()) <= 0.01 * float(wanted.abs().max())
+        codes = (weight / scale.reshape(-1, 1, 1, 1)).round().to(torch.int8)
+        changes.append(
+            SiteChange(site=site, level="int8", codes=codes, scale=scale, quantizer=quantizer)
+        )
+    graph = apply(plain, changes)
+    calls, convs = targets(graph)
+    assert len(convs) == 2
+    assert (aten.mul.Tensor in calls) != is_fused
+    wanted, found = graph.run(inputs)[0], lower(graph, Form()).module(*inputs)[0]
+    assert float((found - wanted).abs().max()) <= 0.01 * float(wanted.abs().max())
 
 
 def test_pools_of_codes() -> None:
@@ -247,7 +264,9 @@ def test_pools_of_codes() -> None:
 
 
 @pytest.mark.parametrize(("half", "limit"), [("", CODES), ("float16", 5 * CODES)])
-def test_builds(residual: tuple[Graph, tuple[Tensor, ...]], tmp_path: Path, half: str, limit: float) -> None:
+def test_builds(
+    residual: tuple[Graph, tuple[Tensor, ...]], tmp_path: Path, half: str, limit: float
+) -> None:
     options = {"half": half, "layout": "channels_last"} if half else {}
     made = built(in_codes(residual[0]), tmp_path, "bf16" if half else "f32", **options)
     assert parity(in_codes(residual[0]), made, 4, residual[1]) <= limit

@@ -34,7 +34,7 @@ def drawn(shape: tuple[int, ...], kind: torch.dtype, generator: torch.Generator)
     return torch.randn(shape, generator=generator).to(kind)
 
 
-def case(  # noqa: PLR0913
+def case(  # noqa: PLR0913, PLR0917
     n: int = 2, inp: int = 16, size: tuple[int, int] = (5, 6), out: int = 20,
     kernel: tuple[int, int] = (3, 3), stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (1, 1),
     kind: torch.dtype = INT8, to: torch.dtype = torch.float32, zero: int = 0,
@@ -50,7 +50,9 @@ def case(  # noqa: PLR0913
     scale = scale / 5000 if kind == INT8 else scale
     bias = torch.randn(out, generator=generator) * unit
     offset = border_offsets(weight, scale, zero, bias, padding)
-    sides = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)]
+    sides = [
+        (s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)
+    ]
     other = None
     if residual is not None:
         other = drawn((n, *sides, out), INT8, generator)
@@ -113,10 +115,14 @@ def main() -> None:
         "shares": {"inp": 64, "tile": split},
         "shares, all": {"inp": 64, "tile": split, "zero": -128, "residual": INT8, "to": INT8},
         "shares fp8": {"inp": 64, "tile": split, "kind": FP8},
-        "fp8": {"inp": 32, "kind": FP8, "relu": True},  # to codes: the interpreter rounds them otherwise
+        "fp8": {
+            "inp": 32,
+            "kind": FP8,
+            "relu": True,
+        },  # to codes: the interpreter rounds them otherwise
         "one pixel": {"n": 1, "size": (1, 1), "inp": 32, "out": 7},
     }
-    print(json.dumps({name: case(**settings) for name, settings in cases.items()}))
+    print(json.dumps({name: case(**settings) for name, settings in cases.items()}))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -58,8 +58,10 @@ def test_sums_are_exact_up_to_the_scale(data: st.DataObject) -> None:
     assert found.is_contiguous(memory_format=torch.channels_last)
     # The zero point's part is in the offset, so that the terms are those of codes and of the zero alone.
     kept = convolved(x, w.abs(), scale, bias.abs(), 0, stride=stride, padding=padding)[1]
-    most = sizes + kept + abs(zero) * w.double().abs().sum((1, 2, 3)).reshape(-1, 1, 1) * scale.reshape(
-        -1, 1, 1
+    most = (
+        sizes
+        + kept
+        + abs(zero) * w.double().abs().sum((1, 2, 3)).reshape(-1, 1, 1) * scale.reshape(-1, 1, 1)
     )
     assert bool(((found.double() - wanted).abs() <= ROUNDED * most).all())
 
@@ -126,7 +128,7 @@ def test_empty_batches_and_other_layouts(dtype: torch.dtype) -> None:
 
 GOOD: dict[str, Any] = {
     "codes": ((2, 8, 6, 6), torch.int8), "weight": ((4, 3, 3, 8), torch.int8), "offset": (1, 4),
-    "stride": [1, 1], "padding": [1, 1], "dtype": torch.int8, "residual": None, "inner": None,
+    "stride": [1, 1], "padding": [1, 1], "dtype": torch.int8, "residual": None,
 }  # fmt: skip
 
 
@@ -149,14 +151,12 @@ GOOD: dict[str, Any] = {
 )
 def test_refusals(change: dict[str, Any], error: type[Exception], said: str) -> None:
     given = {**GOOD, **change}
-    with FakeTensorMode(), pytest.raises(error, match=said):  # sizes without memory
+    with FakeTensorMode():  # sizes without memory
         codes, weight = (torch.empty(s, dtype=d) for s, d in (given["codes"], given["weight"]))
-        residual = given["residual"]
-        conv8(
-            codes, weight, torch.empty(4), torch.empty(given["offset"]), given["stride"],
-            given["padding"], given["dtype"], 0.0, 1.0,
-            None if residual is None else torch.empty(residual), inner=given["inner"],
-        )  # fmt: skip
+        residual = None if given["residual"] is None else torch.empty(given["residual"])
+        args = (codes, weight, torch.empty(4), torch.empty(given["offset"]), given["stride"])
+        with pytest.raises(error, match=said):
+            conv8(*args, given["padding"], given["dtype"], 0.0, 1.0, residual)
 
 
 def test_refusals_of_what_int8_alone_has() -> None:
@@ -174,5 +174,7 @@ def test_refusals_of_what_int8_alone_has() -> None:
 def test_sizes() -> None:
     for size, kernel, stride, padding in ((224, 7, 2, 3), (56, 3, 2, 1), (7, 1, 2, 0)):
         x = torch.zeros(1, 1, size, size)
-        found = torch.nn.functional.conv2d(x, torch.zeros(1, 1, kernel, kernel), None, stride, padding)
+        found = torch.nn.functional.conv2d(
+            x, torch.zeros(1, 1, kernel, kernel), None, stride, padding
+        )
         assert result_size(size, kernel, stride, padding) == found.shape[2]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tersor.backends.inductor.work import DEQUANTIZE, QUANTIZE, Grid, Work, is_call, quantizer
+from tersor.backends.inductor.work import Grid, Work, is_call, quantizer
 from tersor.core.errors import ConfigError
 from tersor.kernels.conv8 import border_offsets, conv8
 from tersor.kernels.linear8 import quantize_codes
@@ -124,9 +124,7 @@ def _padding(value: Any, kernel: Sequence[int]) -> list[int] | None:
     return [0, 0] if value == "valid" else _pair(value, 0)
 
 
-def _convolution(
-    work: Work, node: fx.Node, grid: Grid, weight: fx.Node, window: _Window
-) -> None:
+def _convolution(work: Work, node: fx.Node, grid: Grid, weight: fx.Node, window: _Window) -> None:
     codes, steps = (work.value(weight.args[i]) for i in (0, 1))
     assert codes is not None
     assert steps is not None
@@ -185,7 +183,7 @@ def conv_chains(work: Work, shapes: Shapes) -> None:
 def _pools(work: Work) -> None:
     """Quantisers in front of maximum pools, where a convolution is in front of those."""
     for node in list(work.graph.nodes):
-        pool = node.args[0] if is_call(node, quantize_codes) else None
+        pool: Any = node.args[0] if is_call(node, quantize_codes) else None
         if not is_call(pool, _POOL) or len(pool.users) > 1:
             continue
         window = _pool_window(pool)
@@ -275,7 +273,7 @@ class _Chain:
     def _bounded(self, user: fx.Node) -> bool:
         if user.target not in _BOUNDS or user.kwargs:
             return False
-        given = [*user.args[1:], None, None]
+        given: list[Any] = [*user.args[1:], None, None]
         low, high = (
             default if value is None else value
             for value, default in zip(given, _BOUNDS[user.target], strict=False)
