@@ -35,7 +35,7 @@ from tersor.timing.device import SelfTimed
 from tersor.timing.protocol import Protocol, measure, noise
 
 LAYER_PROTOCOL = Protocol(rounds=3, runs=5, max_seconds=1.5)
-MODEL_PROTOCOL = Protocol(rounds=5, runs=15, max_seconds=20.0)
+MODEL_PROTOCOL = Protocol(rounds=5, runs=15, max_seconds=8.0)
 LOUD = 4 * 50 * 2**20  # four times the second-level cache of an H200, bytes
 MOST_COPIES = 32
 CODES = 127
@@ -222,54 +222,76 @@ def in_eight_bits(graph: Graph) -> Graph:
     return apply(graph, changes)
 
 
-def model_row(batch: int, kinds: Sequence[str]) -> dict[str, Any]:
-    """ResNet-50 in 8 bits beside its best uncompressed builds."""
-    plain = graph_of("resnet50", small=False)
+def built(kind: str, plain: Graph, batch: int, image: Any) -> SelfTimed:
+    """A build by its name: by hand, float or int8; half; mode.
+
+    Raises:
+        BackendError: It fails or has no memory.
+    """
+    name, half, mode = kind.split("-")
+    if name == "hand":
+        return ByHand("resnet50", batch, getattr(torch, half), compiles=mode == "compile")
+    options: dict[str, Any] = {
+        "mode": mode, "graph": True, "half": half, "layout": "channels_last",
+    }  # fmt: skip
+    choice = BuildChoice(
+        backend="inductor", device="cuda", precision="bf16", batch=batch, options=options
+    )
     (spec,) = plain.signature.inputs
-    inputs = {spec.name: example("resnet50", batch).numpy()}
-    backend = InductorBackend("cuda")
-    calls: dict[str, Any] = {}
-    seconds, notes = {}, {}
+    graph = in_eight_bits(plain) if name == "int8" else plain
+    made = InductorBackend("cuda").build(graph, {spec.name: image.shape}, choice)
+    return made.resident({spec.name: image})
+
+
+def model_row(
+    batch: int, kinds: Sequence[str], limit_s: float, warming: "Warming"
+) -> dict[str, Any]:
+    """ResNet-50 in 8 bits beside uncompressed builds; those that there is no time for are left out."""
+    begin = time.perf_counter()
+    plain = graph_of("resnet50", small=False)
+    image = example("resnet50", batch).numpy()
+    calls: dict[str, SelfTimed] = {}
+    seconds = {"capture": round(time.perf_counter() - begin, 1)}
+    notes = {}
     for kind in kinds:
-        name, _, rest = kind.partition("-")
-        half, _, mode = rest.partition("-")
+        if kind.startswith("int8"):
+            warming.wait()
         start = time.perf_counter()
-        if name == "hand":
-            calls[kind] = ByHand("resnet50", batch, getattr(torch, half), compiles=True)
-        else:
-            options: dict[str, Any] = {
-                "mode": mode, "graph": True, "half": half, "layout": "channels_last",
-            }  # fmt: skip
-            choice = BuildChoice(
-                backend="inductor", device="cuda", precision="bf16", batch=batch, options=options
-            )
-            graph = in_eight_bits(plain) if name == "int8" else plain
-            try:
-                built = backend.build(graph, {spec.name: inputs[spec.name].shape}, choice)
-            except BackendError as error:
-                notes[kind] = str(error)
-                continue
-            calls[kind] = built.resident(inputs)
+        if start - begin > limit_s:
+            notes[kind] = "no time left"
+            continue
+        try:
+            calls[kind] = built(kind, plain, batch, image)
+        except BackendError as error:
+            notes[kind] = str(error)
         seconds[kind] = round(time.perf_counter() - start, 1)
+    warming.wait()
     times = measure(calls, MODEL_PROTOCOL)
     base = min((t.median_ms for n, t in times.items() if not n.startswith("int8")), default=None)
     best = min((t.median_ms for n, t in times.items() if n.startswith("int8")), default=None)
     return {
         "work": "resnet50", "batch": batch,
         "ms": {n: [round(t.median_ms, 4), round(noise(t), 4)] for n, t in times.items()},
-        "build_s": seconds, "dropped": notes,
         "speedup": round(base / best, 3) if base and best else None,
+        "build_s": seconds, "dropped": notes,
     }  # fmt: skip
 
 
-def warmed(jobs: int, batches: str) -> float:
-    """Compile the kernels in processes of their own, into Triton's cache; seconds."""
-    start = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.conv8", "--batches", batches]
-    running = [subprocess.Popen([*command, "--part", f"{i}/{jobs}"]) for i in range(jobs)]  # noqa: S603
-    for process in running:
-        process.wait()
-    return time.perf_counter() - start
+class Warming:
+    """Processes that compile the kernels into Triton's cache."""
+
+    def __init__(self, jobs: int, batches: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.conv8", "--batches", batches]
+        parts = range(jobs if jobs > 1 else 0)
+        self._running = [
+            subprocess.Popen([*command, "--part", f"{i}/{jobs}"])  # noqa: S603
+            for i in parts
+        ]
+
+    def wait(self) -> None:
+        """Until all are done."""
+        for process in self._running:
+            process.wait()
 
 
 def compile_part(part: str, batches: Sequence[int]) -> None:
@@ -280,18 +302,24 @@ def compile_part(part: str, batches: Sequence[int]) -> None:
             eight_bit(layer, operands(layer, batch))
 
 
-def rows(work: Sequence[str], batch: int, builds: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Lines of one batch, as they are measured."""
-    if "layers" in work:
-        total = dict.fromkeys(("conv8", "cudnn float16"), 0.0)
-        for layer in layers():
-            row = layer_row(layer, batch)
-            for name in total:
-                total[name] += row["us"][name] * layer.count / 1e3
-            yield row
-        yield {"work": "layers", "batch": batch, "ms": {n: round(v, 3) for n, v in total.items()}}
-    if "model" in work:
-        yield model_row(batch, builds)
+def layer_rows(batch: int) -> Iterator[dict[str, Any]]:
+    """Lines of the layers and of their sum, as they are measured."""
+    total = dict.fromkeys(("conv8", "cudnn float16"), 0.0)
+    for layer in layers():
+        row = layer_row(layer, batch)
+        for name in total:
+            total[name] += row["us"][name] * layer.count / 1e3
+        yield row
+    yield {"work": "layers", "batch": batch, "ms": {n: round(v, 3) for n, v in total.items()}}
+
+
+def write(row: dict[str, Any], out: Path | None) -> None:
+    """A line of the file; what is printed is short."""
+    line = json.dumps({**row, "card": {**facts("cuda"), "torch": torch.__version__}})
+    print(" ".join(str(v) for v in row.values())[:300], flush=True)
+    if out is not None:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def main() -> None:
@@ -300,6 +328,9 @@ def main() -> None:
     parser.add_argument("--work", default="layers,model")
     parser.add_argument("--batches", default="256,1")
     parser.add_argument("--builds", default=BUILDS)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="no build starts after, a model"
+    )
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--part", default="", help="compile this part of the layers' kernels alone")
     options = parser.parse_args()
@@ -308,17 +339,17 @@ def main() -> None:
     if options.part:
         compile_part(options.part, batches)
         return
-    card = {**facts("cuda"), "torch": torch.__version__}
-    if options.jobs > 1:
-        print("compiled in", round(warmed(options.jobs, options.batches), 1), "s", flush=True)
-    for batch in batches:
-        for row in rows(options.work.split(","), batch, options.builds.split(",")):
-            line = json.dumps({**row, "card": card})
-            print(line, flush=True)
-            if options.out is not None:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    warming = Warming(options.jobs, options.batches)
+    if "layers" in options.work:
+        warming.wait()
+        for batch in batches:
+            for row in layer_rows(batch):
+                write(row, options.out)
         torch.cuda.empty_cache()
+    if "model" in options.work:
+        kinds = options.builds.split(",")
+        for batch in batches:
+            write(model_row(batch, kinds, options.seconds, warming), options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """8-bit convolutions on a CUDA device: the kernels, every tile of a few shapes, builds of a small network."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -90,23 +89,34 @@ def compare(*args: Any, kind: torch.dtype = torch.int8) -> None:
     assert float(off.max()) <= bound * float(wanted.float().abs().max())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
-@pytest.mark.parametrize("n", [1, 3, 40])
+CASES = [(shape, 40) for shape in SHAPES] + [(SHAPES[2], 1), (SHAPES[5], 1)]
+
+
+@pytest.fixture
+def _first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured: compiling every tile takes minutes."""
+    monkeypatch.setattr(conv8_triton, "choose_tile", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_first_tile")
+@pytest.mark.parametrize(("shape", "n"), CASES, ids=lambda v: str(v).replace(" ", ""))
 def test_kernel_computes_its_definition(
     shape: dict[str, Any], n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch)
-    for zero, to in itertools.product((0, -128), (torch.float32, torch.int8)):
-        unit = 20.0 if to == torch.int8 else 1.0
-        *args, residual = drawn(n, **shape, zero=zero, unit=unit)
-        low, high = (0.0, 100.0) if to == torch.int8 else (-torch.inf, torch.inf)
-        compare(*args, to, low, high)
-        compare(*args, to, low, high, residual, 0.25, 1.5)
-    compare(*args, torch.float16, 0.0, torch.inf, (residual.float() / 50).bfloat16(), 0.5)
-    compare(*args, torch.int8, -100.0, 100.0, residual, 0.25, 1.5, [-30.0, 40.0, 0.5])
+    *args, residual = drawn(n, **shape)
+    compare(*args, torch.float32, -torch.inf, torch.inf)
+    *args, residual = drawn(n, **shape, zero=-128, unit=20.0)
+    compare(*args, torch.int8, 0.0, 100.0, residual, 0.2531, 1.5)
+    if n > 1:
+        other = (residual.float() / 50).bfloat16()
+        compare(*args, torch.float16, 0.0, torch.inf, other, 0.5)
+        inner = [-30.0, 40.0, 0.47]
+        compare(*args, torch.int8, -100.0, 100.0, residual, 0.2531, 1.5, inner)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.usefixtures("_first_tile")
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=["1x1", "3x3"])
 def test_eight_bit_floats(shape: dict[str, Any]) -> None:
     kind = torch.float8_e4m3fn
     *args, residual = drawn(3, **shape, kind=kind)
@@ -116,26 +126,24 @@ def test_eight_bit_floats(shape: dict[str, Any]) -> None:
     assert bool(((found - wanted).abs() <= 2.0**-3 * wanted + 0.05).all())  # one code
 
 
-@pytest.mark.parametrize("few", [False, True])
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[0]], ids=["3x3", "1x1"])
-def test_every_tile(shape: dict[str, Any], few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    n = 2 if few else 40
-    *args, residual = drawn(n, **shape)
-    pixels = n * 14 * 15
-    tiles = conv8_triton.tiles(pixels, shape["out"], shape["kernel"], shape["inp"])
-    assert any(t.splits > 1 for t in tiles) or not few or shape["kernel"] == (1, 1)
+@pytest.mark.usefixtures("_first_tile")
+@pytest.mark.parametrize(("shape", "n"), [(SHAPES[2], 1), (SHAPES[0], 40)], ids=["few", "many"])
+def test_every_tile(shape: dict[str, Any], n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    *args, residual = drawn(n, **shape, unit=20.0)
+    tiles = conv8_triton.tiles(n * 14 * 15, shape["out"], shape["kernel"], shape["inp"])
+    assert any(t.splits > 1 for t in tiles) == (n == 1)
     for tile in tiles:
-        monkeypatch.setattr(conv8_triton, "choose_tile", lambda *_: None)
         monkeypatch.setattr(conv8_triton, "_tile_of", lambda *_, t=tile: t)
-        compare(*args, torch.float32, -torch.inf, torch.inf, residual, 0.25, 1.5)
+        compare(*args, torch.int8, -128.0, 127.0, residual, 0.2531, 1.5)
 
 
-def test_equal_calls_give_equal_bits() -> None:
+def test_equal_calls_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = (Tile(64, 64, 128, 4, 5, 8), Tile(16, 64, 128, 4, 5, 4))
+    monkeypatch.setattr(conv8_triton, "tiles", lambda *_: tiles)
     *args, residual = drawn(2, 512, 64, (3, 3), size=(7, 7), padding=(1, 1))
     found = [conv8(*args, torch.float32, 0.0, torch.inf, residual) for _ in range(3)]
     assert all(torch.equal(f, found[0]) for f in found)
-    chosen = next(reversed(conv8_triton._CHOSEN.values()))
-    assert isinstance(chosen, Tile)
+    assert next(reversed(conv8_triton._CHOSEN.values())) in tiles  # measured
 
 
 def test_empty_batch() -> None:
@@ -143,8 +151,15 @@ def test_empty_batch() -> None:
     assert conv8(args[0][:0], *args[1:], torch.int8, 0.0, 1.0).shape == (0, 128, 14, 15)
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("mode", ["eager", "compile", "package"])
+@pytest.mark.usefixtures("_first_tile")
+@pytest.mark.parametrize(
+    ("mode", "precision"),
+    [
+        ("eager", "f32"),
+        ("compile", "bf16"),
+        pytest.param("package", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_builds_stay_in_codes(mode: str, precision: Any) -> None:
     inputs = (random(4, 3, 64, 64),)
     graph = in_codes(graph_of(seeded(Residual(32)), *inputs))
@@ -158,5 +173,5 @@ def test_builds_stay_in_codes(mode: str, precision: Any) -> None:
     assert calls.count(conv8) == 6
     assert torch.ops.aten.conv2d.default not in calls
     assert parity(graph, made, 4, inputs) <= 2e-3
-    times = made.profile()
-    assert times["conv2d"] > 0
+    if mode == "eager":
+        assert made.profile()["conv2d"] > 0

@@ -22,6 +22,7 @@ _EXACT = 1 << 24  # float32 holds every integer up to here
 _PRODUCT = 1 << 14  # of two int8 codes, at most
 _SIDES = 4  # dimensions of images, and of a weight
 _LARGEST = 1 << 31  # elements whose places have 32 bits
+_WIDEST = 255  # of an 8-bit code behind its zero point
 _MOST_CUTS = 1 << 12  # ways to cut a window
 
 
@@ -66,7 +67,7 @@ def conv8(
         residual: Of the result's shape; int8 codes or floats.
         residual_gain: Units of the result for one of the residual.
         shift: Added with it.
-        inner: Bounds in whole units, and the gain behind them; int8 codes only.
+        inner: Bounds, at most 255 from 0, and the gain behind them; int8 codes only.
 
     Returns:
         [n, out, height, width] with channels last.
@@ -245,6 +246,10 @@ def _check_types(
         raise ConfigError(f"conv8: from {codes.dtype} to {dtype}, wanted one kind of codes")
     if inner is not None and codes.dtype != torch.int8:
         raise ConfigError(f"conv8: inner bounds are for int8 codes, found {codes.dtype}")
+    if inner is not None and max(abs(v) for v in inner[:2]) > _WIDEST:
+        raise ConfigError(
+            f"conv8: inner bounds {tuple(inner[:2])}, wanted codes: at most 255 from 0"
+        )
 
 
 def _check_window(

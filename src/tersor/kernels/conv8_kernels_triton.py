@@ -17,19 +17,33 @@ POINT, TAPS, LINES = 0, 1, 2
 
 @triton.jit
 @no_type_check
-def _finish(  # noqa: ANN202
-    total, m, pixels, columns,  # noqa: ANN001
-    y_ptr, scale_ptr, offset_ptr, residual_ptr,  # noqa: ANN001
-    M, N, H, W, OH, OW,  # noqa: ANN001
-    gain, residual_gain, shift, low, high, inner_low, inner_high,  # noqa: ANN001
+def _share(a, b, c, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
+    """A * b + c between 0 and 1: one instruction."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return tl.minimum(tl.maximum(a * b + c, 0.0), 1.0)
+
+
+@triton.jit
+@no_type_check
+def _floats(values):  # noqa: ANN001, ANN202
+    """Bytes as float32, by their place in the mantissa of 1.5 * 2**23: conversions are slow."""
+    whole = values.to(tl.int32) + 0x4B400000
+    return whole.to(tl.float32, bitcast=True) - 12582912.0
+
+
+@triton.jit
+@no_type_check
+def _offset(  # noqa: ANN202
+    m, pixels, columns, offset_ptr, M, N, H, W, OH, OW,  # noqa: ANN001
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, BORDER: tl.constexpr, INNER: tl.constexpr,
-    RESIDUAL: tl.constexpr, ROUND: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
-    """Scale, offset, inner codes, residual, bounds, codes; writes one block."""
+    """[1, channels], or [pixels, channels] where borders count."""
     here = columns < N
-    scale = tl.load(scale_ptr + columns, mask=here, other=0.0)
-    y = total.to(tl.float32) * scale[None, :]
     if BORDER:
         rest = tl.minimum(m + pixels, M - 1) % (OH * OW)
         top = (rest // OW) * SH - PH
@@ -38,29 +52,69 @@ def _finish(  # noqa: ANN202
         place = place * (PW + 1) + tl.maximum(-left, 0)
         place = place * (PW + 1) + tl.maximum(left + KW - W, 0)
         offsets = offset_ptr + place[:, None] * N + columns[None, :]
-        y += tl.load(offsets, mask=here[None, :], other=0.0)
+        found = tl.load(offsets, mask=here[None, :], other=0.0)
     else:
-        y += tl.load(offset_ptr + columns, mask=here, other=0.0)[None, :]
-    if INNER:
-        # Adding 1.5 * 2**23 leaves whole numbers, rounded half to even as torch does.
-        y = tl.minimum(tl.maximum(y, inner_low), inner_high)
-        y = (y + 12582912.0) - 12582912.0
-        y = y * gain
+        found = tl.load(offset_ptr + columns, mask=here, other=0.0)[None, :]
+    return found
+
+
+@triton.jit
+@no_type_check
+def _finish(  # noqa: ANN202
+    total, m, pixels, columns,  # noqa: ANN001
+    y_ptr, scale_ptr, offset_ptr, residual_ptr,  # noqa: ANN001
+    M, N, H, W, OH, OW,  # noqa: ANN001
+    gain, residual_gain, shift, low, high, inner_low, inner_high,  # noqa: ANN001
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    PH: tl.constexpr, PW: tl.constexpr, BORDER: tl.constexpr, INNER: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Scale, offset, inner codes, residual, bounds, codes; writes one block.
+
+    What is rounded is first a share of its bounds, as an instruction that multiplies and adds ends between
+    0 and 1 for nothing. Then it is put above 1.5 * 2**23, whose last bit counts 1: that rounds half to even
+    as torch does, and the lowest byte is the code.
+    """
+    here = columns < N
+    scale = tl.load(scale_ptr + columns, mask=here, other=0.0)[None, :]
+    offset = _offset(
+        m, pixels, columns, offset_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, BORDER
+    )
     at = (m + pixels)[:, None] * N + columns[None, :]
     inside = (pixels < M - m)[:, None] & here[None, :]
+    y = total.to(tl.float32)
+    share = 1.0 / tl.maximum(high - low, 0.5)  # bounds of codes are whole
+    if INNER:
+        inner = 1.0 / tl.maximum(inner_high - inner_low, 0.5)
+        y = _share(y, scale * inner, (offset - inner_low) * inner, NATIVE)
+        y = y * (inner_high - inner_low) + (12582912.0 + inner_low)
+        y, scale, offset = y - 12582912.0, gain, 0.0
     if RESIDUAL:
         other = tl.load(residual_ptr + at, mask=inside, other=0.0)
         if other.dtype == tl.int8:
-            other = other.to(
-                tl.int32
-            )  # the compiler hands on bytes between threads then, not floats
-        other = other.to(tl.float32)
-        y += other * residual_gain + shift
+            # A widening of integers, which the compiler moves behind the exchange between threads.
+            other = _floats(other)
+        else:
+            other = other.to(tl.float32)
+        if ROUND:
+            other = other * (residual_gain * share) + (shift - low) * share
+            y = _share(y, scale * share, offset * share + other, NATIVE)
+        else:
+            y = y * scale + (offset + (other * residual_gain + shift))
     elif INNER:
-        y += shift
-    y = tl.minimum(tl.maximum(y, low), high)
+        if ROUND:
+            y = _share(y, scale * share, (offset + shift - low) * share, NATIVE)
+        else:
+            y = y * scale + (offset + shift)
+    elif ROUND:
+        y = _share(y, scale * share, (offset - low) * share, NATIVE)
+    else:
+        y = y * scale + offset
     if ROUND:
-        y = (y + 12582912.0) - 12582912.0
+        y = y * (high - low) + (12582912.0 + low)
+        y = y.to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        y = tl.minimum(tl.maximum(y, low), high)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -73,7 +127,7 @@ def conv8_kernel(  # noqa: ANN201, PLR0912, PLR0915, C901
     UNIT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, WALK: tl.constexpr, BLOCKS: tl.constexpr,
     EVEN: tl.constexpr, IS_INT: tl.constexpr, BORDER: tl.constexpr, INNER: tl.constexpr,
-    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, IS_SHARE: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr, IS_SHARE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One block of the result, or of the sums over a share of the steps.
@@ -155,7 +209,7 @@ def conv8_kernel(  # noqa: ANN201, PLR0912, PLR0915, C901
         _finish(
             total, m, pixels, columns, y_ptr, scale_ptr, offset_ptr, residual_ptr,
             M, N, H, W, OH, OW, gain, residual_gain, shift, low, high, inner_low, inner_high,
-            KH, KW, SH, SW, PH, PW, BORDER, INNER, RESIDUAL, ROUND,
+            KH, KW, SH, SW, PH, PW, BORDER, INNER, RESIDUAL, ROUND, NATIVE,
         )  # fmt: skip
 
 
@@ -167,7 +221,7 @@ def conv8_finish_kernel(  # noqa: ANN201
     gain, residual_gain, shift, low, high, inner_low, inner_high,  # noqa: ANN001
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, BORDER: tl.constexpr, INNER: tl.constexpr,
-    RESIDUAL: tl.constexpr, ROUND: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROUND: tl.constexpr, NATIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the shares' sums, in their order, and finishes a block."""
@@ -181,5 +235,5 @@ def conv8_finish_kernel(  # noqa: ANN201
     _finish(
         total, m, pixels, columns, y_ptr, scale_ptr, offset_ptr, residual_ptr,
         M, N, H, W, OH, OW, gain, residual_gain, shift, low, high, inner_low, inner_high,
-        KH, KW, SH, SW, PH, PW, BORDER, INNER, RESIDUAL, ROUND,
+        KH, KW, SH, SW, PH, PW, BORDER, INNER, RESIDUAL, ROUND, NATIVE,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from triton import knobs
 
 from tersor.kernels import conv8_kernels_triton as kernels
 from tersor.kernels.tiles import choose, is_real
@@ -37,6 +38,8 @@ _BLOCKS = 132  # multiprocessors of the card that this was written for (H200)
 _SMALL = ((64, 64), (32, 64), (16, 64), (64, 128))  # pixels, channels
 _SHARES = 16
 _FINISH = (16, 64, 4)  # pixels, channels, warps of the second kernel
+# The interpreter that tests on CPUs use knows no assembly.
+_HAS_ASSEMBLY = not knobs.runtime.interpret
 _FINITE = torch.finfo(torch.float32).max  # no compiler has to write an infinity
 _Key = tuple[Any, ...]
 _CHOSEN: dict[_Key, Tile] = {}
@@ -192,6 +195,7 @@ def launched(
         "KH": down, "KW": across, "SH": stride[0], "SW": stride[1],
         "PH": padding[0], "PW": padding[1], "BORDER": offset.shape[0] > 1, "INNER": bool(inner),
         "RESIDUAL": residual is not None, "ROUND": dtype == torch.int8,
+        "NATIVE": _HAS_ASSEMBLY,
     }  # fmt: skip
     is_int = codes.dtype == torch.int8
     other = scale if residual is None else residual
@@ -282,13 +286,16 @@ def conv8_cuda(
     images = codes.permute(0, 2, 3, 1).contiguous()
     kernel = weight.contiguous()
     other = None if residual is None else residual.permute(0, 2, 3, 1).contiguous()
-    bounds = [] if inner is None else list(inner)
+    bounds = [] if inner is None else [*(float(round(v)) for v in inner[:2]), inner[2]]
+    if dtype == torch.int8:  # bounds before or behind rounding are the same ones
+        low, high = float(round(max(low, -128.0))), float(round(min(high, 127.0)))
+    low, high = max(low, -_FINITE), min(high, _FINITE)
     steps = (list(stride), list(padding))
 
     def call() -> Tensor:
         found: Tensor = conv8_op(
-            images, kernel, scale, offset, other, *steps, dtype, max(low, -_FINITE),
-            min(high, _FINITE), residual_gain, shift, bounds,
+            images, kernel, scale, offset, other, *steps, dtype, low, high,
+            residual_gain, shift, bounds,
         )  # fmt: skip
         return found
 

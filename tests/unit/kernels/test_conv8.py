@@ -165,6 +165,10 @@ def test_refusals_of_what_int8_alone_has() -> None:
     with pytest.raises(ConfigError, match="inner bounds are for int8"):
         conv8(x, w, torch.ones(2), torch.zeros(1, 2), [1, 1], [1, 1], torch.float32, 0.0, 1.0,
               inner=(-1.0, 1.0, 1.0))  # fmt: skip
+    x, w = torch.zeros(1, 4, 3, 3, dtype=torch.int8), torch.zeros(2, 3, 3, 4, dtype=torch.int8)
+    with pytest.raises(ConfigError, match="at most 255 from 0"):
+        conv8(x, w, torch.ones(2), torch.zeros(1, 2), [1, 1], [1, 1], torch.float32, 0.0, 1.0,
+              inner=(-300.0, 1.0, 1.0))  # fmt: skip
     wide = torch.zeros(2, 15, 15, 4, dtype=torch.int8)
     with pytest.raises(ConfigError, match=r"padding \(7, 8\) with zero point 3"):
         border_offsets(wide, torch.ones(2), 3, None, [7, 8])

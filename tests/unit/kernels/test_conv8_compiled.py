@@ -19,7 +19,7 @@ FLOATS = ("gain", "residual_gain", "shift", "low", "high", "inner_low", "inner_h
 DEFAULTS = {
     "UNIT": 16, "KH": 3, "KW": 3, "SH": 1, "SW": 1, "PH": 1, "PW": 1, "WALK": 1, "BLOCKS": 1,
     "EVEN": True, "IS_INT": True, "BORDER": False, "INNER": False, "RESIDUAL": False,
-    "ROUND": True, "IS_SHARE": False, "BM": 128, "BN": 128, "BK": 128, "GROUP": 8,
+    "ROUND": True, "NATIVE": True, "IS_SHARE": False, "BM": 128, "BN": 128, "BK": 128, "GROUP": 8,
 }  # fmt: skip
 POINT = {"KH": 1, "KW": 1, "PH": 0, "PW": 0, "WALK": 0}
 STEM = {
