@@ -60,6 +60,28 @@ def _offset(  # noqa: ANN202
 
 @triton.jit
 @no_type_check
+def _added(residual_ptr, at, inside):  # noqa: ANN001, ANN202
+    """The residual as float32."""
+    other = tl.load(residual_ptr + at, mask=inside, other=0.0)
+    if other.dtype == tl.int8:
+        # Starts with a widening of integers, which the compiler moves behind the exchange between threads.
+        found = _floats(other)
+    else:
+        found = other.to(tl.float32)
+    return found
+
+
+@triton.jit
+@no_type_check
+def _inner_code(y, scale, offset, low, high, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
+    """clamp(round(y * scale + offset), low, high), as float32."""
+    share = 1.0 / tl.maximum(high - low, 0.5)  # bounds of codes are whole
+    part = _share(y, scale * share, (offset - low) * share, NATIVE)
+    return (part * (high - low) + (12582912.0 + low)) - 12582912.0
+
+
+@triton.jit
+@no_type_check
 def _finish(  # noqa: ANN202
     total, m, pixels, columns,  # noqa: ANN001
     y_ptr, scale_ptr, offset_ptr, residual_ptr,  # noqa: ANN001
@@ -83,38 +105,22 @@ def _finish(  # noqa: ANN202
     at = (m + pixels)[:, None] * N + columns[None, :]
     inside = (pixels < M - m)[:, None] & here[None, :]
     y = total.to(tl.float32)
-    share = 1.0 / tl.maximum(high - low, 0.5)  # bounds of codes are whole
     if INNER:
-        inner = 1.0 / tl.maximum(inner_high - inner_low, 0.5)
-        y = _share(y, scale * inner, (offset - inner_low) * inner, NATIVE)
-        y = y * (inner_high - inner_low) + (12582912.0 + inner_low)
-        y, scale, offset = y - 12582912.0, gain, 0.0
-    if RESIDUAL:
-        other = tl.load(residual_ptr + at, mask=inside, other=0.0)
-        if other.dtype == tl.int8:
-            # A widening of integers, which the compiler moves behind the exchange between threads.
-            other = _floats(other)
-        else:
-            other = other.to(tl.float32)
-        if ROUND:
-            other = other * (residual_gain * share) + (shift - low) * share
-            y = _share(y, scale * share, offset * share + other, NATIVE)
-        else:
-            y = y * scale + (offset + (other * residual_gain + shift))
-    elif INNER:
-        if ROUND:
-            y = _share(y, scale * share, (offset + shift - low) * share, NATIVE)
-        else:
-            y = y * scale + (offset + shift)
-    elif ROUND:
-        y = _share(y, scale * share, (offset - low) * share, NATIVE)
-    else:
-        y = y * scale + offset
+        y = _inner_code(y, scale, offset, inner_low, inner_high, NATIVE)
+        scale, offset = gain, shift
     if ROUND:
-        y = y * (high - low) + (12582912.0 + low)
+        share = 1.0 / tl.maximum(high - low, 0.5)
+        start = (offset - low) * share
+        if RESIDUAL:
+            more = 0.0 if INNER else shift
+            start += _added(residual_ptr, at, inside) * (residual_gain * share) + more * share
+        y = _share(y, scale * share, start, NATIVE) * (high - low) + (12582912.0 + low)
         y = y.to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        y = tl.minimum(tl.maximum(y, low), high)
+        if RESIDUAL:
+            more = 0.0 if INNER else shift
+            offset += _added(residual_ptr, at, inside) * residual_gain + more
+        y = tl.minimum(tl.maximum(y * scale + offset, low), high)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -102,6 +102,7 @@ def tiles(pixels: int, out: int, kernel: tuple[int, int], inp: int) -> tuple[Til
     found = [Tile(128, outputs, block, 4, 3 if block == _WIDE else 4) for block in blocks]
     if outputs == _WIDE:
         found += [Tile(128, 128, blocks[0], 8, 3), Tile(128, 64, blocks[0], 4, 4)]
+        found.append(Tile(64, 128, blocks[0], 4, 4))
         if out >= 2 * _WIDE:
             found.append(Tile(128, 256, blocks[0], 8, 3))
     else:

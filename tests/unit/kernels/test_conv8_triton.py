@@ -47,6 +47,6 @@ def test_no_checker_of_types_wraps_a_kernel() -> None:
     from tersor.kernels import conv8_kernels_triton as module
 
     kernels = [v for v in vars(module).values() if isinstance(v, KernelInterface)]
-    assert len(kernels) == 6
+    assert len(kernels) == 8
     for kernel in kernels:
         assert kernel.fn.__globals__ is vars(module), kernel.fn.__name__  # type: ignore[attr-defined]
