@@ -108,18 +108,17 @@ def _finish(  # noqa: ANN202
     if INNER:
         y = _inner_code(y, scale, offset, inner_low, inner_high, NATIVE)
         scale, offset = gain, shift
+    elif RESIDUAL:
+        offset += shift
     if ROUND:
         share = 1.0 / tl.maximum(high - low, 0.5)
-        start = (offset - low) * share
-        if RESIDUAL:
-            more = 0.0 if INNER else shift
-            start += _added(residual_ptr, at, inside) * (residual_gain * share) + more * share
-        y = _share(y, scale * share, start, NATIVE) * (high - low) + (12582912.0 + low)
+        scale, offset, residual_gain = scale * share, (offset - low) * share, residual_gain * share
+    if RESIDUAL:
+        offset = _added(residual_ptr, at, inside) * residual_gain + offset
+    if ROUND:
+        y = _share(y, scale, offset, NATIVE) * (high - low) + (12582912.0 + low)
         y = y.to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        if RESIDUAL:
-            more = 0.0 if INNER else shift
-            offset += _added(residual_ptr, at, inside) * residual_gain + more
         y = tl.minimum(tl.maximum(y * scale + offset, low), high)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
