@@ -13,11 +13,12 @@ from tersor.api.session import pick_backends
 from tersor.backends.inductor import InductorBackend, executable, host
 from tersor.backends.inductor.executable import InductorExecutable, RefusedNativeWarning, load
 from tersor.backends.inductor.host import Host, check_device, mismatch, problem, read_host
-from tersor.backends.inductor.lowering import Form, lower
+from tersor.backends.inductor.lowering import lower
 from tersor.backends.inductor.options import float_choices, read_options
 from tersor.backends.inductor.profiling import Launch, attributed, launches, traced_names, with_rest
 from tersor.backends.inductor.sections import Native
 from tersor.backends.inductor.trust import BuildCache
+from tersor.backends.inductor.work import Form
 from tersor.build.build import parity
 from tersor.core.errors import ArtifactError, BackendError, ConfigError
 from tersor.core.records import BuildChoice, Precision

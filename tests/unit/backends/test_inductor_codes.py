@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from tersor.backends.inductor import InductorBackend, options
 from tersor.backends.inductor.coding import coded_of
 from tersor.backends.inductor.executable import InductorExecutable, load
-from tersor.backends.inductor.lowering import Form, lower
+from tersor.backends.inductor.lowering import lower
 from tersor.backends.inductor.profiling import Launch, launches, traced_names
 from tersor.backends.inductor.trust import BuildCache
+from tersor.backends.inductor.work import Form
 from tersor.build.build import parity
 from tersor.core.errors import ArtifactError, ConfigError
 from tersor.core.packing import Packing

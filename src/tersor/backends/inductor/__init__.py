@@ -100,6 +100,11 @@ class InductorBackend:
         has_products = DRIVER.capability(index_of(self.device)) >= _FLOAT8_CAPABILITY
         return (FormatInfo(name="fp8", note="linears alone"),) if has_products else ()
 
+    @property
+    def _has_kernels(self) -> bool:
+        """Whether kernels of this package run on its device."""
+        return self.device.startswith("cuda") and find_spec("triton") is not None
+
     def _problem(self, kind: str) -> tuple[str, str]:
         """Why the device can't be used and what to do; torch is asked about GPUs alone."""
         if self.device == "cpu":
@@ -111,8 +116,9 @@ class InductorBackend:
         return problem(self.device)
 
     def supports(self, candidate: Candidate) -> Support:
-        """Whether it has the candidate's format."""
-        if candidate.site.startswith(ADD_PREFIX) and candidate.level not in ("f32", "bf16"):
+        """Whether it has the candidate's format; additions of codes are part of 8-bit convolutions."""
+        is_addition = candidate.site.startswith(ADD_PREFIX)
+        if is_addition and candidate.level not in ("f32", "bf16") and not self._has_kernels:
             return Support(ok=False, reason="inductor computes additions in floats here")
         return support_of(self.describe(), candidate)
 

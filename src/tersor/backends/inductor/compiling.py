@@ -16,10 +16,11 @@ from torch import Tensor, fx
 
 from tersor.backends.inductor.options import Options
 from tersor.kernels.codebook_linear import codebook_linear
+from tersor.kernels.conv8 import conv8
 from tersor.kernels.linear8 import linear8
 
 Call = Callable[..., Sequence[Tensor]]
-_TUNED = (linear8, codebook_linear)
+_TUNED = (linear8, codebook_linear, conv8)
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 

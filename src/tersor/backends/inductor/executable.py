@@ -18,7 +18,7 @@ from tersor.backends.inductor.compiling import (
     open_package,
 )
 from tersor.backends.inductor.host import check_device, family, mismatch, read_host
-from tersor.backends.inductor.lowering import Form, lower
+from tersor.backends.inductor.lowering import lower
 from tersor.backends.inductor.options import Options, read_options
 from tersor.backends.inductor.profiling import (
     eager_ms,
@@ -39,6 +39,7 @@ from tersor.backends.inductor.running import (
 )
 from tersor.backends.inductor.sections import Native, read, written
 from tersor.backends.inductor.trust import BuildCache
+from tersor.backends.inductor.work import Form
 from tersor.core.errors import BackendError, DataError, ShapeError
 from tersor.core.records import OUTSIDE, BuildChoice
 from tersor.graph.contracts import Graph, Shapes

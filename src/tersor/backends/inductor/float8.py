@@ -3,37 +3,21 @@
 Weights of 8-bit floats that nothing so reads are expanded when the model is built.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
-
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from tersor.backends.inductor.work import Work, is_call
 from tersor.graph.float8 import Float8Read, Float8Weight, float8_read, float8_weight
 from tersor.kernels.linear8 import linear8, quantize_floats
 
 _LINEAR = torch.ops.aten.linear.default
 
 
-@runtime_checkable
-class Work(Protocol):
-    """A graph in the making (``lowering``)."""
-
-    graph: fx.Graph
-    tensors: dict[str, Tensor]
-    sources: dict[str, str]
-    form: Any
-
-    def constant(self, name: str, value: Tensor) -> fx.Node:
-        """A new tensor that keeps its type, read at the graph's insertion point."""
-        ...
-
-
 def float8_linears(work: Work) -> None:
     """Let linears read 8-bit floats; the graph is changed in place."""
     codes: dict[fx.Node, fx.Node] = {}
     for node in list(work.graph.nodes):
-        if not work.form.integers or not _is_call(node, _LINEAR):
+        if not work.form.integers or not is_call(node, _LINEAR):
             continue
         read, weight = float8_read(node.args[0]), float8_weight(node.args[1], work.tensors)
         if read is not None and weight is not None:
@@ -79,7 +63,3 @@ def _expand(work: Work, node: fx.Node, weight: Float8Weight) -> None:
     work.tensors[name] = work.tensors[weight.codes].float() * work.tensors[weight.scale]
     with work.graph.inserting_before(node):
         node.replace_all_uses_with(work.graph.get_attr(name))
-
-
-def _is_call(value: Any, target: Callable[..., Any]) -> bool:
-    return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target

@@ -1,9 +1,9 @@
-"""A graph -> the module that torch runs or compiles: integer linears, precision, layout, device.
+"""A graph -> the module that torch runs or compiles: integer layers, precision, layout, device.
 
 Linears that read codes become ``kernels.linear8``; where one's result goes through an activation to the
-next one's codes alone, all of it is one call. Every other quantiser is computed in floats, and weights of
-codes become the floats that they stand for, or stay codes (``coding``). On CUDA devices linears that read
-one tensor are one product.
+next one's codes alone, all of it is one call (convolutions: ``lowering_conv``). Every other quantiser is
+computed in floats, and weights of codes become the floats that they stand for, or stay codes (``coding``). On
+CUDA devices linears that read one tensor are one product.
 """
 
 import operator
@@ -13,23 +13,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 
 from tersor.backends.inductor.coding import code_linears, own_tensors
 from tersor.backends.inductor.float8 import float8_linears
+from tersor.backends.inductor.lowering_conv import (
+    conv_chains,
+    convolutions,
+    shapes_of,
+    shared_codes,
+)
+from tersor.backends.inductor.work import (
+    DEQUANTIZE,
+    QUANTIZE,
+    WEIGHT,
+    Form,
+    Grid,
+    Work,
+    is_call,
+    quantizer,
+)
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
+from tersor.graph.meta import ensure
 from tersor.kernels.linear8 import linear8, quantize_codes, quantize_floats
 
 _aten = torch.ops.aten
-_decomposed = torch.ops.quantized_decomposed
-_QUANTIZE = _decomposed.quantize_per_tensor.default
-_DEQUANTIZE = _decomposed.dequantize_per_tensor.default
-_WEIGHT = _decomposed.dequantize_per_channel.default
-_MOST = 127  # of an int8 code
 _INT8 = (-128, 127)
-_SHIFT = 128  # from unsigned to signed codes
 _SIDES = 4  # dimensions of an image
 _UNFUSED = (
     5  # arguments of a product of codes without an activation: codes, weight, scale, offset, type
@@ -39,27 +49,6 @@ _FUSED = {  # ops that the kernel computes behind its product
     _aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
     _aten.silu.default: lambda _: "silu",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """What a graph is lowered to.
-
-    Attributes:
-        dtype: Of floats: float32, bfloat16 or float16.
-        device: Where its tensors live.
-        channels_last: Images and the weights of their convolutions have their channels last.
-        integers: Linears multiply codes; false: the floats that those stand for.
-        joins: Linears that read one tensor become one product.
-        codes: Weights that are stored as codes stay codes where a kernel reads them.
-    """
-
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    channels_last: bool = False
-    integers: bool = True
-    joins: bool = False
-    codes: bool = False
 
 
 @dataclass(slots=True)
@@ -72,26 +61,34 @@ class Lowered:
 
 def lower(graph: Graph, form: Form) -> Lowered:
     """The module of a form; takes the graph's flat inputs on the device, gives its outputs."""
+    if form.integers:
+        ensure(graph)
     copied, tensors = copy_graph(graph.module)
+    shapes = shapes_of(copied)
     for node in copied.nodes:
         node.meta = {}
-    work = _Lowering(copied, dict(tensors), form)
-    work.linears()
+    work = Work(copied, dict(tensors), form)
+    steps = _Lowering(work)
+    if form.integers:
+        steps.linears()
+        convolutions(work)
+        shared_codes(work)
     float8_linears(work)
     if form.codes:
         work.sources |= code_linears(copied, work.tensors, graph.packed)
-    work.quantizers()
+    steps.quantizers()
     copied.eliminate_dead_code()
-    work.chains()
+    steps.chains()
+    conv_chains(work, shapes)
     copied.eliminate_dead_code()
     if form.joins:
-        work.shared_reads()
+        steps.shared_reads()
         copied.eliminate_dead_code()
-    work.floats()
-    work.images()
+    steps.floats()
+    steps.images()
     used = {str(n.target) for n in copied.nodes if n.op == "get_attr"}
     copied.lint()
-    return Lowered(rebuild(copied, work.moved(used)), work.sources)
+    return Lowered(rebuild(copied, steps.moved(used)), work.sources)
 
 
 def floats_of(value: Tensor, step: float, zero: int, low: int, high: int) -> Tensor:
@@ -103,31 +100,22 @@ def floats_of(value: Tensor, step: float, zero: int, low: int, high: int) -> Ten
 class _Lowering:
     """One graph in the making."""
 
-    def __init__(self, graph: fx.Graph, tensors: dict[str, Tensor], form: Form) -> None:
-        self.graph = graph
-        self.tensors = tensors
-        self.form = form
-        self.sources: dict[str, str] = {}
-        self._codes: dict[fx.Node, fx.Node] = {}
-        self._exact: set[str] = set()  # float32 whatever the build's type is
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.graph, self.tensors, self.form = work.graph, work.tensors, work.form
+        self.sources = work.sources
 
     def linears(self) -> None:
         """Products of codes."""
         for node in list(self.graph.nodes):
-            if not self.form.integers or not _is_call(node, _aten.linear.default):
+            if not is_call(node, _aten.linear.default):
                 continue
-            grid, weight = _quantizer(node.args[0]), node.args[1]
-            if grid is None or not self._is_coded(weight):
+            grid, weight = quantizer(node.args[0]), node.args[1]
+            if grid is None or not self.work.is_coded(weight):
                 continue
             self._linear(node, grid, weight)
 
-    def _is_coded(self, weight: Any) -> bool:
-        if not _is_call(weight, _WEIGHT) or weight.args[2] is not None or weight.args[3] != 0:
-            return False
-        codes = weight.args[0]
-        return codes.op == "get_attr" and self.tensors[str(codes.target)].dtype == torch.int8
-
-    def _linear(self, node: fx.Node, grid: "_Grid", weight: fx.Node) -> None:
+    def _linear(self, node: fx.Node, grid: Grid, weight: fx.Node) -> None:
         codes, steps = (self.tensors[str(weight.args[i].target)] for i in (0, 1))  # type: ignore[union-attr]
         bias = node.args[2] if len(node.args) > 2 else None
         scale = steps.double() * grid.step
@@ -137,41 +125,24 @@ class _Lowering:
                 return
             offset = offset + self.tensors[str(bias.target)].double()
         with self.graph.inserting_before(node):
-            read = self._read(grid)
+            read = self.work.read(grid)
             arguments = (
                 read,
                 self.graph.get_attr(str(weight.args[0].target)),  # type: ignore[union-attr]
-                self.constant(f"{node.name}_scale", scale.float()),
-                self.constant(f"{node.name}_offset", offset.float()),
+                self.work.constant(f"{node.name}_scale", scale.float()),
+                self.work.constant(f"{node.name}_offset", offset.float()),
                 torch.float32,
             )
             product = self.graph.call_function(linear8, arguments)
         self.sources[product.name] = node.name
         node.replace_all_uses_with(product)
 
-    def _read(self, grid: "_Grid") -> fx.Node:
-        """The codes that a quantiser's readers share."""
-        if grid.node not in self._codes:
-            with self.graph.inserting_after(grid.node):
-                arguments = (grid.source, grid.step, grid.zero, grid.low, grid.high)
-                found = self.graph.call_function(quantize_codes, arguments)
-            self._codes[grid.node] = found
-            self.sources[found.name] = grid.node.name
-        return self._codes[grid.node]
-
-    def constant(self, name: str, value: Tensor) -> fx.Node:
-        """A new tensor that keeps its type."""
-        name = f"tersor_{name}"
-        self.tensors[name] = value
-        self._exact.add(name)
-        return self.graph.get_attr(name)
-
     def quantizers(self) -> None:
         """What is left of quantisers, in floats."""
         for node in list(self.graph.nodes):
-            if _is_call(node, _WEIGHT):
+            if is_call(node, WEIGHT):
                 self._expand(node)
-            elif _is_call(node, _DEQUANTIZE) and _is_call(node.args[0], _QUANTIZE):
+            elif is_call(node, DEQUANTIZE) and is_call(node.args[0], QUANTIZE):
                 inner = node.args[0]
                 with self.graph.inserting_before(node):
                     found = self.graph.call_function(floats_of, (inner.args[0], *inner.args[1:5]))
@@ -195,10 +166,10 @@ class _Lowering:
     def chains(self) -> None:
         """Activation and the next codes behind a product, where nothing else reads what is between."""
         for node in list(self.graph.nodes):
-            if not _is_call(node, quantize_codes) and not _is_call(node, quantize_floats):
+            if not is_call(node, quantize_codes) and not is_call(node, quantize_floats):
                 continue
             path, factor = [node.args[0]], None
-            if _is_call(path[-1], _aten.mul.Tensor):
+            if is_call(path[-1], _aten.mul.Tensor):
                 factor = self._vector(path[-1].args[1])
                 path.append(path[-1].args[0] if factor is not None else None)
             last = path[-1]
@@ -206,7 +177,7 @@ class _Lowering:
             kind = "none" if shape is None else shape(path[-1])
             if shape is not None:
                 path.append(path[-1].args[0])
-            if _is_call(path[-1], linear8) and all(len(p.users) == 1 for p in path):
+            if is_call(path[-1], linear8) and all(len(p.users) == 1 for p in path):
                 self._fuse(node, path[-1], kind, factor)
 
     def _vector(self, value: Any) -> Tensor | None:
@@ -228,7 +199,7 @@ class _Lowering:
                 return
             inverse = inverse * factor.cpu()
         with self.graph.inserting_before(node):
-            constant = self.constant(f"{product.name}_inverse", inverse)
+            constant = self.work.constant(f"{product.name}_inverse", inverse)
             arguments = (*product.args[:4], dtype, kind, constant, float(zero), low, high)  # type: ignore[arg-type]
             fused = self.graph.call_function(linear8, arguments)
         self.sources[fused.name] = self.sources[product.name]
@@ -243,9 +214,9 @@ class _Lowering:
         """
         groups: dict[tuple[Any, ...], list[fx.Node]] = {}
         for node in self.graph.nodes:
-            if _is_call(node, linear8) and len(node.args) == _UNFUSED:
+            if is_call(node, linear8) and len(node.args) == _UNFUSED:
                 groups.setdefault((linear8, node.args[0], node.args[4]), []).append(node)
-            elif _is_call(node, _aten.linear.default):
+            elif is_call(node, _aten.linear.default):
                 groups.setdefault((node.target, node.args[0]), []).append(node)
         constants = [n for n in self.graph.nodes if n.op == "get_attr"]
         readers = Counter(str(n.target) for n in constants for _ in n.users)
@@ -274,7 +245,7 @@ class _Lowering:
                 if whole is not None:
                     self.tensors[name] = whole
                 if target is linear8:
-                    self._exact.add(name)
+                    self.work.exact.add(name)
                 joined.append(None if whole is None else self.graph.get_attr(name))
             product = self.graph.call_function(target, (read, *joined, *rest))
             cut = self.graph.call_function(_aten.split_with_sizes.default, (product, sizes, -1))
@@ -284,7 +255,7 @@ class _Lowering:
         self.sources[product.name] = self.sources.get(first.name, first.name)
         for node, part in zip(nodes, parts, strict=True):
             for user in node.users:  # a part has strides that a view may not take
-                if _is_call(user, _aten.view.default):
+                if is_call(user, _aten.view.default):
                     user.target = _aten.reshape.default
             node.replace_all_uses_with(part)
 
@@ -350,7 +321,7 @@ class _Lowering:
         found = {}
         for name in sorted(used):
             tensor = self.tensors[name].detach()
-            is_exact = name in self._exact or own_tensors(name)
+            is_exact = name in self.work.exact or own_tensors(name)
             key = (
                 tensor.data_ptr(),
                 tensor.dtype,
@@ -371,30 +342,6 @@ class _Lowering:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """A quantiser whose codes are int8."""
-
-    node: fx.Node
-    source: Any
-    step: float
-    zero: int
-    low: int
-    high: int
-
-
-def _quantizer(value: Any) -> _Grid | None:
-    """The quantiser behind a value, its codes moved to int8; None: there is none."""
-    if not _is_call(value, _DEQUANTIZE) or not _is_call(value.args[0], _QUANTIZE):
-        return None
-    node = value.args[0]
-    if node.args[1:] != value.args[1:]:
-        return None
-    step, zero, low, high = node.args[1:5]
-    shift = _SHIFT if high > _MOST else 0
-    return _Grid(node, node.args[0], float(step), int(zero) - shift, low - shift, high - shift)
-
-
 def _joined(values: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
     """Weights, biases or scales of several linears in a row; zeros for a bias that is not there."""
     known = next((v for v in values if v is not None), None)
@@ -404,10 +351,6 @@ def _joined(values: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | N
     if known.dtype == torch.float8_e4m3fn:  # no device joins them as such
         return torch.cat([v.view(torch.uint8) for v in filled]).view(known.dtype)
     return torch.cat(filled)
-
-
-def _is_call(value: Any, target: Callable[..., Any]) -> bool:
-    return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

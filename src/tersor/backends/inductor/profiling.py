@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._C._autograd import DeviceType
 
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
-_KERNEL = re.compile(r"\b((?:triton|cpp|linear8|codebook)\w*)(?:\.run)?\(")
+_KERNEL = re.compile(r"\b((?:triton|cpp|linear8|conv8|codebook)\w*)(?:\.run)?\(")
 _EXTERN = re.compile(r"\bextern_kernels\.(\w+)\(")
 _OP = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.\w+\(")
 _MARK = "tersor:"
@@ -28,6 +28,7 @@ _OWN = {
     "quantize_codes": "round",
     "floats_of": "round",
     "linear8": "linear8",
+    "conv8": "conv8",
     "codebook_linear": "codebook_linear",
 }
 
@@ -77,6 +78,8 @@ def traced_names(module: fx.GraphModule, traced: Sequence[tuple[str, str]]) -> d
 def _kind(target: str) -> str:
     if target.startswith("tersor.linear8") or "_int_mm" in target or "_scaled_mm" in target:
         return "linear8"
+    if target.startswith("tersor.conv8") or "method conv2d" in target:
+        return "conv8"
     if target.startswith("tersor.codebook_linear"):
         return "codebook_linear"
     return "round" if re.search(r"\bround\b", target) and not target.startswith("aten") else target

@@ -1,0 +1,52 @@
+"""The Triton kernels of 8-bit convolutions under Triton's interpreter; on a card see tests/gpu."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+# Sums of int8 codes are exact; scale, offset, gains, residual: six float32 roundings at most, one of them
+# of the sum, and their terms are up to eight times the largest result. Float8 sums are float32, in another order.
+ROUNDED = 8 * 6 * 2.0**-24
+HALF = 2.0**-10
+BORDER = 0.02  # codes that lie on the border between two
+
+
+def test_interpreted_kernels_compute_their_definition() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.unit.kernels.interpreted_conv8"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) >= 24
+    for name, case in found.items():
+        assert case["shape"], name
+        if case["codes"]:
+            assert case["largest"] <= 1, name
+            assert case["share"] <= BORDER, name
+        elif name == "inner alone":  # half a unit where a rounding falls to the other side
+            assert case["largest"] <= 0.5, name
+            assert case["share"] <= BORDER, name
+        else:
+            bound = HALF if name == "half" else ROUNDED
+            assert case["largest"] <= bound * case["size"], (name, case)
+
+
+def test_no_checker_of_types_wraps_a_kernel() -> None:
+    from triton.runtime.jit import KernelInterface
+
+    from tersor.kernels import conv8_kernels_triton as module
+
+    kernels = [v for v in vars(module).values() if isinstance(v, KernelInterface)]
+    assert len(kernels) == 8
+    for kernel in kernels:
+        assert kernel.fn.__globals__ is vars(module), kernel.fn.__name__  # type: ignore[attr-defined]
