@@ -177,3 +177,99 @@ def narrow_block_kernel(  # noqa: ANN201
             y_ptr, w2_ptr, bias2_ptr, x_ptr, short_ptr, z_ptr, start + tile * BM, end,
             H, W, OH, OW, CI, CO, S, SHORT, TAPS, KP2, BM,
         )  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _row_weight(  # noqa: ANN202
+    w_ptr, dy: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, KP: tl.constexpr,  # noqa: ANN001
+):  # fmt: skip
+    """The three taps of one row of a kernel, [KP, CO]."""
+    k = tl.arange(0, KP)
+    n = tl.arange(0, CO)
+    at = w_ptr + (dy * 3 * C + k)[:, None] * CO + n[None, :]
+    return tl.load(at, mask=(k < 3 * C)[:, None], other=0.0)
+
+
+@triton.jit
+@no_type_check
+def _row(  # noqa: ANN202
+    x_ptr, base, column, is_inside, W: tl.constexpr, C: tl.constexpr, KP: tl.constexpr,  # noqa: ANN001
+):  # fmt: skip
+    """Three neighbouring pixels of a row, from ``column`` - 1 on, [BM, KP]; ``base``: of pixel 0 of the row."""
+    k = tl.arange(0, KP)
+    across = column[:, None] + (k // C - 1)[None, :]
+    mask = is_inside[:, None] & (across >= 0) & (across < W) & (k < 3 * C)[None, :]
+    return tl.load(
+        x_ptr + (base + (column - 1) * C)[:, None] + k[None, :], mask=mask, other=0.0
+    )
+
+
+@triton.jit
+@no_type_check
+def narrow_rows_kernel(  # noqa: ANN201, PLR0915
+    x_ptr, w1_ptr, bias1_ptr, y_ptr, w2_ptr, bias2_ptr, z_ptr, IMAGES,  # noqa: ANN001
+    H: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, C: tl.constexpr, KP: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """R rows of G images, from top to bottom; every row is read once for the three rows that it counts for.
+
+    Three sums are on their way in each convolution: a row ends the one above it, goes on with its own, and
+    begins the one below. What is between the convolutions is a ring of four rows of this program's own,
+    read one step after it was written.
+    """
+    BM: tl.constexpr = G * WP
+    part = tl.program_id(0) % ((H + R - 1) // R)
+    group = tl.program_id(0) // ((H + R - 1) // R)
+    start = part * R
+    end = tl.minimum(start + R, H)
+    m = tl.arange(0, BM)
+    n = tl.arange(0, C)
+    column = m % WP
+    image = group * G + m // WP
+    is_image = image < IMAGES
+    is_inside = is_image & (column < W)
+    base = image * (H * W * C)
+    ring = tl.program_id(0) * (4 * BM * C) + (m // WP) * (WP * C)
+    a0 = _row_weight(w1_ptr, 0, C, C, KP)
+    a1 = _row_weight(w1_ptr, 1, C, C, KP)
+    a2 = _row_weight(w1_ptr, 2, C, C, KP)
+    b0 = _row_weight(w2_ptr, 0, C, C, KP)
+    b1 = _row_weight(w2_ptr, 1, C, C, KP)
+    b2 = _row_weight(w2_ptr, 2, C, C, KP)
+    bias1 = tl.load(bias1_ptr + n)[None, :]
+    bias2 = tl.load(bias2_ptr + n)[None, :]
+    zero = tl.zeros((BM, C), dtype=tl.float32)
+    y_above = zero
+    y_own = zero
+    z_above = zero
+    z_own = zero
+    first = start - 2 + m * 0  # one row, as a vector: masks are made of it
+    x = _row(x_ptr, base + first * W * C, column, is_image & (first >= 0), W, C, KP)
+    for step in range(R + 5):
+        row = first + step  # of x; y ends one row above, is read one further above, and z ends above that
+        y = _row(
+            y_ptr, ring + ((step + 3) % 4) * (BM * C), column,
+            is_image & (row > first) & (row >= 2) & (row - 2 < H), W, C, KP,
+        )  # fmt: skip
+        next_x = _row(
+            x_ptr, base + (row + 1) * W * C, column, is_image & (row + 1 >= 0) & (row + 1 < H),
+            W, C, KP,
+        )  # fmt: skip
+        is_stored = is_inside & (row - 3 >= start) & (row - 3 < end)
+        at = (base + ((row - 3) * W + column) * C)[:, None] + n[None, :]
+        added = tl.load(x_ptr + at, mask=is_stored[:, None], other=0.0)
+        y_done = tl.dot(x, a2, y_above)
+        y_above = tl.dot(x, a1, y_own)
+        y_own = tl.dot(x, a0, zero)
+        z_done = tl.dot(y, b2, z_above)
+        z_above = tl.dot(y, b1, z_own)
+        z_own = tl.dot(y, b0, zero)
+        tl.store(
+            y_ptr + (ring + (step % 4) * (BM * C) + column * C)[:, None] + n[None, :],
+            tl.maximum(y_done + bias1, 0.0).to(y_ptr.dtype.element_ty),
+        )
+        z = tl.maximum(z_done + bias2 + added.to(tl.float32), 0.0)
+        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=is_stored[:, None])
+        x = next_x
+        tl.debug_barrier()

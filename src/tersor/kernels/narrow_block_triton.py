@@ -1,8 +1,10 @@
 """``narrow_block`` on a CUDA device: which launches a shape gets, and the calls.
 
 "images": one launch, whole images a program, the tensor between the convolutions read again by the program
-that wrote it. "tiles": a launch a convolution, whose programs need not wait for whole images. Which one,
-and in which tile, is measured when a call is first made outside of a compiler (``tiles``).
+that wrote it. "rows": one launch that goes down a few rows of several images, and reads every row once for
+the three rows that it counts for. "tiles": a launch a convolution, whose programs need not wait for whole
+images. Which one, and in which tile, is measured when a call is first made outside of a compiler
+(``tiles``).
 """
 
 from functools import cache
@@ -16,22 +18,24 @@ from torch.library import triton_op, wrap_triton
 from tersor.kernels.narrow_block_kernels_triton import (
     narrow_block_kernel,
     narrow_first_kernel,
+    narrow_rows_kernel,
     narrow_second_kernel,
 )
 from tersor.kernels.tiles import choose, is_real
 
-Form = Literal["images", "tiles"]
+Form = Literal["images", "rows", "tiles"]
 
 
 class Launch(NamedTuple):
     """How a block is computed.
 
     Attributes:
-        form: One launch of whole images, or two of tiles.
-        pixels: Of a tile.
-        taps: Neighbouring taps that are one product: 1 or 3.
+        form: One launch of whole images or of rows, or two of tiles.
+        pixels: Of a tile; with "rows" one row of as many images as fit.
+        taps: Neighbouring taps that are one product: 1 or 3; "rows": 3.
         images: Of a program ("images").
         warps: Of 32 threads.
+        rows: Of the result, of a program ("rows").
     """
 
     form: Form
@@ -39,25 +43,30 @@ class Launch(NamedTuple):
     taps: int = 1
     images: int = 1
     warps: int = 4
+    rows: int = 0
 
 
 # The one to expect most of first.
 _LAUNCHES: dict[int, tuple[Launch, ...]] = {
     16: (
+        Launch("rows", 64, 3, rows=14), Launch("rows", 64, 3, rows=28), Launch("rows", 64, 3, rows=7),
+        Launch("rows", 128, 3, rows=14, warps=8), Launch("rows", 32, 3, rows=14, warps=2),
         Launch("images", 128, 3), Launch("images", 128, 1), Launch("images", 64, 1, 1, 2),
-        Launch("images", 128, 1, 1, 8), Launch("tiles", 128, 3), Launch("tiles", 128, 1),
-        Launch("tiles", 64, 1, 1, 2), Launch("tiles", 256, 1, 1, 8),
+        Launch("tiles", 128, 3), Launch("tiles", 128, 1), Launch("tiles", 64, 1, 1, 2),
     ),
     32: (
         Launch("images", 64, 1), Launch("images", 128, 1), Launch("images", 64, 3),
-        Launch("images", 64, 1, 1, 2), Launch("tiles", 128, 1), Launch("tiles", 64, 1),
-        Launch("tiles", 128, 3), Launch("tiles", 64, 1, 1, 2),
+        Launch("images", 64, 1, 1, 2), Launch("rows", 64, 3, rows=7), Launch("rows", 32, 3, rows=7, warps=2),
+        Launch("tiles", 128, 1), Launch("tiles", 64, 1), Launch("tiles", 128, 3),
+        Launch("tiles", 64, 1, 1, 2),
     ),
     64: (
         Launch("images", 64, 1), Launch("images", 128, 1, 2), Launch("images", 128, 1, 2, 8),
+        Launch("images", 64, 1, 1, 8),
         Launch("tiles", 64, 1), Launch("tiles", 128, 1), Launch("tiles", 128, 1, 1, 8),
     ),
 }  # fmt: skip
+_RING = 4  # rows that a program of "rows" keeps between the convolutions
 _Key = tuple[Any, ...]
 _CHOSEN: dict[_Key, Launch] = {}
 
@@ -75,6 +84,8 @@ def run(
     """The block as a launch has it; as ``narrow_block.narrow_block`` otherwise, of x with channels last."""
     images, inp, height, width = x.shape
     out = second.shape[1]
+    if launch.form == "rows":
+        return _rows(x, first, first_bias, second, second_bias, launch)
     sizes = (-(-height // stride), -(-width // stride))
     y, z = (
         x.new_empty(images, *sizes, out).permute(0, 3, 1, 2) for _ in range(2)
@@ -102,10 +113,29 @@ def run(
     return z
 
 
+def _rows(
+    x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, launch: Launch
+) -> Tensor:
+    """The block without a stride or a weight in its shortcut."""
+    images, channels, height, width = x.shape
+    z = x.new_empty(images, height, width, channels).permute(0, 3, 1, 2)
+    if isinstance(images, int) and not images:
+        return z
+    padded = triton.next_power_of_2(width)
+    together = launch.pixels // padded
+    programs = triton.cdiv(images, together) * triton.cdiv(height, launch.rows)
+    ring = x.new_empty(programs * _RING * launch.pixels * channels)
+    wrap_triton(_tiled(narrow_rows_kernel, launch))[programs,](
+        x, first, first_bias, ring, second, second_bias, z, images, H=height, W=width, WP=padded,
+        C=channels, KP=triton.next_power_of_2(launch.taps * channels), G=together,
+    )  # fmt: skip
+    return z
+
+
 @cache
 def _tiled(kernel: Any, launch: Launch) -> Any:
     """The kernel with one tile: a list of one, so that no compiler has anything to tune."""
-    sizes = {"BM": launch.pixels}
+    sizes = {"R": launch.rows} if launch.form == "rows" else {"BM": launch.pixels}
     if launch.form == "images":
         sizes["G"] = launch.images
     # One stage: a loop's loads are not moved; they would go around the first-level cache.
@@ -113,21 +143,36 @@ def _tiled(kernel: Any, launch: Launch) -> Any:
     return triton.autotune([config], key=[])(kernel)
 
 
-def launches(out: int) -> tuple[Launch, ...]:
-    """What is worth measuring for a number of channels, the one to expect most of first."""
-    return _LAUNCHES[out]
+def launches(x: Tensor, out: int, stride: int, *, is_plain: bool) -> tuple[Launch, ...]:
+    """What is worth measuring for x, the one to expect most of first.
+
+    Args:
+        x: [b, inp, h, w].
+        out: Channels of the result.
+        stride: Of the block.
+        is_plain: x itself is added.
+    """
+    height, width = x.shape[2:]
+    has_rows = is_plain and stride == 1 and x.shape[1] == out
+
+    def fits(launch: Launch) -> bool:
+        is_row = launch.form == "rows"
+        return not is_row or (has_rows and width <= launch.pixels and launch.rows <= height)
+
+    return tuple(filter(fits, _LAUNCHES[out]))
 
 
-def _key(x: Tensor, out: int, stride: int) -> _Key:
+def _key(x: Tensor, out: int, stride: int, *, is_plain: bool) -> _Key:
     """Both 16-bit types are equally fast."""
-    return (*x.shape, out, stride, str(x.device))
+    return (*x.shape, out, stride, is_plain, str(x.device))
 
 
-def launch_of(x: Tensor, out: int, stride: int) -> Launch:
+def launch_of(x: Tensor, out: int, stride: int, *, is_plain: bool) -> Launch:
     """How a call is computed: as was chosen for its shape, or else as is to be expected."""
-    if not all(isinstance(n, int) for n in x.shape):  # open: any number of images
-        return launches(out)[0]
-    return _CHOSEN.get(_key(x, out, stride), launches(out)[0])
+    first = launches(x, out, stride, is_plain=is_plain)[0]
+    if not isinstance(x.shape[0], int):  # open: any number of images
+        return first
+    return _CHOSEN.get(_key(x, out, stride, is_plain=is_plain), first)
 
 
 @triton_op("tersor::narrow_block", mutates_args={})
@@ -145,7 +190,7 @@ def narrow_block_op(
         from tersor.kernels.narrow_block import narrow_block_reference
 
         return narrow_block_reference(x, first, first_bias, second, second_bias, short, stride)
-    launch = launch_of(x, second.shape[1], stride)
+    launch = launch_of(x, second.shape[1], stride, is_plain=short is None)
     return run(x, first, first_bias, second, second_bias, short, stride, launch)
 
 
@@ -168,7 +213,8 @@ def narrow_block_cuda(
 
     out = second.shape[1]
     if is_real(x) and x.shape[0]:
-        choose(_CHOSEN, _key(x, out, stride), launches(out), call)
+        key = _key(x, out, stride, is_plain=short is None)
+        choose(_CHOSEN, key, launches(x, out, stride, is_plain=short is None), call)
     return call()
 
 

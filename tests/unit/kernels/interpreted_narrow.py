@@ -92,6 +92,7 @@ SHAPES = (
 )  # fmt: skip
 LAUNCHES = (
     Launch("images", 16), Launch("images", 32, 3, 2), Launch("tiles", 16), Launch("tiles", 64, 3),
+    Launch("rows", 16, 3, rows=2), Launch("rows", 32, 3, rows=7),
 )  # fmt: skip
 
 
@@ -102,6 +103,8 @@ def every_form() -> dict[str, float]:
         block, made = drawn(seed, inp, out, stride, torch.float16)
         x = image(seed, (images, inp, height, width), torch.float16)
         for launch in LAUNCHES:
+            if launch.form == "rows" and made.short is not None:
+                continue
             with set_wrap_triton_enabled(False):
                 result = run(x, *astuple(made), stride, launch)  # type: ignore[arg-type]
             assert result.is_contiguous(memory_format=torch.channels_last)
