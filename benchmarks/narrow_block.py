@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ class Fused(nn.Module):
             short=None if short is None else short.weight.detach(),
             short_bias=None if short is None or short.bias is None else short.bias.detach(),
         )  # fmt: skip
-        self.parts = [None if t is None else t.cuda() for t in astuple(found)]
+        self.parts = [None if t is None else t.cuda() for t in found]
         self.stride = int(block.conv1.stride[0])
 
     @property
@@ -182,7 +181,7 @@ def choose(subject: Subject, index: int) -> dict[str, list[float]]:
     for launch in block.launches(x):
         found = block.launched(x, launch).double()
         error = float((found - wanted).norm() / wanted.norm())
-        if not error < 1e-2:  # noqa: PLR2004 - far above what rounding gives: a wrong kernel
+        if not error < 1e-2:  # far above what rounding gives
             print("WRONG", launch, error, flush=True)
             continue
         names[str(launch)] = launch
@@ -289,7 +288,10 @@ def warm(subject: Subject, part: int) -> None:
 
 def warm_all(batch: int) -> None:
     command = [sys.executable, "-m", "benchmarks.narrow_block", "--batch", str(batch), "--warm"]
-    parts = [subprocess.Popen([*command, str(i)]) for i in range(len(BLOCKS) + len(DTYPES))]
+    parts = [
+        subprocess.Popen([*command, str(i)])  # noqa: S603 - this file
+        for i in range(len(BLOCKS) + len(DTYPES))
+    ]
     codes = [p.wait() for p in parts]
     print("warmed", codes, "after", round(time.perf_counter() - START), flush=True)
 

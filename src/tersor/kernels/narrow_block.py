@@ -6,8 +6,8 @@ what graphs call: on a CUDA device with Triton ``narrow_block_triton``, elsewher
 by ``block_weights``. Compilers and exporters see one op, ``tersor::narrow_block``.
 """
 
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ _TAPS = 9
 _KERNEL = (3, 3)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockWeights:
+class BlockWeights(NamedTuple):
     """A block's weights as the kernels read them; norms are folded into them.
 
     Attributes:
@@ -153,7 +152,7 @@ def _check(x: Tensor, first: Tensor, second: Tensor, short: Tensor | None, strid
             f"narrow block: found stride {stride} from {inp} to {out} channels, wanted 1 or 2, and a "
             "shortcut's weight wherever x has another shape than the result"
         )
-    if x.dim() != 4 or x.shape[1] != inp or inp not in CHANNELS or out not in CHANNELS:  # noqa: PLR2004
+    if x.dim() != 4 or x.shape[1] != inp or inp not in CHANNELS or out not in CHANNELS:
         raise ShapeError(
             f"narrow block: found x {tuple(x.shape)} for {inp} channels to {out}, wanted [b, {inp}, h, w] and "
             f"each one of {CHANNELS} channels"

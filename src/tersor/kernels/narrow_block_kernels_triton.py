@@ -110,9 +110,7 @@ def _second(  # noqa: ANN202
     if SHORT:
         k = tl.arange(0, CI)
         pixel = (image * H + oy * S) * W + ox * S
-        x = tl.load(
-            x_ptr + (pixel * CI)[:, None] + k[None, :], mask=is_inside[:, None], other=0.0
-        )
+        x = tl.load(x_ptr + (pixel * CI)[:, None] + k[None, :], mask=is_inside[:, None], other=0.0)
         total = tl.dot(x, tl.load(short_ptr + k[:, None] * CO + n[None, :]), total)
     total = _taps(y_ptr, w_ptr, total, image, oy, ox, is_inside, OH, OW, CO, CO, 1, TAPS, KP)
     z = total + tl.load(bias_ptr + n)[None, :]
@@ -200,9 +198,7 @@ def _row(  # noqa: ANN202
     k = tl.arange(0, KP)
     across = column[:, None] + (k // C - 1)[None, :]
     mask = is_inside[:, None] & (across >= 0) & (across < W) & (k < 3 * C)[None, :]
-    return tl.load(
-        x_ptr + (base + (column - 1) * C)[:, None] + k[None, :], mask=mask, other=0.0
-    )
+    return tl.load(x_ptr + (base + (column - 1) * C)[:, None] + k[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -247,7 +243,9 @@ def narrow_rows_kernel(  # noqa: ANN201, PLR0915
     first = start - 2 + m * 0  # one row, as a vector: masks are made of it
     x = _row(x_ptr, base + first * W * C, column, is_image & (first >= 0), W, C, KP)
     for step in range(R + 5):
-        row = first + step  # of x; y ends one row above, is read one further above, and z ends above that
+        row = (
+            first + step
+        )  # of x; y ends one row above, is read one further above, and z ends above that
         y = _row(
             y_ptr, ring + ((step + 3) % 4) * (BM * C), column,
             is_image & (row > first) & (row >= 2) & (row - 2 < H), W, C, KP,

@@ -10,7 +10,6 @@ images. Which one, and in which tile, is measured when a call is first made outs
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
@@ -87,9 +86,7 @@ def run(
     if launch.form == "rows":
         return _rows(x, first, first_bias, second, second_bias, launch)
     sizes = (-(-height // stride), -(-width // stride))
-    y, z = (
-        x.new_empty(images, *sizes, out).permute(0, 3, 1, 2) for _ in range(2)
-    )  # channels last
+    y, z = (x.new_empty(images, *sizes, out).permute(0, 3, 1, 2) for _ in range(2))  # channels last
     if isinstance(images, int) and not images:
         return z
     shape = {"H": height, "W": width, "OH": sizes[0], "OW": sizes[1], "CI": inp, "CO": out}
@@ -114,7 +111,12 @@ def run(
 
 
 def _rows(
-    x: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, launch: Launch
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    second_bias: Tensor,
+    launch: Launch,
 ) -> Tensor:
     """The block without a stride or a weight in its shortcut."""
     images, channels, height, width = x.shape
@@ -206,9 +208,7 @@ def narrow_block_cuda(
     """As ``narrow_block.narrow_block``, by the kernels."""
 
     def call() -> Tensor:
-        found: Tensor = narrow_block_op(
-            x, first, first_bias, second, second_bias, short, stride
-        )
+        found: Tensor = narrow_block_op(x, first, first_bias, second, second_bias, short, stride)
         return found
 
     out = second.shape[1]
@@ -216,5 +216,3 @@ def narrow_block_cuda(
         key = _key(x, out, stride, is_plain=short is None)
         choose(_CHOSEN, key, launches(x, out, stride, is_plain=short is None), call)
     return call()
-
-

@@ -5,7 +5,6 @@ share of the bound that follows from the formats.
 """
 
 import json
-from dataclasses import astuple
 from typing import NamedTuple
 
 import torch
@@ -106,7 +105,7 @@ def every_form() -> dict[str, float]:
             if launch.form == "rows" and made.short is not None:
                 continue
             with set_wrap_triton_enabled(False):
-                result = run(x, *astuple(made), stride, launch)  # type: ignore[arg-type]
+                result = run(x, *made, stride, launch)  # type: ignore[arg-type]
             assert result.is_contiguous(memory_format=torch.channels_last)
             found[f"{SHAPES[seed]} {launch}"] = off(x, block, result)
     return found

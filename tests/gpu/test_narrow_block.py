@@ -1,0 +1,104 @@
+"""Narrow blocks on a CUDA device: every launch against float64, choice, compilers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tersor.kernels.narrow_block import BlockWeights, narrow_block
+
+pytest.importorskip("triton")  # before what imports it
+from tersor.kernels import narrow_block_triton as module
+from tersor.kernels.narrow_block_triton import Launch, launches, run
+from tests.unit.kernels.interpreted_narrow import Block, drawn, image, off
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+# Images, inputs, height, width, outputs, stride: those of ResNet-20 but for their number, and ones that
+# divide by nothing.
+SHAPES = (
+    (5, 16, 28, 28, 16, 1), (5, 32, 14, 14, 32, 1), (5, 64, 7, 7, 64, 1), (5, 16, 28, 28, 32, 2),
+    (5, 32, 14, 14, 64, 2), (3, 16, 29, 31, 16, 1), (3, 32, 9, 5, 16, 1),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _card() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is empty is NaN, so that an output that nobody writes is seen."""
+    plain = torch.Tensor.new_empty
+
+    def filled(self: Tensor, *size: Any, **fields: Any) -> Tensor:
+        return plain(self, *size, **fields).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+def on_card(made: BlockWeights) -> list[Tensor | None]:
+    return [None if t is None else t.cuda() for t in made]
+
+
+def subject(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, Block, list[Tensor | None], int]:
+    images, inp, height, width, out, stride = shape
+    block, made = drawn(sum(shape), inp, out, stride, dtype)
+    x = image(sum(shape), (images, inp, height, width), dtype)
+    return x, block, on_card(made), stride
+
+
+def fastest_to_compile(x: Tensor, parts: list[Any], stride: int) -> list[Launch]:
+    """The first launch of each form and number of warps: every one takes seconds to compile."""
+    known = launches(x, parts[2].shape[1], stride, is_plain=parts[4] is None)
+    first: dict[tuple[str, int, int], Launch] = {}
+    for launch in known:
+        first.setdefault((launch.form, launch.warps, launch.taps), launch)
+    return list(first.values())
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_launches_stay_within_the_bound_of_their_formats(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, block, parts, stride = subject(shape, dtype)
+    for launch in fastest_to_compile(x, parts, stride):
+        found = run(x.cuda(), *parts, stride, launch)  # type: ignore[arg-type]
+        again = run(x.cuda(), *parts, stride, launch)  # type: ignore[arg-type]
+        assert torch.equal(found, again), launch
+        assert off(x, block, found.cpu()) <= 1, launch
+
+
+def test_no_images() -> None:
+    x, _, parts, stride = subject(SHAPES[0], torch.float16)
+    assert narrow_block(x[:0].cuda(), *parts, stride).shape == (0, 16, 28, 28)  # type: ignore[arg-type]
+
+
+class Layer(nn.Module):
+    def __init__(self, parts: list[Tensor | None], stride: int) -> None:
+        super().__init__()
+        self.parts, self.stride = parts, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return narrow_block(x.relu(), *self.parts, self.stride).relu()  # type: ignore[arg-type]
+
+
+def test_compilers_keep_the_chosen_launch_and_see_the_kernel() -> None:
+    x, _, parts, stride = subject(SHAPES[0], torch.float16)
+    x, layer = x.cuda(), Layer(parts, stride)
+    wanted = layer(x)
+    assert module._key(x, 16, stride, is_plain=True) in module._CHOSEN
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), wanted)
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
+            kept = layer(x)
+        kept.zero_()
+        recorded.replay()
+    assert torch.equal(kept, wanted)
