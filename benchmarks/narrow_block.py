@@ -35,6 +35,8 @@ PROTOCOL = Protocol(rounds=7, runs=9, settled_ms=20.0, max_seconds=12.0)
 DTYPES = (torch.float16, torch.bfloat16)
 BLOCKS = (0, 3, 6, 4, 7)  # 16; 16 to 32; 32 to 64; 32; 64 channels
 NAMES = ("inductor", "fused")
+PROFILED = 10
+MOST_KERNELS = 16
 CALLS = 20  # of one recording
 AUTOTUNE = "max-autotune-no-cudagraphs"
 START = time.perf_counter()
@@ -104,7 +106,7 @@ class Recorded:
     """Several calls, recorded once."""
 
     def __init__(self, call: Callable[[], Tensor], count: int = CALLS) -> None:
-        self.count = count
+        self.count, self._call = count, call  # what a recording reads lives as long as it does
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -127,6 +129,18 @@ class Recorded:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / self.count
+
+
+def kernel_us(call: Callable[[], Tensor]) -> dict[str, float]:
+    """Kernel -> microseconds of one call, the longest first; for the eye, not for the verdict."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(PROFILED):
+            call()
+        torch.cuda.synchronize()
+    found = {e.key[:80]: e.self_device_time_total / PROFILED for e in profile.key_averages()}
+    longest = sorted(found, key=lambda n: -found[n])[:MOST_KERNELS]
+    return {n: round(found[n], 2) for n in longest if found[n] > 0}
 
 
 class Subject:
@@ -244,7 +258,7 @@ def network_rows(subject: Subject, *, autotune: bool) -> Iterator[dict[str, Any]
         if block.key(x) not in kernels._CHOSEN:  # noqa: SLF001
             choose(subject, index)
     contenders: dict[str, SelfTimed] = {}
-    right, difference, seconds = {}, {}, {}
+    right, difference, seconds, inside = {}, {}, {}, {}
     wanted = copy.deepcopy(subject.model).double().cuda()(subject.images.double())
     parts = [[(d, n, None) for d in DTYPES for n in NAMES]]
     if autotune:
@@ -261,13 +275,15 @@ def network_rows(subject: Subject, *, autotune: bool) -> Iterator[dict[str, Any]
             contenders[label] = timed
             difference[label] = float((timed.kept.double() - wanted).abs().max())
             right[label] = accuracy(call, subject, dtype)
+            if dtype == torch.float16:
+                inside[label] = kernel_us(lambda f=call, a=x: f(a))  # type: ignore[misc]
         us = times_of(contenders)
         best = {n: min(v[0] for k, v in us.items() if k.startswith(n)) for n in NAMES}
         yield {
             "work": "network", "batch": len(subject.images), "us": us,
             "speedup": round(best["inductor"] / best["fused"], 3), "accuracy": right,
             "largest_difference": difference, "largest_logit": float(wanted.abs().max()),
-            "build_s": seconds,
+            "build_s": seconds, "kernels": inside,
         }  # fmt: skip
 
 
