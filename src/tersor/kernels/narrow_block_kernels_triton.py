@@ -21,35 +21,78 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
+def _weight(  # noqa: ANN202
+    w_ptr, step: tl.constexpr,  # noqa: ANN001
+    CI: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """The taps of one product, [KP, CO]."""
+    k = tl.arange(0, KP)
+    n = tl.arange(0, CO)
+    at = w_ptr + (step * TAPS * CI + k)[:, None] * CO + n[None, :]
+    if KP == TAPS * CI:
+        w = tl.load(at)
+    else:
+        w = tl.load(at, mask=(k < TAPS * CI)[:, None], other=0.0)
+    return w
+
+
+@triton.jit
+@no_type_check
+def _weights(  # noqa: ANN202
+    w_ptr, CI: tl.constexpr, CO: tl.constexpr, TAPS: tl.constexpr, KP: tl.constexpr,  # noqa: ANN001
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """All of a convolution where they are kept in shared memory, or else what they are loaded from."""
+    if not KEEP:
+        found = w_ptr
+    elif TAPS == 3:
+        found = (
+            _weight(w_ptr, 0, CI, CO, TAPS, KP), _weight(w_ptr, 1, CI, CO, TAPS, KP),
+            _weight(w_ptr, 2, CI, CO, TAPS, KP),
+        )  # fmt: skip
+    else:
+        found = (
+            _weight(w_ptr, 0, CI, CO, TAPS, KP), _weight(w_ptr, 1, CI, CO, TAPS, KP),
+            _weight(w_ptr, 2, CI, CO, TAPS, KP), _weight(w_ptr, 3, CI, CO, TAPS, KP),
+            _weight(w_ptr, 4, CI, CO, TAPS, KP), _weight(w_ptr, 5, CI, CO, TAPS, KP),
+            _weight(w_ptr, 6, CI, CO, TAPS, KP), _weight(w_ptr, 7, CI, CO, TAPS, KP),
+            _weight(w_ptr, 8, CI, CO, TAPS, KP),
+        )  # fmt: skip
+    return found
+
+
+@triton.jit
+@no_type_check
 def _tap(  # noqa: ANN202
-    x_ptr, w_ptr, step: tl.constexpr, row, column, pixel, is_inside,  # noqa: ANN001
+    x_ptr, weights, step: tl.constexpr, row, column, pixel, is_inside,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
-    TAPS: tl.constexpr, KP: tl.constexpr,
+    TAPS: tl.constexpr, KP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """What one product multiplies: [BM, KP] of the image and [KP, CO] of the weight."""
     k = tl.arange(0, KP)
-    n = tl.arange(0, CO)
     dy = step // (3 // TAPS) - 1
     dx = step % (3 // TAPS) - 1
     is_row = is_inside & (row + dy >= 0) & (row + dy < H)
     at = x_ptr + ((pixel + dy * W + dx) * CI)[:, None] + k[None, :]
-    w_at = w_ptr + (step * TAPS * CI + k)[:, None] * CO + n[None, :]
     if TAPS == 1:
         mask = (is_row & (column + dx >= 0) & (column + dx < W))[:, None]
-        w = tl.load(w_at)
     else:
         across = column[:, None] + (k // CI + dx)[None, :]
         mask = is_row[:, None] & (across >= 0) & (across < W) & (k < TAPS * CI)[None, :]
-        w = tl.load(w_at, mask=(k < TAPS * CI)[:, None], other=0.0)
-    return tl.load(at, mask=mask, other=0.0), w
+    x = tl.load(at, mask=mask, other=0.0)
+    if KEEP:
+        w = weights[step]
+    else:
+        w = _weight(weights, step, CI, CO, TAPS, KP)
+    return x, w
 
 
 @triton.jit
 @no_type_check
 def _taps(  # noqa: ANN202
-    x_ptr, w_ptr, total, image, oy, ox, is_inside,  # noqa: ANN001
+    x_ptr, weights, total, image, oy, ox, is_inside,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr,
-    TAPS: tl.constexpr, KP: tl.constexpr,
+    TAPS: tl.constexpr, KP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Sums of a 3x3 convolution with a border of zeros, for [BM] pixels of the result.
 
@@ -57,10 +100,10 @@ def _taps(  # noqa: ANN202
     """
     row, column = oy * S, ox * S
     pixel = (image * H + row) * W + column
-    x, w = _tap(x_ptr, w_ptr, 0, row, column, pixel, is_inside, H, W, CI, CO, TAPS, KP)
+    x, w = _tap(x_ptr, weights, 0, row, column, pixel, is_inside, H, W, CI, CO, TAPS, KP, KEEP)
     for step in tl.static_range(1, 9 // TAPS):
         next_x, next_w = _tap(
-            x_ptr, w_ptr, step, row, column, pixel, is_inside, H, W, CI, CO, TAPS, KP
+            x_ptr, weights, step, row, column, pixel, is_inside, H, W, CI, CO, TAPS, KP, KEEP
         )
         total = tl.dot(x, w, total)
         x, w = next_x, next_w
@@ -70,10 +113,10 @@ def _taps(  # noqa: ANN202
 @triton.jit
 @no_type_check
 def _first(  # noqa: ANN202
-    x_ptr, w_ptr, bias_ptr, y_ptr, start, end,  # noqa: ANN001
+    x_ptr, weights, bias_ptr, y_ptr, start, end,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr,
-    TAPS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+    TAPS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Pixels from ``start`` on, before ``end``: relu(conv(x) + bias)."""
     p = start + tl.arange(0, BM)
@@ -83,8 +126,9 @@ def _first(  # noqa: ANN202
     rest = p % (OH * OW)
     total = tl.zeros((BM, CO), dtype=tl.float32)
     total = _taps(
-        x_ptr, w_ptr, total, image, rest // OW, rest % OW, is_inside, H, W, CI, CO, S, TAPS, KP
-    )
+        x_ptr, weights, total, image, rest // OW, rest % OW, is_inside,
+        H, W, CI, CO, S, TAPS, KP, KEEP,
+    )  # fmt: skip
     y = tl.maximum(total + tl.load(bias_ptr + n)[None, :], 0.0)
     tl.store(
         y_ptr + p[:, None] * CO + n[None, :], y.to(y_ptr.dtype.element_ty), mask=is_inside[:, None]
@@ -94,10 +138,10 @@ def _first(  # noqa: ANN202
 @triton.jit
 @no_type_check
 def _second(  # noqa: ANN202
-    y_ptr, w_ptr, bias_ptr, x_ptr, short_ptr, z_ptr, start, end,  # noqa: ANN001
+    y_ptr, weights, bias_ptr, x_ptr, short_ptr, z_ptr, start, end,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
-    TAPS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+    TAPS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Pixels from ``start`` on, before ``end``: relu(conv(y) + bias + x), or a product of x in its place."""
     p = start + tl.arange(0, BM)
@@ -112,7 +156,9 @@ def _second(  # noqa: ANN202
         pixel = (image * H + oy * S) * W + ox * S
         x = tl.load(x_ptr + (pixel * CI)[:, None] + k[None, :], mask=is_inside[:, None], other=0.0)
         total = tl.dot(x, tl.load(short_ptr + k[:, None] * CO + n[None, :]), total)
-    total = _taps(y_ptr, w_ptr, total, image, oy, ox, is_inside, OH, OW, CO, CO, 1, TAPS, KP)
+    total = _taps(
+        y_ptr, weights, total, image, oy, ox, is_inside, OH, OW, CO, CO, 1, TAPS, KP, KEEP
+    )
     z = total + tl.load(bias_ptr + n)[None, :]
     at = p[:, None] * CO + n[None, :]
     if not SHORT:
@@ -133,7 +179,7 @@ def narrow_first_kernel(  # noqa: ANN201
     start = tl.program_id(0) * BM
     _first(
         x_ptr, w_ptr, bias_ptr, y_ptr, start, IMAGES * (OH * OW), H, W, OH, OW, CI, CO, S,
-        TAPS, KP, BM,
+        TAPS, KP, BM, False,
     )  # fmt: skip
 
 
@@ -149,7 +195,7 @@ def narrow_second_kernel(  # noqa: ANN201
     start = tl.program_id(0) * BM
     _second(
         y_ptr, w_ptr, bias_ptr, x_ptr, short_ptr, z_ptr, start, IMAGES * (OH * OW),
-        H, W, OH, OW, CI, CO, S, SHORT, TAPS, KP, BM,
+        H, W, OH, OW, CI, CO, S, SHORT, TAPS, KP, BM, False,
     )  # fmt: skip
 
 
@@ -160,33 +206,24 @@ def narrow_block_kernel(  # noqa: ANN201
     H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
     TAPS: tl.constexpr, KP1: tl.constexpr, KP2: tl.constexpr, BM: tl.constexpr, G: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """G whole images: nothing that another program writes is read."""
     start = tl.program_id(0) * G * (OH * OW)
     end = tl.minimum(start + G * (OH * OW), IMAGES * (OH * OW))
+    weights = _weights(w1_ptr, CI, CO, TAPS, KP1, KEEP)
     for tile in range((G * OH * OW + BM - 1) // BM):
         _first(
-            x_ptr, w1_ptr, bias1_ptr, y_ptr, start + tile * BM, end, H, W, OH, OW, CI, CO, S,
-            TAPS, KP1, BM,
+            x_ptr, weights, bias1_ptr, y_ptr, start + tile * BM, end, H, W, OH, OW, CI, CO, S,
+            TAPS, KP1, BM, KEEP,
         )  # fmt: skip
     tl.debug_barrier()
+    others = _weights(w2_ptr, CO, CO, TAPS, KP2, KEEP)
     for tile in range((G * OH * OW + BM - 1) // BM):
         _second(
-            y_ptr, w2_ptr, bias2_ptr, x_ptr, short_ptr, z_ptr, start + tile * BM, end,
-            H, W, OH, OW, CI, CO, S, SHORT, TAPS, KP2, BM,
+            y_ptr, others, bias2_ptr, x_ptr, short_ptr, z_ptr, start + tile * BM, end,
+            H, W, OH, OW, CI, CO, S, SHORT, TAPS, KP2, BM, KEEP,
         )  # fmt: skip
-
-
-@triton.jit
-@no_type_check
-def _row_weight(  # noqa: ANN202
-    w_ptr, dy: tl.constexpr, C: tl.constexpr, CO: tl.constexpr, KP: tl.constexpr,  # noqa: ANN001
-):  # fmt: skip
-    """The three taps of one row of a kernel, [KP, CO]."""
-    k = tl.arange(0, KP)
-    n = tl.arange(0, CO)
-    at = w_ptr + (dy * 3 * C + k)[:, None] * CO + n[None, :]
-    return tl.load(at, mask=(k < 3 * C)[:, None], other=0.0)
 
 
 @triton.jit
@@ -227,12 +264,12 @@ def narrow_rows_kernel(  # noqa: ANN201, PLR0915
     is_inside = is_image & (column < W)
     base = image * (H * W * C)
     ring = tl.program_id(0) * (4 * BM * C) + (m // WP) * (WP * C)
-    a0 = _row_weight(w1_ptr, 0, C, C, KP)
-    a1 = _row_weight(w1_ptr, 1, C, C, KP)
-    a2 = _row_weight(w1_ptr, 2, C, C, KP)
-    b0 = _row_weight(w2_ptr, 0, C, C, KP)
-    b1 = _row_weight(w2_ptr, 1, C, C, KP)
-    b2 = _row_weight(w2_ptr, 2, C, C, KP)
+    a0 = _weight(w1_ptr, 0, C, C, 3, KP)
+    a1 = _weight(w1_ptr, 1, C, C, 3, KP)
+    a2 = _weight(w1_ptr, 2, C, C, 3, KP)
+    b0 = _weight(w2_ptr, 0, C, C, 3, KP)
+    b1 = _weight(w2_ptr, 1, C, C, 3, KP)
+    b2 = _weight(w2_ptr, 2, C, C, 3, KP)
     bias1 = tl.load(bias1_ptr + n)[None, :]
     bias2 = tl.load(bias2_ptr + n)[None, :]
     zero = tl.zeros((BM, C), dtype=tl.float32)

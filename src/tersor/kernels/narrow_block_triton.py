@@ -35,6 +35,7 @@ class Launch(NamedTuple):
         images: Of a program ("images").
         warps: Of 32 threads.
         rows: Of the result, of a program ("rows").
+        keeps: Weights stay in shared memory for all tiles of a program ("images").
     """
 
     form: Form
@@ -43,6 +44,7 @@ class Launch(NamedTuple):
     images: int = 1
     warps: int = 4
     rows: int = 0
+    keeps: bool = False
 
 
 # The one to expect most of first.
@@ -50,19 +52,20 @@ _LAUNCHES: dict[int, tuple[Launch, ...]] = {
     16: (
         Launch("rows", 64, 3, rows=14), Launch("rows", 64, 3, rows=28), Launch("rows", 64, 3, rows=7),
         Launch("rows", 128, 3, rows=14, warps=8), Launch("rows", 32, 3, rows=14, warps=2),
-        Launch("images", 128, 3), Launch("images", 128, 1), Launch("images", 64, 1, 1, 2),
-        Launch("tiles", 128, 3), Launch("tiles", 128, 1), Launch("tiles", 64, 1, 1, 2),
+        Launch("images", 128, 3, keeps=True), Launch("images", 128, 1, keeps=True),
+        Launch("images", 64, 1, warps=2, keeps=True), Launch("images", 128, 3), Launch("tiles", 128, 3),
+        Launch("tiles", 128, 1), Launch("tiles", 64, 1, warps=2),
     ),
     32: (
-        Launch("images", 64, 1), Launch("images", 128, 1), Launch("images", 64, 3),
-        Launch("images", 64, 1, 1, 2), Launch("rows", 64, 3, rows=7), Launch("rows", 32, 3, rows=7, warps=2),
-        Launch("tiles", 128, 1), Launch("tiles", 64, 1), Launch("tiles", 128, 3),
-        Launch("tiles", 64, 1, 1, 2),
+        Launch("images", 64, 1, keeps=True), Launch("images", 64, 3, keeps=True), Launch("images", 64, 1),
+        Launch("images", 128, 1, keeps=True), Launch("images", 64, 1, warps=2, keeps=True),
+        Launch("rows", 64, 3, rows=7), Launch("rows", 32, 3, rows=7, warps=2), Launch("tiles", 128, 1),
+        Launch("tiles", 64, 1), Launch("tiles", 64, 3), Launch("tiles", 64, 1, warps=2),
     ),
     64: (
         Launch("images", 64, 1), Launch("images", 128, 1, 2), Launch("images", 128, 1, 2, 8),
-        Launch("images", 64, 1, 1, 8),
-        Launch("tiles", 64, 1), Launch("tiles", 128, 1), Launch("tiles", 128, 1, 1, 8),
+        Launch("images", 64, 1, 1, 8), Launch("tiles", 64, 1), Launch("tiles", 128, 1),
+        Launch("tiles", 128, 1, warps=8),
     ),
 }  # fmt: skip
 _RING = 4  # rows that a program of "rows" keeps between the convolutions
@@ -139,7 +142,7 @@ def _tiled(kernel: Any, launch: Launch) -> Any:
     """The kernel with one tile: a list of one, so that no compiler has anything to tune."""
     sizes = {"R": launch.rows} if launch.form == "rows" else {"BM": launch.pixels}
     if launch.form == "images":
-        sizes["G"] = launch.images
+        sizes |= {"G": launch.images, "KEEP": launch.keeps}
     # One stage: a loop's loads are not moved; they would go around the first-level cache.
     config = triton.Config(sizes, num_warps=launch.warps, num_stages=1)
     return triton.autotune([config], key=[])(kernel)

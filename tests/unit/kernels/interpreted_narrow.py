@@ -90,7 +90,8 @@ SHAPES = (
     (0, 16, 4, 4, 16, 1), (2, 64, 3, 3, 64, 1), (1, 64, 5, 2, 64, 2),
 )  # fmt: skip
 LAUNCHES = (
-    Launch("images", 16), Launch("images", 32, 3, 2), Launch("tiles", 16), Launch("tiles", 64, 3),
+    Launch("images", 16), Launch("images", 32, 3, 2), Launch("images", 16, 1, keeps=True),
+    Launch("images", 16, 3, 2, keeps=True), Launch("tiles", 16), Launch("tiles", 64, 3),
     Launch("rows", 16, 3, rows=2), Launch("rows", 32, 3, rows=7),
 )  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_whole_images(index: int) -> None:
     depth = 64 if launch.taps > 1 else 16
     ptx = compiled(
         "narrow_block_kernel", launch, **SAME, CI=16, CO=16, TAPS=launch.taps, KP1=depth, KP2=depth,
-        BM=launch.pixels, G=1,
+        BM=launch.pixels, G=1, KEEP=launch.keeps,
     )  # fmt: skip
     assert re.search(r"ld\.global\.v4\.b32", ptx)  # 16 bytes a thread
     assert "cp.async" not in ptx  # which would go around the first-level cache
