@@ -89,9 +89,10 @@ def run(
     if launch.form == "rows":
         return _rows(x, first, first_bias, second, second_bias, launch)
     sizes = (-(-height // stride), -(-width // stride))
-    y, z = (x.new_empty(images, *sizes, out).permute(0, 3, 1, 2) for _ in range(2))  # channels last
+    # Allocated as they lie, and turned at the end: compilers would copy a view that a kernel writes.
+    y, z = (x.new_empty(images, *sizes, out) for _ in range(2))
     if isinstance(images, int) and not images:
-        return z
+        return z.permute(0, 3, 1, 2)
     shape = {"H": height, "W": width, "OH": sizes[0], "OW": sizes[1], "CI": inp, "CO": out}
     settings = {**shape, "S": stride, "TAPS": launch.taps}
     depths = [triton.next_power_of_2(launch.taps * n) for n in (inp, out)]
@@ -100,9 +101,9 @@ def run(
     if launch.form == "images":
         wrap_triton(_tiled(narrow_block_kernel, launch))[triton.cdiv(images, launch.images),](
             x, first, first_bias, y, second, second_bias, added, z, images,
-            **settings, **branch, KP1=depths[0], KP2=depths[1],
+            **settings, **branch, KP1=depths[0], KP2=depths[1], KEEP=launch.keeps,
         )  # fmt: skip
-        return z
+        return z.permute(0, 3, 1, 2)
     tiles = (triton.cdiv(images * sizes[0] * sizes[1], launch.pixels),)
     wrap_triton(_tiled(narrow_first_kernel, launch))[tiles](
         x, first, first_bias, y, images, **settings, KP=depths[0]
@@ -110,7 +111,7 @@ def run(
     wrap_triton(_tiled(narrow_second_kernel, launch))[tiles](
         y, second, second_bias, x, added, z, images, **settings, **branch, KP=depths[1]
     )
-    return z
+    return z.permute(0, 3, 1, 2)
 
 
 def _rows(
@@ -123,9 +124,9 @@ def _rows(
 ) -> Tensor:
     """The block without a stride or a weight in its shortcut."""
     images, channels, height, width = x.shape
-    z = x.new_empty(images, height, width, channels).permute(0, 3, 1, 2)
+    z = x.new_empty(images, height, width, channels)
     if isinstance(images, int) and not images:
-        return z
+        return z.permute(0, 3, 1, 2)
     padded = triton.next_power_of_2(width)
     together = launch.pixels // padded
     programs = triton.cdiv(images, together) * triton.cdiv(height, launch.rows)
@@ -134,7 +135,7 @@ def _rows(
         x, first, first_bias, ring, second, second_bias, z, images, H=height, W=width, WP=padded,
         C=channels, KP=triton.next_power_of_2(launch.taps * channels), G=together,
     )  # fmt: skip
-    return z
+    return z.permute(0, 3, 1, 2)
 
 
 @cache
@@ -142,7 +143,7 @@ def _tiled(kernel: Any, launch: Launch) -> Any:
     """The kernel with one tile: a list of one, so that no compiler has anything to tune."""
     sizes = {"R": launch.rows} if launch.form == "rows" else {"BM": launch.pixels}
     if launch.form == "images":
-        sizes |= {"G": launch.images, "KEEP": launch.keeps}
+        sizes["G"] = launch.images
     # One stage: a loop's loads are not moved; they would go around the first-level cache.
     config = triton.Config(sizes, num_warps=launch.warps, num_stages=1)
     return triton.autotune([config], key=[])(kernel)
