@@ -1,12 +1,12 @@
-"""Residual blocks of ResNet-20 as fused kernels against torch.compile, and the whole network, on one card.
+"""ResNet-20 with its residual blocks fused against torch.compile, and the blocks alone, on one card.
 
-    python -m benchmarks.narrow_block --out narrow.jsonl [--batch 512] [--work blocks,network] [--no-autotune]
+    python -m benchmarks.narrow_block --out narrow.jsonl [--batch 512] [--work network,blocks] [--autotune]
 
 Trained weights and test images (``tests/data``), norms folded for all. "inductor": the same convolutions by
-torch.compile, channels last, cuDNN's own search on; "autotune": with torch's search for kernels. All
+torch.compile, channels last, cuDNN's own search on; "autotune": with torch's search for kernels, too. All
 contenders of a line are recorded as CUDA graphs of several calls and were measured in turn in one run by
-device events. "launches": every launch of the fused kernels, in float16; the fastest is "fused".
-Kernels are compiled by processes of their own first (``--warm``), into caches on disk.
+device events. "launches": those of the fused kernels, in float16; the fastest is "fused". Blocks alone are
+measured in float16. Kernels are compiled by processes of their own first (``--warm``), into caches on disk.
 """
 
 import argparse
@@ -84,8 +84,8 @@ class Fused(nn.Module):
     def key(self, x: Tensor) -> Any:
         return kernels._key(x, self.out, self.stride, is_plain=self.parts[4] is None)  # noqa: SLF001
 
-    def launches(self, x: Tensor) -> tuple[kernels.Launch, ...]:
-        return kernels.launches(x, self.out, self.stride, is_plain=self.parts[4] is None)
+    def launches(self) -> tuple[kernels.Launch, ...]:
+        return kernels.launches(self.out)
 
 
 class Network(nn.Module):
@@ -192,7 +192,7 @@ def choose(subject: Subject, index: int) -> dict[str, list[float]]:
     wanted = subject.folded[index].double().cuda()(x.double())
     contenders: dict[str, SelfTimed] = {}
     names = {}
-    for launch in block.launches(x):
+    for launch in block.launches():
         found = block.launched(x, launch).double()
         error = float((found - wanted).norm() / wanted.norm())
         if not error < 1e-2:  # far above what rounding gives
@@ -207,32 +207,30 @@ def choose(subject: Subject, index: int) -> dict[str, list[float]]:
 
 
 def block_rows(subject: Subject) -> Iterator[dict[str, Any]]:
+    dtype = torch.float16
     for index in BLOCKS:
         launches = choose(subject, index)
         contenders: dict[str, SelfTimed] = {}
         error = {}
-        for dtype in DTYPES:
-            x = subject.block_input(index, dtype)
-            wanted = subject.folded[index].double().cuda()(x.double())
-            subject.folded[index].float().cpu()
-            calls = {
-                "inductor": compiled(subject.plain(index, dtype)),
-                "fused": Fused(subject.folded[index], dtype),
-            }
-            for name, call in calls.items():
-                label = f"{name} {short(dtype)}"
-                timed = Recorded(lambda f=call, a=x: f(a))  # type: ignore[misc]
-                timed()
-                error[label] = float((timed.kept.double() - wanted).norm() / wanted.norm())
-                contenders[label] = timed
+        x = subject.block_input(index, dtype)
+        wanted = subject.folded[index].double().cuda()(x.double())
+        subject.folded[index].float().cpu()
+        calls = {
+            "inductor": compiled(subject.plain(index, dtype)),
+            "fused": Fused(subject.folded[index], dtype),
+        }
+        for name, call in calls.items():
+            timed = Recorded(lambda f=call, a=x: f(a))  # type: ignore[misc]
+            timed()
+            error[name] = float((timed.kept.double() - wanted).norm() / wanted.norm())
+            contenders[name] = timed
         us = times_of(contenders)
-        best = {n: min(v[0] for k, v in us.items() if k.startswith(n)) for n in calls}
         moved = (x.numel() + wanted.numel()) * 2
         taps = 9 * (x.shape[1] + wanted.shape[1])
-        macs = wanted.numel() * (taps + (x.shape[1] if index in (3, 6) else 0))
+        macs = wanted.numel() * (taps + (0 if x.shape == wanted.shape else x.shape[1]))
         yield {
-            "work": "block", "block": index, "shape": [*x.shape], "out": [*wanted.shape],
-            "us": us, "speedup": round(best["inductor"] / best["fused"], 3), "error": error,
+            "work": "block", "block": index, "shape": [*x.shape], "out": [*wanted.shape], "us": us,
+            "speedup": round(us["inductor"][0] / us["fused"][0], 3), "error": error,
             "launches": launches, "launch": min(launches, key=lambda n: launches[n][0]),
             "mb": round(moved / 1e6, 2), "gflop": round(2 * macs / 1e9, 2),
         }  # fmt: skip
@@ -294,9 +292,10 @@ def warm(subject: Subject, part: int) -> None:
         for dtype in DTYPES:
             x = subject.block_input(index, dtype)
             block = Fused(subject.folded[index], dtype)
-            for launch in block.launches(x) if dtype == torch.float16 else ():
+            for launch in block.launches():
                 block.launched(x, launch)
-            compiled(subject.plain(index, dtype))(x)
+            if dtype == torch.float16:
+                compiled(subject.plain(index, dtype))(x)
         return
     dtype = DTYPES[part - len(BLOCKS)]
     compiled(subject.network(dtype, is_fused=False))(subject.images.to(dtype))
@@ -312,12 +311,21 @@ def warm_all(batch: int) -> None:
     print("warmed", codes, "after", round(time.perf_counter() - START), flush=True)
 
 
+def summary(row: dict[str, Any]) -> str:
+    """A line of a terminal."""
+    us = ", ".join(f"{n} {v[0]:.1f}" for n, v in row["us"].items())
+    right = sorted({round(100 * a, 2) for a in row.get("accuracy", {}).values()})
+    what = "x".join(map(str, row.get("out", [row.get("batch")])))
+    seconds = round(time.perf_counter() - START)
+    return f"{row['work']} {what}: {row['speedup']}x; us: {us}; right {right} %; {seconds} s"[:300]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--work", default="blocks,network")
-    parser.add_argument("--no-autotune", action="store_true")
+    parser.add_argument("--work", default="network,blocks")
+    parser.add_argument("--autotune", action="store_true")
     parser.add_argument("--warm", type=int, default=None)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -332,17 +340,16 @@ def main() -> None:
     card = {**facts("cuda"), "torch": torch.__version__, "triton": triton.__version__}
 
     def rows() -> Iterator[dict[str, Any]]:
+        if "network" in options.work:
+            yield from network_rows(subject, autotune=options.autotune)
         if "blocks" in options.work:
             yield from block_rows(subject)
-        if "network" in options.work:
-            yield from network_rows(subject, autotune=not options.no_autotune)
 
     for row in rows():
-        line = json.dumps({**row, "card": card})
-        print(line, "after", round(time.perf_counter() - START), flush=True)
         if options.out is not None:
             with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps({**row, "card": card}) + "\n")
+        print(summary(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ from tersor.kernels.narrow_block import BlockWeights, narrow_block
 
 pytest.importorskip("triton")  # before what imports it
 from tersor.kernels import narrow_block_triton as module
-from tersor.kernels.narrow_block_triton import Launch, launches, run
+from tersor.kernels.narrow_block_triton import launches, run
 from tests.unit.kernels.interpreted_narrow import Block, drawn, image, off
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-# Images, inputs, height, width, outputs, stride: those of ResNet-20 but for their number, and ones that
-# divide by nothing.
+# Images, inputs, height, width, outputs, stride: every number of channels, with and without a stride, and
+# sizes that divide by nothing. Each is some ten kernels to compile, in both types.
 SHAPES = (
-    (5, 16, 28, 28, 16, 1), (5, 32, 14, 14, 32, 1), (5, 64, 7, 7, 64, 1), (5, 16, 28, 28, 32, 2),
-    (5, 32, 14, 14, 64, 2), (3, 16, 29, 31, 16, 1), (3, 32, 9, 5, 16, 1),
+    (5, 16, 28, 28, 16, 1), (5, 32, 14, 14, 32, 1), (5, 64, 7, 7, 64, 1), (3, 16, 29, 31, 32, 2),
 )  # fmt: skip
 
 
@@ -52,15 +51,6 @@ def subject(
     return x, block, on_card(made), stride
 
 
-def fastest_to_compile(x: Tensor, parts: list[Any], stride: int) -> list[Launch]:
-    """The first launch of each form and number of warps: every one takes seconds to compile."""
-    known = launches(x, parts[2].shape[1], stride, is_plain=parts[4] is None)
-    first: dict[tuple[str, int, int], Launch] = {}
-    for launch in known:
-        first.setdefault((launch.form, launch.warps, launch.taps), launch)
-    return list(first.values())
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -68,7 +58,7 @@ def test_launches_stay_within_the_bound_of_their_formats(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     x, block, parts, stride = subject(shape, dtype)
-    for launch in fastest_to_compile(x, parts, stride):
+    for launch in launches(shape[4]):
         found = run(x.cuda(), *parts, stride, launch)  # type: ignore[arg-type]
         again = run(x.cuda(), *parts, stride, launch)  # type: ignore[arg-type]
         assert torch.equal(found, again), launch

@@ -90,9 +90,8 @@ SHAPES = (
     (0, 16, 4, 4, 16, 1), (2, 64, 3, 3, 64, 1), (1, 64, 5, 2, 64, 2),
 )  # fmt: skip
 LAUNCHES = (
-    Launch("images", 16), Launch("images", 32, 3, 2), Launch("images", 16, 1, keeps=True),
-    Launch("images", 16, 3, 2, keeps=True), Launch("tiles", 16), Launch("tiles", 64, 3),
-    Launch("rows", 16, 3, rows=2), Launch("rows", 32, 3, rows=7),
+    Launch("images", 16), Launch("images", 32, 2), Launch("images", 16, 2, keeps=True),
+    Launch("tiles", 16), Launch("tiles", 64),
 )  # fmt: skip
 
 
@@ -103,8 +102,6 @@ def every_form() -> dict[str, float]:
         block, made = drawn(seed, inp, out, stride, torch.float16)
         x = image(seed, (images, inp, height, width), torch.float16)
         for launch in LAUNCHES:
-            if launch.form == "rows" and made.short is not None:
-                continue
             with set_wrap_triton_enabled(False):
                 result = run(x, *made, stride, launch)  # type: ignore[arg-type]
             assert result.is_contiguous(memory_format=torch.channels_last)

@@ -49,32 +49,24 @@ def test_no_checker_of_types_wraps_a_kernel() -> None:
 
 def test_what_is_worth_measuring() -> None:
     from tersor.kernels import narrow_block_triton as module
+    from tersor.kernels.narrow_block import CHANNELS
 
-    def forms(shape: tuple[int, ...], out: int, stride: int, *, is_plain: bool) -> set[str]:
-        x = torch.empty(shape, device="meta")
-        found = module.launches(x, out, stride, is_plain=is_plain)
+    for channels in CHANNELS:
+        found = module.launches(channels)
         assert len(set(found)) == len(found)
-        return {t.form for t in found}
-
-    every, others = {"images", "rows", "tiles"}, {"images", "tiles"}
-    assert forms((8, 16, 28, 28), 16, 1, is_plain=True) == every
-    assert forms((8, 16, 28, 28), 32, 2, is_plain=False) == others  # a stride
-    assert forms((8, 32, 14, 14), 32, 1, is_plain=False) == others  # a weight in the shortcut
-    assert forms((8, 16, 28, 224), 16, 1, is_plain=True) == others  # rows longer than a tile
-    assert forms((8, 16, 4, 28), 16, 1, is_plain=True) == others  # fewer rows than a program has
-    assert forms((8, 64, 7, 7), 64, 1, is_plain=True) == others
+        assert {t.form for t in found} == {"images", "tiles"}
 
 
 def test_a_chosen_launch_is_that_of_its_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.kernels import narrow_block_triton as module
 
     x = torch.empty(8, 16, 28, 28, device="meta", dtype=torch.float16)
-    known = module.launches(x, 16, 1, is_plain=True)
-    monkeypatch.setattr(module, "_CHOSEN", {module._key(x, 16, 1, is_plain=True): known[3]})
-    assert module.launch_of(x, 16, 1, is_plain=True) == known[3]
-    assert module.launch_of(x.bfloat16(), 16, 1, is_plain=True) == known[3]  # as fast
+    known = module.launches(16)
+    monkeypatch.setattr(module, "_CHOSEN", {module._key(x, 16, 1, is_plain=True): known[1]})
+    assert module.launch_of(x, 16, 1, is_plain=True) == known[1]
+    assert module.launch_of(x.bfloat16(), 16, 1, is_plain=True) == known[1]  # as fast
     assert module.launch_of(x[:4], 16, 1, is_plain=True) == known[0]
-    assert module.launch_of(x, 16, 1, is_plain=False).form != "rows"
+    assert module.launch_of(x, 16, 1, is_plain=False) == known[0]
 
 
 def compiled(name: str, launch: Any, **settings: Any) -> str:
@@ -111,42 +103,28 @@ def compiled(name: str, launch: Any, **settings: Any) -> str:
 SAME = {"H": 28, "W": 28, "OH": 28, "OW": 28, "S": 1, "SHORT": False}
 
 
-def test_rows_are_read_once_and_multiplied_three_times() -> None:
+def test_whole_images() -> None:
     from tersor.kernels import narrow_block_triton as module
 
-    launch = module._LAUNCHES[16][0]
-    assert launch.form == "rows"
-    ptx = compiled(
-        "narrow_rows_kernel",
-        launch,
-        **SAME,
-        WP=32,
-        C=16,
-        KP=64,
-        G=launch.pixels // 32,
-        R=launch.rows,
-    )
-    loop = ptx[ptx.index("$L__BB0_") :]
-    assert (
-        loop.count("wgmma.mma_async") == 6 * 4
-    )  # three sums a convolution, four steps of 16 inputs each
-    assert loop.count("bar.sync") <= 5
-    assert len(re.findall(r"st\.shared", loop)) <= 15
-    assert "st.local" not in ptx
-
-
-@pytest.mark.parametrize("index", [5, pytest.param(6, marks=pytest.mark.slow)])
-def test_whole_images(index: int) -> None:
-    from tersor.kernels import narrow_block_triton as module
-
-    launch = module._LAUNCHES[16][index]
+    launch = module.launches(16)[1]
     assert launch.form == "images"
-    depth = 64 if launch.taps > 1 else 16
+    assert launch.keeps
     ptx = compiled(
-        "narrow_block_kernel", launch, **SAME, CI=16, CO=16, TAPS=launch.taps, KP1=depth, KP2=depth,
-        BM=launch.pixels, G=1, KEEP=launch.keeps,
-    )  # fmt: skip
+        "narrow_block_kernel", launch, **SAME, CI=16, CO=16, BM=launch.pixels, G=1, KEEP=True
+    )
     assert re.search(r"ld\.global\.v4\.b32", ptx)  # 16 bytes a thread
     assert "cp.async" not in ptx  # which would go around the first-level cache
     assert "wgmma.mma_async" in ptx
     assert "st.local" not in ptx
+
+
+@pytest.mark.slow
+def test_tiles() -> None:
+    from tersor.kernels import narrow_block_triton as module
+
+    launch = module.launches(16)[0]
+    assert launch.form == "tiles"
+    for name in ("narrow_first_kernel", "narrow_second_kernel"):
+        ptx = compiled(name, launch, **SAME, CI=16, CO=16, BM=launch.pixels)
+        assert "wgmma.mma_async" in ptx
+        assert "st.local" not in ptx
