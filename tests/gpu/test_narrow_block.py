@@ -1,4 +1,4 @@
-"""Narrow blocks on a CUDA device: every launch against float64, choice, compilers."""
+"""Narrow blocks on a CUDA device: every launch against float64, choice, compilers, builds."""
 
 from typing import Any
 
@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.backends.inductor import InductorBackend
+from tersor.backends.inductor.executable import InductorExecutable
+from tersor.build.build import parity
+from tersor.cli.demo.zoo import ResNet
+from tersor.core.records import BuildChoice
 from tersor.kernels.narrow_block import BlockWeights, narrow_block
+
+from tests.conformance.test_backends import graph_of, named, random, seeded
 
 pytest.importorskip("triton")  # before what imports it
 from tersor.kernels import narrow_block_triton as module
@@ -14,6 +21,7 @@ from tersor.kernels.narrow_block_triton import launches, run
 from tests.unit.kernels.interpreted_narrow import Block, drawn, image, off
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+HALF_PRECISION = 2e-4  # normalised squared error of a short chain in bf16
 # Images, inputs, height, width, outputs, stride: every number of channels, with and without a stride, and
 # sizes that divide by nothing. Each is some ten kernels to compile, in both types.
 SHAPES = (
@@ -92,3 +100,24 @@ def test_compilers_keep_the_chosen_launch_and_see_the_kernel() -> None:
         kept.zero_()
         recorded.replay()
     assert torch.equal(kept, wanted)
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_builds_with_fused_blocks_compute_the_graph(half: str) -> None:
+    inputs = (random(6, 1, 12, 12),)
+    graph = graph_of(seeded(ResNet(blocks=1)).eval(), *inputs)
+    backend = InductorBackend("cuda")
+    options = {
+        "mode": "compile", "graph": True, "half": half, "layout": "channels_last", "blocks": "fused",
+    }  # fmt: skip
+    choice = BuildChoice(
+        backend="inductor", device="cuda", precision="bf16", batch=6, options=options
+    )  # type: ignore[arg-type]
+    shapes = {s.name: tuple(t.shape) for s, t in zip(graph.signature.inputs, inputs, strict=True)}
+    built: InductorExecutable = backend.build(graph, shapes, choice)
+    nodes = [n for n in built._lowered.module.graph.nodes if n.target is narrow_block]
+    assert len(nodes) == 3
+    assert parity(graph, built, 6, inputs) <= HALF_PRECISION
+    built.run(named(graph, inputs))
+    times = built.profile()
+    assert all(times[built._lowered.sources[n.name]] > 0 for n in nodes)

@@ -16,6 +16,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import Tensor, fx
 
+from tersor.backends.inductor.blocks import fuse_blocks
 from tersor.backends.inductor.coding import code_linears, own_tensors
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
@@ -50,6 +51,7 @@ class Form:
         integers: Linears multiply codes; false: the floats that those stand for.
         joins: Linears that read one tensor become one product.
         codes: Weights that are stored as codes stay codes where a kernel reads them.
+        blocks: Residual blocks of few channels become one op each; for 16-bit floats.
     """
 
     dtype: torch.dtype = torch.float32
@@ -58,6 +60,7 @@ class Form:
     integers: bool = True
     joins: bool = False
     codes: bool = False
+    blocks: bool = False
 
 
 @dataclass(slots=True)
@@ -81,6 +84,8 @@ def lower(graph: Graph, form: Form) -> Lowered:
     copied.eliminate_dead_code()
     work.chains()
     copied.eliminate_dead_code()
+    if form.blocks:
+        work.blocks()
     if form.joins:
         work.shared_reads()
         copied.eliminate_dead_code()
@@ -228,6 +233,12 @@ class _Lowering:
         node.replace_all_uses_with(fused)
         self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
+
+    def blocks(self) -> None:
+        """Residual blocks of few channels."""
+        sources, added = fuse_blocks(self.graph, self.tensors, self.form.dtype)
+        self.sources |= sources
+        self._exact |= added
 
     def shared_reads(self) -> None:
         """Linears that read one tensor (queries, keys, values) as one product, cut behind it.
