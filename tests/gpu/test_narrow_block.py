@@ -12,7 +12,6 @@ from tersor.build.build import parity
 from tersor.cli.demo.zoo import ResNet
 from tersor.core.records import BuildChoice
 from tersor.kernels.narrow_block import BlockWeights, narrow_block
-
 from tests.conformance.test_backends import graph_of, named, random, seeded
 
 pytest.importorskip("triton")  # before what imports it

@@ -27,10 +27,6 @@ class _Conv(NamedTuple):
     bias: Tensor | None
     stride: int
 
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape[2:])
-
 
 class _Block(NamedTuple):
     first: _Conv
@@ -83,7 +79,7 @@ def fuse_blocks(
 
 
 def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
-    total = node.args[0] if _is_call(node, _aten.relu.default) else None
+    total: Any = node.args[0] if _is_call(node, _aten.relu.default) else None
     if not _is_inner(total, _aten.add.Tensor) or total.kwargs:
         return None
     for last, other in (total.args, total.args[::-1]):
@@ -113,17 +109,18 @@ def _conv(value: Any, tensors: Mapping[str, Tensor], kernel: tuple[int, int]) ->
     if not _is_inner(value, _aten.conv2d.default) or value.kwargs:
         return None
     source, weight, *rest = value.args
-    bias, stride, border, dilation, groups = (*rest, *_DEFAULTS[len(rest) :])
+    options: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
+    bias, stride, border, dilation, groups = options
     step = stride[0]
     wanted = (tuple(k // 2 for k in kernel), _NARROW, 1)
     if (tuple(border), tuple(dilation), groups) != wanted or tuple(stride) != (step, step):
         return None
-    constants = [_constant(v, tensors) for v in (weight, bias)]
-    if constants[0] is None or (bias is not None and constants[1] is None):
+    values, shift = (_constant(v, tensors) for v in (weight, bias))
+    if values is None or (bias is not None and shift is None):
         return None
-    if tuple(constants[0].shape[2:]) != kernel or step not in STRIDES:
+    if tuple(values.shape[2:]) != kernel or step not in STRIDES:
         return None
-    return _Conv(source, constants[0], constants[1], step)
+    return _Conv(source, values, shift, step)
 
 
 def _constant(value: Any, tensors: Mapping[str, Tensor]) -> Tensor | None:
