@@ -113,7 +113,8 @@ def _key(x: Tensor, out: int, stride: int, *, is_plain: bool) -> _Key:
 def launch_of(x: Tensor, out: int, stride: int, *, is_plain: bool) -> Launch:
     """How a call is computed: as was chosen for its shape, or else as is to be expected."""
     first = launches(out)[0]
-    if not isinstance(x.shape[0], int):  # open: any number of images
+    images: Any = x.shape[0]
+    if not isinstance(images, int):  # open: any number of images
         return first
     return _CHOSEN.get(_key(x, out, stride, is_plain=is_plain), first)
 
