@@ -216,7 +216,7 @@ def launched(
     )  # fmt: skip
     if tile.splits > 1:
 
-        def blocks(meta: dict[str, int]) -> tuple[int, int]:
+        def blocks(meta: dict[str, Any]) -> tuple[int, int]:
             return triton.cdiv(pixels, meta["BM"]), triton.cdiv(out, meta["BN"])
 
         finisher[blocks](

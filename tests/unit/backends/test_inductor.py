@@ -232,7 +232,11 @@ def test_options_of_a_gpu_are_refused_on_a_cpu() -> None:
     ways = float_choices("cuda", can_compile=True)
     assert len({str(w) for w in ways}) == len(ways)
     for way in ways:
-        read_options(BuildChoice(backend="inductor", device="cuda", options=way.options))
+        read_options(
+            BuildChoice(
+                backend="inductor", device="cuda", precision=way.precision, options=way.options
+            )
+        )
     assert {w.options["mode"] for w in float_choices("cpu", can_compile=False)} == {"eager"}
 
 

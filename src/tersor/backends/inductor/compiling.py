@@ -18,9 +18,10 @@ from tersor.backends.inductor.options import Options
 from tersor.kernels.codebook_linear import codebook_linear
 from tersor.kernels.conv8 import conv8
 from tersor.kernels.linear8 import linear8
+from tersor.kernels.narrow_block import narrow_block
 
 Call = Callable[..., Sequence[Tensor]]
-_TUNED = (linear8, codebook_linear, conv8)
+_TUNED = (linear8, codebook_linear, conv8, narrow_block)
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 

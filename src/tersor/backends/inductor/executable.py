@@ -98,7 +98,12 @@ class InductorExecutable:
         self._recent: deque[list[Tensor]] = deque(maxlen=_MIX if self.is_dynamic else 1)
         try:
             with failing_as("building the model", choice.device), self._set_up(), torch.no_grad():
-                form = _form(choice, self._options, self._has_images(graph))
+                form = _form(
+                    choice,
+                    self._options,
+                    self._has_images(graph),
+                    is_open=self.is_dynamic,
+                )
                 self._lowered = lower(graph, form)
                 self._example = self._ones()
                 self._compiled = self._made(native)
@@ -313,7 +318,7 @@ def _full(graph: Graph, shapes: Shapes) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _form(choice: BuildChoice, options: Options, channels_last: bool) -> Form:
+def _form(choice: BuildChoice, options: Options, channels_last: bool, *, is_open: bool) -> Form:
     dtype = torch.float32 if choice.precision == "f32" else _HALF[options.half]
     joins = family(choice.device) == "cuda"
     return Form(
@@ -322,6 +327,7 @@ def _form(choice: BuildChoice, options: Options, channels_last: bool) -> Form:
         channels_last=channels_last,
         joins=joins,
         codes=options.weights == "codes",
+        blocks=options.blocks == "fused" and not is_open,  # its kernels are made for one image size
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tersor.backends.inductor.blocks import fuse_blocks
 from tersor.backends.inductor.coding import code_linears, own_tensors
 from tersor.backends.inductor.float8 import float8_linears
 from tersor.backends.inductor.lowering_conv import (
@@ -81,6 +82,8 @@ def lower(graph: Graph, form: Form) -> Lowered:
     steps.chains()
     conv_chains(work, shapes)
     copied.eliminate_dead_code()
+    if form.blocks:
+        steps.blocks()
     if form.joins:
         steps.shared_reads()
         copied.eliminate_dead_code()
@@ -206,6 +209,12 @@ class _Lowering:
         node.replace_all_uses_with(fused)
         self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
+
+    def blocks(self) -> None:
+        """Residual blocks of few channels."""
+        sources, added = fuse_blocks(self.graph, self.tensors, self.form.dtype)
+        self.sources |= sources
+        self.work.exact |= added
 
     def shared_reads(self) -> None:
         """Linears that read one tensor (queries, keys, values) as one product, cut behind it.

@@ -13,6 +13,7 @@ Mode = Literal["eager", "compile", "autotune", "package"]
 _HALVES = ("bfloat16", "float16")
 _LAYOUTS = ("contiguous", "channels_last")
 _WEIGHTS = ("floats", "codes")
+_BLOCKS = ("ops", "fused")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Options:
         tuned: A package whose kernels are chosen by measurement, as "autotune" does.
         weights: Of linears, where they are stored as codes: expanded to floats when the model is built, or
             read as codes by every call.
+        blocks: Residual blocks of few channels, in 16 bits with channels last: op by op, or one op each.
     """
 
     mode: Mode = "eager"
@@ -37,6 +39,7 @@ class Options:
     tf32: bool = False
     tuned: bool = False
     weights: str = "floats"
+    blocks: str = "ops"
 
 
 _WANTED: Mapping[str, tuple[Any, ...]] = {
@@ -47,6 +50,7 @@ _WANTED: Mapping[str, tuple[Any, ...]] = {
     "tf32": (False, True),
     "tuned": (False, True),
     "weights": _WEIGHTS,
+    "blocks": _BLOCKS,
 }
 
 
@@ -61,6 +65,11 @@ def read_options(choice: BuildChoice) -> Options:
             wanted = "; ".join(f"{n}: {list(values)}" for n, values in _WANTED.items())
             raise ConfigError(f"inductor: found option {name}={value!r}, wanted {wanted}")
     found = Options(**choice.options)  # type: ignore[arg-type]
+    if found.blocks == "fused" and (choice.precision == "f32" or found.layout != "channels_last"):
+        raise ConfigError(
+            f"inductor: found blocks='fused' with precision {choice.precision} and layout {found.layout!r}, "
+            "wanted bf16 and 'channels_last', which its kernels read"
+        )
     is_cpu = choice.device == "cpu"
     if is_cpu and (found.graph or found.tf32):
         raise ConfigError("inductor: graph and tf32 are for CUDA devices; leave them out on cpu")
@@ -97,7 +106,12 @@ def float_choices(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
         for c in plain
         if c.precision == "bf16" and c.options["graph"]
     ]
-    return (*plain, *images)
+    fused = [
+        replace(c, options={**c.options, "blocks": "fused"})
+        for c in images
+        if c.options["mode"] == "compile"
+    ]
+    return (*plain, *images, *fused)
 
 
 def stored_choices(device: str, *, has_kernels: bool) -> tuple[Mapping[str, str | int | bool], ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._C._autograd import DeviceType
 
 _SOURCES = re.compile(r"# Topologically Sorted Source Nodes: \[([^\]]*)\]")
-_KERNEL = re.compile(r"\b((?:triton|cpp|linear8|conv8|codebook)\w*)(?:\.run)?\(")
+_KERNEL = re.compile(r"\b((?:triton|cpp|linear8|conv8|codebook|narrow)\w*)(?:\.run)?\(")
 _EXTERN = re.compile(r"\bextern_kernels\.(\w+)\(")
 _OP = re.compile(r"\btorch\.ops\.(\w+)\.(\w+)\.\w+\(")
 _MARK = "tersor:"
@@ -30,6 +30,7 @@ _OWN = {
     "linear8": "linear8",
     "conv8": "conv8",
     "codebook_linear": "codebook_linear",
+    "narrow_block": "narrow_block",
 }
 
 
@@ -82,6 +83,8 @@ def _kind(target: str) -> str:
         return "conv8"
     if target.startswith("tersor.codebook_linear"):
         return "codebook_linear"
+    if target.startswith("tersor.narrow_block"):
+        return "narrow_block"
     return "round" if re.search(r"\bround\b", target) and not target.startswith("aten") else target
 
 

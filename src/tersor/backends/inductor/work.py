@@ -29,6 +29,7 @@ class Form:
         integers: Linears and convolutions multiply codes; false: the floats that those stand for.
         joins: Linears that read one tensor become one product.
         codes: Weights that are stored as codes stay codes where a kernel reads them.
+        blocks: Residual blocks of few channels become one op each; for 16-bit floats.
     """
 
     dtype: torch.dtype = torch.float32
@@ -37,6 +38,7 @@ class Form:
     integers: bool = True
     joins: bool = False
     codes: bool = False
+    blocks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,138 @@
+"""Residual blocks of few channels as one op: ``kernels.narrow_block`` in place of their convolutions.
+
+A block is relu(conv(relu(conv(x))) + x), 3x3 and 3x3, or with a 1x1 convolution of x in place of x, and
+nothing else reads what is between. Blocks of other channels, and those whose weights are not constants,
+stay convolutions.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from tersor.kernels.narrow_block import CHANNELS, STRIDES, block_weights, narrow_block
+
+_aten = torch.ops.aten
+_PREFIX = "tersor_block_"
+_WIDE, _NARROW = (3, 3), (1, 1)  # kernels
+_DEFAULTS: tuple[Any, ...] = (None, (1, 1), (0, 0), (1, 1), 1)  # of a convolution, from its bias on
+
+
+class _Conv(NamedTuple):
+    """A convolution with constants: what it reads, its weight and bias, and one stride."""
+
+    source: Any
+    weight: Tensor
+    bias: Tensor | None
+    stride: int
+
+
+class _Block(NamedTuple):
+    first: _Conv
+    second: _Conv
+    short: _Conv | None
+    last: fx.Node  # its second convolution
+
+
+def fuse_blocks(
+    graph: fx.Graph, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, str], set[str]]:
+    """Let blocks be one op each.
+
+    Args:
+        graph: Changed in place.
+        tensors: Of the graph; gets the weights of blocks in ``dtype`` and their biases in float32.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        New node -> the node whose place it took, the block's second convolution; names of new tensors.
+    """
+    sources: dict[str, str] = {}
+    added: set[str] = set()
+    for node in list(graph.nodes):
+        block = _block(node, tensors)
+        if block is None:
+            continue
+        limit = torch.finfo(dtype).max
+        first, second, short = block.first, block.second, block.short
+        made = block_weights(
+            first.weight.clamp(-limit, limit), first.bias, second.weight.clamp(-limit, limit), second.bias,
+            dtype=dtype,
+            short=None if short is None else short.weight.clamp(-limit, limit),
+            short_bias=None if short is None else short.bias,
+        )  # fmt: skip
+        names = [
+            None if t is None else f"{_PREFIX}{node.name}_{n}"
+            for n, t in zip(made._fields, made, strict=True)
+        ]
+        known = {n: t for n, t in zip(names, made, strict=True) if n is not None and t is not None}
+        tensors |= known
+        added |= known.keys()
+        with graph.inserting_before(node):
+            parts = [None if name is None else graph.get_attr(name) for name in names]
+            found = graph.call_function(narrow_block, (first.source, *parts, first.stride))
+        sources[found.name] = block.last.name
+        node.replace_all_uses_with(found)
+    graph.eliminate_dead_code()
+    return sources, added
+
+
+def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
+    total: Any = node.args[0] if _is_call(node, _aten.relu.default) else None
+    if not _is_inner(total, _aten.add.Tensor) or total.kwargs:
+        return None
+    for last, other in (total.args, total.args[::-1]):
+        second = _conv(last, tensors, _WIDE)
+        if second is None or second.stride != 1 or not _is_inner(second.source, _aten.relu.default):
+            continue
+        first = _conv(second.source.args[0], tensors, _WIDE)
+        if first is None or not _fit(first, second):
+            continue
+        if other is first.source:
+            if first.stride == 1 and first.weight.shape[0] == first.weight.shape[1]:
+                return _Block(first, second, None, last)
+            continue
+        short = _conv(other, tensors, _NARROW)
+        if short is not None and short.source is first.source and short.stride == first.stride:
+            return _Block(first, second, short, last)
+    return None
+
+
+def _fit(first: _Conv, second: _Conv) -> bool:
+    sizes = {*first.weight.shape[:2], *second.weight.shape[:2]}
+    return sizes <= set(CHANNELS) and second.weight.shape[0] == second.weight.shape[1]
+
+
+def _conv(value: Any, tensors: Mapping[str, Tensor], kernel: tuple[int, int]) -> _Conv | None:
+    """A convolution that one node reads, with a border of half its kernel."""
+    if not _is_inner(value, _aten.conv2d.default) or value.kwargs:
+        return None
+    source, weight, *rest = value.args
+    options: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
+    bias, stride, border, dilation, groups = options
+    step = stride[0]
+    wanted = (tuple(k // 2 for k in kernel), _NARROW, 1)
+    if (tuple(border), tuple(dilation), groups) != wanted or tuple(stride) != (step, step):
+        return None
+    values, shift = (_constant(v, tensors) for v in (weight, bias))
+    if values is None or (bias is not None and shift is None):
+        return None
+    if tuple(values.shape[2:]) != kernel or step not in STRIDES:
+        return None
+    return _Conv(source, values, shift, step)
+
+
+def _constant(value: Any, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    is_constant = isinstance(value, fx.Node) and value.op == "get_attr"
+    found = tensors[str(value.target)].detach() if is_constant else None
+    return found if found is not None and found.dtype == torch.float32 else None
+
+
+def _is_call(value: Any, target: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
+
+
+def _is_inner(value: Any, target: Any) -> bool:
+    """Whether it is a call that one node reads."""
+    return _is_call(value, target) and len(value.users) == 1
