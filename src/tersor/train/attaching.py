@@ -19,7 +19,7 @@ from tersor.train.planning import Planner
 from tersor.train.pricing import Serving
 from tersor.train.probe import Probe
 from tersor.train.ranks import is_replicated
-from tersor.train.rounding import Rounding, rounding_of
+from tersor.train.rounding import Rounding, Wanted, rounding_of
 from tersor.train.schedule import Schedule
 from tersor.train.shrinker import Shrinker
 from tersor.train.structure import NO_WIDTHS, Structure, find_structure
@@ -113,7 +113,7 @@ def attach(  # noqa: PLR0913 - the public contract
     if has_widths:
         structure = find_structure(plain, example, keep=keep)
         _check_groups(structure, optimizer, plain)
-    rounding = _rounding(plain, optimizer, bits, planned, structure, keep)
+    rounding = _rounding(plain, optimizer, {"bits": bits, "keep": keep}, planned, structure)
     if counts is not None:
         _check_counts(counts, structure)
     planner = None
@@ -159,7 +159,7 @@ def resumed(
     plain = _unwrapped(model)
     _check_optimizer(optimizer, plain)
     planned = _schedule(options.get("schedule"), int(state["total_steps"]))
-    bits, keep = options.get("bits"), options.get("keep", ())
+    known = state.get("rounding") or {"bits": ()}
     if isinstance(structure, Dense):
         factorizer = resumed_spectral((model, plain), optimizer, example, planned, structure, state)
         setattr(optimizer, _MARK, factorizer)
@@ -175,7 +175,7 @@ def resumed(
             planner=None,
             counts=None,
             algorithm=str(state["algorithm"]),
-            rounding=_rounding(plain, optimizer, bits, planned, structure, keep),
+            rounding=_rounding(plain, optimizer, options, planned, structure, tuple(known["bits"])),
         ),
         state,
     )
@@ -198,16 +198,18 @@ def _check_algorithm(algorithm: str, bits: int | Mapping[str, int] | None) -> No
 def _rounding(
     model: nn.Module,
     optimizer: Optimizer,
-    bits: int | Mapping[str, int] | None,
+    options: Mapping[str, Any],
     schedule: Schedule,
     structure: Structure,
-    keep: Sequence[str],
+    known: Sequence[str] = (),
 ) -> Rounding:
     """The weights that are to have few bits, once no unit dies any more."""
+    bits = options.get("bits")
     if bits is None:
         return Rounding()
     begin = schedule.last if structure.groups else schedule.first
-    found = rounding_of(model, optimizer, bits, schedule, begin=begin, keep=keep)
+    wanted = Wanted(bits=bits, keep=options.get("keep", ()), known=known)
+    found = rounding_of(model, optimizer, wanted, schedule, begin=begin)
     found.is_shared = is_replicated(model)
     return found
 

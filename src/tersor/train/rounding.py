@@ -237,31 +237,49 @@ class Rounding:
         self.is_open = bool(state["is_open"])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Which weights are to have how many bits.
+
+    Attributes:
+        bits: Of all layers that can have few, or layer -> bits.
+        keep: Names of layers, or beginnings of them, to leave as they are.
+        known: Layers of a run that goes on: they may have become smaller than what is worth it.
+    """
+
+    bits: int | Mapping[str, int]
+    keep: Sequence[str] = ()
+    known: Sequence[str] = ()
+
+
 def rounding_of(
     model: nn.Module,
     optimizer: Optimizer,
-    bits: int | Mapping[str, int],
+    wanted: Wanted,
     schedule: Schedule,
     *,
     begin: int,
-    keep: Sequence[str] = (),
 ) -> Rounding:
     """The weights of a model that are to have few bits.
 
     Args:
         model: The plain module.
         optimizer: That trains it.
-        bits: Of all layers that can have few, or of those that are named.
+        wanted: Of which layers how many bits.
         schedule: Of the run; the weights lie on the grid at ``hard``.
         begin: Steps that are done when the pull begins.
-        keep: Names of layers, or beginnings of them, to leave as they are.
 
     Raises:
         ConfigError: Bits that there are not, a layer that can't have them, none that can, or too few steps.
     """
+    bits = wanted.bits
     _check_bits(bits)
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    reasons = {n: _why_whole(model, n, own, keep) for n in _layers(model)}
+    reasons = {
+        n: _why_whole(model, n, own, wanted.keep)
+        or (None if n in wanted.known else _why_small(model, n))
+        for n in _layers(model)
+    }
     fine = [n for n, reason in reasons.items() if reason is None]
     if not isinstance(bits, Mapping):
         bits = dict.fromkeys(fine, bits)
@@ -320,12 +338,15 @@ def _why_whole(model: nn.Module, layer: str, own: set[int], keep: Sequence[str])
         return "its weight is in no group of the optimizer"
     if weight.dtype not in _TYPES:
         return f"{weight.dtype} does not hold code times step; train with autocast from float32 weights"
-    if weight.numel() < LEAST_WEIGHTS:
-        return (
-            f"{weight.numel()} weights: fewer than {LEAST_WEIGHTS} are not packed in files either"
-        )
     homes = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
     return f"its weight is tied: {', '.join(homes[:3])}" if len(homes) > 1 else None
+
+
+def _why_small(model: nn.Module, layer: str) -> str | None:
+    count = model.get_submodule(layer).get_parameter("weight").numel()
+    if count >= LEAST_WEIGHTS:
+        return None
+    return f"{count} weights: fewer than {LEAST_WEIGHTS} are not packed in files either"
 
 
 def _check_window(begin: int, schedule: Schedule) -> None:

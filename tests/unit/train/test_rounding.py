@@ -14,7 +14,7 @@ from tersor.core.errors import ConfigError, NumericalError
 from tersor.ops.group_grids import GroupGrid, dequantize, fit_steps, nearest_codes
 from tersor.ops.parq import pulled
 from tersor.train.resuming import load_state, save_state
-from tersor.train.rounding import rounding_of
+from tersor.train.rounding import Wanted, rounding_of
 from tersor.train.schedule import Schedule
 from tersor.train.shrinker import Shrinker
 from tests.data.zoo import accuracy, load_fashion, load_resnet20
@@ -310,7 +310,9 @@ def test_two_bits_of_a_trained_network_beat_rounding_it_afterwards() -> None:
         optimizer.step()
         optimizer.zero_grad()
     small, _ = shrinker.finish()
-    rounding_of(plain, torch.optim.SGD(plain.parameters(), 0.1), 2, schedule, begin=2).harden()
+    rounding_of(
+        plain, torch.optim.SGD(plain.parameters(), 0.1), Wanted(bits=2), schedule, begin=2
+    ).harden()
     assert accuracy(small.eval(), test) > accuracy(plain, test) + 0.1
 
 
