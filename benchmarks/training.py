@@ -7,6 +7,10 @@ in each row, so that a slower arm is seen.
     dense     nothing is removed
     regrow    ours: units die while it trains, and may come back
     oneshot   the lowest scores at the end of the window all at once, no latents; then the rest of the run
+    spectral  ours: dense until stable ranks settle, then the 3 x 3 kernels of the two wide stages become pairs, of
+              ranks at which so many multiply-accumulates are left
+    bits4     ours: every width stays, weights end on a grid of 4 bits; the share of multiply-accumulates is 1
+    bits2     the same with 2 bits
     scratch   the final architecture from random weights: the gate that every table shows
     groupnorm Torch-Pruning, group norms, the same share of every width, at the beginning (checkpoint) or at
               the end of the window (random); then the rest of the run. (Global norms left some layers 4
@@ -22,6 +26,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +41,18 @@ from tersor.capture.samples import Samples, flatten_item
 from tersor.cli.demo.zoo import ResNet
 from tersor.core.progress import Printed
 from tersor.train.cutting import cut_
+from tersor.train.factorable import find_layers
+from tersor.train.factorizer import Factorizer
+from tersor.train.pairs import blank_pair, put_in_place
+from tersor.train.probe import Probe
 from tersor.train.schedule import Schedule
+from tersor.train.shrinker import Shrinker
 from tersor.train.structure import Structure, find_structure
 from tests.data.zoo import load_resnet20
 
 NAME = "training"
-ARMS = ("dense", "regrow", "oneshot", "scratch", "groupnorm")
+ARMS = ("dense", "regrow", "oneshot", "scratch", "groupnorm", "spectral", "bits4", "bits2")
+WHOLE = ("dense", "bits4", "bits2")  # arms that have no share
 SHARES = (1 / 2, 1 / 2.6, 1 / 4)
 VALIDATION = 5_000
 RATE, TUNING_RATE = 0.1, 0.02  # peaks: of random weights, of trained ones
@@ -126,6 +138,35 @@ def counts_at(share: float) -> dict[str, int]:
     return {n: max(1, round(g.units * low)) for n, g in structure.groups.items()}
 
 
+def ranks_at(share: float) -> dict[str, int]:
+    """Ranks of the wide kernels, the same share of each one's largest, so that as much is left.
+
+    Raises:
+        ValueError: Not even ranks of 1 leave so little.
+    """
+    probe = Probe.of(*flatten_item(torch.zeros(2, 1, 28, 28), "example"))
+    layers = find_layers(ResNet(), None, probe).by_name
+    wide = {n: y for n, y in layers.items() if y.sizes.outputs >= 32 and prod(y.kernel) > 1}
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        ranks = {n: max(1, round(y.most * middle)) for n, y in wide.items()}
+        low, high = (
+            (middle, high) if macs_of(paired(ranks)) <= share * macs_of(ResNet()) else (low, middle)
+        )
+    if low == 0.0:
+        raise ValueError(f"pairs of the wide kernels alone leave more than {share:.0%}")
+    return {n: max(1, round(y.most * low)) for n, y in wide.items()}
+
+
+def paired(ranks: Mapping[str, int]) -> nn.Module:
+    """ResNet-20 with pairs of rows and columns."""
+    model = ResNet()
+    for name, rank in ranks.items():
+        put_in_place(model, name, blank_pair(model.get_submodule(name), "height", rank))
+    return model
+
+
 def structure_of() -> Structure:
     """Of ResNet-20."""
     return find_structure(ResNet(), torch.zeros(2, 1, 28, 28))
@@ -177,7 +218,9 @@ class Arm:
     def __init__(self, arm: str, share: float, setting: Setting, data: Data) -> None:
         self.arm, self.share, self.setting, self.data = arm, share, setting, data
         self.steps = setting.epochs * (len(data.train[0]) // setting.batch)
-        self.schedule = Schedule(total_steps=self.steps)
+        self.schedule = Schedule(
+            total_steps=self.steps, epoch=max(1, len(data.train[0]) // setting.batch)
+        )
         self.example = data.train[0][:4].cpu()
 
     def run(self) -> Row:
@@ -185,22 +228,13 @@ class Arm:
         setting = self.setting
         with torch.random.fork_rng():
             torch.manual_seed(setting.seed)
-            counts = {} if self.arm in ("dense", "groupnorm") else counts_at(self.share)
+            counts = self._counts()
             model = self._model(counts).to(setting.device).train()
         optimizer = torch.optim.SGD(
             model.parameters(), setting.rate, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        shrinker = None
-        if self.arm == "regrow":
-            shrinker = tersor.train.attach(
-                model,
-                optimizer,
-                self.example,
-                counts=counts,
-                total_steps=self.steps,
-                schedule=self.schedule,
-            )
+        shrinker = self._attached(model, optimizer, counts)
         at = self._moments(counts)
         start = time.perf_counter()
         for step, (x, y) in enumerate(batches(self.data, setting)):
@@ -227,6 +261,33 @@ class Arm:
             seed=setting.seed,
             difference=None if report is None else report.difference,
             hook_share=None if report is None else report.hook_share,
+        )
+
+    def _counts(self) -> dict[str, int]:
+        """Units or ranks that the arm ends with; empty where it has none to choose."""
+        if self.arm in (*WHOLE, "groupnorm"):
+            return {}
+        return ranks_at(self.share) if self.arm == "spectral" else counts_at(self.share)
+
+    def _attached(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, counts: Mapping[str, int]
+    ) -> Shrinker | Factorizer | None:
+        """What makes the model small, of our own arms."""
+        options: dict[str, dict[str, Any]] = {
+            "regrow": {"counts": counts},
+            "spectral": {"counts": counts, "algorithm": "spectral"},
+            "bits4": {"bits": 4},
+            "bits2": {"bits": 2},
+        }
+        if self.arm not in options:
+            return None
+        return tersor.train.attach(
+            model,
+            optimizer,
+            self.example,
+            total_steps=self.steps,
+            schedule=self.schedule,
+            **options[self.arm],
         )
 
     def _model(self, counts: Mapping[str, int]) -> nn.Module:
@@ -330,7 +391,7 @@ def main() -> None:
     for seed in range(options.seeds):
         for share in options.shares:
             for name in options.arms:
-                if name == "dense" and share != options.shares[0]:
+                if name in WHOLE and share != options.shares[0]:
                     continue
                 own = replace(setting, seed=seed)
                 # The final architecture starts from random weights always.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tersor
+from tersor.artifact import read_artifact
 from tersor.core.errors import ConfigError, TargetError
 from tersor.price.price import PriceConfig
 from tersor.train.report import Report
@@ -108,3 +109,43 @@ def test_wrappers_with_flat_parameters_are_refused_by_name(images: dict[str, Ten
             total_steps=STEPS,
             schedule=SCHEDULE,
         )
+
+
+def test_a_file_holds_weights_of_few_bits_as_training_left_them(
+    images: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Compress looks for the grid on which they lie, and finds it: nothing is lost a second time."""
+    model = load_lenet5()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    shrinker = tersor.train.attach(
+        model, optimizer, images["train"][:8], bits=4, total_steps=STEPS, schedule=SCHEDULE
+    )
+    train(model, images["train"], images["train_labels"], optimizer)
+    small, report = shrinker.finish()
+    layers = {row.layer: row.weights for row in report.rounded}
+    assert set(layers) == {"c2", "f1", "f2"}
+    data = tersor.Data(
+        calibration=[images["train"][:60]],
+        search=[images["train"][60:100]],
+        test=[images["test"][:40]],
+        output="logits",
+    )
+    with quick_runs(PriceConfig(k=4, held_out=1)):
+        result = tersor.compress(
+            small.eval(),
+            data,
+            target=tersor.Target(size_mb=0.24),  # 1.7 MB in floats, 0.22 in 4 bits
+            methods=("quantize",),
+            cache_dir=tmp_path / "cache",
+            progress=False,
+        )
+        result.save(tmp_path / "lenet.tersor")
+    few = {s for s, level in result.plan.assignment.items() if level == "int4_weight"}
+    assert {"f1", "c2"} <= few
+    opened = read_artifact(tmp_path / "lenet.tersor")
+    expanded = {
+        tuple(p.packing.shape): torch.from_numpy(p.expand()) for p in opened.packed.values()
+    }
+    for layer in few:
+        weight = small.get_submodule(layer).weight.detach()
+        assert torch.equal(expanded[tuple(weight.shape)].reshape(weight.shape), weight), layer

@@ -16,9 +16,15 @@ from tersor.train.schedule import Schedule
 from tests.unit.train.networks import Convolutional, images
 
 STEPS = 48
-SCHEDULE = Schedule(total_steps=STEPS, begin=0.1, end=0.5, every=4)
+SCHEDULE = Schedule(total_steps=STEPS, begin=0.1, end=0.5, every=4, epoch=4)
 COUNTS = {"blocks.0.conv1": 3, "blocks.1.conv1": 5}
 OPTIONS: dict[str, Any] = {"counts": COUNTS, "schedule": SCHEDULE}
+KINDS: dict[str, dict[str, Any]] = {
+    "units": OPTIONS,
+    "bits": {"bits": 3, "schedule": SCHEDULE},
+    "units and bits": OPTIONS | {"bits": 3},
+    "pairs": OPTIONS | {"algorithm": "spectral"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +47,16 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 class TestAccelerate:
     """A loop with gradient accumulation; states of the accelerator's own."""
 
-    def start(self) -> Any:
+    def start(self, kind: str = "units") -> Any:
         accelerate = pytest.importorskip("accelerate")
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         torch.manual_seed(3)
-        model = Convolutional()
+        model = Convolutional(width=12)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        shrinker = tersor.train.attach(model, optimizer, images(4)[0], total_steps=STEPS, **OPTIONS)
+        shrinker = tersor.train.attach(
+            model, optimizer, images(4)[0], total_steps=STEPS, **KINDS[kind]
+        )
         loader = DataLoader(labelled(STEPS * 16), batch_size=8)
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         shrinker.bind(accelerator)
@@ -81,6 +89,22 @@ class TestAccelerate:
         assert second.counts() == report.counts()
         assert same(whole, found)
 
+    @pytest.mark.parametrize("kind", ["units and bits", "pairs"])
+    def test_the_other_ways_resume_too(self, kind: str, tmp_path: Path) -> None:
+        parts = self.start(kind)
+        self.train(parts, 0, 2 * 36)
+        parts[0].save_state(str(tmp_path / "state"))
+        self.train(parts, 2 * 36, 2 * STEPS)
+        whole, report = parts[4].finish()
+        again = self.start(kind)
+        again[0].load_state(str(tmp_path / "state"))
+        self.train(again, 2 * 36, 2 * STEPS)
+        found, second = again[4].finish()
+        assert second.rounded == report.rounded
+        assert second.factored == report.factored
+        assert len(report.rounded) + len(report.ranks()) >= 2
+        assert same(whole, found)
+
     def test_something_else_is_no_accelerator(self) -> None:
         parts = self.start()
         with pytest.raises(ConfigError, match=r"wanted an accelerate\.Accelerator"):
@@ -102,7 +126,7 @@ class TestLightning:
         class Module(lightning.LightningModule):
             def __init__(self) -> None:
                 super().__init__()
-                self.model = Convolutional()
+                self.model = Convolutional(width=12)
 
             def training_step(self, batch: Any, _: int) -> Tensor:
                 x, y = batch
@@ -114,7 +138,9 @@ class TestLightning:
         torch.manual_seed(3)
         return Module()
 
-    def fit(self, folder: Path, module: Any, *, until: int, path: Any = None) -> Any:
+    def fit(
+        self, folder: Path, module: Any, *, until: int, path: Any = None, kind: str = "units"
+    ) -> Any:
         """Train up to a step, of a run of STEPS."""
         import lightning.pytorch as lightning
 
@@ -123,7 +149,7 @@ class TestLightning:
                 if trainer.global_step >= until:
                     trainer.should_stop = True
 
-        callback = tersor.train.LightningCallback(images(4)[0], attribute="model", **OPTIONS)
+        callback = tersor.train.LightningCallback(images(4)[0], attribute="model", **KINDS[kind])
         trainer = lightning.Trainer(
             max_epochs=4,
             callbacks=[callback, Stop()],
@@ -138,21 +164,33 @@ class TestLightning:
         trainer.fit(module, loader, ckpt_path=path)
         return trainer, callback
 
-    @pytest.mark.parametrize("stop", [12, pytest.param(36, marks=pytest.mark.slow)])
-    def test_a_fit_resumes_from_its_checkpoint(self, stop: int, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "stop"),
+        [
+            ("units", 12),
+            ("units and bits", 36),
+            *(pytest.param(kind, 36, marks=pytest.mark.slow) for kind in ("units", "bits", "pairs")),
+        ],
+    )
+    def test_a_fit_resumes_from_its_checkpoint(self, kind: str, stop: int, tmp_path: Path) -> None:
         module = self.module()
-        _, callback = self.fit(tmp_path, module, until=STEPS)
+        _, callback = self.fit(tmp_path, module, until=STEPS, kind=kind)
         whole, report = callback.finish()
         assert whole is module.model
-        assert report.counts()["blocks.1.conv1"] == 5
+        if kind.startswith("units"):
+            assert report.counts()["blocks.1.conv1"] == 5
+        assert len(report.rounded) == (4 if "bits" in kind else 0)
+        assert report.ranks() == (COUNTS if kind == "pairs" else {})
 
         half = self.module()
-        trainer, _ = self.fit(tmp_path, half, until=stop)
+        trainer, _ = self.fit(tmp_path, half, until=stop, kind=kind)
         trainer.save_checkpoint(tmp_path / "half.ckpt")
         again = self.module()
-        _, second = self.fit(tmp_path, again, until=STEPS, path=tmp_path / "half.ckpt")
+        _, second = self.fit(tmp_path, again, until=STEPS, path=tmp_path / "half.ckpt", kind=kind)
         found, late = second.finish()
         assert late.counts() == report.counts()
+        assert late.rounded == report.rounded
+        assert late.factored == report.factored
         assert same(whole, found)
 
     def test_a_checkpoint_without_structure_is_refused(self, tmp_path: Path) -> None:
@@ -223,12 +261,13 @@ class TestTrainer:
         )
         return transformers.BertForSequenceClassification(config)
 
-    def trainer(self, folder: Path, model: Any) -> Any:
+    def trainer(self, folder: Path, model: Any, **options: Any) -> Any:
         import transformers
 
         sample = Sentences()[0]
         example = {n: torch.stack([sample[n]] * 2) for n in ("input_ids", "attention_mask")}
-        callback = tersor.train.TrainerCallback(example, counts=self.COUNTS, schedule=SCHEDULE)
+        given = {"counts": self.COUNTS, "schedule": SCHEDULE} | options
+        callback = tersor.train.TrainerCallback(example, **given)
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
             max_steps=STEPS,
@@ -260,6 +299,28 @@ class TestTrainer:
             again.train(resume_from_checkpoint=str(checkpoint))
             found, late = second.finish()
             assert late.counts() == report.counts()
+            assert same(whole, found)
+
+    @pytest.mark.parametrize("kind", ["pairs", "bits"])
+    def test_the_other_ways_resume_from_each_checkpoint(self, kind: str, tmp_path: Path) -> None:
+        name = self.NEURONS.format(0)
+        given: dict[str, Any] = {
+            "pairs": {"counts": {name: 8}, "algorithm": "spectral"},
+            "bits": {"counts": None, "bits": {name: 2}},
+        }[kind]
+        trainer, callback = self.trainer(tmp_path / "whole", self.model(), **given)
+        trainer.train()
+        whole, report = callback.finish()
+        assert report.ranks() == ({name: 8} if kind == "pairs" else {})
+        assert len(report.rounded) == (kind == "bits")
+        for step in (12, 36):
+            again, second = self.trainer(tmp_path / f"again{step}", self.model(), **given)
+            checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+            second.restore(again.model, checkpoint)
+            again.train(resume_from_checkpoint=str(checkpoint))
+            found, late = second.finish()
+            assert late.factored == report.factored
+            assert late.rounded == report.rounded
             assert same(whole, found)
 
     def test_a_checkpoint_without_structure_says_what_is_missing(self, tmp_path: Path) -> None:

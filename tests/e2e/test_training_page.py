@@ -62,6 +62,24 @@ def test_the_plain_loop_and_its_checkpoints(
     assert names["shrinker"].step == 0
 
 
+HEAD = "import torch, tersor\nfrom torch.nn import functional\n"
+
+
+def test_pairs(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks_of("Pairs of thinner layers")
+    exec(HEAD + code, names)  # noqa: S102 - our own page
+    assert "{'f1': 32}" in capsys.readouterr().out
+    sizes = [tuple(layer.weight.shape) for layer in names["small"].f1]
+    assert sizes == [(32, 800), (500, 32)]
+
+
+def test_few_bits(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks_of("Weights of few bits")
+    exec(HEAD + code, names)  # noqa: S102 - our own page
+    assert "layers on a grid of 4 bits" in capsys.readouterr().out
+    assert max(len(row.unique()) for row in names["small"].f1.weight.detach()) <= 16
+
+
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec:FutureWarning")  # its own
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_lightning(names: dict[str, Any]) -> None:
@@ -74,7 +92,7 @@ def test_lightning(names: dict[str, Any]) -> None:
         "accelerator": "cpu",
     }
     (code,) = blocks_of("Lightning")
-    exec("import torch, tersor\nfrom torch.nn import functional\n" + code, names)  # noqa: S102
+    exec(HEAD + code, names)  # noqa: S102
     assert names["report"].counts()["f1"] == 125
     assert names["small"].f1.weight.shape[0] == 125
 

@@ -126,13 +126,16 @@ def best_form(objective: Objective, layer: LayerSizes, kernel: tuple[int, ...]) 
         rank = rank_limit(layer, form, COMPARED_SHARE)
         if rank < 1:
             continue
-        curve = _errors(objective, form, kernel)
+        curve = rank_errors(objective, form, kernel)
         errors[form] = float(curve[:, min(rank, curve.shape[1] - 1)].sum())
     best = min(errors.items(), key=lambda pair: pair[1], default=None)
     return None if best is None else best[0]
 
 
-def _errors(objective: Objective, form: Form, kernel: tuple[int, ...]) -> Tensor:
+def rank_errors(
+    objective: Objective, form: Form, kernel: tuple[int, ...]
+) -> Float64[Tensor, "1 ranks"]:
+    """Error of the layer's outputs at every rank from 0, before alternating refits of a split kernel."""
     if form == "output":
         return rank_curve(objective).errors
     return split_curve(split_problem(objective, kernel, _SPLITS[form])).errors

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tersor.train.attaching import attach
+    from tersor.train.factorizer import Factorizer
     from tersor.train.lightning_callback import LightningCallback
     from tersor.train.report import Report
     from tersor.train.rescue import rescued
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tersor.train.tune import tune
 
 _HOMES = {
+    "Factorizer": "tersor.train.factorizer",
     "LightningCallback": "tersor.train.lightning_callback",
     "Report": "tersor.train.report",
     "Schedule": "tersor.train.schedule",
@@ -30,6 +32,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Factorizer",
     "LightningCallback",
     "Report",
     "Schedule",

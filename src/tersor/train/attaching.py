@@ -12,13 +12,19 @@ from tersor.capture.samples import flatten_item
 from tersor.core.errors import ConfigError
 from tersor.core.target import Target
 from tersor.train.algorithms import NAMES
+from tersor.train.attaching_spectral import Dense, Wish, attach_spectral, resumed_spectral
+from tersor.train.factorizer import Factorizer
 from tersor.train.parts import Parts
-from tersor.train.planning import Planner, Serving
+from tersor.train.planning import Planner
+from tersor.train.pricing import Serving
 from tersor.train.probe import Probe
+from tersor.train.ranks import is_replicated
+from tersor.train.rounding import Rounding, Wanted, rounding_of
 from tersor.train.schedule import Schedule
 from tersor.train.shrinker import Shrinker
-from tersor.train.structure import Structure, find_structure
+from tersor.train.structure import NO_WIDTHS, Structure, find_structure
 
+SPECTRAL = "spectral"
 _MARK = "_tersor_shrinker"  # on an optimizer that has one
 
 
@@ -30,6 +36,7 @@ def attach(  # noqa: PLR0913 - the public contract
     total_steps: int,
     target: Target | None = None,
     counts: Mapping[str, int] | None = None,
+    bits: int | Mapping[str, int] | None = None,
     algorithm: str = "regrow",
     schedule: Schedule | None = None,
     keep: Sequence[str] = (),
@@ -39,7 +46,7 @@ def attach(  # noqa: PLR0913 - the public contract
     cache_dir: str | Path | None = None,
     rescue: str | Path | None = None,
     progress: Any = True,
-) -> Shrinker:
+) -> Shrinker | Factorizer:
     """Register hooks on an optimizer that make the model small while it trains.
 
     The caller keeps optimizer, scheduler and loop::
@@ -58,10 +65,14 @@ def attach(  # noqa: PLR0913 - the public contract
         target: What the model has to reach where it will serve: ``speedup`` over the best uncompressed
             build, ``latency_ms``, ``size_mb``, ``size_ratio``. Prices are measured now.
         counts: In place of a target: group -> units to keep. ``tersor.inspect`` lists the widths.
+        bits: 4, 3 or 2, of the weights of linear layers and convolutions, or layer -> bits: they are
+            pulled to a grid and end on it, so that files hold them in so many bits without loss. Alone,
+            or after the model has shrunk.
         algorithm: "regrow" (dead units may come back), "ramp" (they fade, once), "prox" (they are pulled
-            to zero by the budget).
+            to zero by the budget); or "spectral": no unit dies, layers become pairs of thinner ones once
+            the spectra of their weights settle. ``counts`` is then layer -> rank.
         schedule: When units die; None: from 5 % to 40 % of the run, a look every 20 steps.
-        keep: Names of layers whose widths stay whole.
+        keep: Names of layers whose widths, and bits, stay as they are.
         device: Where the model will serve; it may train elsewhere.
         backend: As for ``tersor.compress``.
         batch: Samples of one call there.
@@ -74,30 +85,39 @@ def attach(  # noqa: PLR0913 - the public contract
         The shrinker: ``finish``, ``state_dict``, ``load_state_dict``, ``epoch_end``, ``kept``.
 
     Raises:
-        ConfigError: Neither or both of target and counts, a wrapper or an optimizer that can't be served,
+        ConfigError: Both of target and counts, or none of these and bits, a wrapper or an optimizer that can't be served,
             no width that may shrink (with the reasons), a schedule that does not fit.
         TargetError: A target that training can't promise.
         CaptureError: The model can't be exported.
     """
     plain = _unwrapped(model)
     _check_optimizer(optimizer, plain)
-    if (target is None) == (counts is None):
+    has_widths = target is not None or counts is not None
+    if (target is not None and counts is not None) or not (has_widths or bits is not None):
         raise ConfigError(
             "attach: give either target=tersor.Target(...) or counts={group: units}, not "
-            f"{'both' if target is not None else 'neither'}"
+            f"{'both' if has_widths else 'neither'}; or bits= alone"
         )
     planned = _schedule(schedule, total_steps)
-    if algorithm not in NAMES:
-        raise ConfigError(f"algorithm: found {algorithm!r}, wanted one of {', '.join(NAMES)}")
-    structure = find_structure(plain, example, keep=keep)
-    _check_groups(structure, optimizer, plain)
+    _check_algorithm(algorithm, bits)
+    folder = None if rescue is None else Path(rescue)
+    serving = Serving(
+        device=device, backend=backend, batch=batch, cache_dir=cache_dir, progress=progress
+    )
+    if algorithm == SPECTRAL:
+        wish = Wish(target=target, counts=counts, keep=keep, serving=serving, rescue=folder)
+        factorizer = attach_spectral((model, plain), optimizer, example, planned, wish)
+        setattr(optimizer, _MARK, factorizer)
+        return factorizer
+    structure = NO_WIDTHS
+    if has_widths:
+        structure = find_structure(plain, example, keep=keep)
+        _check_groups(structure, optimizer, plain)
+    rounding = _rounding(plain, optimizer, {"bits": bits, "keep": keep}, planned, structure)
     if counts is not None:
         _check_counts(counts, structure)
     planner = None
     if target is not None:
-        serving = Serving(
-            device=device, backend=backend, batch=batch, cache_dir=cache_dir, progress=progress
-        )
         planner = Planner(plain, example, structure, target, serving)
     shrinker = Shrinker(
         Parts(
@@ -110,7 +130,8 @@ def attach(  # noqa: PLR0913 - the public contract
             planner=planner,
             counts=counts,
             algorithm=algorithm,
-            rescue=None if rescue is None else Path(rescue),
+            rescue=folder,
+            rounding=rounding,
         )
     )
     setattr(optimizer, _MARK, shrinker)
@@ -121,23 +142,28 @@ def resumed(
     model: nn.Module,
     optimizer: Optimizer,
     example: Any,
-    structure: Structure,
+    structure: Structure | Dense,
     state: Mapping[str, Any],
-    *,
-    schedule: Schedule | None = None,
-) -> Shrinker:
+    options: Mapping[str, Any],
+) -> Shrinker | Factorizer:
     """Go on from a checkpoint that was cut; the model has got its structure before its weights.
 
     Args:
         model: With the structure of the state.
         optimizer: That trains it.
         example: One batch of the model's inputs.
-        structure: Of the model when the run began.
-        state: Of ``Shrinker.state_dict``.
-        schedule: As of ``attach``.
+        structure: Of the model when the run began; of one whose layers become pairs, what it was.
+        state: Of ``state_dict``.
+        options: As of ``attach``: its schedule, bits and keep are taken.
     """
     plain = _unwrapped(model)
     _check_optimizer(optimizer, plain)
+    planned = _schedule(options.get("schedule"), int(state["total_steps"]))
+    known = state.get("rounding") or {"bits": ()}
+    if isinstance(structure, Dense):
+        factorizer = resumed_spectral((model, plain), optimizer, example, planned, structure, state)
+        setattr(optimizer, _MARK, factorizer)
+        return factorizer
     shrinker = Shrinker(
         Parts(
             outer=model,
@@ -145,15 +171,47 @@ def resumed(
             optimizer=optimizer,
             structure=structure,
             probe=Probe.of(*flatten_item(example, "example")),
-            schedule=_schedule(schedule, int(state["total_steps"])),
+            schedule=planned,
             planner=None,
             counts=None,
             algorithm=str(state["algorithm"]),
+            rounding=_rounding(plain, optimizer, options, planned, structure, tuple(known["bits"])),
         ),
         state,
     )
     setattr(optimizer, _MARK, shrinker)
     return shrinker
+
+
+def _check_algorithm(algorithm: str, bits: int | Mapping[str, int] | None) -> None:
+    if algorithm not in (*NAMES, SPECTRAL):
+        raise ConfigError(
+            f"algorithm: found {algorithm!r}, wanted one of {', '.join((*NAMES, SPECTRAL))}"
+        )
+    if algorithm == SPECTRAL and bits is not None:
+        raise ConfigError(
+            "attach: found algorithm='spectral' and bits; wanted one of them: weights that were pairs' products "
+            "have no grid. Give the result to tersor.compress, or attach again with bits once it is finished"
+        )
+
+
+def _rounding(
+    model: nn.Module,
+    optimizer: Optimizer,
+    options: Mapping[str, Any],
+    schedule: Schedule,
+    structure: Structure,
+    known: Sequence[str] = (),
+) -> Rounding:
+    """The weights that are to have few bits, once no unit dies any more."""
+    bits = options.get("bits")
+    if bits is None:
+        return Rounding()
+    begin = schedule.last if structure.groups else schedule.first
+    wanted = Wanted(bits=bits, keep=options.get("keep", ()), known=known)
+    found = rounding_of(model, optimizer, wanted, schedule, begin=begin)
+    found.is_shared = is_replicated(model)
+    return found
 
 
 def _schedule(schedule: Schedule | None, total_steps: int) -> Schedule:

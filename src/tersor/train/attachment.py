@@ -8,13 +8,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tersor.core.errors import ConfigError
-from tersor.train.attaching import attach, resumed
+from tersor.train.attaching import SPECTRAL, attach, resumed
+from tersor.train.attaching_spectral import Dense, restore_spectral
 from tersor.train.cutting import cut_
+from tersor.train.factorizer import Factorizer
 from tersor.train.literals import literals_after
 from tersor.train.report import Report
 from tersor.train.resuming import check_structure
 from tersor.train.shrinker import Shrinker
-from tersor.train.structure import Structure, find_structure
+from tersor.train.structure import NO_WIDTHS, Structure, find_structure
 
 
 @dataclass
@@ -29,9 +31,9 @@ class Attachment:
 
     example: Any
     options: Mapping[str, Any]
-    shrinker: Shrinker | None = None
+    shrinker: Shrinker | Factorizer | None = None
     _state: Mapping[str, Any] | None = field(default=None, repr=False)
-    _structure: Structure | None = field(default=None, repr=False)
+    _structure: Structure | Dense | None = field(default=None, repr=False)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Give a fresh model the structure of a checkpoint, before its weights are loaded.
@@ -40,15 +42,22 @@ class Attachment:
             ConfigError: The checkpoint is of another structure.
         """
         keep: Sequence[str] = self.options.get("keep", ())
-        structure = find_structure(model, self.example, keep=keep)
+        if self.options.get("algorithm") == SPECTRAL:
+            self._structure = restore_spectral(model, self.example, keep, state)
+            self._state = state
+            return
+        has_widths = any(self.options.get(n) is not None for n in ("target", "counts"))
+        structure = find_structure(model, self.example, keep=keep) if has_widths else NO_WIDTHS
         check_structure(state, structure)
-        if state["is_cut"]:
+        if state["is_cut"] and has_widths:
             kept = state["kept"]
             groups = [g for n, g in structure.groups.items() if len(kept[n]) < g.units]
             cut_(model, groups, kept, literals_after(structure.axes, kept))
         self._structure, self._state = structure, state
 
-    def begin(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Shrinker:
+    def begin(
+        self, model: nn.Module, optimizer: Optimizer, total_steps: int
+    ) -> Shrinker | Factorizer:
         """Attach, or go on from the state that was restored."""
         state = self._state
         if state is not None and state["total_steps"] != total_steps:
@@ -69,7 +78,7 @@ class Attachment:
             self.example,
             self._structure,
             state,
-            schedule=self.options.get("schedule"),
+            self.options,
         )
         return self.shrinker
 

@@ -78,10 +78,12 @@ class Commit:
     def restore(self) -> None:
         """Cut a fresh model to a checkpoint's structure; its weights are loaded by the caller."""
         groups = self._shrinking()
+        self.is_cut = True
+        if not groups:
+            return
         shapes = {p: p.shape for p in self.parts.model.parameters()}
         done = cut_(self.parts.model, groups, self.kept, self._literals())
         self._follow(done.selections, shapes)
-        self.is_cut = True
 
     def _literals(self) -> dict[str, dict[str, int]]:
         return literals_after(self.parts.structure.axes, self.kept)
@@ -94,6 +96,7 @@ class Commit:
         named = dict(self.parts.model.named_parameters(remove_duplicate=False))
         cuts = {named[n]: rows for n, rows in selections.items() if n in named}
         self.notes += cut_states_(self.parts.optimizer, cuts, shapes)
+        self.parts.rounding.follow(cuts)
         self._masks = []
 
     def _shrinking(self) -> list[Group]:

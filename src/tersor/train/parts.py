@@ -1,7 +1,7 @@
 """What ``attach`` has found out about a run, for those that carry it out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from tersor.train.planning import Planner
 from tersor.train.probe import Probe
+from tersor.train.rounding import Rounding
 from tersor.train.schedule import Schedule
 from tersor.train.structure import Structure
 
@@ -23,6 +24,7 @@ class Parts:
         planner: Of the target; None where the counts are given.
         counts: Group -> units to keep, where they are given.
         algorithm: How units die.
+        rounding: Weights that are to have few bits, if any.
         rescue: Folder of the last sound state; None: none is written.
     """
 
@@ -36,3 +38,4 @@ class Parts:
     counts: Mapping[str, int] | None
     algorithm: str = "regrow"
     rescue: Path | None = None
+    rounding: Rounding = field(default_factory=Rounding)

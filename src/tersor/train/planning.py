@@ -6,47 +6,20 @@ units, and the program of ``plan`` takes the least sum of those within the targe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tersor.api.latency import measure_calls
 from tersor.api.proposing import Offers
-from tersor.api.session import Session, Settings, open_session
-from tersor.api.stages import build_for, price
-from tersor.build.build import build
-from tersor.capture.module import capture
-from tersor.core.data import Data
-from tersor.core.errors import TargetError
-from tersor.core.records import Candidate, Level, Prices, PriceTable, Timing
+from tersor.api.session import Session
+from tersor.core.records import Candidate, Level, PriceTable
 from tersor.core.target import Target
 from tersor.graph.contracts import SiteChange
-from tersor.plan.problem import Problem
-from tersor.plan.solve import Solution, solve
-from tersor.timing.protocol import Protocol, Ratio, ratio
+from tersor.plan.solve import Solution
+from tersor.train.pricing import Measured, Pricing, Serving
 from tersor.train.structure import Structure
-
-_PROMISED = ("speedup", "latency_ms", "size_mb", "size_ratio")  # what counts alone can reach
-_FINAL = Protocol(rounds=9, runs=15, max_seconds=60.0, turn_ms=500.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """Where the model will serve; it may train elsewhere.
-
-    Args:
-        device, backend, batch: As for ``tersor.compress``.
-        cache_dir: Of prices and builds.
-    """
-
-    device: str = "cpu"
-    backend: str = "auto"
-    batch: int = 1
-    cache_dir: str | Path | None = None
-    progress: Any = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,61 +37,24 @@ class Counts:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """The small model and the dense one as builds, interleaved.
-
-    Attributes:
-        speedup: Of the small one over the best uncompressed build of the dense one.
-    """
-
-    build: str
-    dense: Timing
-    small: Timing
-    speedup: Ratio
-    dense_bytes: int
-    small_bytes: int
-
-
 class Planner:
     """Prices of one model's groups on one device."""
 
     def __init__(
         self, model: nn.Module, example: Any, structure: Structure, target: Target, serving: Serving
     ) -> None:
-        """Build and measure; a minute or so the first time on a machine.
-
-        Raises:
-            TargetError: A target that training can't promise.
-            BackendError: No backend runs on the device here.
-        """
-        _check_target(target)
-        self.target = target
-        settings = Settings(
-            device=serving.device,
-            backend=serving.backend,
-            batch=serving.batch,
-            methods=("prune",),
-            cache_dir=serving.cache_dir,
-            progress=serving.progress,
-        )
-        data = Data(calibration=[example], search=[example], test=[example], output="values")
-        self.session: Session = open_session(model, data, settings)
-        self.offers = _offers(self.session, structure)
-        self.prices: Prices = price(self.session, self.offers)
-
-    @property
-    def baseline_ms(self) -> float:
-        """Latency of the best uncompressed build."""
-        return self.prices.baseline.timing.median_ms
+        """Build and measure, as ``Pricing`` does."""
+        offers = ("prune", lambda session: _offers(session, structure))
+        self.pricing = Pricing(model, example, target, serving, offers)
 
     def unit_costs(self) -> dict[str, float]:
         """Group -> milliseconds that a unit costs, with all others there: from the fewest on offer up."""
-        table, tensors = self.prices.tables[0], self.session.tensors
+        session = self.pricing.session
+        table, tensors = self.pricing.prices.tables[0], session.tensors
         whole = table.predict_ms({}, tensors)
         found: dict[str, float] = {}
-        for name, row in self.offers.by_site().items():
-            site = self.session.site_by_name[name]
+        for name, row in self.pricing.offers.by_site().items():
+            site = session.site_by_name[name]
             least = min(c.level for c in row if isinstance(c.level, int))
             if least < site.units:
                 saved = whole - table.predict_ms({name: least}, tensors)
@@ -131,7 +67,8 @@ class Planner:
         Args:
             scores: Group -> at least 0 for each unit [units].
         """
-        solutions = [(t, self._solved(t, scores)) for t in self.prices.tables]
+        sites = self.pricing.session.site_by_name
+        solutions = self.pricing.solved(lambda c: _loss(scores.get(sites[c.site].width), c.level))
         fine = [(t, s) for t, s in solutions if s.is_feasible]
         if not fine:
             return self._nearest(solutions)
@@ -140,91 +77,30 @@ class Planner:
 
     def _nearest(self, solutions: list[tuple[PriceTable, Solution]]) -> Counts:
         """The fewest units that are on offer, and what stands in the way."""
+        pricing = self.pricing
         table, solution = solutions[0]
         fewest = {
             site: min(c.level for c in row if isinstance(c.level, int))
-            for site, row in self.offers.by_site().items()
+            for site, row in pricing.offers.by_site().items()
         }
-        ms = table.predict_ms(fewest, self.session.tensors)
-        reachable = ", ".join(f"{name} {value:.4g}" for name, value in solution.reachable.items())
         return Counts(
             keep=self._keep(fewest),
-            predicted_ms=ms,
-            note=f"the target {self.target.describe()} can't be met by fewer units alone: "
-            f"{solution.binding} binds; what can be reached: {reachable}",
+            predicted_ms=table.predict_ms(fewest, pricing.session.tensors),
+            note=f"the target {pricing.target.describe()} can't be met by fewer units alone: "
+            f"{pricing.missed(solution)}",
         )
 
     def _keep(self, assignment: Mapping[str, Level]) -> dict[str, int]:
-        sites = self.session.site_by_name
+        sites = self.pricing.session.site_by_name
         return {
             sites[name].width: level
             for name, level in assignment.items()
             if isinstance(level, int) and name in sites and sites[name].kind == "width"
         }
 
-    def _solved(self, table: PriceTable, scores: Mapping[str, Tensor]) -> Solution:
-        sites = self.session.site_by_name
-        candidates = {
-            site: tuple(
-                replace(c, error=_loss(scores.get(sites[site].width), c.level)) for c in row
-            )
-            for site, row in self.offers.by_site().items()
-        }
-        moving = Problem(
-            candidates=candidates,
-            table=table,
-            tensors=self.session.tensors,
-            size_terms=self.prices.size_terms,
-            objective="error",
-            max_ms=self._max_ms(),
-        )
-        rest = max(0, self.session.original_bytes - moving.totals({}).size_bytes)
-        return solve(replace(moving, fixed_bytes=rest, max_bytes=self._max_bytes()))
-
-    def _max_ms(self) -> float | None:
-        target = self.target
-        if target.latency_ms is not None:
-            return target.latency_ms
-        return None if target.speedup is None else self.baseline_ms / target.speedup
-
-    def _max_bytes(self) -> float | None:
-        target = self.target
-        if target.size_mb is not None:
-            return target.size_mb * 1e6
-        ratio_wanted = target.size_ratio
-        return None if ratio_wanted is None else self.session.original_bytes / ratio_wanted
-
     def measure(self, small: nn.Module) -> Measured:
         """The small model's build beside the best uncompressed build, in one run."""
-        session, choice = self.session, self.prices.baseline.choice
-        assert choice is not None
-        graph = capture(small, session.parts["calibration"]).graph
-        flat = [t[: choice.batch] for t in session.parts["calibration"].tensors]
-        dense = build_for(session, session.graph, choice).executable
-        tight = build(graph, session.backends[choice.backend], choice, flat).executable
-        calls = {
-            "dense": session.caller(dense, choice.batch),
-            "small": session.caller(tight, choice.batch),
-        }
-        timings = measure_calls(session, calls, _FINAL)
-        return Measured(
-            build=choice.describe(),
-            dense=timings["dense"],
-            small=timings["small"],
-            speedup=ratio(timings["dense"], timings["small"]),
-            dense_bytes=session.graph.parameter_bytes(),
-            small_bytes=graph.parameter_bytes(),
-        )
-
-
-def _check_target(target: Target) -> None:
-    asked = target.budgets()
-    other = sorted(set(asked) - set(_PROMISED))
-    if other:
-        raise TargetError(
-            f"target: found {', '.join(other)}; training can reach {', '.join(_PROMISED)} and promises no "
-            "quality: measure that with finish(validate), and compress the result for the rest"
-        )
+        return self.pricing.measure(small)
 
 
 def _offers(session: Session, structure: Structure) -> Offers:

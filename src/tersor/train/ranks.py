@@ -1,10 +1,12 @@
 """Models that are replicated over processes: all choose the same, and are wrapped anew once they shrink."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from tersor.ops.moments import Moments
 
 
 def is_replicated(model: nn.Module) -> bool:
@@ -35,6 +37,21 @@ def agreed_counts(counts: Mapping[str, int], device: torch.device) -> dict[str, 
     values = torch.tensor([counts[n] for n in names], device=device)
     torch.distributed.broadcast(values, src=0)
     return dict(zip(names, values.tolist(), strict=True))
+
+
+def summed(moments: Moments) -> Moments:
+    """Moments of all processes' inputs; each has some of the same layer."""
+    count = torch.tensor(float(moments.count), dtype=torch.float64, device=moments.xx.device)
+    parts = [count, moments.xx.clone(), moments.x.clone()]
+    for part in parts:
+        torch.distributed.all_reduce(part)
+    return Moments(count=int(count.item()), xx=parts[1], x=parts[2])
+
+
+def sent(weights: Sequence[Tensor], shift: Tensor | None) -> None:
+    """The first process's values, on all of them: solvers may differ in the last bit. Overwrites."""
+    for value in (*weights, *(() if shift is None else (shift,))):
+        torch.distributed.broadcast(value, src=0)
 
 
 def rewrapped(old: nn.Module, model: nn.Module) -> nn.Module:

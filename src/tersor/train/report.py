@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tersor.train.factoring import Factored
 from tersor.train.groups import Held
-from tersor.train.planning import Measured
+from tersor.train.pricing import Measured
+from tersor.train.rounding import Rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,8 @@ class Report:
         shrunk_at: Step after which the model was cut; None: it lost nothing.
         groups: Every group that may shrink.
         held: Widths that stayed whole, and why.
-        difference: Largest difference of the outputs between zeroed and cut, of their scale.
+        difference: Largest difference of the outputs between zeroed and cut, of their scale; of pairs root
+            mean square before and after, of the outputs'.
         parameters_before, parameters_after: Elements of all parameters.
         predicted_ms: Of one call of the counts, by prices; None where the counts were given.
         measured: The small model beside the dense one on the device; None where counts were given.
@@ -35,6 +38,8 @@ class Report:
         hook_share: Share of the time between steps that was spent in hooks, looks included.
         rate_share: Learning rate at the cut, of its peak.
         notes: What a reader should know.
+        rounded: Layers whose weights lie on a grid of few bits.
+        factored: Layers that can be pairs: their ranks, or why they are whole.
     """
 
     algorithm: str
@@ -51,10 +56,16 @@ class Report:
     hook_share: float
     rate_share: float
     notes: tuple[str, ...] = ()
+    rounded: tuple[Rounded, ...] = ()
+    factored: tuple[Factored, ...] = ()
 
     def counts(self) -> Mapping[str, int]:
         """Group -> units that it has now."""
         return {row.group: row.kept for row in self.groups}
+
+    def ranks(self) -> Mapping[str, int]:
+        """Layer that has become a pair -> its rank."""
+        return {row.layer: row.rank for row in self.factored if row.rank}
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -62,16 +73,30 @@ class Report:
 
     def describe(self) -> str:
         """A few lines."""
-        cut = [row for row in self.groups if row.kept < row.units]
         counted = f"{self.parameters_before} parameters to {self.parameters_after}"
-        lines = [
-            f"{len(cut)} of {len(self.groups)} widths cut, {counted}",
-            f"cutting changed the outputs by {self.difference:.1e} of their scale",
-        ]
+        lines = [*self._structure(counted)]
         if self.measured is not None:
             m = self.measured
             lines.append(
                 f"{m.build}: {m.dense.median_ms:.3f} ms to {m.small.median_ms:.3f} ms, "
                 f"{m.speedup.value:.2f}x [{m.speedup.low:.2f}, {m.speedup.high:.2f}]"
             )
+        if self.rounded:
+            kinds = sorted({row.bits for row in self.rounded}, reverse=True)
+            weights = sum(row.weights for row in self.rounded)
+            lines.append(
+                f"{weights} weights of {len(self.rounded)} layers on a grid of {', '.join(map(str, kinds))} bits"
+            )
         return "\n".join((*lines, *self.notes))
+
+    def _structure(self, counted: str) -> tuple[str, str]:
+        if self.algorithm == "spectral":
+            return (
+                f"{len(self.ranks())} of {len(self.factored)} layers are pairs, {counted}",
+                f"that changed the outputs by {self.difference:.1e} of their size",
+            )
+        cut = [row for row in self.groups if row.kept < row.units]
+        return (
+            f"{len(cut)} of {len(self.groups)} widths cut, {counted}",
+            f"cutting changed the outputs by {self.difference:.1e} of their scale",
+        )

@@ -85,15 +85,43 @@ def check_structure(state: Mapping[str, Any], structure: Structure) -> None:
     Raises:
         ConfigError: Another version, or widths that differ; names some.
     """
-    if state.get("version") != VERSION:
-        raise ConfigError(
-            f"checkpoint: found version {state.get('version')!r} of the structure, wanted {VERSION}"
-        )
+    _check_version(state)
     found = {n: g.units for n, g in structure.groups.items()}
     if state["structure"] != found:
         wrong = sorted(set(state["structure"].items()) ^ set(found.items()))[:4]
         raise ConfigError(
             f"checkpoint: it is of another structure; widths that differ: {wrong}; build the model with "
+            "the sizes that it had when the checkpoint's run began, and attach to it"
+        )
+
+
+def _check_version(state: Mapping[str, Any]) -> None:
+    if state.get("version") != VERSION:
+        raise ConfigError(
+            f"checkpoint: found version {state.get('version')!r} of the structure, wanted {VERSION}"
+        )
+
+
+def check_shape(state: Mapping[str, Any], shapes: Mapping[str, str], algorithm: str) -> None:
+    """Refuse a state of other layers, or of another algorithm.
+
+    Args:
+        state: Of a checkpoint.
+        shapes: Layer -> its sizes.
+        algorithm: Of the run.
+
+    Raises:
+        ConfigError: Another version or algorithm, or layers that differ; names some.
+    """
+    _check_version(state)
+    if state["algorithm"] != algorithm:
+        raise ConfigError(
+            f"checkpoint: found algorithm {state['algorithm']!r}, wanted {algorithm!r}"
+        )
+    if state["structure"] != dict(shapes):
+        wrong = sorted(set(state["structure"].items()) ^ set(shapes.items()))[:4]
+        raise ConfigError(
+            f"checkpoint: it is of another structure; layers that differ: {wrong}; build the model with "
             "the sizes that it had when the checkpoint's run began, and attach to it"
         )
 

@@ -20,6 +20,9 @@ class Schedule:
         begin: Share of the run before any unit dies.
         end: Share of the run at which all have, and the model shrinks.
         every: Steps between two looks at the scores.
+        hard: Share of the run at which weights of few bits (``attach(bits=...)``) lie on their grid.
+        epoch: Steps in which stable ranks have to change by less than 2 % (``algorithm="spectral"``); None:
+            a twentieth of the run.
 
     Raises:
         ConfigError: A value out of its range, or a run too short for four looks.
@@ -31,6 +34,8 @@ class Schedule:
     begin: float = 0.05
     end: float = 0.40
     every: int = 20
+    hard: float = 0.90
+    epoch: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.total_steps) is not int or self.total_steps < 1:
@@ -41,6 +46,12 @@ class Schedule:
         if not (0 <= self.begin < self.end <= 1):
             raise ConfigError(
                 f"schedule: found begin={self.begin}, end={self.end}; wanted 0 <= begin < end <= 1"
+            )
+        if not 0 < self.hard <= 1:
+            raise ConfigError(f"schedule: found hard={self.hard}, wanted more than 0, at most 1")
+        if self.epoch is not None and (type(self.epoch) is not int or self.epoch < 1):
+            raise ConfigError(
+                f"schedule: found epoch={self.epoch!r}, wanted at least 1 step, or None"
             )
         if type(self.every) is not int or self.every < 1:
             raise ConfigError(f"schedule: found every={self.every!r}, wanted at least 1 step")
@@ -62,6 +73,16 @@ class Schedule:
     def last(self) -> int:
         """Steps that are done when all have."""
         return math.floor(self.end * self.total_steps)
+
+    @property
+    def hard_step(self) -> int:
+        """Steps that are done when weights of few bits lie on their grid."""
+        return math.floor(self.hard * self.total_steps)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps in which stable ranks have to settle."""
+        return max(1, self.total_steps // 20) if self.epoch is None else self.epoch
 
     def share(self, step: int) -> float:
         """Share of the units that have to go which are dead after so many steps."""

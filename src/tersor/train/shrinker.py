@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.core.errors import ConfigError, NumericalError
+from tersor.core.errors import ConfigError
 from tersor.train.algorithms import make
+from tersor.train.checks import check_scores, check_shapes, no_steps
+from tersor.train.closures import Closure, around, closure_of, with_closure
 from tersor.train.committing import Commit, commit
+from tersor.train.counting import Counter, Rate
 from tersor.train.literals import macs_share
 from tersor.train.pace import Pace
 from tersor.train.parts import Parts
@@ -24,6 +27,7 @@ from tersor.train.ranks import agreed, agreed_counts, is_replicated, rewrapped
 from tersor.train.report import Kept, Report
 from tersor.train.rescue import Rescue
 from tersor.train.resuming import VERSION, bind, check_structure
+from tersor.train.rounding import Rounded
 from tersor.train.scores import Scores
 from tersor.train.units import Units
 
@@ -39,7 +43,7 @@ class Shrinker:
             state: Of a checkpoint to go on from; where it was cut already, the model is as well.
         """
         self._parts = parts
-        self.step = 0  # of the optimizer that are done
+        self._counter = Counter()
         self.plan: Counts | None = None
         if parts.counts is not None:
             self.plan = Counts(keep=dict(parts.counts))
@@ -50,12 +54,13 @@ class Shrinker:
         self._algorithm = make(
             parts.algorithm, self._units, parts.optimizer, parts.schedule, self._costs
         )
-        self._commit: Commit | None = None
+        # Without any width that may shrink (bits alone) there is nothing to choose.
+        has_widths = bool(parts.structure.groups)
+        self._commit: Commit | None = None if has_widths else Commit(parts, {}, is_cut=True)
+        self._rounded: tuple[Rounded, ...] = ()
         self._before = sum(p.numel() for p in parts.model.parameters())
-        self._seen = {id(p): p.shape for p in self._units.parameters()}
-        self._skipped: Tensor | None = None
-        self._peak = 0.0
-        self._rate_share = 1.0
+        self._seen = {p: p.shape for p in self._units.parameters()}
+        self._rate = Rate()
         self._shrunk_at: int | None = None
         self._notes: list[str] = []
         self._pace = Pace(time.perf_counter)
@@ -74,6 +79,11 @@ class Shrinker:
         if self._parts.planner is not None:
             return self._parts.planner.unit_costs()
         return {n: float(s.mean()) for n, s in self._units.sums(torch.ones_like).items()}
+
+    @property
+    def step(self) -> int:
+        """Steps of the optimizer that are done."""
+        return self._counter.done
 
     @property
     def model(self) -> nn.Module:
@@ -104,50 +114,44 @@ class Shrinker:
     def _before_step(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = closure_of(args, kwargs)
         if self._commit is not None:
-            return None
+            rounding = self._parts.rounding
+            with self._pace.inside():
+                rounding.before()
+            pulled = around(closure, lambda: rounding.hide(self.step), rounding.reveal)
+            return with_closure(args, kwargs, pulled)
         with self._pace.inside():
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")
             is_look = self._parts.schedule.is_look(self.step + 1)
             if is_look:
-                self._check_shapes()
+                check_shapes(self._seen, self.step)
             if is_look and closure is None:
                 self._scores.update(self._units, self._parts.optimizer)
             self._algorithm.before()
-        if closure is None:
-            return None
-        wrapped = self._masked(closure, is_look=is_look)
-        if len(args) > 1:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, {**kwargs, "closure": wrapped}
+        return with_closure(args, kwargs, self._masked(closure, is_look=is_look))
 
-    def _masked(self, closure: Callable[[], Any], *, is_look: bool) -> Callable[[], Any]:
+    def _masked(self, closure: Closure | None, *, is_look: bool) -> Closure | None:
         """The closure, with dead units at zero where no look wants the latents."""
 
-        def run() -> Any:
+        def before() -> None:
             if not is_look:
                 self._algorithm.hide()
-            try:
-                loss = closure()
-            finally:
-                self._algorithm.reveal()
+
+        def after() -> None:
+            self._algorithm.reveal()
             if is_look:
                 self._scores.update(self._units, self._parts.optimizer)
-            return loss
 
-        return run
+        return around(closure, before, after)
 
     def _after_step(self, optimizer: Optimizer, _: Any, __: Any) -> None:
         self._pace.tick()
         with self._pace.inside():
-            self.step += 1
+            self._counter.tick(optimizer)
             if self._commit is not None:
                 self._commit.hold()
+                self._pull()
                 return
-            skipped = getattr(optimizer, "found_inf", None)
-            if isinstance(skipped, Tensor):
-                flag = (skipped > 0).sum()
-                self._skipped = flag if self._skipped is None else self._skipped + flag
             if self._parts.schedule.is_look(self.step):
                 self._look()
             if self.step >= self._parts.schedule.last:
@@ -155,15 +159,20 @@ class Shrinker:
             else:
                 self._algorithm.after(reveal=self._parts.schedule.is_look(self.step + 1))
 
+    def _pull(self) -> None:
+        """Weights that are to have few bits, a step nearer to their grid."""
+        if self._parts.schedule.is_look(self.step):
+            self._counter.settle()
+        self._parts.rounding.after(self.step)
+
     def _look(self) -> None:
         """Decide anew which units are dead; the only place where values leave the device."""
-        self._check_scores()
+        check_scores(self._scores, self.step, self._rescue)
+        self._rate.follow(self._parts.optimizer)
         if self._rescue is not None:
             parts = self._parts
             self._rescue.keep(parts.model, parts.optimizer, self.state_dict(), self.step)
-        if self._skipped is not None:
-            self.step -= int(self._skipped)
-            self._skipped = None
+        self._counter.settle()
         schedule = self._parts.schedule
         if self.step < schedule.first:
             return
@@ -183,32 +192,6 @@ class Shrinker:
         if is_replicated(self._parts.outer):
             self._algorithm.replace(agreed(self._algorithm.dead))
 
-    def _check_shapes(self) -> None:
-        """Refuse to go on with a model that was changed."""
-        for parameter in self._units.parameters():
-            if parameter.shape != self._seen[id(parameter)]:
-                raise ConfigError(
-                    f"step {self.step}: a parameter of {tuple(self._seen[id(parameter)])} has become "
-                    f"{tuple(parameter.shape)} after attach(); change the model first and attach then"
-                )
-
-    def _check_scores(self) -> None:
-        """Refuse to go on with gradients that are no numbers; follow the learning rate."""
-        values = list(self._scores.values.values())
-        sound = (
-            bool(torch.stack([torch.isfinite(v).all() for v in values]).all()) if values else True
-        )
-        if not sound:
-            bad = [n for n, v in self._scores.values.items() if not bool(torch.isfinite(v).all())]
-            raise NumericalError(
-                f"step {self.step}: the gradients of {', '.join(bad[:3])} are not finite, so that no unit "
-                "can be chosen; go back to the last checkpoint, lower the learning rate, or clip gradients"
-                f"{'' if self._rescue is None else self._rescue.describe()}"
-            )
-        rate = max(float(group["lr"]) for group in self._parts.optimizer.param_groups)
-        self._peak = max(self._peak, rate)
-        self._rate_share = rate / self._peak if self._peak > 0 else 1.0
-
     def _settle(self) -> None:
         """The units are chosen for good: cut them out, or hold them at zero until that can be done."""
         self._algorithm.after(reveal=False)
@@ -219,13 +202,10 @@ class Shrinker:
             for name, g in groups.items()
         }
         self._commit = commit(self._parts, self._units, kept)
-        if self._rate_share < 0.5:
-            self._notes.append(
-                f"the learning rate was at {self._rate_share:.0%} of its peak when the model shrank; warm it "
-                "up again, or set an earlier end= in the schedule"
-            )
+        self._notes += self._rate.note()
         if not is_replicated(self._parts.outer) and self._pays(kept):
             self._cut()
+        self._pull()
 
     def _pays(self, kept: Mapping[str, Tensor]) -> bool:
         """Whether the steps that are left save what compiling again takes; eager steps always do."""
@@ -242,8 +222,10 @@ class Shrinker:
 
     def _cut(self) -> None:
         assert self._commit is not None
+        self._parts.rounding.reveal()
         if self._commit.cut():
             self._shrunk_at = self.step
+        self._parts.rounding.resize(self.step)
         self._notes += [n for n in self._commit.notes if n not in self._notes]
 
     def epoch_end(self, model: nn.Module | None = None) -> nn.Module:
@@ -276,10 +258,19 @@ class Shrinker:
             self._end_early()
         if not self.is_shrunk:
             self._cut()
+        self._harden()
         for handle in self._handles:
             handle.remove()
         self._handles = []
         return self.model, self._report(validate)
+
+    def _harden(self) -> None:
+        """Weights that are to have few bits lie on their grid from here on."""
+        rounding = self._parts.rounding
+        if rounding.coded and not self.step:
+            raise ConfigError(no_steps(0, 1))
+        self._notes += rounding.note(self.step)
+        self._rounded = rounding.harden()
 
     def _end_early(self) -> None:
         last = self._parts.schedule.last
@@ -288,12 +279,8 @@ class Shrinker:
             "shrunk: all units that had to go went at once"
         )
         if not self._scores.values:
-            raise ConfigError(
-                f"finish() after {self.step} steps: found no look at the scores yet, wanted at least "
-                f"{self._parts.schedule.every} steps of the optimizer that attach() was given; is it the one "
-                "that trains?"
-            )
-        self.step = max(self.step, last)
+            raise ConfigError(no_steps(self.step, self._parts.schedule.every))
+        self._counter.done = max(self.step, last)
         self._algorithm.reveal()
         self._look()
         self._settle()
@@ -315,7 +302,7 @@ class Shrinker:
                 )
                 for n, g in groups.items()
             ),
-            held=parts.structure.held,
+            held=(*parts.structure.held, *parts.rounding.held),
             difference=self._commit.difference,
             parameters_before=self._before,
             parameters_after=after,
@@ -323,7 +310,8 @@ class Shrinker:
             measured=None if parts.planner is None else parts.planner.measure(self.model),
             validated=None if validate is None else float(validate(self.model)),
             hook_share=self._pace.share(),
-            rate_share=self._rate_share,
+            rate_share=self._rate.share,
+            rounded=self._rounded,
             notes=tuple(self._notes),
         )
 
@@ -348,7 +336,8 @@ class Shrinker:
             "is_cut": commit_ is not None and commit_.is_cut,
             "difference": 0.0 if commit_ is None else commit_.difference,
             "shrunk_at": self._shrunk_at,
-            "peak": self._peak,
+            "peak": self._rate.peak,
+            "rounding": self._parts.rounding.state_dict(),
             "notes": list(self._notes),
         }
 
@@ -358,7 +347,7 @@ class Shrinker:
         Raises:
             ConfigError: The checkpoint is of another structure or another schedule.
         """
-        if self.is_shrunk:
+        if self.is_shrunk and self._parts.structure.groups:
             raise ConfigError(
                 "load_state_dict: this model has shrunk already; build it anew, attach, and load then"
             )
@@ -382,12 +371,13 @@ class Shrinker:
                 f"checkpoint: found algorithm {state['algorithm']!r}, wanted {self._parts.algorithm!r}"
             )
         device = next(self._parts.model.parameters()).device
-        self.step, self._peak = int(state["step"]), float(state["peak"])
+        self._counter.done, self._rate.peak = int(state["step"]), float(state["peak"])
         self._notes = list(state["notes"])
         self._shrunk_at = state["shrunk_at"]
         if state["plan"] is not None:
             self.plan = Counts(keep=dict(state["plan"]), predicted_ms=state["predicted_ms"])
         self._scores.load(state["scores"], device)
+        self._parts.rounding.load(state.get("rounding"))
         if state["kept"] is None:
             self._algorithm.load(state["units"])
             return

@@ -28,11 +28,24 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """The groups of a model, what is held, and the widths behind them."""
+    """The groups of a model, what is held, and the widths behind them.
+
+    Attributes:
+        graph_axes: None where no width was looked for.
+    """
 
     groups: Mapping[str, Group]
     held: tuple[Held, ...]
-    axes: Axes
+    graph_axes: Axes | None
+
+    @property
+    def axes(self) -> Axes:
+        """The widths behind the groups, of which there are some."""
+        assert self.graph_axes is not None
+        return self.graph_axes
+
+
+NO_WIDTHS = Structure(groups={}, held=(), graph_axes=None)  # of a run that leaves all widths whole
 
 
 def find_structure(model: nn.Module, example: Any, *, keep: Sequence[str] = ()) -> Structure:
@@ -65,7 +78,7 @@ def find_structure(model: nn.Module, example: Any, *, keep: Sequence[str] = ()) 
     _forget_values(axes.graph.module)
     trial = _Trial(copied(model), axes, Probe.of(call, flat))
     groups, refused = _tried(trial, found)
-    return Structure(groups=groups, held=(*held, *refused), axes=axes)
+    return Structure(groups=groups, held=(*held, *refused), graph_axes=axes)
 
 
 def _group(model: nn.Module, axes: Axes, width: Width, keep: Sequence[str]) -> Group | Held:
