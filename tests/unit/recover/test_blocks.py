@@ -109,10 +109,10 @@ def test_a_cut_graph_comes_closer_on_new_samples(
     assert record.is_kept
     assert record.after < record.before
     assert (record.samples, record.held_out) == (120, 16)
-    assert [p.part for p in record.parts] == ["block"] * 3 + ["whole"]
+    assert [p.part for p in record.parts] == ["moments"] + ["block"] * 3 + ["whole"]
     assert all(p.after <= p.before for p in record.parts)
     assert record.steps == 4 * 30
-    assert part_count(cut[1], cut[0], SIZE) == 4
+    assert part_count(cut[1], cut[0], SIZE) == 5
     stored = parameters_by_name(cut[1].module)
     assert all(torch.equal(t, stored[n]) for n, t in before.items())  # what was given stays
 
@@ -134,7 +134,7 @@ def test_a_stop_after_any_part_changes_nothing(
         kept.append(replace(done, tensors={n: t.clone() for n, t in done.tensors.items()}))
 
     whole = run(cut, images, hooks=Hooks(keep=keep))
-    assert [len(done.parts) for done in kept] == [1, 2, 3, 4]
+    assert [len(done.parts) for done in kept] == [1, 2, 3, 4, 5]
     for done in kept:
         again = run(cut, images, done=done)
         assert same_tensors(again.graph, whole.graph)
