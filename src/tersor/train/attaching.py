@@ -16,6 +16,7 @@ from tersor.train.parts import Parts
 from tersor.train.planning import Planner, Serving
 from tersor.train.probe import Probe
 from tersor.train.schedule import Schedule
+from tersor.train.sharding import Shard, check_sharded, gathered
 from tersor.train.shrinker import Shrinker
 from tersor.train.structure import Structure, find_structure
 
@@ -39,6 +40,7 @@ def attach(  # noqa: PLR0913 - the public contract
     cache_dir: str | Path | None = None,
     rescue: str | Path | None = None,
     progress: Any = True,
+    shard: Shard | None = None,
 ) -> Shrinker:
     """Register hooks on an optimizer that make the model small while it trains.
 
@@ -51,7 +53,7 @@ def attach(  # noqa: PLR0913 - the public contract
         small, report = shrinker.finish()
 
     Args:
-        model: Trains in place; compiled, or replicated by DistributedDataParallel, as it may be.
+        model: Trains in place; compiled, replicated by DistributedDataParallel, or sharded, as it may be.
         optimizer: Any of ``torch.optim`` or like them, with the model's parameters.
         example: One batch of the model's inputs, without labels: a tensor, a tuple or a dict.
         total_steps: Steps of the optimizer in the whole run.
@@ -69,6 +71,8 @@ def attach(  # noqa: PLR0913 - the public contract
         rescue: A folder for the last sound state of model, optimizer and shrinker, once a minute at
             most, until the model shrinks; ``tersor.train.rescued`` reads it.
         progress: As for ``tersor.compress``.
+        shard: Of a model that ``torch.distributed.fsdp.fully_shard`` has sharded: takes a plain model and
+            shards it the same way. It is called with the smaller model, in ``epoch_end``.
 
     Returns:
         The shrinker: ``finish``, ``state_dict``, ``load_state_dict``, ``epoch_end``, ``kept``.
@@ -80,6 +84,7 @@ def attach(  # noqa: PLR0913 - the public contract
         CaptureError: The model can't be exported.
     """
     plain = _unwrapped(model)
+    check_sharded(plain, shard)
     _check_optimizer(optimizer, plain)
     if (target is None) == (counts is None):
         raise ConfigError(
@@ -89,7 +94,10 @@ def attach(  # noqa: PLR0913 - the public contract
     planned = _schedule(schedule, total_steps)
     if algorithm not in NAMES:
         raise ConfigError(f"algorithm: found {algorithm!r}, wanted one of {', '.join(NAMES)}")
-    structure = find_structure(plain, example, keep=keep)
+    if shard is not None and rescue is not None:
+        raise ConfigError("rescue: not for a sharded model; write checkpoints of your own")
+    copy = plain if shard is None else gathered(plain)
+    structure = find_structure(copy, example, keep=keep)
     _check_groups(structure, optimizer, plain)
     if counts is not None:
         _check_counts(counts, structure)
@@ -98,7 +106,7 @@ def attach(  # noqa: PLR0913 - the public contract
         serving = Serving(
             device=device, backend=backend, batch=batch, cache_dir=cache_dir, progress=progress
         )
-        planner = Planner(plain, example, structure, target, serving)
+        planner = Planner(copy, example, structure, target, serving)
     shrinker = Shrinker(
         Parts(
             outer=model,
@@ -111,6 +119,7 @@ def attach(  # noqa: PLR0913 - the public contract
             counts=counts,
             algorithm=algorithm,
             rescue=None if rescue is None else Path(rescue),
+            shard=shard,
         )
     )
     setattr(optimizer, _MARK, shrinker)
@@ -137,6 +146,7 @@ def resumed(
         schedule: As of ``attach``.
     """
     plain = _unwrapped(model)
+    check_sharded(plain, None)
     _check_optimizer(optimizer, plain)
     shrinker = Shrinker(
         Parts(
@@ -180,14 +190,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         return _unwrapped(model.module)
     inside = getattr(model, "_orig_mod", None)  # of torch.compile
-    plain = _unwrapped(inside) if isinstance(inside, nn.Module) else model
-    for parameter_name, parameter in plain.named_parameters():
-        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
-            raise ConfigError(
-                f"attach: {parameter_name} is sharded over processes (FSDP2); attach to the plain model under "
-                "DistributedDataParallel, or attach on one device before it is sharded"
-            )
-    return plain
+    return _unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 
 def _check_optimizer(optimizer: Any, model: nn.Module) -> None:

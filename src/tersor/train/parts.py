@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from tersor.train.planning import Planner
 from tersor.train.probe import Probe
 from tersor.train.schedule import Schedule
+from tersor.train.sharding import Shard
 from tersor.train.structure import Structure
 
 
@@ -24,6 +25,7 @@ class Parts:
         counts: Group -> units to keep, where they are given.
         algorithm: How units die.
         rescue: Folder of the last sound state; None: none is written.
+        shard: Shards a plain model as the caller's is; None where it is not sharded.
     """
 
     outer: nn.Module
@@ -36,3 +38,4 @@ class Parts:
     counts: Mapping[str, int] | None
     algorithm: str = "regrow"
     rescue: Path | None = None
+    shard: Shard | None = None

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tersor.train.sharding import is_sharded
+
 
 def is_replicated(model: nn.Module) -> bool:
     """Whether gradients are averaged over processes, by buckets of the old shapes.
 
     A trainer may have wrapped the model out of sight: several processes are enough to tell.
     """
-    if isinstance(model, DistributedDataParallel):
+    if isinstance(model, DistributedDataParallel) or is_sharded(model):
         return True
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False

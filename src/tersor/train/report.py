@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tersor.train.groups import Held
+from torch import Tensor
+
+from tersor.train.groups import Group, Held
 from tersor.train.planning import Measured
 
 
@@ -15,6 +17,14 @@ class Kept:
     group: str
     units: int
     kept: int
+
+
+def kept_of(groups: Mapping[str, Group], kept: Mapping[str, Tensor]) -> tuple[Kept, ...]:
+    """Every group; one without indices of those that stay is whole."""
+    return tuple(
+        Kept(group=n, units=g.units, kept=len(kept[n]) if n in kept else g.units)
+        for n, g in groups.items()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

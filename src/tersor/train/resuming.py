@@ -98,6 +98,36 @@ def check_structure(state: Mapping[str, Any], structure: Structure) -> None:
         )
 
 
+def check_run(state: Mapping[str, Any], total_steps: int, algorithm: str) -> None:
+    """Refuse a state of another schedule or algorithm.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    if state["total_steps"] != total_steps:
+        raise ConfigError(
+            f"checkpoint: found total_steps={state['total_steps']}, wanted "
+            f"{total_steps}: the schedule of the run that is resumed"
+        )
+    if state["algorithm"] != algorithm:
+        raise ConfigError(
+            f"checkpoint: found algorithm {state['algorithm']!r}, wanted {algorithm!r}"
+        )
+
+
+def check_whole(shard: object) -> None:
+    """Refuse to cut a fresh sharded model to a checkpoint's structure.
+
+    Raises:
+        ConfigError: There is a function that shards.
+    """
+    if shard is not None:
+        raise ConfigError(
+            "load_state_dict: the checkpoint was cut and this model is sharded; attach to the plain "
+            "model, load, finish(), and shard what that returns: nothing is left to choose"
+        )
+
+
 def bind(shrinker: HasState, accelerator: Any) -> None:
     """Save a shrinker's state with an accelerator's, and restore it before the weights are loaded."""
 
