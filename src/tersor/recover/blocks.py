@@ -4,7 +4,7 @@ Means and deviations of channels come first, without gradient steps (``moments``
 to back: a block reads what the compressed blocks before it make of the samples, and should give what
 the original gives there, so that later blocks take up the errors of earlier ones. Then all blocks
 together, on the error of the model's own outputs or features. The structure, integer codes and
-packed weights stay; an eighth of the samples is never trained on and decides what is kept.
+packed weights stay; samples that are never trained on decide what is kept.
 
 Source: Li et al. 2021, arXiv:2102.05426 (blocks as units); ALGORITHMS 3.2b.
 """
@@ -95,6 +95,7 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     done: Progressed | None = None,
     hooks: Hooks = Hooks(),
     more: More | None = None,
+    apart: Sequence[Flat] = (),
     ranks: RankGroup = ALONE,
 ) -> Reconstructed:
     """Train the tensors of a compressed graph block by block, then together.
@@ -110,6 +111,8 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
         size: Of blocks.
         done: Of a run of the same inputs that was interrupted.
         hooks: How the caller follows it.
+        apart: Batches that decide what is kept, in place of an eighth of the others: where weights were
+            fitted to those in closed form, all steps seem to lead away from them.
         more: Other batches for training all blocks together.
         ranks: Who makes the same call at the same time, to take a share of each step's samples.
 
@@ -124,7 +127,7 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     if reason:
         return Reconstructed(compressed, Recovery(what=what, reason=reason))
     blocks = _blocks(teacher, compressed, [leaf.target for leaf in found], size)
-    goals = Goals(teacher, compressed, batches)
+    goals = Goals(teacher, compressed, batches, apart=apart)
     tensors = Tensors(compressed.module, found)
     work = _Work(compressed, goals, tensors, _shared(config, ranks), (seed, hooks, ranks))
     if more is not None and len(more.batches) > 1:

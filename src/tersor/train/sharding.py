@@ -89,7 +89,8 @@ def joined(rows: Tensor, like: Tensor) -> Tensor:
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     places: Any = like.placements  # type: ignore[attr-defined]
     made = DTensor.from_local(rows, mesh, places, shape=like.shape, stride=like.stride())
-    return made.full_tensor()
+    found: Tensor = made.full_tensor()
+    return found
 
 
 def over_shards(
@@ -141,7 +142,7 @@ def gathered(model: nn.Module) -> nn.Module:
     def copy_of(old: nn.Module | None) -> Any:
         if old is None or id(old) in known:
             return None if old is None else known[id(old)]
-        kind = _plain_type(type(old))
+        kind: Any = _plain_type(type(old))
         new = known[id(old)] = kind.__new__(kind)
         own = {n: v for n, v in vars(old).items() if not n.startswith(_MARKS)}
         own = {n: _own_hooks(v) if "hooks" in n else v for n, v in own.items()}

@@ -117,6 +117,24 @@ def test_a_cut_graph_comes_closer_on_new_samples(
     assert all(torch.equal(t, stored[n]) for n, t in before.items())  # what was given stays
 
 
+def test_samples_that_lie_apart_decide(
+    cut: tuple[Teacher, Graph], images: list[tuple[Tensor, ...]]
+) -> None:
+    """Where they say that nothing is gained, nothing is kept, however well the others are fitted."""
+    found = run(cut, images[:6], apart=images[6:])
+    assert (found.recovery.samples, found.recovery.held_out) == (96, 40)
+    assert found.recovery.is_kept
+    strange = [(100.0 * random(16, 1, 6, 6, seed=5),)]
+    wild = run(cut, images[:6], replace(QUICK, whole=0.0), apart=strange)
+    record = wild.recovery
+    assert record.held_out == 16
+    new, wanted = wild.graph.run(strange[0]), cut[0].graph.run(strange[0])
+    assert float(output_error(new, wanted, "logits").mean()) == pytest.approx(
+        record.after, rel=1e-4
+    )
+    assert record.after <= record.before
+
+
 def test_the_same_seed_gives_the_same_tensors(
     cut: tuple[Teacher, Graph], images: list[tuple[Tensor, ...]]
 ) -> None:
