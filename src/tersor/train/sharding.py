@@ -77,7 +77,8 @@ def rows_of(tensor: Tensor) -> slice:
 def whole(tensor: Tensor) -> Tensor:
     """All rows, on every process, which must all ask for them."""
     found: Any = tensor.detach()
-    return found.full_tensor() if is_sharded(tensor) else found
+    rows: Tensor = found.full_tensor() if is_sharded(tensor) else found
+    return rows
 
 
 def joined(rows: Tensor, like: Tensor) -> Tensor:
