@@ -44,7 +44,7 @@ from tests.data.zoo import load_resnet20
 
 NAME = "reconstruct"
 IMAGES, SEARCH_IMAGES = 2400, 500  # of the 4,096 that a session keeps, 60 % calibrate
-SENTENCES = {"calibration": 256, "search": 8, "test": 500}
+SENTENCES = {"calibration": 256, "search": 64, "test": 500}
 STEP = 2  # between counts of channels that are measured
 WAYS: Mapping[str, float] = {"blocks": 0.0, "both": 0.5}  # share of the budget for the whole
 SHARES = (0.5, 0.25)
@@ -87,6 +87,7 @@ class Cut:
 
     Attributes:
         inputs: Flat inputs of the calibration part.
+        apart: Those that decide what is kept: the refit has not read them.
         score: What is reported of a graph.
     """
 
@@ -99,6 +100,7 @@ class Cut:
     small: Graph
     kind: OutputKind
     inputs: tuple[Tensor, ...]
+    apart: tuple[Tensor, ...]
     score: Score
     base_score: float
 
@@ -109,9 +111,11 @@ def reconstructed(cut: Cut, config: Recover, *, cpu_clock: bool = False) -> tupl
     teacher = Teacher(graph=cut.graph, kind=cut.kind, counterparts=known)
     count, size = len(cut.inputs[0]), config.batch
     batches = [tuple(t[i : i + size] for t in cut.inputs) for i in range(0, count, size)]
+    others = range(0, len(cut.apart[0]), size)
+    apart = [tuple(t[i : i + size] for t in cut.apart) for i in others]
     hooks = Hooks(clock=time.process_time if cpu_clock else time.monotonic)
     begun = time.monotonic()
-    found = reconstruct(teacher, cut.small, batches, config, seed=SEED, hooks=hooks)
+    found = reconstruct(teacher, cut.small, batches, config, seed=SEED, hooks=hooks, apart=apart)
     wall = time.monotonic() - begun
     done = found.recovery
     way = next((w for w, share in WAYS.items() if share == config.whole), f"{config.whole} whole")
@@ -175,6 +179,7 @@ def resnet_cuts(images: int = IMAGES) -> Iterator[Cut]:
                 small=pruner.pruned(keep),
                 kind="logits",
                 inputs=(calibration,),
+                apart=(train[images : images + SEARCH_IMAGES],),
                 score=score,
                 base_score=base,
             )
@@ -189,6 +194,7 @@ def minilm_cuts(sentences: Mapping[str, int] = SENTENCES, share: float = 0.5) ->
     axes = analyse_axes(graph)
     inputs = flatten_item(case.calibration, "calibration")[1]
     tests = flatten_item(case.test, "test")[1]
+    apart = flatten_item(case.search, "search")[1]
     batches = [tuple(t[i : i + 32] for t in inputs) for i in range(0, len(inputs[0]), 32)]
     observed = observe(graph, batches, len(batches), seed=SEED)
     keep: dict[str, list[int]] = {}
@@ -220,6 +226,7 @@ def minilm_cuts(sentences: Mapping[str, int] = SENTENCES, share: float = 0.5) ->
         small=small,
         kind="embedding",
         inputs=inputs,
+        apart=apart,
         score=score,
         base_score=1.0,
     )

@@ -169,7 +169,10 @@ class TestLightning:
         [
             ("units", 12),
             ("units and bits", 36),
-            *(pytest.param(kind, 36, marks=pytest.mark.slow) for kind in ("units", "bits", "pairs")),
+            *(
+                pytest.param(kind, 36, marks=pytest.mark.slow)
+                for kind in ("units", "bits", "pairs")
+            ),
         ],
     )
     def test_a_fit_resumes_from_its_checkpoint(self, kind: str, stop: int, tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def _reconstructed(
         hooks=hooks,
         ranks=session.ranks,
         more=_more(session),
+        # Refits have read the calibration part: on its samples nothing can be better than they are.
+        apart=list(session.parts["search"].batches(config.batch))[::2],
     )
 
 

@@ -9,6 +9,8 @@ from tersor.core.errors import ConfigError
 
 _MOST_SECONDS = 86400.0
 _SECONDS = 60.0  # that recovery takes where nothing else is said
+_HOTTEST = 20.0  # beyond, divergences are those of the logits' squared differences
+_GOALS = ("outputs", "features")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,11 @@ class Recover:
             ``tersor.Data(iterable, to_inputs=...)``. None: the calibration part.
         loss: Takes the model's outputs and an item of ``data``, and returns a scalar: labels have half of
             the say, the original's outputs the other half.
+        towards: What all blocks together are trained towards: the original's "outputs", or its
+            "features", the largest values behind the last layer but one, in front of any pooling.
+            What is kept is decided by the outputs either way.
+        temperature: Of outputs that are logits: T^2 times the divergence of the softmax of logits / T,
+            1 to 20. 2 to 4 gives the classes that are not right more of a say.
 
     Raises:
         ConfigError: A value out of its range.
@@ -42,6 +49,8 @@ class Recover:
     minutes: float | None = None
     data: Any = None
     loss: Callable[[Any, Any], Any] | None = None
+    towards: str = "outputs"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         self._take_minutes()
@@ -68,6 +77,17 @@ class Recover:
             )
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"recover: found whole={self.whole}, wanted a share from 0 to 1")
+        self._check_goal()
+
+    def _check_goal(self) -> None:
+        if self.towards not in _GOALS:
+            raise ConfigError(
+                f"recover: found towards={self.towards!r}, wanted one of {', '.join(_GOALS)}"
+            )
+        if not 1 <= self.temperature <= _HOTTEST:
+            raise ConfigError(
+                f"recover: found temperature={self.temperature}, wanted 1 to {_HOTTEST:.0f}"
+            )
 
     def _take_minutes(self) -> None:
         if self.minutes is None:
@@ -82,7 +102,7 @@ class Recover:
         return replace(self, data=None, loss=None)
 
 
-Part = Literal["block", "whole"]
+Part = Literal["moments", "block", "whole"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +110,17 @@ class PartRecovery:
     """One block, or all of them together.
 
     Attributes:
-        part: "block", or "whole" for all that can be trained.
-        name: The node that the block ends with; several are joined by commas.
+        part: "moments" for means and deviations of channels, which are set back without gradient
+            steps; "block", or "whole" for all that can be trained.
+        name: The node that the block ends with; several are joined by commas. Of moments what was
+            kept: "means", "means and deviations", or nothing.
         ops: Its linear maps and convolutions, by node.
         steps: Gradient steps that were made.
         before, after: The loss on samples that no step read: of a block the squared difference of
-            its outputs over their variance, of the whole the error of the model's outputs.
-            ``after`` is never above ``before``: what did not help was undone.
+            its outputs over their variance, of the whole and of moments the error of the model's
+            outputs. ``after`` is never above ``before``: what did not help was undone.
+        restarts: How often it went back to the best so far, with steps a quarter as large.
+        is_mean: What stayed is the exponential mean of the tensors.
     """
 
     part: Part
@@ -105,6 +129,8 @@ class PartRecovery:
     steps: int
     before: float
     after: float
+    restarts: int = 0
+    is_mean: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +140,7 @@ class Recovery:
     Attributes:
         what: "weights" of a graph without rounded weights, or "rounded" ones, whose codes and bits
             stay: their scales, and biases.
-        parts: Blocks front to back, then the whole; empty where nothing could be trained.
+        parts: Moments, blocks front to back, then the whole; empty where nothing could be trained.
         seconds: Wall-clock time that it took.
         samples, held_out: Calibration samples that steps were made on, and that they were checked on.
         before, after: Mean error of the outputs on the held-out samples, as errors of candidates are

@@ -4,6 +4,7 @@ Behind a residual block, a layer of a transformer or any node of a chain there i
 Nothing here goes by the names of modules.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -162,6 +163,43 @@ def whole(
     """All blocks as one; None where no node depends on a trained tensor."""
     found = find_blocks(module, trained, weighted, ())
     return found[0] if found else None
+
+
+def penultimate(
+    module: fx.GraphModule,
+    trained: Collection[str],
+    weighted: Collection[str],
+    known: Collection[str],
+) -> str | None:
+    """The largest value that everything behind it follows from, near the end; the latest of those.
+
+    In front of the classifier and of the pooling before it; where no linear map stands behind the
+    last block, in front of the pooling alone. None where there is no such place.
+
+    Args:
+        module: The graph, its nodes with shapes.
+        trained: Targets of the tensors that are trained.
+        weighted: Names of its linear maps and convolutions.
+        known: Names of nodes that have a counterpart to compare with.
+    """
+    walk = _Walk(module, trained, weighted)
+    total = sum(n.name in weighted for n in walk.steps)
+    output = next(n for n in walk.nodes if n.op == "output")
+    results = {n.name for n in output.all_input_nodes}
+    single = [p for p in walk.places(known) if len(p.live) == 1 and p.live[0] not in results]
+    for ops in (total, total - 1):
+        sizes = [
+            (_elements(walk.nodes[p.index]), p.index) for p in single if p.ops == ops and ops > 0
+        ]
+        if sizes:
+            return walk.nodes[max(sizes)[1]].name
+    return None
+
+
+def _elements(node: fx.Node) -> int:
+    """Of one sample's value, sizes that vary counted as traced."""
+    value = node.meta["val"]
+    return math.prod(int(size) for size in value.shape[1:])
 
 
 def _ends(places: Sequence[_Place], total: int, size: BlockSize) -> list[_Place]:

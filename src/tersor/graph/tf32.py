@@ -20,7 +20,8 @@ def tf32(*, enabled: bool) -> Iterator[None]:
     Convolutions are shortened by torch's default, products are not: 1e-4 of an output's scale, so that
     what compares float32 outputs runs without.
     """
-    products, images = torch.backends.cuda.matmul, torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    images: Any = torch.backends.cudnn  # types do not know all of its switches
     switches: tuple[Any, ...] = (products, images.conv, images.rnn)
     newer = [switch.fp32_precision for switch in switches]
     level, flag = _read(torch.get_float32_matmul_precision), _read(lambda: images.allow_tf32)

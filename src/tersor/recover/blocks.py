@@ -1,9 +1,10 @@
 """Label-free block reconstruction: each block is trained until it gives what the original gives.
 
-Front to back: a block reads what the compressed blocks before it make of the samples, and should
-give what the original gives there, so that later blocks take up the errors of earlier ones. Then
-all blocks together, on the error of the model's own outputs. The structure, integer codes and
-packed weights stay; an eighth of the samples is never trained on and decides what is kept.
+Means and deviations of channels come first, without gradient steps (``moments``). Then blocks, front
+to back: a block reads what the compressed blocks before it make of the samples, and should give what
+the original gives there, so that later blocks take up the errors of earlier ones. Then all blocks
+together, on the error of the model's own outputs or features. The structure, integer codes and
+packed weights stay; samples that are never trained on decide what is kept.
 
 Source: Li et al. 2021, arXiv:2102.05426 (blocks as units); ALGORITHMS 3.2b.
 """
@@ -16,18 +17,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tersor.core.errors import ConfigError
 from tersor.core.recovery import Part as PartName
 from tersor.core.recovery import PartRecovery, Recover, Recovery
 from tersor.graph.axes.macs import node_macs
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
-from tersor.graph.frontiers import Block, BlockSize, find_blocks, whole
+from tersor.graph.frontiers import Block, BlockSize, find_blocks, penultimate, whole
 from tersor.graph.geometry import output_error, output_spreads
 from tersor.graph.meta import ensure, refresh
 from tersor.graph.mutation import has_mutation
 from tersor.graph.training import Leaf, is_rounded, leaves, map_names
 from tersor.observe.ranks import ALONE, RankGroup
-from tersor.recover.goals import Goals, Judged, Teacher
+from tersor.recover.goals import Goal, Goals, Judged, Teacher
+from tersor.recover.moments import Moved
 from tersor.recover.runs import Run
 from tersor.recover.samples import Flat
 from tersor.recover.tensors import Tensors
@@ -92,6 +95,7 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     done: Progressed | None = None,
     hooks: Hooks = Hooks(),
     more: More | None = None,
+    apart: Sequence[Flat] = (),
     ranks: RankGroup = ALONE,
 ) -> Reconstructed:
     """Train the tensors of a compressed graph block by block, then together.
@@ -107,6 +111,8 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
         size: Of blocks.
         done: Of a run of the same inputs that was interrupted.
         hooks: How the caller follows it.
+        apart: Batches that decide what is kept, in place of an eighth of the others: where weights were
+            fitted to those in closed form, all steps seem to lead away from them.
         more: Other batches for training all blocks together.
         ranks: Who makes the same call at the same time, to take a share of each step's samples.
 
@@ -121,13 +127,14 @@ def reconstruct(  # noqa: PLR0913 - the stage's inputs, each a record or a calla
     if reason:
         return Reconstructed(compressed, Recovery(what=what, reason=reason))
     blocks = _blocks(teacher, compressed, [leaf.target for leaf in found], size)
-    goals = Goals(teacher, compressed, batches)
+    goals = Goals(teacher, compressed, batches, apart=apart)
     tensors = Tensors(compressed.module, found)
     work = _Work(compressed, goals, tensors, _shared(config, ranks), (seed, hooks, ranks))
     if more is not None and len(more.batches) > 1:
         work.last = Goals(teacher, compressed, more.batches, more.judged)
     before = work.error(compressed)
     work.resume(done)
+    work.moments(before)
     work.one_by_one(blocks)
     work.together()
     return work.finished(what, before)
@@ -142,7 +149,7 @@ def part_count(compressed: Graph, teacher: Teacher, size: BlockSize = _SIZE) -> 
     """How many parts a run has, for progress."""
     ensure(compressed)
     targets = [leaf.target for leaf in leaves(compressed)]
-    return 1 + len(_blocks(teacher, compressed, targets, size))
+    return 2 + len(_blocks(teacher, compressed, targets, size))
 
 
 def _obstacle(
@@ -178,6 +185,7 @@ class _Work:
     ) -> None:
         self.graph, self.goals, self.tensors, self.config = graph, goals, tensors, config
         self.last = goals  # of all blocks together
+        self.goal = _goal(graph, goals.teacher, tensors, config)
         self.seed, hooks, self.ranks = how
         self.hooks = hooks
         self.parts: list[PartRecovery] = []
@@ -204,6 +212,27 @@ class _Work:
         found = [output_error(graph.run(flat), right, kind, spreads) for flat, right in pairs]
         return float(torch.cat(found).mean())
 
+    def moments(self, before: float) -> None:
+        """Means, or means and deviations, of channels set right, where the outputs come closer."""
+        if self._is_done():
+            return
+        moved = Moved(self.goals, self.graph.module, self.tensors)
+        name, best, own = "", before, {}
+        ways = {"means": False, "means and deviations": True} if before > 0 else {}
+        for way, has_factors in ways.items():
+            found = moved.tensors(has_factors=has_factors)
+            for tensor in found.values():
+                self.ranks.mean_([tensor])  # machines may differ in the last bit
+            error = self.ranks.of_first(self.error(self._rebuilt(found)))
+            if error < best:
+                name, best, own = way, error, found
+        self.tensors.end(own)
+        self._done(
+            PartRecovery(
+                part="moments", name=name, ops=moved.names, steps=0, before=before, after=best
+            )
+        )
+
     def one_by_one(self, blocks: Sequence[Block]) -> None:
         """Each block by itself, front to back."""
         if self.config.whole >= 1 or len(blocks) < 2:
@@ -219,7 +248,9 @@ class _Work:
                 self.goals.take(old)
             if not self._is_done():
                 part = (
-                    self.goals.outputs_of(block, values, self.config.batch)
+                    self.goals.outputs_of(
+                        block, values, self.config.batch, replace(self.goal, feature=None)
+                    )
                     if wanted is None
                     else self.goals.values_of(block, values, wanted, self.config.batch)
                 )
@@ -230,12 +261,12 @@ class _Work:
     def together(self) -> None:
         """All blocks as one."""
         block = whole(self.graph.module, list(self.tensors.leaves), map_names(self.graph.module))
-        is_wanted = self.config.whole > 0 or not self.parts
+        is_wanted = self.config.whole > 0 or not any(p.part == "block" for p in self.parts)
         if block is None or not is_wanted or self._is_done():
             return
         run = Run(self.graph.module, self.last.batches, self.tensors.value)
         values = self.last.read(block, run, {n.name for n in block.nodes})
-        part = self.last.outputs_of(block, values, self.config.batch)
+        part = self.last.outputs_of(block, values, self.config.batch, self.goal)
         self._train(part, list(self.tensors.leaves), 1.0, "whole")
 
     def _is_done(self) -> bool:
@@ -274,15 +305,20 @@ class _Work:
             steps=found.steps,
             before=found.before,
             after=found.after,
+            restarts=found.restarts,
+            is_mean=found.is_mean,
         )
-        self.parts.append(done)
+        self._done(done)
+
+    def _done(self, part: PartRecovery) -> None:
+        self.parts.append(part)
         tensors = dict(self.tensors.now)
         self.hooks.keep(Progressed(tensors=tensors, parts=tuple(self.parts), seconds=self.seconds))
         self.hooks.advance()
 
     def finished(self, what: What, before: float) -> Reconstructed:
         """The better of what was given and what was found."""
-        graph = self._rebuilt()
+        graph = self._rebuilt(self.tensors.now)
         after = self.error(graph)
         is_better = after < before
         samples, held_out = self.goals.counts()
@@ -299,11 +335,29 @@ class _Work:
         )
         return Reconstructed(graph if is_better else self.graph, recovery)
 
-    def _rebuilt(self) -> Graph:
+    def _rebuilt(self, own: Mapping[str, Tensor]) -> Graph:
         fresh, tensors = copy_graph(self.graph.module)
-        module = rebuild(fresh, {**tensors, **self.tensors.now})
+        module = rebuild(fresh, {**tensors, **self.tensors.now, **own})
         refresh(module)
         return replace(self.graph, module=module)
+
+
+def _goal(graph: Graph, teacher: Teacher, tensors: Tensors, config: Recover) -> Goal:
+    """What all blocks together are trained towards.
+
+    Raises:
+        ConfigError: Features are wanted, and there is no value that all behind it follows from.
+    """
+    if config.towards == "outputs":
+        return Goal(temperature=config.temperature)
+    module = graph.module
+    feature = penultimate(module, list(tensors.leaves), map_names(module), teacher.known())
+    if feature is None:
+        raise ConfigError(
+            "recover: found no single value in front of the last layer that the original has, too, so "
+            "that there are no features to train towards; use towards='outputs'"
+        )
+    return Goal(feature=feature, temperature=config.temperature)
 
 
 def _shares(costs: Sequence[float], rest: float) -> list[float]:

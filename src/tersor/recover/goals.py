@@ -1,13 +1,13 @@
 """What a part reads and what it should give, on the samples of the calibration part."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from tersor.core.records import OutputKind
+from tersor.core.records import OutputKind, Structure
 from tersor.core.structure import unflatten
 from tersor.graph.axes.matching import Counterparts
 from tersor.graph.contracts import Graph
@@ -55,8 +55,74 @@ class Judged:
     items: Sequence[Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What all blocks together are trained towards.
+
+    Attributes:
+        feature: A node whose values are wanted in place of the outputs.
+        temperature: Of logits.
+    """
+
+    feature: str | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ends:
+    """The losses of a block that the outputs follow from.
+
+    Attributes:
+        places: Position of an output -> its node.
+        spreads: Of all outputs.
+        result: How the outputs make the model's own result, which a caller's loss reads.
+        scale: Of the features, where they are wanted.
+    """
+
+    kind: OutputKind
+    places: Mapping[int, str]
+    spreads: Sequence[float]
+    result: Structure
+    judged: Judged | None
+    goal: Goal
+    scale: float
+
+    def check(self, got: Mapping[str, Any], drawn: Drawn) -> Tensor:
+        """The error of the outputs."""
+        return self._with_labels(self._error(got, drawn, 1.0), got, drawn)
+
+    def loss(self, got: Mapping[str, Any], drawn: Drawn) -> Tensor:
+        """The error of the features, or of outputs at the temperature."""
+        name = self.goal.feature
+        if name is None:
+            own = self._error(got, drawn, self.goal.temperature)
+        else:
+            own = block_loss(got[name], drawn.wanted[name], self.scale, drawn.mask)
+        return self._with_labels(own, got, drawn)
+
+    def _new(self, got: Mapping[str, Any]) -> list[Tensor]:
+        return [got[name] for name in self.places.values()]
+
+    def _error(self, got: Mapping[str, Any], drawn: Drawn, hot: float) -> Tensor:
+        right = [drawn.wanted[str(i)] for i in self.places]
+        own, new = [self.spreads[i] for i in self.places], self._new(got)
+        if self.kind != "logits":
+            return output_error(new, right, self.kind, own).mean()
+        new, right = ([t / hot for t in side] for side in (new, right))
+        return hot**2 * output_error(new, right, self.kind, own).mean()
+
+    def _with_labels(self, loss: Tensor, got: Mapping[str, Any], drawn: Drawn) -> Tensor:
+        if drawn.item is None or self.judged is None:
+            return loss
+        label = self.judged.loss(unflatten(self.result, self._new(got)), drawn.item)
+        return (1 - LABELS) * loss + LABELS * label
+
+
 class Goals:
-    """The samples, which of them are held out, and the outputs that are wanted."""
+    """The samples, which of them are held out, and the outputs that are wanted.
+
+    Held out is what lies apart; where nothing does, an eighth of the batches.
+    """
 
     def __init__(
         self,
@@ -64,14 +130,17 @@ class Goals:
         compressed: Graph,
         batches: Sequence[Flat],
         judged: Judged | None = None,
+        apart: Sequence[Flat] = (),
     ) -> None:
-        self.teacher, self.batches, self._judged = teacher, list(batches), judged
+        self.teacher, self.batches, self._judged = teacher, [*batches, *apart], judged
         self._result = compressed.signature.result
-        self.unseen = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(self.batches))]
+        self.unseen = [i >= len(batches) for i in range(len(self.batches))]
+        if not apart:
+            self.unseen = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(batches))]
         if not any(self.unseen):
             self.unseen[-1] = True
         self._outputs: list[tuple[Tensor, ...]] = []
-        self._masks = [token_mask(compressed.signature, flat) for flat in self.batches]
+        self.masks = [token_mask(compressed.signature, flat) for flat in self.batches]
         self._rows = sample_rows(compressed.module)
         output = next(n for n in compressed.module.graph.nodes if n.op == "output")
         self._results: Any = output.args[0]
@@ -130,27 +199,40 @@ class Goals:
 
         return self._part(block, loss, (values, wanted), size)
 
-    def outputs_of(self, block: Block, values: Sequence[Values], size: int) -> Part:
-        """The last block, or all as one: the error of the model's own outputs."""
+    def outputs_of(
+        self, block: Block, values: Sequence[Values], size: int, goal: Goal = Goal()
+    ) -> Part:
+        """The last block, or all as one: the error of the model's own outputs, or of its features.
+
+        What the samples decide that no step reads is always the error of the outputs.
+        """
         places = {
             i: r.name
             for i, r in enumerate(self._results)
             if isinstance(r, fx.Node) and r.name in block.gives
         }
-        spreads = output_spreads(self.outputs())
         wanted = [{str(i): outputs[i] for i in places} for outputs in self.outputs()]
+        scale = 1.0
+        if goal.feature is not None:
+            found = self._features(goal.feature)
+            scale = _spread(found)
+            wanted = [{**w, goal.feature: f} for w, f in zip(wanted, found, strict=True)]
+            block = replace(block, gives=(*block.gives, goal.feature))
+        ends = _Ends(
+            kind=self.teacher.kind,
+            places=places,
+            spreads=output_spreads(self.outputs()),
+            result=self._result,
+            judged=self._judged,
+            goal=goal,
+            scale=scale,
+        )
+        return replace(self._part(block, ends.loss, (values, wanted), size), check=ends.check)
 
-        def loss(got: Mapping[str, Any], drawn: Drawn) -> Tensor:
-            right = [drawn.wanted[str(i)] for i in places]
-            own = [spreads[i] for i in places]
-            new = [got[name] for name in places.values()]
-            error = output_error(new, right, self.teacher.kind, own).mean()
-            if drawn.item is None or self._judged is None:
-                return error
-            label = self._judged.loss(unflatten(self._result, new), drawn.item)
-            return (1 - LABELS) * error + LABELS * label
-
-        return self._part(block, loss, (values, wanted), size)
+    def _features(self, name: str) -> list[Tensor]:
+        """What the original gives at a node, of the channels that are left."""
+        found = Run(self.teacher.graph.module, self.batches).upto([name], [name])
+        return [self.teacher.part(name, values[name]) for values in found]
 
     def _part(
         self,
@@ -160,7 +242,7 @@ class Goals:
         size: int,
     ) -> Part:
         items = [None] * len(self.batches) if self._judged is None else self._judged.items
-        drawn = [Drawn(*each) for each in zip(*pairs, self._masks, items, strict=True)]
+        drawn = [Drawn(*each) for each in zip(*pairs, self.masks, items, strict=True)]
         seen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if not is_unseen]
         unseen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if is_unseen]
         return Part(block, loss, Pool(seen, self._rows, size), unseen)

@@ -1,6 +1,7 @@
 """The tensors that are trained: what they are now, and the free ones of one part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx
@@ -10,6 +11,8 @@ from tersor.graph.training import Leaf
 from tersor.ops.reconstruction import step_size
 
 Snapshot = dict[str, Tensor]
+_MEMORY = 0.98  # of the mean at most: of some fifty steps
+_BEGIN = 10.0  # steps after which the mean remembers half of what it will
 
 
 class Tensors:
@@ -20,6 +23,8 @@ class Tensors:
         self._stored = parameters_by_name(module)
         self.now: Snapshot = {n: self._stored[n].detach().clone() for n in self.leaves}
         self._free: dict[str, Tensor] = {}
+        self._mean: dict[str, Tensor] = {}  # of the free ones, over the last steps
+        self._steps = 0  # that the mean is of
 
     def value(self, target: str) -> Tensor:
         """A tensor as it is, or as a function of what is trained."""
@@ -38,7 +43,7 @@ class Tensors:
         Returns:
             Groups for Adam, one a tensor, each with its step size.
         """
-        self._free = {}
+        self._forget()
         groups: list[dict[str, object]] = []
         for target in targets:
             leaf, own = self.leaves[target], self.now[target]
@@ -48,6 +53,31 @@ class Tensors:
                 self._free[target] = free.requires_grad_()
                 groups.append({"params": [free], "lr": size})
         return groups
+
+    def average_(self) -> None:
+        """Behind a step: the mean moves towards the free tensors, of scales their factors' logarithms.
+
+        Its memory is (1 + n) / (10 + n) after n steps, at most .98, so that it soon forgets where it began.
+        """
+        if not self._mean:
+            self._mean = {name: free.detach().clone() for name, free in self._free.items()}
+        memory = min(_MEMORY, (1.0 + self._steps) / (_BEGIN + self._steps))
+        self._steps += 1
+        free = [self._free[name].detach() for name in self._mean]
+        torch._foreach_lerp_(list(self._mean.values()), free, 1.0 - memory)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The mean in the free tensors' place, inside."""
+        free = self._free
+        self._free = self._mean or free
+        try:
+            yield
+        finally:
+            self._free = free
+
+    def _forget(self) -> None:
+        self._free, self._mean, self._steps = {}, {}, 0
 
     def _size(self, leaf: Leaf, rate: float) -> float:
         beside = self.value(leaf.like) if leaf.like in self._stored else self.now[leaf.target]
@@ -60,7 +90,8 @@ class Tensors:
         return {name: self.value(name).detach().clone() for name in self._free}
 
     def restore_(self, values: Mapping[str, Tensor]) -> None:
-        """Set the free tensors back to some values of theirs; they stay free."""
+        """Set the free tensors back to some values of theirs; they stay free, and the mean begins anew."""
+        self._mean, self._steps = {}, 0
         with torch.no_grad():
             for name, free in self._free.items():
                 own = values[name]
@@ -70,5 +101,5 @@ class Tensors:
 
     def end(self, values: Mapping[str, Tensor]) -> None:
         """Take over some values; nothing is free any more."""
-        self._free = {}
+        self._forget()
         self.now |= dict(values)

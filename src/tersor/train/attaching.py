@@ -21,6 +21,7 @@ from tersor.train.probe import Probe
 from tersor.train.ranks import is_replicated
 from tersor.train.rounding import Rounding, Wanted, rounding_of
 from tersor.train.schedule import Schedule
+from tersor.train.sharding import Shard, check_sharded, gathered
 from tersor.train.shrinker import Shrinker
 from tersor.train.structure import NO_WIDTHS, Structure, find_structure
 
@@ -46,6 +47,7 @@ def attach(  # noqa: PLR0913 - the public contract
     cache_dir: str | Path | None = None,
     rescue: str | Path | None = None,
     progress: Any = True,
+    shard: Shard | None = None,
 ) -> Shrinker | Factorizer:
     """Register hooks on an optimizer that make the model small while it trains.
 
@@ -58,7 +60,7 @@ def attach(  # noqa: PLR0913 - the public contract
         small, report = shrinker.finish()
 
     Args:
-        model: Trains in place; compiled, or replicated by DistributedDataParallel, as it may be.
+        model: Trains in place; compiled, replicated by DistributedDataParallel, or sharded, as it may be.
         optimizer: Any of ``torch.optim`` or like them, with the model's parameters.
         example: One batch of the model's inputs, without labels: a tensor, a tuple or a dict.
         total_steps: Steps of the optimizer in the whole run.
@@ -80,6 +82,8 @@ def attach(  # noqa: PLR0913 - the public contract
         rescue: A folder for the last sound state of model, optimizer and shrinker, once a minute at
             most, until the model shrinks; ``tersor.train.rescued`` reads it.
         progress: As for ``tersor.compress``.
+        shard: Of a model that ``torch.distributed.fsdp.fully_shard`` has sharded: takes a plain model and
+            shards it the same way. It is called with the smaller model, in ``epoch_end``.
 
     Returns:
         The shrinker: ``finish``, ``state_dict``, ``load_state_dict``, ``epoch_end``, ``kept``.
@@ -91,6 +95,7 @@ def attach(  # noqa: PLR0913 - the public contract
         CaptureError: The model can't be exported.
     """
     plain = _unwrapped(model)
+    check_sharded(plain, shard)
     _check_optimizer(optimizer, plain)
     has_widths = target is not None or counts is not None
     if (target is not None and counts is not None) or not (has_widths or bits is not None):
@@ -100,6 +105,7 @@ def attach(  # noqa: PLR0913 - the public contract
         )
     planned = _schedule(schedule, total_steps)
     _check_algorithm(algorithm, bits)
+    _check_shard(shard, algorithm, bits, rescue)
     folder = None if rescue is None else Path(rescue)
     serving = Serving(
         device=device, backend=backend, batch=batch, cache_dir=cache_dir, progress=progress
@@ -110,15 +116,16 @@ def attach(  # noqa: PLR0913 - the public contract
         setattr(optimizer, _MARK, factorizer)
         return factorizer
     structure = NO_WIDTHS
+    copy = plain if shard is None else gathered(plain)
     if has_widths:
-        structure = find_structure(plain, example, keep=keep)
+        structure = find_structure(copy, example, keep=keep)
         _check_groups(structure, optimizer, plain)
     rounding = _rounding(plain, optimizer, {"bits": bits, "keep": keep}, planned, structure)
     if counts is not None:
         _check_counts(counts, structure)
     planner = None
     if target is not None:
-        planner = Planner(plain, example, structure, target, serving)
+        planner = Planner(copy, example, structure, target, serving)
     shrinker = Shrinker(
         Parts(
             outer=model,
@@ -132,6 +139,7 @@ def attach(  # noqa: PLR0913 - the public contract
             algorithm=algorithm,
             rescue=folder,
             rounding=rounding,
+            shard=shard,
         )
     )
     setattr(optimizer, _MARK, shrinker)
@@ -157,6 +165,7 @@ def resumed(
         options: As of ``attach``: its schedule, bits and keep are taken.
     """
     plain = _unwrapped(model)
+    check_sharded(plain, None)
     _check_optimizer(optimizer, plain)
     planned = _schedule(options.get("schedule"), int(state["total_steps"]))
     known = state.get("rounding") or {"bits": ()}
@@ -181,6 +190,24 @@ def resumed(
     )
     setattr(optimizer, _MARK, shrinker)
     return shrinker
+
+
+def _check_shard(shard: Shard | None, algorithm: str, bits: Any, rescue: str | Path | None) -> None:
+    """Refuse what a sharded model can't have.
+
+    Raises:
+        ConfigError: Says what, and the way out.
+    """
+    if shard is None:
+        return
+    if rescue is not None:
+        raise ConfigError("rescue: not for a sharded model; write checkpoints of your own")
+    if algorithm == SPECTRAL or bits is not None:
+        raise ConfigError(
+            f"shard: found {'bits=' if bits is not None else 'algorithm='}"
+            f"{bits if bits is not None else algorithm!r}, wanted units alone under fully_shard; train "
+            "under DistributedDataParallel for pairs and few bits"
+        )
 
 
 def _check_algorithm(algorithm: str, bits: int | Mapping[str, int] | None) -> None:
@@ -238,14 +265,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         return _unwrapped(model.module)
     inside = getattr(model, "_orig_mod", None)  # of torch.compile
-    plain = _unwrapped(inside) if isinstance(inside, nn.Module) else model
-    for parameter_name, parameter in plain.named_parameters():
-        if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "_local_tensor"):
-            raise ConfigError(
-                f"attach: {parameter_name} is sharded over processes (FSDP2); attach to the plain model under "
-                "DistributedDataParallel, or attach on one device before it is sharded"
-            )
-    return plain
+    return _unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 
 def _check_optimizer(optimizer: Any, model: nn.Module) -> None:

@@ -1,16 +1,18 @@
 """The lossless commit: zero, ask, cut, ask again; undo where the answers differ."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from tersor.capture.module import relative_difference
-from tersor.train.cutting import cut_
+from tersor.core.errors import ConfigError
+from tersor.train.cutting import Selection, cut_
 from tersor.train.groups import Group
 from tersor.train.literals import literals_after
 from tersor.train.parts import Parts
+from tersor.train.sharding import Shard, follow_, gathered, is_sharded, largest, local
 from tersor.train.states import cut_states_
 from tersor.train.structure import TOLERANCE
 from tersor.train.units import Units
@@ -36,7 +38,7 @@ class Commit:
     def hold(self) -> None:
         """Behind a step: units that are gone but not cut yet stay zero."""
         if not self.is_cut and self._masks:
-            torch._foreach_mul_([p.data for p, _ in self._masks], [m for _, m in self._masks])
+            torch._foreach_mul_([local(p) for p, _ in self._masks], [m for _, m in self._masks])
 
     def cut(self) -> bool:
         """Cut the model and the optimizer's states.
@@ -50,14 +52,16 @@ class Commit:
             return False
         parts = self.parts
         self.hold()
-        shapes = {p: p.shape for p in parts.model.parameters()}
-        wanted = parts.probe.run(parts.model)
-        done = cut_(parts.model, groups, self.kept, self._literals())
-        found = parts.probe.run(parts.model)
+        model = gathered(parts.model) if parts.shard is not None else parts.model
+        shapes = {p: p.shape for p in model.parameters()}
+        wanted = parts.probe.run(model)
+        done = cut_(model, groups, self.kept, self._literals())
+        found = parts.probe.run(model)
         pairs = zip(found, wanted, strict=True)
-        self.difference = max(
+        worst = max(
             (relative_difference(f, w) for f, w in pairs if w.is_floating_point()), default=0.0
         )
+        self.difference = largest(worst, parts.model)
         if not self.difference <= self._tolerance(wanted):
             done.undo()
             self.notes.append(
@@ -65,9 +69,26 @@ class Commit:
                 "units stay, at zero"
             )
             return False
-        self._follow(done.selections, shapes)
+        if parts.shard is None:
+            self._follow(done.selections, shapes)
+        else:
+            self._reshard(parts.shard, model, done.selections)
         self.is_cut = True
         return True
+
+    def _reshard(
+        self, shard: Shard, plain: nn.Module, selections: Mapping[str, tuple[Selection, ...]]
+    ) -> None:
+        """The cut copy takes the model's place, in rows again."""
+        given = shard(plain)
+        model = given if isinstance(given, nn.Module) else plain
+        if not is_sharded(model):
+            raise ConfigError(
+                "shard: found a model that is not sharded after it, wanted one that fully_shard was called on"
+            )
+        self.notes += follow_(self.parts.optimizer, self.parts.model, model, selections)
+        self.parts = replace(self.parts, outer=model, model=model)
+        self._masks = []
 
     def _tolerance(self, outputs: list[Tensor]) -> float:
         """More in half precision: as many roundings of that size."""

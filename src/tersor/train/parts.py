@@ -11,6 +11,7 @@ from tersor.train.planning import Planner
 from tersor.train.probe import Probe
 from tersor.train.rounding import Rounding
 from tersor.train.schedule import Schedule
+from tersor.train.sharding import Shard
 from tersor.train.structure import Structure
 
 
@@ -26,6 +27,7 @@ class Parts:
         algorithm: How units die.
         rounding: Weights that are to have few bits, if any.
         rescue: Folder of the last sound state; None: none is written.
+        shard: Shards a plain model as the caller's is; None where it is not sharded.
     """
 
     outer: nn.Module
@@ -39,3 +41,4 @@ class Parts:
     algorithm: str = "regrow"
     rescue: Path | None = None
     rounding: Rounding = field(default_factory=Rounding)
+    shard: Shard | None = None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.train.scores import Scores, lowest
+from tersor.train.sharding import local
 from tersor.train.units import Units
 
 KAPPA = 0.5
@@ -73,7 +74,7 @@ class Prox:
             for group, flags in self.dead.items()
         }
         for parameter, factor in self.units.factors(factors):
-            parameter.data.mul_(factor)
+            local(parameter).mul_(factor)
 
     def _strength(self) -> dict[str, Tensor]:
         """Eta lambda w_g / d_g of each unit."""
@@ -141,7 +142,7 @@ class Prox:
         """The end: exactly the redundant units are zero."""
         keep = {n: (~flags).float() for n, flags in self.dead.items()}
         for parameter, mask in self.units.factors(keep):
-            parameter.data.mul_(mask)
+            local(parameter).mul_(mask)
         return self.dead
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.train.scores import Scores, lowest
+from tersor.train.sharding import local
 from tersor.train.units import Units
 
 
@@ -54,19 +55,19 @@ class Ramp:
             factor = (left - 1) / left
             for parameter, flags in self._fading:
                 scale = 1 - flags * (1 - factor)
-                parameter.data.mul_(scale)
+                local(parameter).mul_(scale)
                 self._scale_moments(parameter, scale)
             self._step += 1
             if self._step == self.length:
                 self._gone = dict(self.dead)
                 self._prepare()
         for parameter, mask in self._masks:
-            parameter.data.mul_(mask)
+            local(parameter).mul_(mask)
 
     def _scale_moments(self, parameter: nn.Parameter, scale: Tensor) -> None:
         for value in self.optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.mul_(scale)
+                local(value).mul_(scale)
 
     def look(self, scores: Scores, counts: Mapping[str, int]) -> None:
         """Pick as many more units as have to be dead now; those that were fading are gone."""
@@ -102,7 +103,7 @@ class Ramp:
         self._gone = dict(self.dead)
         self._prepare()
         for parameter, mask in self._masks:
-            parameter.data.mul_(mask)
+            local(parameter).mul_(mask)
         self._masks, self._fading = [], []
         return self.dead
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tersor.ops.moments import Moments
+from tersor.train.sharding import is_sharded
 
 
 def is_replicated(model: nn.Module) -> bool:
@@ -14,7 +15,7 @@ def is_replicated(model: nn.Module) -> bool:
 
     A trainer may have wrapped the model out of sight: several processes are enough to tell.
     """
-    if isinstance(model, DistributedDataParallel):
+    if isinstance(model, DistributedDataParallel) or is_sharded(model):
         return True
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False

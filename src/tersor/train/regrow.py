@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tersor.train.scores import Scores, lowest
+from tersor.train.sharding import joined, local, rows_of
 from tersor.train.units import Units
 
 MARGIN = 0.05  # by which a dead unit must be better than a living one to take its place
@@ -57,14 +58,14 @@ class Regrow:
     def reveal(self) -> None:
         """The latents in the weights' place."""
         if not self.is_open and self._latents:
-            torch._foreach_copy_([p.data for p in self._latents], list(self._latents.values()))
+            torch._foreach_copy_([local(p) for p in self._latents], list(self._latents.values()))
         self.is_open = True
 
     def hide(self) -> None:
         """Dead units at zero; what the weights were is kept as latents."""
         if self.is_open and self._latents:
-            torch._foreach_copy_(list(self._latents.values()), [p.data for p in self._latents])
-            torch._foreach_mul_([p.data for p, _ in self._masks], [m for _, m in self._masks])
+            torch._foreach_copy_(list(self._latents.values()), [local(p) for p in self._latents])
+            torch._foreach_mul_([local(p) for p, _ in self._masks], [m for _, m in self._masks])
         self.is_open = False
 
     def look(self, scores: Scores, counts: Mapping[str, int]) -> None:
@@ -88,7 +89,7 @@ class Regrow:
         keep = {group: (~flags).float() for group, flags in self.dead.items()}
         self._masks = self.units.factors(keep)
         known = self._latents
-        self._latents = {p: known[p] if p in known else p.data.clone() for p, _ in self._masks}
+        self._latents = {p: known[p] if p in known else local(p).clone() for p, _ in self._masks}
 
     def _forgive_decay(self) -> None:
         """Decoupled weight decay shrinks latents that nothing else moves: it is taken back."""
@@ -103,7 +104,7 @@ class Regrow:
             factor = factors.get(id(parameter))
             if factor is not None and id(parameter) not in done:
                 done.add(id(parameter))
-                parameter.data.mul_(mask + (1 - mask) / factor)
+                local(parameter).mul_(mask + (1 - mask) / factor)
 
     def settle(self) -> dict[str, Tensor]:
         """The end: dead units stay zero, latents are gone. Group -> flags of the dead units."""
@@ -117,7 +118,9 @@ class Regrow:
         names = _names(self.units)
         return {
             "dead": {group: flags.cpu() for group, flags in self.dead.items()},
-            "latents": {names[id(p)]: z.detach().cpu() for p, z in self._latents.items()},
+            "latents": {
+                names[id(p)]: joined(z.detach(), p).cpu() for p, z in self._latents.items()
+            },
             "is_open": self.is_open,
         }
 
@@ -129,7 +132,8 @@ class Regrow:
         self._prepare()
         names = _names(self.units)
         for parameter, latent in self._latents.items():
-            latent.copy_(state["latents"][names[id(parameter)]].to(latent.device))
+            kept = state["latents"][names[id(parameter)]]
+            latent.copy_(kept[rows_of(parameter)].to(latent.device))
         self.is_open = bool(state["is_open"])
 
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from tersor.train.factoring import Factored
-from tersor.train.groups import Held
+from tersor.train.groups import Group, Held
 from tersor.train.pricing import Measured
 from tersor.train.rounding import Rounded
 
@@ -17,6 +19,14 @@ class Kept:
     group: str
     units: int
     kept: int
+
+
+def kept_of(groups: Mapping[str, Group], kept: Mapping[str, Tensor]) -> tuple[Kept, ...]:
+    """Every group; one without indices of those that stay is whole."""
+    return tuple(
+        Kept(group=n, units=g.units, kept=len(kept[n]) if n in kept else g.units)
+        for n, g in groups.items()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,13 @@ def _check_version(state: Mapping[str, Any]) -> None:
         )
 
 
+def _check_algorithm(state: Mapping[str, Any], algorithm: str) -> None:
+    if state["algorithm"] != algorithm:
+        raise ConfigError(
+            f"checkpoint: found algorithm {state['algorithm']!r}, wanted {algorithm!r}"
+        )
+
+
 def check_shape(state: Mapping[str, Any], shapes: Mapping[str, str], algorithm: str) -> None:
     """Refuse a state of other layers, or of another algorithm.
 
@@ -114,15 +121,39 @@ def check_shape(state: Mapping[str, Any], shapes: Mapping[str, str], algorithm: 
         ConfigError: Another version or algorithm, or layers that differ; names some.
     """
     _check_version(state)
-    if state["algorithm"] != algorithm:
-        raise ConfigError(
-            f"checkpoint: found algorithm {state['algorithm']!r}, wanted {algorithm!r}"
-        )
+    _check_algorithm(state, algorithm)
     if state["structure"] != dict(shapes):
         wrong = sorted(set(state["structure"].items()) ^ set(shapes.items()))[:4]
         raise ConfigError(
             f"checkpoint: it is of another structure; layers that differ: {wrong}; build the model with "
             "the sizes that it had when the checkpoint's run began, and attach to it"
+        )
+
+
+def check_run(state: Mapping[str, Any], total_steps: int, algorithm: str) -> None:
+    """Refuse a state of another schedule or algorithm.
+
+    Raises:
+        ConfigError: Says which.
+    """
+    if state["total_steps"] != total_steps:
+        raise ConfigError(
+            f"checkpoint: found total_steps={state['total_steps']}, wanted "
+            f"{total_steps}: the schedule of the run that is resumed"
+        )
+    _check_algorithm(state, algorithm)
+
+
+def check_whole(shard: object) -> None:
+    """Refuse to cut a fresh sharded model to a checkpoint's structure.
+
+    Raises:
+        ConfigError: There is a function that shards.
+    """
+    if shard is not None:
+        raise ConfigError(
+            "load_state_dict: the checkpoint was cut and this model is sharded; attach to the plain "
+            "model, load, finish(), and shard what that returns: nothing is left to choose"
         )
 
 

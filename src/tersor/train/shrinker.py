@@ -24,11 +24,12 @@ from tersor.train.pace import Pace
 from tersor.train.parts import Parts
 from tersor.train.planning import Counts
 from tersor.train.ranks import agreed, agreed_counts, is_replicated, rewrapped
-from tersor.train.report import Kept, Report
+from tersor.train.report import Report, kept_of
 from tersor.train.rescue import Rescue
-from tersor.train.resuming import VERSION, bind, check_structure
+from tersor.train.resuming import VERSION, bind, check_run, check_structure, check_whole
 from tersor.train.rounding import Rounded
 from tersor.train.scores import Scores
+from tersor.train.sharding import gathered
 from tersor.train.units import Units
 
 
@@ -225,22 +226,25 @@ class Shrinker:
         self._parts.rounding.reveal()
         if self._commit.cut():
             self._shrunk_at = self.step
+            self._parts = self._commit.parts  # a sharded model is another one now
         self._parts.rounding.resize(self.step)
         self._notes += [n for n in self._commit.notes if n not in self._notes]
 
     def epoch_end(self, model: nn.Module | None = None) -> nn.Module:
-        """Shrink where the model is replicated over processes: only between epochs, as it is wrapped anew.
+        """Shrink where the model lies on several processes: only between epochs, as it is wrapped anew.
 
         Args:
             model: As the caller has it; None: the one that ``attach`` was given.
 
         Returns:
-            The model to go on with: a new wrapper where it has shrunk now, else the same one.
+            The model to go on with: a new one where it has shrunk now, else the same.
         """
         outer = self._parts.outer if model is None else model
         if self._commit is None or self._commit.is_cut or not is_replicated(outer):
             return outer
         self._cut()
+        if self._parts.shard is not None:
+            return self._parts.outer
         return rewrapped(outer, self._parts.model)
 
     def finish(
@@ -252,7 +256,8 @@ class Shrinker:
             validate: Takes the small model and returns a number that the report shall have.
 
         Returns:
-            The caller's own module, which has shrunk in place, and the report. The hooks are gone.
+            The caller's own module, which has shrunk in place, and the report; of a sharded model a plain
+            copy on every process. The hooks are gone.
         """
         if self._commit is None:
             self._end_early()
@@ -262,7 +267,8 @@ class Shrinker:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        return self.model, self._report(validate)
+        small = self.model if self._parts.shard is None else gathered(self.model)
+        return small, self._report(small, validate)
 
     def _harden(self) -> None:
         """Weights that are to have few bits lie on their grid from here on."""
@@ -285,30 +291,23 @@ class Shrinker:
         self._look()
         self._settle()
 
-    def _report(self, validate: Callable[[nn.Module], float] | None) -> Report:
+    def _report(self, small: nn.Module, validate: Callable[[nn.Module], float] | None) -> Report:
         assert self._commit is not None
         parts, plan = self._parts, self.plan
         groups = parts.structure.groups
-        after = sum(p.numel() for p in self.model.parameters())
+        after = sum(p.numel() for p in small.parameters())
         return Report(
             algorithm=parts.algorithm,
             steps=self.step,
             shrunk_at=self._shrunk_at,
-            groups=tuple(
-                Kept(
-                    group=n,
-                    units=g.units,
-                    kept=len(self._commit.kept[n]) if self._commit.is_cut else g.units,
-                )
-                for n, g in groups.items()
-            ),
+            groups=kept_of(groups, self._commit.kept if self._commit.is_cut else {}),
             held=(*parts.structure.held, *parts.rounding.held),
             difference=self._commit.difference,
             parameters_before=self._before,
             parameters_after=after,
             predicted_ms=None if plan is None else plan.predicted_ms,
-            measured=None if parts.planner is None else parts.planner.measure(self.model),
-            validated=None if validate is None else float(validate(self.model)),
+            measured=None if parts.planner is None else parts.planner.measure(small),
+            validated=None if validate is None else float(validate(small)),
             hook_share=self._pace.share(),
             rate_share=self._rate.share,
             rounded=self._rounded,
@@ -318,7 +317,8 @@ class Shrinker:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a checkpoint needs beside the model's and the optimizer's own states.
 
-        Tensors, numbers and texts: ``torch.load(weights_only=True)`` reads it.
+        Tensors, numbers and texts: ``torch.load(weights_only=True)`` reads it. Where the model is sharded,
+        every process must ask.
         """
         commit_ = self._commit
         plan = self.plan
@@ -353,6 +353,7 @@ class Shrinker:
             )
         check_structure(state, self._parts.structure)
         if state["is_cut"]:
+            check_whole(self._parts.shard)
             kept = dict(state["kept"])
             commit(self._parts, self._units, kept).restore()
             self._units = Units({}, ())
@@ -361,15 +362,7 @@ class Shrinker:
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, of which the model has the structure."""
         check_structure(state, self._parts.structure)
-        if state["total_steps"] != self._parts.schedule.total_steps:
-            raise ConfigError(
-                f"checkpoint: found total_steps={state['total_steps']}, wanted "
-                f"{self._parts.schedule.total_steps}: the schedule of the run that is resumed"
-            )
-        if state["algorithm"] != self._parts.algorithm:
-            raise ConfigError(
-                f"checkpoint: found algorithm {state['algorithm']!r}, wanted {self._parts.algorithm!r}"
-            )
+        check_run(state, self._parts.schedule.total_steps, self._parts.algorithm)
         device = next(self._parts.model.parameters()).device
         self._counter.done, self._rate.peak = int(state["step"]), float(state["peak"])
         self._notes = list(state["notes"])

@@ -7,13 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from tersor.train.groups import Group
+from tersor.train.sharding import local, over_shards, rows_of
 
 PerUnit = Mapping[str, Tensor]  # group -> one number a unit
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """One dimension of one parameter whose elements are zero where a unit is."""
+    """One dimension of one parameter whose elements are zero where a unit is.
+
+    Where the parameter lies in rows over several processes, this process's rows.
+    """
 
     group: str
     parameter: nn.Parameter
@@ -60,7 +64,8 @@ class Units:
                 parameter = model.get_parameter(slot.tensor)
                 if (id(parameter), slot.dim) not in seen:
                     seen.add((id(parameter), slot.dim))
-                    units = slot.units.to(parameter.device)
+                    rows = rows_of(parameter) if slot.dim == 0 else slice(None)
+                    units = slot.units[rows].to(parameter.device)
                     made.append(Made(group.name, parameter, slot.dim, units))
         return cls({g.name: g.units for g in groups}, tuple(made))
 
@@ -79,9 +84,9 @@ class Units:
             values = elements(made.parameter)
             if values is None:
                 continue
-            own = made.summed(values, self.counts[made.group])
+            own = made.summed(local(values), self.counts[made.group])
             found[made.group] = found[made.group] + own if made.group in found else own
-        return found
+        return over_shards(found, self.counts, (m.parameter for m in self.made))
 
     def saliency(self) -> dict[str, Tensor]:
         """For each unit the sum of weight times gradient: the loss's first-order change, negated."""

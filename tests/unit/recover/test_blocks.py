@@ -109,12 +109,30 @@ def test_a_cut_graph_comes_closer_on_new_samples(
     assert record.is_kept
     assert record.after < record.before
     assert (record.samples, record.held_out) == (120, 16)
-    assert [p.part for p in record.parts] == ["block"] * 3 + ["whole"]
+    assert [p.part for p in record.parts] == ["moments"] + ["block"] * 3 + ["whole"]
     assert all(p.after <= p.before for p in record.parts)
     assert record.steps == 4 * 30
-    assert part_count(cut[1], cut[0], SIZE) == 4
+    assert part_count(cut[1], cut[0], SIZE) == 5
     stored = parameters_by_name(cut[1].module)
     assert all(torch.equal(t, stored[n]) for n, t in before.items())  # what was given stays
+
+
+def test_samples_that_lie_apart_decide(
+    cut: tuple[Teacher, Graph], images: list[tuple[Tensor, ...]]
+) -> None:
+    """Where they say that nothing is gained, nothing is kept, however well the others are fitted."""
+    found = run(cut, images[:6], apart=images[6:])
+    assert (found.recovery.samples, found.recovery.held_out) == (96, 40)
+    assert found.recovery.is_kept
+    strange = [(100.0 * random(16, 1, 6, 6, seed=5),)]
+    wild = run(cut, images[:6], replace(QUICK, whole=0.0), apart=strange)
+    record = wild.recovery
+    assert record.held_out == 16
+    new, wanted = wild.graph.run(strange[0]), cut[0].graph.run(strange[0])
+    assert float(output_error(new, wanted, "logits").mean()) == pytest.approx(
+        record.after, rel=1e-4
+    )
+    assert record.after <= record.before
 
 
 def test_the_same_seed_gives_the_same_tensors(
@@ -134,7 +152,7 @@ def test_a_stop_after_any_part_changes_nothing(
         kept.append(replace(done, tensors={n: t.clone() for n, t in done.tensors.items()}))
 
     whole = run(cut, images, hooks=Hooks(keep=keep))
-    assert [len(done.parts) for done in kept] == [1, 2, 3, 4]
+    assert [len(done.parts) for done in kept] == [1, 2, 3, 4, 5]
     for done in kept:
         again = run(cut, images, done=done)
         assert same_tensors(again.graph, whole.graph)

@@ -15,7 +15,8 @@ def test_two_ranks_train_one_set_of_tensors() -> None:
         assert first["is_kept"]
         assert first["after"] < 0.5 * first["before"]
     steps, seconds = ended[0].said
-    assert [part["steps"] for part in steps["parts"]] == [QUICK.steps] * len(steps["parts"])
+    made = [part["steps"] for part in steps["parts"] if part["part"] != "moments"]
+    assert made == [QUICK.steps] * len(made)
     assert sum(part["steps"] for part in seconds["parts"]) > len(seconds["parts"])
     alone = recovered(QUICK)
     assert alone["tensors"] != steps["tensors"]  # other samples are drawn

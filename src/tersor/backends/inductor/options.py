@@ -99,7 +99,7 @@ def float_choices(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
         if graph or not more
     ]
     if can_compile:  # a search of minutes for every build
-        searched = {"mode": "autotune", "graph": True}
+        searched: dict[str, str | int | bool] = {"mode": "autotune", "graph": True}
         plain.append(FloatChoice(precision="bf16", options=searched, quick={"mode": "compile"}))
     images = [
         replace(c, options={**c.options, "layout": "channels_last"})
