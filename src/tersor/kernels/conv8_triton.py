@@ -205,7 +205,7 @@ def launched(
         sums = torch.int32 if is_int else torch.float32
         parts = torch.empty((tile.splits, pixels, out), dtype=sums, device=codes.device)
 
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
         return triton.cdiv(pixels, meta["BM"]) * triton.cdiv(out, meta["BN"]), tile.splits
 
     kernel[grid](
@@ -216,7 +216,7 @@ def launched(
     )  # fmt: skip
     if tile.splits > 1:
 
-        def blocks(meta: dict[str, int]) -> tuple[int, int]:
+        def blocks(meta: dict[str, Any]) -> tuple[int, int]:
             return triton.cdiv(pixels, meta["BM"]), triton.cdiv(out, meta["BN"])
 
         finisher[blocks](
