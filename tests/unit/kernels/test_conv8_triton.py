@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -50,3 +51,32 @@ def test_no_checker_of_types_wraps_a_kernel() -> None:
     assert len(kernels) == 8
     for kernel in kernels:
         assert kernel.fn.__globals__ is vars(module), kernel.fn.__name__  # type: ignore[attr-defined]
+
+
+class Counting:
+    """A kernel that only asks for its grid, with all its arguments by name as Triton's launcher does."""
+
+    def __init__(self) -> None:
+        self.grids: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def call(*args: Any, **settings: Any) -> None:
+            named = {f"argument_{i}": value for i, value in enumerate(args)}
+            self.grids.append(grid({**named, **settings, "BM": 16, "BN": 32}))
+
+        return call
+
+
+def test_grids_are_asked_with_all_arguments() -> None:
+    import torch
+
+    from tersor.kernels.conv8_triton import Tile, launched
+
+    codes, weight = (torch.zeros(s, dtype=torch.int8) for s in ((2, 5, 6, 32), (40, 3, 3, 32)))
+    kernel, finisher = Counting(), Counting()
+    launched(
+        kernel, finisher, Tile(16, 32, 32, 4, 2, 3), codes, weight, torch.ones(40), torch.zeros(1, 40),
+        None, [1, 1], [1, 1], torch.int8, (0.0, 1.0), (1.0, 0.0), [],
+    )  # fmt: skip
+    assert kernel.grids == [(4 * 2, 3)]
+    assert finisher.grids == [(4, 2)]
