@@ -289,6 +289,7 @@ def test_compiled_builds(residual: tuple[Graph, tuple[Tensor, ...]], tmp_path: P
 
 def test_additions_of_codes_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InductorBackend, "_problem", lambda *_: ("", ""))
+    monkeypatch.setattr(InductorBackend, "_float8", lambda *_: ())
     candidate = Candidate(site="add:add", level="int8", method="quantize", size_bytes=0)
     assert not InductorBackend("cpu").supports(candidate).ok
     assert InductorBackend("cuda").supports(candidate).ok
