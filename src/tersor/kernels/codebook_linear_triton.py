@@ -67,7 +67,7 @@ _VECTORS = (
 )  # fmt: skip
 # Outputs, splits, warps, stages; the last has 512 threads.
 _DOTS = (
-    (64, 2, 4, 4), (64, 4, 4, 4), (64, 4, 4, 2), (128, 4, 4, 4), (128, 4, 8, 2), (128, 8, 8, 3), (256, 8, 16, 3),
+    (64, 4, 4, 3), (128, 4, 8, 3), (64, 2, 4, 3), (128, 2, 8, 3), (128, 4, 4, 3), (128, 8, 8, 3), (256, 8, 16, 3),
 )  # fmt: skip
 _TALL_DOTS = ((64, 1, 4, 3), (128, 1, 4, 3), (128, 1, 8, 3), (128, 2, 8, 3))
 _LESS = 2  # tiles that are tried with a lookup of which less is to be expected

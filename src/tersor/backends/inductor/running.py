@@ -47,7 +47,9 @@ def failing_as(doing: str, device: str) -> Iterator[None]:
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
+    """Beginning and end: a compiler in a process of its own says the cause last."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
 
 
 def release(device: str) -> None:
