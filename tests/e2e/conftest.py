@@ -54,7 +54,7 @@ def _one_backend() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _brief_runs() -> Iterator[None]:
-    """How long builds are measured is tested in ``tests/unit``, and by the runs marked slow."""
+    """How long builds are measured is tested in ``tests/unit``; the demo and the benchmarks use the defaults."""
     with brief_runs():
         yield
 
