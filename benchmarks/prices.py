@@ -506,6 +506,7 @@ def run(bench: Bench, options: argparse.Namespace) -> Row:
     truth = observe_builds(choice, bench.tests, careful, PriceConfig().batch)
     if options.keep:
         keep = Path(options.keep) / f"{bench.name}-{choice.backend}.pkl"
+        keep.parent.mkdir(parents=True, exist_ok=True)
         with keep.open("wb") as file:
             pickle.dump((choice, session.sites, seen, truth, facts), file)
     floor = noise_floor(careful, choice, [*fits[:2], *bench.tests[1:2]])
