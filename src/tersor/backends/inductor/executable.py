@@ -158,7 +158,10 @@ class InductorExecutable:
         """
         arrays = self._checked(inputs)
         device = self._choice.device
-        with failing_as("running the model", device), self._set_up(), torch.no_grad():
+        # A recording holds how it was set up; setting torch's switches takes as long as a small launch.
+        is_recorded = isinstance(self._call, Recorded)
+        switches = torch.cuda.device(device) if is_recorded else self._set_up()
+        with failing_as("running the model", device), switches, torch.no_grad():
             if self._staging is None:
                 tensors = on_cpu(arrays)
                 found = [np.array(t.numpy()) for t in self._call(*tensors)]
