@@ -10,10 +10,10 @@ import tersor
 from tests.e2e import sharded_program
 from tests.ranks import start_ranks, wait_for
 
-pytestmark = pytest.mark.slow
 
-
-@pytest.mark.parametrize("algorithm", ["regrow", "ramp", "prox"])
+@pytest.mark.parametrize(
+    "algorithm", ["regrow", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ramp", "prox"))]
+)
 def test_two_processes_cut_a_sharded_model(tmp_path: Path, algorithm: str) -> None:
     ended = wait_for(
         start_ranks(2, "-m", "tests.e2e.sharded_program", "trained", str(tmp_path), algorithm), 300
