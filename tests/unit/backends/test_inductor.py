@@ -315,3 +315,10 @@ def test_compiled_builds(block: tuple[Graph, tuple[torch.Tensor, ...]], tmp_path
     assert loaded.native.used
     found = loaded.run(named(graph, inputs))
     assert all(np.array_equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_a_search_of_a_package_is_for_packages() -> None:
+    tuned = {"mode": "package", "tuned": True}
+    assert read_options(BuildChoice(backend="inductor", options=tuned)).tuned
+    with pytest.raises(ConfigError, match="wanted mode='package'"):
+        read_options(BuildChoice(backend="inductor", options={**tuned, "mode": "compile"}))

@@ -70,6 +70,11 @@ def read_options(choice: BuildChoice) -> Options:
             f"inductor: found blocks='fused' with precision {choice.precision} and layout {found.layout!r}, "
             "wanted bf16 and 'channels_last', which its kernels read"
         )
+    if found.tuned and found.mode != "package":
+        raise ConfigError(
+            f"inductor: found tuned=True with mode={found.mode!r}, wanted mode='package'; without one the "
+            "search is mode='autotune'"
+        )
     is_cpu = choice.device == "cpu"
     if is_cpu and (found.graph or found.tf32):
         raise ConfigError("inductor: graph and tf32 are for CUDA devices; leave them out on cpu")
