@@ -98,6 +98,15 @@ def _finish(  # noqa: ANN202
     as torch does, and the lowest byte is the code.
     """
     here = columns < N
+    # torch's compiler hands Python's floats over in double precision (torch 2.11), which all that follows
+    # would be computed in.
+    gain, residual_gain, shift = (
+        tl.cast(gain, tl.float32),
+        tl.cast(residual_gain, tl.float32),
+        tl.cast(shift, tl.float32),
+    )
+    low, high = tl.cast(low, tl.float32), tl.cast(high, tl.float32)
+    inner_low, inner_high = tl.cast(inner_low, tl.float32), tl.cast(inner_high, tl.float32)
     scale = tl.load(scale_ptr + columns, mask=here, other=0.0)[None, :]
     offset = _offset(
         m, pixels, columns, offset_ptr, M, N, H, W, OH, OW, KH, KW, SH, SW, PH, PW, BORDER

@@ -5,7 +5,7 @@ their sums among more blocks, and a second kernel adds those, without atomics.
 """
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -293,16 +293,14 @@ def conv8_cuda(
     low, high = max(low, -_FINITE), min(high, _FINITE)
     steps = (list(stride), list(padding))
 
-    def call() -> Tensor:
-        found: Tensor = conv8_op(
-            images, kernel, scale, offset, other, *steps, dtype, low, high,
-            residual_gain, shift, bounds,
-        )  # fmt: skip
-        return found
-
+    call = partial(
+        conv8_op, images, kernel, scale, offset, other, *steps, dtype, low, high,
+        residual_gain, shift, bounds,
+    )  # fmt: skip
     if is_real(images):
         out, down, across, inp = kernel.shape
         candidates = tiles(_pixels(images, kernel, *steps), out, (down, across), inp)
         key = _key(images, kernel, offset, other, *steps, dtype, bounds)
         choose_tile(key, candidates, call)
-    return call().permute(0, 3, 1, 2)
+    found: Tensor = call()
+    return found.permute(0, 3, 1, 2)

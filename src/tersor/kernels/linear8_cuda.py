@@ -7,6 +7,7 @@ floats, what follows is in torch's own ops, so that it is fused to what comes ne
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,16 +145,13 @@ def linear8_cuda(
     least = float(low) if dtype == torch.int8 or inverse is None else -limit
     kind = ACTIVATION_CODES[activation]
 
-    def call() -> Tensor:
-        found: Tensor = linear8_op(
-            rows, weight, scale, offset, scale if inverse is None else inverse,
-            dtype, kind, inverse is not None, zero, least, limit,
-        )  # fmt: skip
-        return found
-
+    call = partial(
+        linear8_op, rows, weight, scale, offset, scale if inverse is None else inverse,
+        dtype, kind, inverse is not None, zero, least, limit,
+    )  # fmt: skip
     if is_real(rows):
         key = key_of(rows, weight, dtype, kind)
         is_last = inverse is None and activation == "none"
         choose_way(key, library_ways(rows, weight, dtype, is_last=is_last), call)
-    found = call()
+    found: Tensor = call()
     return found.reshape(*codes.shape[:-1], weight.shape[0])

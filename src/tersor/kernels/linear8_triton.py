@@ -86,6 +86,9 @@ def _finished(  # noqa: ANN202
     ACTIVATION: tl.constexpr, TO_CODES: tl.constexpr, ROUNDS: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """Products [M, N] -> what is stored (``epilogue.finished``)."""
+    # torch's compiler hands Python's floats over in double precision (torch 2.11), which all that follows
+    # would be computed in.
+    zero, low, high = tl.cast(zero, tl.float32), tl.cast(low, tl.float32), tl.cast(high, tl.float32)
     y = _activated(total.to(tl.float32) * scale[None, :] + offset[None, :], ACTIVATION, SHORT)
     if TO_CODES:
         y = tl.minimum(tl.maximum(y * inverse[None, :] + zero, low), high)

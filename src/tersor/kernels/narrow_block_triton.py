@@ -5,7 +5,7 @@ that wrote it. "tiles": a launch a convolution, whose programs need not wait for
 and in which tile, is measured when a call is first made outside of a compiler (``tiles``).
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import triton
@@ -148,13 +148,10 @@ def narrow_block_cuda(
     stride: int,
 ) -> Tensor:
     """As ``narrow_block.narrow_block``, by the kernels."""
-
-    def call() -> Tensor:
-        found: Tensor = narrow_block_op(x, first, first_bias, second, second_bias, short, stride)
-        return found
-
+    call = partial(narrow_block_op, x, first, first_bias, second, second_bias, short, stride)
     out = second.shape[1]
     if is_real(x) and x.shape[0]:
         key = _key(x, out, stride, is_plain=short is None)
         choose(_CHOSEN, key, launches(out), call)
-    return call()
+    found: Tensor = call()
+    return found
