@@ -77,7 +77,7 @@ def profile_model(
             executable=build_for(session, session.graph, choice).executable,
             choice=choice,
             backend=session.backends[choice.backend],
-            flat=session.flat("calibration", choice.batch),
+            flat=_filled(session.flat("calibration", choice.batch), choice.batch),
         )
         return _profile(opened, ceilings=ceilings)
 
@@ -88,15 +88,20 @@ def _from_file(path: Path, data: Any, device: str) -> _Opened:
     choice, backend = pick(artifact, device, lambda name: registry.backend(name, device), str(path))
     loaded = backend.load(artifact.sections(choice.backend), choice)
     flat = drawn_inputs(artifact) if data is None else flat_inputs(graph, data)
-    rows = torch.arange(choice.batch) % len(flat[0])
     return _Opened(
         name=path.name,
         graph=graph,
         executable=routed(loaded, artifact.manifest.signature, choice),
         choice=choice,
         backend=backend,
-        flat=tuple(t[rows] for t in flat),
+        flat=_filled(flat, choice.batch),
     )
+
+
+def _filled(flat: tuple[Tensor, ...], batch: int) -> tuple[Tensor, ...]:
+    """As many rows as a call has; fewer samples are repeated."""
+    rows = torch.arange(batch) % len(flat[0])
+    return tuple(t[rows] for t in flat)
 
 
 def _profile(opened: _Opened, *, ceilings: bool) -> Profile:
