@@ -2,9 +2,12 @@
 
 Torch's own compiler would tune a kernel at its first shape and keep that for every other one (torch 2.11),
 so that kernels choose here, when a call is first made outside of a compiler.
+
+A tile takes a second or two to compile, and most shapes need it compiled anew. Prices build dozens of variants
+of a model whose layers are a little narrower: such a shape takes what was measured at a near one.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -12,9 +15,10 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", bound=Hashable)
 Tile = TypeVar("Tile")
 _TRIES_MS = 4  # of device time a tile
+_SMALL = 16  # sizes up to which shapes are not near but equal
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -23,10 +27,22 @@ def is_real(tensor: Tensor) -> bool:
     return not is_traced and not torch.cuda.is_current_stream_capturing()
 
 
+def near_shape(key: Hashable) -> Hashable:
+    """A key with every size above 16 rounded up to a power of two, also inside of tuples."""
+    if isinstance(key, tuple):
+        return tuple(near_shape(part) for part in key)
+    if isinstance(key, int) and not isinstance(key, bool) and key > _SMALL:
+        return 1 << (key - 1).bit_length()
+    return key
+
+
 def choose(
     chosen: MutableMapping[Key, Tile], key: Key, tiles: Sequence[Tile], call: Callable[[], object]
 ) -> None:
     """Measure a shape's tiles by recorded calls on the device, and keep the fastest.
+
+    A shape whose sizes lie between the same powers of two as a measured one's takes its tile, if it is one of
+    its own: nothing is compiled but that.
 
     Args:
         chosen: Shape -> tile; gets the fastest one. Nothing happens where the key is in it.
@@ -39,6 +55,11 @@ def choose(
     """
     if key in chosen:
         return
+    near = near_shape(key)
+    for other, tile in chosen.items():
+        if tile in tiles and near_shape(other) == near:
+            chosen[key] = tile
+            return
     times: dict[Tile, float] = {}
     problem = None
     for tile in tiles:

@@ -153,6 +153,13 @@ def test_the_fastest_tile_of_a_shape_is_kept(monkeypatch: pytest.MonkeyPatch) ->
         module.choose_tile(key, print)
         assert len(calls) == 6
     assert {key: small} == module.CHOSEN
+    near, far = (4000, 50, 20, *key[3:]), (4000, 70, 20, *key[3:])
+    module.choose_tile(near, print)  # between the same powers of two
+    assert len(calls) == 6
+    assert module.CHOSEN[near] == small
+    module.choose_tile(far, print)
+    assert len(calls) == 9
+    assert far in module.CHOSEN
     monkeypatch.setattr(module, "CHOSEN", {(*key[:-1], "cpu"): small})
     assert module._tile_of(codes, weight, torch.bfloat16, 0) == small
     assert module._tile_of(codes[:100], weight, torch.bfloat16, 0) == large
