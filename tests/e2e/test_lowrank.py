@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.api.result import Result
-from tersor.core.rank_levels import RankLevel, is_int8, rank_of
+from tersor.core.rank_levels import RankLevel, is_eight_bit, rank_of
 from tersor.price.price import PriceConfig
 from tests.data.zoo import load_resnet20
 from tests.e2e.helpers import Recorded, close_logits, error_of, quick_runs
@@ -88,7 +88,7 @@ def test_prices_of_ranks_are_tested_on_builds_that_no_fit_saw(result: Result) ->
     for table in result.record.prices.tables:
         for site in FREE:
             row = table.ops[site]
-            assert any(rank_of(level) and not is_int8(level) for level in row)
+            assert any(rank_of(level) and not is_eight_bit(level) for level in row)
             assert all(ms >= 0 for ms in row.values())
         assert any(
             rank_of(level) for b in table.builds if b.held_out for level in b.assignment.values()

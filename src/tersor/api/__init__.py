@@ -165,7 +165,7 @@ def apply_plan(  # noqa: PLR0913 - the options of compress that a plan leaves op
     with joined(ranks) as group:
         session = open_session(model, data, settings, group)
         group.agree({"plan": digest(found)}, "open")
-        offered = propose(session)
+        offered = propose(session, found.assignment)
         _check_plan(found, offered.levels())
         return given_result(session, offered, found)
 

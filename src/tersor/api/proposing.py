@@ -23,8 +23,6 @@ from tersor.api.shrink import (
     width_errors,
     width_sites_statistics,
 )
-from tersor.core.errors import ConfigError
-from tersor.core.formats import UNPRICED
 from tersor.core.levels import Inside, gone_with
 from tersor.core.records import Candidate, Level, SiteKind
 from tersor.graph.changes import ChangeRecords, pack, unpack
@@ -34,6 +32,7 @@ from tersor.observe.output_moments import Felt, felt_by
 from tersor.observe.ranks import Parcel
 from tersor.observe.statistics import Observed, observe
 from tersor.observe.together import observe_together
+from tersor.propose.eight_bits import in_one_format
 from tersor.propose.propose import (
     NATIVE,
     Offer,
@@ -180,11 +179,17 @@ def gradient_moments(
     )
 
 
-def propose(session: Session) -> Offers:
+def propose(session: Session, plan: Mapping[str, Level] | None = None) -> Offers:
     """All candidates with their errors; the statistics are not needed afterwards.
 
-    Each rank makes and measures those of its share of the sites; all of them then hold all.
+    Each rank makes and measures those of its share of the sites; all of them then hold all. ``plan``: the levels
+    of one that is to be carried out, whose formats of 8 bits stay.
     """
+    found = _measured(session)
+    return replace(found, candidates=in_one_format(found.candidates, plan or {}))
+
+
+def _measured(session: Session) -> Offers:
     ranks = session.ranks
     found = ranks.first(_Kept, lambda: _kept_offers(session), "propose")
     if found.record.offers is not None:
@@ -248,7 +253,6 @@ def _proposed(session: Session) -> list[Offer]:
         lambda candidate: any(b.supports(candidate).ok for b in session.backends.values()),
         session.progress.advance,
     )
-    refuse_unpriced([offer.candidate for offer in proposals])
     proposals = with_proxies(session, proposals, known)
     by_kind = [[o for o in proposals if o.change.site.kind == kind] for kind in _KINDS]
     formats, cuts, branches = by_kind
@@ -259,20 +263,6 @@ def _proposed(session: Session) -> list[Offer]:
         for candidate, offer in zip(candidates, (*formats, *cuts, *branches), strict=True)
     ]
     return best_of_each(measured, session.settings.made_by)
-
-
-def refuse_unpriced(candidates: Sequence[Candidate]) -> None:
-    """Refuse levels that no table of prices knows, before anything is measured of them.
-
-    Raises:
-        ConfigError: There is one; names its site and level.
-    """
-    for candidate in candidates:
-        if candidate.level in UNPRICED:
-            raise ConfigError(
-                f"{candidate.site}: {candidate.method} offers {candidate.level}, which tables of prices do "
-                "not know, so that no plan can have it; take it out of methods="
-            )
 
 
 def _width_errors(

@@ -369,6 +369,8 @@ def pick_methods(
         known: dict[str, Any] = {"low_bits": for_size}
         if limits:
             known["weight_limit"] = min(limits)
+        if infos and all(info.format("fp8") for info in infos):
+            known["fp8"] = True
         fields = getattr(cls, "__dataclass_fields__", {})
         found[name] = cls(**{k: v for k, v in known.items() if k in fields})
     return found

@@ -38,8 +38,6 @@ STORED: frozenset[str] = frozenset(name for name in get_args(Format) if name.end
 ACTIVATIONS: tuple[Format, ...] = ("hardswish", "relu")
 # Of those stored, what no graph holds as codes: its weight is floats there, and packed in the artifact.
 PACKED: frozenset[str] = STORED - {STORED_PRICE}
-# What backends run and no table of prices knows yet: no plan may have it.
-UNPRICED: frozenset[str] = frozenset({"fp8"})
 
 
 def priced_as(level: Level) -> Level:

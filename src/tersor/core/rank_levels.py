@@ -10,6 +10,9 @@ from typing import Literal, get_args
 from tersor.core.errors import ConfigError
 
 RankFormat = Literal["f32", "int8"]
+# Formats that ops compute in. A plan gives a site one of them (``propose.eight_bits``), so that prices know
+# 8 bits and floats.
+EIGHT_BITS: tuple[Literal["int8"], Literal["fp8"]] = ("int8", "fp8")
 _PATTERN = re.compile(r"(f32|int8)_rank([1-9][0-9]*)", re.ASCII)
 
 
@@ -49,6 +52,6 @@ def format_of(level: str) -> str:
     return found[1] if found else level
 
 
-def is_int8(level: object) -> bool:
-    """Whether a level computes in int8, so that the op reads its tensor through a quantiser."""
-    return isinstance(level, str) and format_of(level) == "int8"
+def is_eight_bit(level: object) -> bool:
+    """Whether a level computes in 8 bits, so that the op reads its tensor through a quantiser."""
+    return isinstance(level, str) and format_of(level) in EIGHT_BITS

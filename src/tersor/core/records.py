@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tersor.core import formats
 from tersor.core.errors import ConfigError
 from tersor.core.formats import priced_as
-from tersor.core.rank_levels import is_int8
+from tersor.core.rank_levels import is_eight_bit
 
 Format = formats.Format
 Level = formats.Level
@@ -362,10 +362,10 @@ class Term:
         if not all(map(math.isfinite, self.values)):
             raise ConfigError(f"{self.name}: found a value that is not finite")
 
-    def is_int8(self, assignment: Mapping[str, Level]) -> bool:
+    def is_eight_bit(self, assignment: Mapping[str, Level]) -> bool:
         """Whether the op itself is at int8: of several formats the first is its own."""
         formats = (v for s in self.sites if isinstance(v := assignment[s], str))
-        return is_int8(next(formats, None))
+        return is_eight_bit(next(formats, None))
 
     def at(self, assignment: Mapping[str, Level]) -> float:
         """The cost under an assignment that names all the sites.
@@ -471,7 +471,9 @@ class PriceTable:
         total = self.glue_ms
         for site, row in self.ops.items():
             total += row.get(str(priced_as(assignment.get(site, native))), row.get(native, 0.0))
-        int8 = {tensors[s] for s, level in assignment.items() if is_int8(level) and s in tensors}
+        int8 = {
+            tensors[s] for s, level in assignment.items() if is_eight_bit(level) and s in tensors
+        }
         total += sum(self.quantizers.get(t, 0.0) for t in sorted(int8))
         if self.terms:
             levels = self.complete(assignment)
@@ -495,12 +497,14 @@ class PriceTable:
         for site, row in self.ops.items():
             level = str(priced_as(assignment.get(site, self.choice.precision)))
             ms = row.get(level, row.get(self.choice.precision, 0.0))
-            native, int8 = (native, int8 + ms) if is_int8(level) else (native + ms, int8)
+            native, int8 = (native, int8 + ms) if is_eight_bit(level) else (native + ms, int8)
         levels = self.complete(assignment)
         for term in self.terms:
-            ms, rounds = term.at(levels), term.is_int8(levels)
+            ms, rounds = term.at(levels), term.is_eight_bit(levels)
             native, int8 = (native, int8 + ms) if rounds else (native + ms, int8)
-        chosen = {tensors[s] for s, level in assignment.items() if is_int8(level) and s in tensors}
+        chosen = {
+            tensors[s] for s, level in assignment.items() if is_eight_bit(level) and s in tensors
+        }
         quantizers = sum(self.quantizers.get(t, 0.0) for t in sorted(chosen))
         found = (native, int8, quantizers, self.glue_ms)
         return tuple(ms * self.scale for ms in found)  # type: ignore[return-value]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tersor.core.errors import ConfigError
-from tersor.core.rank_levels import RankLevel, is_int8, rank_of
+from tersor.core.rank_levels import RankLevel, is_eight_bit, rank_of
 from tersor.core.records import Candidate, Site
 from tersor.graph.contracts import Factor, MethodKind, Quantizer, SiteChange, SiteStatistics
 from tersor.graph.factors import product
@@ -152,7 +152,7 @@ class Lowrank:
     def _seen(self, candidate: Candidate, statistics: SiteStatistics) -> "_Seen":
         """The layer's problem on what it really reads."""
         quantizer: Quantizer | None = None
-        if is_int8(candidate.level):
+        if is_eight_bit(candidate.level):
             alpha = candidate.detail.get("alpha")
             quantizer, _ = choose_quantizer(statistics, (alpha,), self.weight_limit)
         columns = column_scale(statistics.weight, quantizer)

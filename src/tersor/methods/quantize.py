@@ -63,8 +63,8 @@ class Quantize:
         low_bits: Offer 4, 3 and 2 bits, which save bytes and no time.
         blends: Shares of the identity in the metric of a layer's outputs, each a further offer at low
             bits (``ops.two_sided``); empty: all outputs count alike.
-        fp8: Offer 8-bit floats for linears, for callers that build and measure what they choose: tables of
-            prices know one 8-bit format, int8, so that no plan of ``compress`` has this one.
+        fp8: Offer 8-bit floats for linears, too. Where all backends of a run have them it is on; a plan then has int8 or
+            fp8 at all linears that may be in both (``propose.eight_bits``).
     """
 
     kinds: ClassVar[tuple[MethodKind, ...]] = ("format", "addition")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import coo_array
 
-from tersor.core.rank_levels import is_int8
+from tersor.core.rank_levels import is_eight_bit
 from tersor.core.records import Level
 from tersor.plan.highs import Row, Vector
 from tersor.plan.problem import CONSTRAINTS, Constraint, Objective, Problem
@@ -53,7 +53,7 @@ class Model:
         columns = tuple((site, level) for site, row in levels.items() for level in row)
         readers: dict[str, list[int]] = {}
         for i, (site, level) in enumerate(columns):
-            if is_int8(level) and site in problem.tensors:
+            if is_eight_bit(level) and site in problem.tensors:
                 readers.setdefault(problem.tensors[site], []).append(i)
         latency = reduce_terms(problem, table.terms)
         size = reduce_terms(problem, problem.size_terms)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from tersor.core.errors import ConfigError
-from tersor.core.formats import priced_as
+from tersor.core.formats import STORED_PRICE, priced_as
 from tersor.core.levels import Inside, settled
-from tersor.core.rank_levels import rank_of
+from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Candidate, Level, Precision, PriceTable, Term
 
 Objective = Literal["latency", "error", "size"]
@@ -171,7 +171,7 @@ class Problem:
         if isinstance(level, int):
             return level in priced.get(site, ())
         in_ops = level in self.table.ops[site] if site in self.table.ops else site in priced
-        is_edit = level.startswith("int8") or rank_of(level) > 0
+        is_edit = level == STORED_PRICE or is_eight_bit(level) or rank_of(level) > 0
         return is_edit and in_ops and level in priced.get(site, {level})
 
     def budget(self, name: Constraint) -> float | None:

@@ -8,7 +8,7 @@ size alone for the least error within the bytes.
 import math
 from dataclasses import dataclass
 
-from tersor.core.records import Level
+from tersor.core.rank_levels import EIGHT_BITS
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.problem import Constraint
 from tersor.plan.solve import TOLERANCE
@@ -16,7 +16,6 @@ from tersor.plan.sweep import SMALLEST_SHARE
 from tersor.plan.task import Draft
 
 FINALISTS = 3
-_PLAIN: Level = "int8"
 # Predictions are off by 2-5 % (FINDINGS 1): ask for that much more than the target.
 SPEED_MARGIN = 0.05
 WIDE_MARGIN = 0.10
@@ -59,7 +58,11 @@ def plain(ledger: Ledger) -> tuple[Draft, ...]:
     drafts = []
     for table in range(len(ledger.tables)):
         problem = ledger.problem(table)
-        chosen = {s: _PLAIN for s, row in problem.levels().items() if _PLAIN in row}
+        chosen = {
+            s: next(v for v in EIGHT_BITS if v in row)
+            for s, row in problem.levels().items()
+            if not {*EIGHT_BITS}.isdisjoint(row)
+        }
         if chosen:
             levels = {**problem.native_assignment(), **chosen}
             drafts.append(draft_of(table, problem.settled(levels)))

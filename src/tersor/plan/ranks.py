@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tersor.core.levels import KEPT
-from tersor.core.rank_levels import is_int8
+from tersor.core.rank_levels import is_eight_bit
 from tersor.core.records import Level
 from tersor.plan.problem import Problem
 from tersor.plan.products import Reduced, reduce_terms
@@ -63,7 +63,7 @@ class Grid:
             i = self._column.get(site)
             if i is None:
                 continue
-            own = [(i, rank) for level, rank in self._rank[i].items() if is_int8(level)]
+            own = [(i, rank) for level, rank in self._rank[i].items() if is_eight_bit(level)]
             if own:
                 found.setdefault(tensor, []).extend(own)
         return found

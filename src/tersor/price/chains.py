@@ -8,7 +8,7 @@ every kept count of the widths around the layer.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tersor.core.rank_levels import RankLevel, is_int8, rank_of
+from tersor.core.rank_levels import RankLevel, is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site
 from tersor.graph.apply import quantize_node_name
 from tersor.graph.factors import chain_names
@@ -98,7 +98,7 @@ def ranked(
 
 def middle(levels: Sequence[RankLevel], *, int8: bool) -> RankLevel | None:
     """The middle one of a site's ranks in floats or in int8; None where there is none."""
-    own = sorted((v for v in levels if is_int8(v) == int8), key=rank_of)
+    own = sorted((v for v in levels if is_eight_bit(v) == int8), key=rank_of)
     return own[len(own) // 2] if own else None
 
 
@@ -119,7 +119,9 @@ def learn_chains(
             found[site.name] = Chain(
                 op=site.ops[0],
                 rank=rank_of(level),
-                levels=tuple(sorted(levels[site.name], key=lambda v: (is_int8(v), -rank_of(v)))),
+                levels=tuple(
+                    sorted(levels[site.name], key=lambda v: (is_eight_bit(v), -rank_of(v)))
+                ),
                 first=facts[first],
                 last=facts[last],
             )
@@ -148,7 +150,7 @@ def chain_parts(
     if not dense.out_elements:  # the branch around it is gone
         return ()
     first, last = chain.at(rank_of(level), dense, full)
-    way: Format = "int8" if is_int8(level) else precision
+    way: Format = "int8" if is_eight_bit(level) else precision
     nodes = chain.nodes
     parts = [_Part(nodes[0], nodes[0], way, first), _Part(f"{nodes[0]}_last", nodes[2], way, last)]
     if way == "int8":
@@ -182,13 +184,13 @@ class ChainCosts:
         chain = self.chains.get(site)
         if chain is None:
             return ()
-        return tuple(v for v in chain.levels if (chain.nodes[0], is_int8(v)) in self.shares)
+        return tuple(v for v in chain.levels if (chain.nodes[0], is_eight_bit(v)) in self.shares)
 
     def ms(self, site: str, level: Level, sizes: tuple[NodeFacts, NodeFacts], laws: Laws) -> float:
         """Time of a chain at a known level; ``sizes`` as for ``chain_parts``."""
         return sum(
             (laws.ms(part.name, part.format, part.facts) or 0.0)
-            * self.shares.get((part.name, is_int8(level)), 0.0)
+            * self.shares.get((part.name, is_eight_bit(level)), 0.0)
             for part in chain_parts(self.chains[site], level, sizes, self.precision)
         )
 
@@ -231,5 +233,5 @@ def chain_shares(
                 continue
             for part in chain_parts(chain, level, own[site], precision):
                 alone = seen.node_ms.get(part.node, 0.0) > 0
-                shown.setdefault((part.name, is_int8(level)), []).append(alone)
+                shown.setdefault((part.name, is_eight_bit(level)), []).append(alone)
     return {key: sum(row) / len(row) for key, row in shown.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
-from tersor.core.rank_levels import is_int8, rank_of
+from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site, Term
 from tersor.graph.facts import NodeFacts
 from tersor.price.chains import ChainCosts, chain_shares, chain_times
@@ -81,7 +81,7 @@ class WidthCosts:
             if not cost.is_glue and not cost.is_addition:
                 share = self._elements(cost, assignment)
                 total += share
-                int8 += share * is_int8(assignment.get(cost.name))
+                int8 += share * is_eight_bit(assignment.get(cost.name))
                 changed += share * cost.is_changed(assignment)
         return total, int8, changed
 
@@ -113,7 +113,7 @@ class WidthCosts:
 
         def ms(assignment: Mapping[str, Level]) -> float:
             key = tuple(
-                (site, is_int8(level) if site == cost.reader else _CLASS.get(level, level))
+                (site, is_eight_bit(level) if site == cost.reader else _CLASS.get(level, level))
                 for site, level in assignment.items()
             )
             if key not in found:
@@ -147,7 +147,7 @@ class WidthCosts:
         self, cost: NodeCost, assignment: Mapping[str, Level], slopes: Slopes, known: "_Known"
     ) -> float:
         chosen = None if cost.site is None else assignment.get(cost.site)
-        rounds = is_int8(chosen)
+        rounds = is_eight_bit(chosen)
         plain: Format = "int8" if rounds else self.precision
         level = plain if cost.is_glue else self.ways.format(cost.site, assignment)
         total = elements = 0.0

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from tersor.core.rank_levels import is_int8
+from tersor.core.rank_levels import is_eight_bit
 from tersor.core.records import Site
 from tersor.price.facts import WidthFacts
 from tersor.price.laws import NodeTime, grouped_error
@@ -47,7 +47,7 @@ def _needs_laws(
     node: str, site: Site | None, alive: Sequence[Observation], facts: WidthFacts
 ) -> bool:
     """Whether a node needs a law for each format of a site: where one law does not do as well."""
-    int8 = [site is not None and is_int8(o.assignment.get(site.name)) for o in alive]
+    int8 = [site is not None and is_eight_bit(o.assignment.get(site.name)) for o in alive]
     if min(sum(int8), len(int8) - sum(int8)) < _FEWEST_GATED:
         return False
     rows = [
@@ -74,7 +74,7 @@ def _gate(
     best: tuple[float, int] = (GATE_SHARE, 0)
     found: Site | None = None
     for site in sites:
-        int8 = [is_int8(o.assignment.get(site.name)) for o in alive]
+        int8 = [is_eight_bit(o.assignment.get(site.name)) for o in alive]
         if all(int8) or not any(int8):
             continue
         distance = distances[site.name]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from tersor.core.rank_levels import is_int8
+from tersor.core.rank_levels import is_eight_bit
 from tersor.core.records import OUTSIDE, PriceTable, Site
 from tersor.price.costs import WidthCosts
 from tersor.price.gates import GATE_SHARE
@@ -81,7 +81,7 @@ def glue_of(
     owned = {name for site in sites for name in site.ops} | {OUTSIDE}
     owned |= {name for names in quantizers.values() for name in names}
     owned |= costs.nodes() if costs else set()
-    chosen = {s.name for s in sites if is_int8(observation.assignment.get(s.name))}
+    chosen = {s.name for s in sites if is_eight_bit(observation.assignment.get(s.name))}
     int8 = [s for s in sites if s.name in chosen and s.op_kind != "add"]
     boundaries = [
         s for s in sites if s.op_kind == "add" and s.tensor in quantizers and s.name not in chosen
@@ -120,7 +120,7 @@ def with_glue(
     table = replace(
         table,
         ops={
-            site: {level: ms + caused(site) * is_int8(level) for level, ms in row.items()}
+            site: {level: ms + caused(site) * is_eight_bit(level) for level, ms in row.items()}
             for site, row in table.ops.items()
         },
         quantizers={

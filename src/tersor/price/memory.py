@@ -15,7 +15,7 @@ from typing import Any
 
 from tersor.core.errors import ConfigError
 from tersor.core.jsonable import digest
-from tersor.core.rank_levels import rank_of
+from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import BuildChoice, Level, PriceTable, Site, Term
 from tersor.core.store import Store
 
@@ -158,7 +158,7 @@ def narrowed(
 
 def _is_edit(level: str) -> bool:
     """Whether a level is more than another type of the same weight."""
-    return level == "int8" or rank_of(level) > 0
+    return is_eight_bit(level) or rank_of(level) > 0
 
 
 def _narrowed_term(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tersor.core.rank_levels import is_int8, rank_of
+from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site
 from tersor.price.chains import ChainCosts
 from tersor.price.facts import WidthFacts
@@ -49,7 +49,7 @@ class NodeCost:
         """Whether what the op writes is read in another format: int8 or not."""
         if self.reader is None:
             return False
-        return is_int8(assignment.get(self.name)) != is_int8(assignment.get(self.reader))
+        return is_eight_bit(assignment.get(self.name)) != is_eight_bit(assignment.get(self.reader))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,24 +108,27 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
 def _formats(site: str, known: Builds) -> tuple[Level, ...]:
     """The levels of a format site that builds have shown, the native one first."""
     precision = known.ways.precision
-    has_int8 = any(
-        is_int8(level) and not rank_of(level)
-        for level in (o.assignment.get(site) for o in known.fitted)
-    )
-    own: tuple[Level, ...] = (precision, "int8_weight", *(("int8",) if has_int8 else ()))
-    return (*own, *known.chains.known(site))
+    return (precision, "int8_weight", *_eight_bits(site, known), *known.chains.known(site))
+
+
+def _eight_bits(site: str, known: Builds) -> tuple[Level, ...]:
+    """The format of 8 bits that builds have shown a site in, if any."""
+    levels = (o.assignment.get(site) for o in known.fitted)
+    shown = (level for level in levels if level is not None)
+    return tuple(dict.fromkeys(v for v in shown if is_eight_bit(v) and not rank_of(v)))
 
 
 def glue_cost(node: str, gate: Site | None, known: Builds) -> NodeCost:
     """The cost of a node of glue, and the site whose format it goes by, if any."""
     precision = known.ways.precision
     ranks = () if gate is None else known.chains.known(gate.name)
+    own = () if gate is None else _eight_bits(gate.name, known)
     return NodeCost(
         name=node,
         nodes=(node,),
         is_glue=True,
         site=None if gate is None else gate.name,
-        formats=(precision, "int8_weight", "int8", *ranks),
+        formats=(precision, "int8_weight", *(own or ("int8",)), *ranks),
         shares=_shares(
             (node,), [(gated_format(gate, o, precision), o) for o in known.fitted], known.facts
         ),
@@ -134,7 +137,7 @@ def glue_cost(node: str, gate: Site | None, known: Builds) -> NodeCost:
 
 def gated_format(gate: Site | None, observation: Observation, precision: Precision) -> Format:
     """The format that a node of glue goes by."""
-    rounds = gate is not None and is_int8(observation.assignment.get(gate.name))
+    rounds = gate is not None and is_eight_bit(observation.assignment.get(gate.name))
     return "int8" if rounds else precision
 
 

@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from tersor.core.errors import ConfigError
-from tersor.core.rank_levels import is_int8, rank_of
+from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import BuildChoice, Level, PricedBuild, PriceTable, Site, Term
 from tersor.price.costs import WidthCosts, width_costs
 from tersor.price.facts import WidthFacts
@@ -173,8 +173,8 @@ def _fitted(choice: BuildChoice, observations: Sequence[Observation]) -> list[Ob
     return fitted
 
 
-def _is_int8(observation: Observation, site: str) -> bool:
-    return is_int8(observation.assignment.get(site))
+def _is_eight_bit(observation: Observation, site: str) -> bool:
+    return is_eight_bit(observation.assignment.get(site))
 
 
 def _nodes_ms(observation: Observation, names: Sequence[str]) -> float:
@@ -182,7 +182,7 @@ def _nodes_ms(observation: Observation, names: Sequence[str]) -> float:
 
 
 def _quantized(observation: Observation, tensors: Mapping[str, str]) -> list[str]:
-    return sorted({t for site, t in tensors.items() if _is_int8(observation, site)})
+    return sorted({t for site, t in tensors.items() if _is_eight_bit(observation, site)})
 
 
 def _with_chains(
@@ -206,12 +206,13 @@ def _site_prices(
     for site in sites:
         row: dict[str, float] = {} if costs is None else costs.at_ranks(site.name)
         whole = [o for o in fitted if not rank_of(o.assignment.get(site.name))]
-        native = [_nodes_ms(o, site.ops) for o in whole if not _is_int8(o, site.name)]
-        int8 = [_nodes_ms(o, site.ops) for o in whole if _is_int8(o, site.name)]
+        native = [_nodes_ms(o, site.ops) for o in whole if not _is_eight_bit(o, site.name)]
+        int8 = [o for o in whole if _is_eight_bit(o, site.name)]
         if native:
             row[choice.precision] = row["int8_weight"] = float(np.mean(native))
         if int8:
-            row["int8"] = float(np.mean(int8))
+            level = str(int8[0].assignment[site.name])
+            row[level] = float(np.mean([_nodes_ms(o, site.ops) for o in int8]))
         prices[site.name] = row
     return prices
 
@@ -266,7 +267,9 @@ def _balanced(
     return replace(
         table,
         ops={
-            site: {level: ms * (int8 if is_int8(level) else native) for level, ms in row.items()}
+            site: {
+                level: ms * (int8 if is_eight_bit(level) else native) for level, ms in row.items()
+            }
             for site, row in table.ops.items()
         },
         quantizers={t: ms * quantizer for t, ms in table.quantizers.items()},
@@ -281,7 +284,7 @@ def _balanced(
 def _scaled(term: Term, native: float, int8: float) -> Term:
     """A term with its values at int8 and all others scaled."""
     rows = [dict(zip(term.sites, row, strict=True)) for row in product(*term.levels)]
-    factors = [int8 if term.is_int8(row) else native for row in rows]
+    factors = [int8 if term.is_eight_bit(row) else native for row in rows]
     values = tuple(v * f for v, f in zip(term.values, factors, strict=True))
     return replace(term, values=values)
 
@@ -297,7 +300,9 @@ def _parts(
         # A fit on part of the builds may have seen a site in no native one.
         alone = row.get(table.choice.precision, 0.0)
         ms = row.get(str(observation.assignment.get(site)), alone)
-        native, int8 = (native, int8 + ms) if _is_int8(observation, site) else (native + ms, int8)
+        native, int8 = (
+            (native, int8 + ms) if _is_eight_bit(observation, site) else (native + ms, int8)
+        )
     quantizers = sum((table.quantizers[t] for t in _quantized(observation, tensors)), 0.0)
     glue = table.glue_ms
     levels = table.complete(observation.assignment)
@@ -305,7 +310,7 @@ def _parts(
         ms = term.at(levels)
         if owner.is_glue:
             glue += ms
-        elif owner.site is not None and _is_int8(observation, owner.site):
+        elif owner.site is not None and _is_eight_bit(observation, owner.site):
             int8 += ms
         else:
             native += ms

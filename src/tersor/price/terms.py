@@ -11,7 +11,7 @@ from itertools import product
 
 from tersor.core.errors import ConfigError
 from tersor.core.formats import PACKED
-from tersor.core.rank_levels import is_int8, rank_of
+from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Level, Site, Term
 from tersor.price.facts import WidthFacts
 
@@ -127,7 +127,7 @@ def _bytes_of(site: Site, facts: WidthFacts, packed_bytes: PackedBytes) -> Cost:
         if level is not None and level in PACKED:
             own = packed_bytes(site.name, level, round(kept), now.weight_elements)
             return own + (0 if is_embedding else round(_FLOAT_BYTES * kept))
-        if str(level).startswith("int8"):
+        if level == "int8_weight" or is_eight_bit(level):
             return round(now.weight_elements + _FLOAT_BYTES * kept * (1 if is_embedding else 2))
         return round(now.weight_elements * width + bias * kept / rows)
 
@@ -141,7 +141,7 @@ def _chain_bytes(
     chain = facts.chains[site.name]
     first, last = chain.at(rank_of(level), *facts.layer(site.name, assignment))
     elements = first.inputs * first.outputs + last.inputs * last.outputs
-    if not is_int8(level):
+    if not is_eight_bit(level):
         return width * (elements + last.outputs)
     rows = 2 * last.outputs + first.outputs * (2 if chain.is_centred else 1)
     return elements + _FLOAT_BYTES * rows

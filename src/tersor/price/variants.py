@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tersor.core.errors import ConfigError
-from tersor.core.rank_levels import RankLevel, is_int8
+from tersor.core.rank_levels import EIGHT_BITS, RankLevel, is_eight_bit
 from tersor.core.records import Level, Precision, Site
 
 SHARES = (0.25, 0.5, 0.75)
@@ -39,9 +39,13 @@ class Variant:
     held_out: bool = False
 
 
-def quantizable(sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]) -> tuple[str, ...]:
-    """The sites that may become int8, in graph order; pinned ones may not."""
-    return tuple(s.name for s in sites if s.pinned is None and "int8" in levels.get(s.name, ()))
+def quantizable(sites: Sequence[Site], levels: Mapping[str, Sequence[Level]]) -> dict[str, Level]:
+    """The sites that may be in 8 bits, in graph order, and in which format; pinned ones may not."""
+    return {
+        s.name: next(level for level in EIGHT_BITS if level in levels[s.name])
+        for s in sites
+        if s.pinned is None and not {*EIGHT_BITS}.isdisjoint(levels.get(s.name, ()))
+    }
 
 
 def native_assignment(sites: Sequence[Site], precision: Precision) -> dict[str, Level]:
@@ -82,10 +86,8 @@ def counted(
 def full_assignment(
     sites: Sequence[Site], levels: Mapping[str, Sequence[Level]], precision: Precision
 ) -> dict[str, Level]:
-    """Every site that may be int8 is."""
-    chosen = set(quantizable(sites, levels))
-    native = native_assignment(sites, precision)
-    return {s: "int8" if s in chosen else level for s, level in native.items()}
+    """Every site that may be in 8 bits is."""
+    return {**native_assignment(sites, precision), **quantizable(sites, levels)}
 
 
 def draw_variants(  # noqa: PLR0913 - one draw, and what it is free to draw from
@@ -118,7 +120,8 @@ def draw_variants(  # noqa: PLR0913 - one draw, and what it is free to draw from
     """
     if counted(sites, levels):
         return _joint_variants(sites, levels, precision, (k, held_out, seed), between or {})
-    names = quantizable(sites, levels)
+    own = quantizable(sites, levels)
+    names = tuple(own)
     native = native_assignment(sites, precision)
     extremes = [frozenset[str](), frozenset(names)]
     taken = set(extremes)
@@ -128,7 +131,7 @@ def draw_variants(  # noqa: PLR0913 - one draw, and what it is free to draw from
     rows += [(chosen, True) for chosen in tests]
     return tuple(
         Variant(
-            assignment={s: "int8" if s in chosen else level for s, level in native.items()},
+            assignment={**native, **{s: own[s] for s in names if s in chosen}},
             held_out=is_held_out,
         )
         for chosen, is_held_out in rows
@@ -169,7 +172,8 @@ def _joint_variants(
     between: Mapping[str, Sequence[int]],
 ) -> tuple[Variant, ...]:
     k, held_out, seed = numbers
-    names, widths = quantizable(sites, levels), counted(sites, levels)
+    own, widths = quantizable(sites, levels), counted(sites, levels)
+    names = tuple(own)
     branches = {s.name for s in sites if s.kind == "branch"}
     extremes = _joint_extremes(names, widths, branches)
     taken = set(extremes)
@@ -186,7 +190,7 @@ def _joint_variants(
         Variant(
             assignment={
                 **native,
-                **dict.fromkeys((s for s in names if s in int8), "int8"),
+                **{s: own[s] for s in names if s in int8},
                 **dict(zip(widths, counts, strict=True)),
             },
             held_out=is_held_out,
@@ -320,7 +324,7 @@ def _ranked(
     """A build in which a share of the layers has a rank, in the format that the layer has."""
     chosen = dict(variant.assignment)
     for site, own in ranks.items():
-        offered = [v for v in own if is_int8(v) == is_int8(chosen.get(site))]
+        offered = [v for v in own if is_eight_bit(v) == is_eight_bit(chosen.get(site))]
         if offered and rng.random() < share:
             chosen[site] = offered[int(rng.integers(len(offered)))]
     return replace(variant, assignment=chosen)

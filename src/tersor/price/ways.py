@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from tersor.core.rank_levels import is_int8
+from tersor.core.rank_levels import is_eight_bit
 from tersor.core.records import Format, Level, Precision, Site
 from tersor.price.facts import WidthFacts
 from tersor.price.laws import RESOLUTION_MS, Law, Laws, Mask, NodeTime, fit_law, folds
@@ -51,10 +51,12 @@ class Ways:
 
     def format(self, site: str | None, assignment: Mapping[str, Level]) -> Format:
         """What the ops of a site are computed in: int8 or the native format."""
-        if site is None or not is_int8(assignment.get(site)):
+        if site is None or not is_eight_bit(assignment.get(site)):
             return self.precision
         way = self.found.get(site, "own")
-        fused = way == "own" or (way == "reader" and is_int8(assignment.get(self.readers[site])))
+        fused = way == "own" or (
+            way == "reader" and is_eight_bit(assignment.get(self.readers[site]))
+        )
         return "int8" if fused else self.precision
 
 
@@ -102,7 +104,7 @@ def choose_ways(
         int8 = [row for row in rows if row.format == "int8"]
         sites = [owners[row.node].name for row in int8]
         fused = [
-            s in ways.readers and is_int8(assignments[row.build].get(ways.readers[s]))
+            s in ways.readers and is_eight_bit(assignments[row.build].get(ways.readers[s]))
             for s, row in zip(sites, int8, strict=True)
         ]
         if (kind, ways.precision) in laws.laws and any(fused) and not all(fused):

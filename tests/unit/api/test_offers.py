@@ -1,13 +1,10 @@
 """Changes of an assignment, also of counts that no method offered."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from tersor.api.proposing import Offers, refuse_unpriced
-from tersor.core.errors import ConfigError
-from tersor.core.records import Candidate, Site
+from tersor.api.proposing import Offers
+from tersor.core.records import Site
 from tersor.graph.contracts import SiteChange
 
 SITE = Site(name="width:w", kind="width", ops=("op",), units=8, unit_kind="channels")
@@ -33,10 +30,3 @@ def test_a_count_between_takes_units_of_the_next_larger_one(count: int, wanted: 
 
 def test_all_units_are_no_change() -> None:
     assert Offers(candidates=(), changes=CHANGES).chosen({"width:w": 8}).widths == ()
-
-
-def test_a_level_without_prices_is_refused_by_name() -> None:
-    known = Candidate(site="a", level="int8", method="quantize", size_bytes=1)
-    refuse_unpriced([known])
-    with pytest.raises(ConfigError, match="b: quantize offers fp8"):
-        refuse_unpriced([known, replace(known, site="b", level="fp8")])

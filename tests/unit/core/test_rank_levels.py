@@ -6,7 +6,7 @@ import pytest
 
 from tersor.core.errors import ConfigError
 from tersor.core.jsonable import dumps, from_json
-from tersor.core.rank_levels import RankLevel, format_of, is_int8, rank_of
+from tersor.core.rank_levels import RankLevel, format_of, is_eight_bit, rank_of
 from tersor.core.records import Level
 
 
@@ -20,12 +20,15 @@ def test_names_are_read_as_they_were_written(form: str, rank: int) -> None:
     level = RankLevel.of(form, rank)  # type: ignore[arg-type]
     assert level == f"{form}_rank{rank}"
     assert {level: 1}[f"{form}_rank{rank}"] == 1  # keys of records are plain text
-    assert (format_of(level), rank_of(level), is_int8(level)) == (form, rank, form == "int8")
+    assert (format_of(level), rank_of(level), is_eight_bit(level)) == (form, rank, form == "int8")
 
 
 def test_levels_without_a_rank() -> None:
     assert [rank_of(v) for v in ("f32", "int8", "int8_weight", 64, None)] == [0] * 5
-    assert [is_int8(v) for v in ("int8", "int8_weight", "f32", 8, None)] == [True, *[False] * 4]
+    assert [is_eight_bit(v) for v in ("int8", "int8_weight", "f32", 8, None)] == [
+        True,
+        *[False] * 4,
+    ]
     assert [format_of(v) for v in ("bf16", "int8_weight")] == ["bf16", "int8_weight"]
 
 

@@ -262,17 +262,17 @@ class Network:
 
     def exact(self, assignment: Mapping[str, Level]) -> dict[str, float]:
         facts = self.facts(assignment)
-        is_int8 = {s.name for s in self.sites if assignment.get(s.name) == "int8"}
+        is_eight_bit = {s.name for s in self.sites if assignment.get(s.name) == "int8"}
         found: dict[str, float] = {"mask": 0.05}
         elements = 0
         for node, own in facts.items():
             site = "head" if node == "fc" else node
-            if node.startswith("add") and f"b{node[3:]}c" not in is_int8:
+            if node.startswith("add") and f"b{node[3:]}c" not in is_eight_bit:
                 continue
-            found[node] = self.law(node, own, int8=site in is_int8)
+            found[node] = self.law(node, own, int8=site in is_eight_bit)
             elements += own.out_elements if own.macs else 0
         found["Reorder"] = 2e-7 * elements
-        tensors = {s.tensor for s in self.sites if s.name in is_int8 and s.ops[0] in facts}
+        tensors = {s.tensor for s in self.sites if s.name in is_eight_bit and s.ops[0] in facts}
         return found | {f"{t}_quantize": 0.004 for t in sorted(str(t) for t in tensors)}
 
     def nodes(self, assignment: Mapping[str, Level]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from itertools import product as every
 import numpy as np
 import pytest
 
-from tersor.core.rank_levels import RankLevel, is_int8, rank_of
+from tersor.core.rank_levels import RankLevel, is_eight_bit, rank_of
 from tersor.core.records import BuildChoice, Candidate, Level, Site
 from tersor.graph.facts import NodeFacts
 from tersor.price.chains import middle, ranked
@@ -74,8 +74,8 @@ def observation(assignment: Mapping[str, Level], *, held_out: bool = False) -> O
     facts, node_ms = graph_facts(assignment), {"outside": 0.02}
     for name, f in facts.items():
         level = assignment.get(name.removeprefix("op_").removesuffix("_factor0"))
-        node_ms[name] = 0.004 + f.macs * (2e-8 if is_int8(level) else 6e-8)
-        if is_int8(level):
+        node_ms[name] = 0.004 + f.macs * (2e-8 if is_eight_bit(level) else 6e-8)
+        if is_eight_bit(level):
             node_ms[f"{name}_quantize"] = 0
             tensor = name if name.endswith("_factor0") else f"x_{name.removeprefix('op_')}"
             node_ms[f"{tensor}_quantize"] = 0.001 + 1e-7 * f.out_elements
@@ -134,7 +134,7 @@ def test_ranks_multiply_with_widths() -> None:
         wanted_bytes = 4 * (elements + count)
         if level == "int8":
             wanted_bytes = elements + 8 * count
-        elif is_int8(level):  # steps and biases of both ops
+        elif is_eight_bit(level):  # steps and biases of both ops
             wanted_bytes = elements + 8 * (count + rank)
         assert found == wanted_bytes
 
@@ -142,7 +142,7 @@ def test_ranks_multiply_with_widths() -> None:
 def test_what_no_build_showed_has_no_price() -> None:
     own = sites()
     levels = {s.name: LEVELS for s in own}
-    floats = {s.name: tuple(v for v in LEVELS if v == "f32" or not is_int8(v)) for s in own}
+    floats = {s.name: tuple(v for v in LEVELS if v == "f32" or not is_eight_bit(v)) for s in own}
     table = fit_table(CHOICE, own, builds(own, floats), quantize, learned(own, levels))
     assert "f32_rank32" in table.ops["up0"]
     assert "int8_rank32" not in table.ops["up0"]

@@ -69,13 +69,18 @@ def test_small_models_run_out_of_assignments(lab: ModuleType) -> None:
 def test_only_sites_that_offer_int8_and_are_not_pinned(lab: ModuleType) -> None:
     sites = lab.make_sites(4, pinned=(1,))
     levels = {**lab.all_levels(sites), "s2": ("bf16", "int8_weight")}
-    assert quantizable(sites, levels) == ("s0", "s3")
+    assert quantizable(sites, levels) == {"s0": "int8", "s3": "int8"}
     assert full_assignment(sites, levels, "f32") == {
         "s0": "int8",
         "s1": "f32",
         "s2": "f32",
         "s3": "int8",
     }
+    levels["s3"] = ("f32", "fp8")  # a layer's own format of 8 bits
+    assert full_assignment(sites, levels, "f32")["s3"] == "fp8"
+    drawn = draw_variants(sites, levels, "f32", k=6, held_out=0, seed=0)
+    assert {v.assignment["s3"] for v in drawn} == {"f32", "fp8"}
+    assert {v.assignment["s0"] for v in drawn} == {"f32", "int8"}
 
 
 def draw_joint(lab: ModuleType, **more: object) -> tuple:
