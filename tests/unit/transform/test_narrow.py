@@ -302,3 +302,38 @@ def test_a_projection_alone_takes_over_its_branch() -> None:
         return float((found - wanted).square().mean() / wanted.var())
 
     assert error(fitted) < error(keep_units(small, axes, keep))
+
+
+class Tied(nn.Module):
+    """A decoder's ends: the table of the tokens is what makes the scores as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(12, 8), nn.RMSNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.scores = nn.Linear(8, 12, bias=False)
+        self.scores.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.scores(self.norm(x + self.down(self.up(x).relu())))
+
+
+def test_a_tied_table_counts_as_a_reader_once_and_is_not_refitted() -> None:
+    ids = torch.randint(0, 12, (32, 5))
+    call, tensors = flatten_item(ids[:2], "example")
+    graph = capture(Tied().eval(), Samples(call, tensors)).graph
+    axes, statistics = analyse_axes(graph), observed(graph, [(ids,)])
+    stream = next(site for site in width_sites(axes) if "table.weight" in site.members)
+    assert all("embedding" not in name for name in stream.ops)
+    found = width_statistics(axes, stream, statistics)
+    assert len(found.consumers) == len(stream.ops)
+    method = Prune(counts=lambda _: (5,))
+    change = method.apply(stream, method.propose(stream, found)[1], found)
+    kept = change.kept
+    assert kept is not None
+    moments = {name: statistics[name].moments for name in stream.ops}
+    cut = parameters_by_name(replaced(axes, change, found, moments).module)
+    whole = parameters_by_name(graph.module)
+    assert torch.equal(cut["table.weight"], whole["table.weight"][:, kept])
+    assert not torch.equal(cut["up.weight"], whole["up.weight"][:, kept])  # that one is
