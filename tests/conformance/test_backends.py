@@ -222,6 +222,29 @@ def test_float_build_computes_the_graph(
         assert_close(graph, built(backend, graph, some, choice), some, FLOAT)
 
 
+class Tagger(nn.Module):
+    """A recurrent layer that starts from nothing; its sizes appear in the op that makes the start."""
+
+    def __init__(self, layer: type[nn.LSTM | nn.GRU]) -> None:
+        super().__init__()
+        self.inner = layer(6, 8, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.inner(x)[0])
+        return y
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_recurrent_layers(backend: Backend, layer: type[nn.LSTM | nn.GRU]) -> None:
+    inputs = (random(3, 4, 6),)
+    graph = graph_of(seeded(Tagger(layer)), *inputs)
+    enabled = torch.backends.mkldnn.enabled
+    some = (inputs[0][:2],)
+    assert_close(graph, built(backend, graph, some, choices(backend, batch=2)[0]), some, FLOAT)
+    assert torch.backends.mkldnn.enabled == enabled
+
+
 def test_scalar_output(backend: Backend) -> None:
     class Total(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import attribute
+from tersor.graph.recurrence import unrolled
 from tersor.graph.split import Split
 
 _KEPT_WORLDS, _KEPT_OPS = 8, 8192  # shapes and a few nodes each: no data
@@ -114,7 +115,7 @@ class Decomposer:
         with self._lock:
             try:
                 world = self._worlds(key, lambda: _world(sizes))
-                with world.mode, torch.no_grad(), enable_python_dispatcher():
+                with world.mode, torch.no_grad(), enable_python_dispatcher(), unrolled():
                     made = _Lowering(self, world, graph, parts).run()
             except Exception:  # noqa: BLE001 - what torch can't trace alone it may trace as a whole
                 self._worlds.forget(key)

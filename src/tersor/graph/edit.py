@@ -97,6 +97,11 @@ def last_uses(module: fx.GraphModule) -> dict[str, list[str]]:
     return done
 
 
+def literals(node: fx.Node) -> str:
+    """What a node computes, its sources by name: differs where two graphs differ in that node."""
+    return f"{node.target} {node.args} {node.kwargs}"
+
+
 def stored_uses(module: fx.GraphModule) -> dict[str, int]:
     """How many operands of ops each stored tensor is: more than 1 where it is shared."""
     counts: dict[str, int] = {}

@@ -23,7 +23,14 @@ from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.slicing import cut, gone_from
 from tersor.graph.bends import ceiling_behind
 from tersor.graph.contracts import Graph
-from tersor.graph.edit import copy_graph, execute, parameters_by_name, rebuild, stored_uses
+from tersor.graph.edit import (
+    copy_graph,
+    execute,
+    literals,
+    parameters_by_name,
+    rebuild,
+    stored_uses,
+)
 from tersor.graph.meta import refresh
 from tersor.graph.operators import (
     WeightedOp,
@@ -197,7 +204,7 @@ class _Run:
         if old is None or any(s.name in self.dirty for s in node.all_input_nodes):
             return True
         if node.op != "get_attr":
-            return [s.name for s in old.all_input_nodes] != [s.name for s in node.all_input_nodes]
+            return literals(old) != literals(node)  # sizes in them may be the cut ones
         mine, whole = self.tensors[str(node.target)], self.stored.get(str(node.target))
         return whole is None or mine.shape != whole.shape or not torch.equal(mine, whole)
 

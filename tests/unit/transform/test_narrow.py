@@ -337,3 +337,27 @@ def test_a_tied_table_counts_as_a_reader_once_and_is_not_refitted() -> None:
     whole = parameters_by_name(graph.module)
     assert torch.equal(cut["table.weight"], whole["table.weight"][:, kept])
     assert not torch.equal(cut["up.weight"], whole["up.weight"][:, kept])  # that one is
+
+
+class Counted(nn.Module):
+    """A layer whose width stands in an op that reads no tensor: the state that it starts from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.inner(x)[0])
+        return y
+
+
+def test_an_op_that_only_names_the_width_runs_with_the_cut_one() -> None:
+    x = torch.randn(16, 5, 4)
+    call, tensors = flatten_item(x[:2], "example")
+    graph = capture(Counted().eval(), Samples(call, tensors)).graph
+    axes = analyse_axes(graph)
+    keep = {width_of(axes, next(s for s in width_sites(axes) if s.units == 8)).name: [0, 2, 4, 5]}
+    wanted = graph.run((x,))
+    small, cut_only = narrow(graph, axes, keep, [(x,)]).graph, keep_units(graph, axes, keep)
+    errors = [output_error(g.run((x,)), wanted, "values").mean() for g in (small, cut_only)]
+    assert errors[0] < errors[1]
