@@ -229,6 +229,10 @@ def test_batch(refuse: Any, batch: Any) -> None:
     refuse(ConfigError, f"batch: found {batch!r}", "at least 1", batch=batch)
 
 
+def test_seed(refuse: Any) -> None:
+    refuse(ConfigError, "seed: found -1", "at least 0", seed=-1)
+
+
 def test_no_such_backend(refuse: Any) -> None:
     refuse(ConfigError, "'nope'", "openvino", backend="nope")
 
