@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import tersor
-from tersor.api import as_target
 from tersor.api.result import Result
 from tersor.artifact.container import write_container
 from tersor.core.errors import (
@@ -33,6 +32,7 @@ from tersor.core.errors import (
     WeightError,
 )
 from tersor.core.store import Store, write_atomic
+from tersor.core.target import as_target
 from tests.e2e.helpers import Finished, Recorded, partial_files, records, warm_copy
 
 ANY = tersor.Target(drop_points=1)
