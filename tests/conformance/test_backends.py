@@ -222,6 +222,58 @@ def test_float_build_computes_the_graph(
         assert_close(graph, built(backend, graph, some, choice), some, FLOAT)
 
 
+class Tagger(nn.Module):
+    """A recurrent layer that starts from nothing; its sizes appear in the op that makes the start."""
+
+    def __init__(self, layer: type[nn.LSTM | nn.GRU]) -> None:
+        super().__init__()
+        self.inner = layer(6, 8, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.inner(x)[0])
+        return y
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_recurrent_layers(backend: Backend, layer: type[nn.LSTM | nn.GRU]) -> None:
+    inputs = (random(3, 4, 6),)
+    graph = graph_of(seeded(Tagger(layer)), *inputs)
+    enabled = torch.backends.mkldnn.enabled
+    some = (inputs[0][:2],)
+    assert_close(graph, built(backend, graph, some, choices(backend, batch=2)[0]), some, FLOAT)
+    assert torch.backends.mkldnn.enabled == enabled
+
+
+def test_ops_that_write_to_their_own_values(backend: Backend) -> None:
+    class Alike(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.cosine_similarity(x, y)
+
+    inputs = (random(2, 5), random(2, 5, seed=1))
+    graph = graph_of(Alike(), *inputs)
+    assert_close(graph, built(backend, graph, inputs, choices(backend)[0]), inputs, FLOAT)
+
+
+class Extremes(nn.Module):
+    """The largest and smallest of all steps, each alone in front of a layer, and side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.high, self.both = nn.Linear(24, 3), nn.Linear(48, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        high, low = x.amax(1), x.amin(1)
+        return self.high(high), self.both(torch.cat([high, low.relu()], 1))
+
+
+def test_int8_behind_a_maximum(backend: Backend) -> None:
+    inputs = (off_the_borders(3, 7, 24),)
+    graph = compressed(graph_of(seeded(Extremes()), *inputs), "int8", int8_limit(backend))
+    for choice in choices(backend):
+        assert_close(graph, built(backend, graph, inputs, choice), inputs, INTEGER)
+
+
 def test_scalar_output(backend: Backend) -> None:
     class Total(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

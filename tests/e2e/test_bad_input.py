@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import tersor
-from tersor.api import as_target
 from tersor.api.result import Result
 from tersor.artifact.container import write_container
 from tersor.core.errors import (
@@ -33,6 +32,7 @@ from tersor.core.errors import (
     WeightError,
 )
 from tersor.core.store import Store, write_atomic
+from tersor.core.target import as_target
 from tests.e2e.helpers import Finished, Recorded, partial_files, records, warm_copy
 
 ANY = tersor.Target(drop_points=1)
@@ -227,6 +227,10 @@ def test_a_target_that_no_plan_meets_gives_the_best_point(
 @pytest.mark.parametrize("batch", [0, -1, True])
 def test_batch(refuse: Any, batch: Any) -> None:
     refuse(ConfigError, f"batch: found {batch!r}", "at least 1", batch=batch)
+
+
+def test_seed(refuse: Any) -> None:
+    refuse(ConfigError, "seed: found -1", "at least 0", seed=-1)
 
 
 def test_no_such_backend(refuse: Any) -> None:

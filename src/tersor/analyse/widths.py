@@ -133,9 +133,13 @@ def _scorers(axes: Axes, width: Width) -> list[fx.Node]:
 
 
 def _readers(axes: Axes, width: Width) -> list[WeightedOp]:
-    """Linear maps that sum over the width."""
+    """Linear maps that sum over the width; an embedding with the weight of one only makes it."""
     reads = {c.tensor for c in width.couplings if c.role == "consumer"}
-    return [op for op in weighted_ops(axes.graph.module) if str(op.weight.target) in reads]
+    return [
+        op
+        for op in weighted_ops(axes.graph.module)
+        if op.kind != "embedding" and str(op.weight.target) in reads
+    ]
 
 
 def width_statistics(

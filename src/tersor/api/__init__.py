@@ -12,7 +12,7 @@ from tersor.core import registry
 from tersor.core.errors import ConfigError, MissingDependencyError
 from tersor.core.jsonable import from_json
 from tersor.core.records import BaselineRow, Check, Level, Plan
-from tersor.core.target import Target
+from tersor.core.target import Target, as_target
 
 if TYPE_CHECKING:
     from tersor.analyse.doctor import Doctor
@@ -458,19 +458,6 @@ def read_report(path: str | Path) -> "Report":
         raise ArtifactError(f"{path}: carries no report; it was not saved by a Result")
     report = from_json(Report, found, f"{path}, report")
     return replace(report, verdict=artifact.manifest.verdict or report.verdict)
-
-
-def as_target(target: Any) -> Target:
-    """A target from a Target, a text or a mapping."""
-    if isinstance(target, Target):
-        return target
-    if isinstance(target, str):
-        return Target.parse(target)
-    if isinstance(target, Mapping):
-        return Target.from_mapping(target)
-    raise ConfigError(
-        f"target: found {type(target).__name__}, wanted tersor.Target(...) or a text such as '2x'"
-    )
 
 
 def _require_torch(what: str) -> None:

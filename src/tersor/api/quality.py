@@ -108,6 +108,8 @@ class Watched:
         if not others or [len(a) for a in self.answers] != [len(a) for a in others]:
             return 0.0
         differ = torch.cat(self.answers) != torch.cat(list(others))
+        if not len(differ):  # it was called with no samples at all
+            return 0.0
         return math.sqrt(float(differ.double().mean()) / len(differ))
 
 

@@ -1,6 +1,7 @@
 """What ``compress`` returns: the plan, the model, the verdict, and ways to ask for more."""
 
 import datetime as dt
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +35,7 @@ from tersor.core.jsonable import digest, dumps, from_json, to_json
 from tersor.core.machine import describe_machine
 from tersor.core.records import ParetoPoint, Plan, Prices, Verdict
 from tersor.core.store import write_atomic
-from tersor.core.target import Target
+from tersor.core.target import Target, as_target
 from tersor.core.units import BYTES_PER_MB
 from tersor.graph.modules import GraphModule
 from tersor.observe.ranks import Parcel
@@ -291,9 +292,9 @@ class Result:
             store.put("pareto", key, kept)
         return kept.points
 
-    def resolve(self, target: Target) -> "Result":
+    def resolve(self, target: Target | str | Mapping[str, Any]) -> "Result":
         """Another result from the same tables, in seconds; its numbers are predicted."""
-        run = self._run
+        run, target = self._run, as_target(target)
         quality = Quality(run.session, target)
         task = task_for(run.session, run.offered, run.prices, self._choice.tables, quality)
         found = resolve_plan(task, self._comparable(quality))

@@ -74,6 +74,8 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
             raise ConfigError(f"batch: found {self.batch!r}, wanted a whole number of at least 1")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ConfigError(f"seed: found {self.seed!r}, wanted a whole number of at least 0")
         if self.recover is not None and not isinstance(self.recover, Recover):
             raise ConfigError(
                 f"recover: found {type(self.recover).__name__}, wanted tersor.Recover(seconds=...) "

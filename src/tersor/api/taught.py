@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.capture.samples import Call, Samples, as_carried, flatten_item
+from tersor.capture.samples import Call, Samples, as_carried, flatten_item, inputs_of
 from tersor.core.data import Data
 from tersor.core.errors import DataError
 from tersor.core.jsonable import digest
@@ -75,7 +75,7 @@ def read_taught(
 def _flat(
     item: Any, data: Data, signature: Signature, call: Call, where: str
 ) -> tuple[Tensor, ...]:
-    found, tensors = flatten_item(data.to_inputs(item) if data.to_inputs else item, where)
+    found, tensors = flatten_item(inputs_of(item, data, where), where)
     shapes = [tuple(t.shape[1:]) for t in tensors]
     wanted = [s.shape[1:] for s in signature.inputs]
     fits = len(shapes) == len(wanted) and all(

@@ -1,9 +1,11 @@
 """torch.export with a batch, and other dimensions, of any size; what it refuses, said by name."""
 
 import inspect
+import io
 import re
 import traceback
 from collections.abc import Collection
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -40,7 +42,10 @@ def export(
     for dim in (batch, torch.export.Dim.AUTO):
         shapes = _dynamic_shapes(model, args, kwargs, dim, dynamic)
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with redirect_stderr(io.StringIO()):  # torch prints the part of the graph that it has
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=shapes, strict=False
+                )
         except Exception as error:  # noqa: BLE001 - torch raises dozens of types; all are re-raised by name
             failure = failure or error
             continue

@@ -37,8 +37,13 @@ def open_model(model: Any) -> Model:
             ``torch.export.save`` wrote.
 
     Raises:
-        CaptureError: Something else, or a file that can't be read.
+        CaptureError: TorchScript, something else, or a file that can't be read.
     """
+    if isinstance(model, nn.Module) and any(map(_is_script, model.modules())):
+        raise CaptureError(
+            "model: found TorchScript (torch.jit), which can't be exported; wanted the nn.Module "
+            "that it was made from: build that, and load its state_dict() into it"
+        )
     if isinstance(model, Model):
         return model
     if not isinstance(model, str | Path):
@@ -51,6 +56,10 @@ def open_model(model: Any) -> Model:
         return read_pt2(path)
     way_out = _WAYS_OUT.get(path.suffix, "load it and pass the model")
     raise CaptureError(f"{path}: wanted an nn.Module, or the path of a .pt2; {way_out}")
+
+
+def _is_script(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def as_module(model: Model) -> nn.Module:

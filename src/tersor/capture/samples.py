@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersor.core.data import FRACTIONS, RESERVOIR, SPLITS, Data, Split
-from tersor.core.errors import DataError
+from tersor.core.data import FRACTIONS, MOST_READ, RESERVOIR, SPLITS, Data, Split
+from tersor.core.errors import DataError, TersorError
 from tersor.core.records import Signature, Structure
 
 TO_INPUTS = "tersor.Data(loader, to_inputs=lambda batch: batch[0])"
@@ -190,14 +190,14 @@ def _split(samples: Samples, seed: int) -> dict[Split, Samples]:
 
 
 def _read(items: Any, data: Data, part: str, seed: int) -> Samples:
-    """Read a stream of batches, keeping at most RESERVOIR samples (algorithm R)."""
+    """Read a stream of batches, keeping at most RESERVOIR of its first MOST_READ samples (algorithm R)."""
     rng = np.random.default_rng(seed)
     call: Call | None = None
     kept: list[tuple[Tensor, ...]] = []
     seen = 0
     for position, item in enumerate(_items(items)):
         where = f"{part}, item {position}"
-        found, tensors = flatten_item(data.to_inputs(item) if data.to_inputs else item, where)
+        found, tensors = flatten_item(inputs_of(item, data, where), where)
         if call is not None and found != call:
             raise DataError(f"{where}: passed in another form than the items before it")
         call = found
@@ -206,12 +206,33 @@ def _read(items: Any, data: Data, part: str, seed: int) -> Samples:
             if slot < RESERVOIR:  # a copy: loaders reuse their buffers, and a view keeps its batch
                 kept[slot : slot + 1] = [tuple(t.clone() for t in row)]
             seen += 1
+        if seen >= MOST_READ:
+            break
     if call is None or not kept:
         raise DataError(
             f"{part}: found no samples, wanted a few dozen representative inputs; "
             "an iterator that was already used up is empty, too"
         )
     return _grouped(call, kept, part)
+
+
+def inputs_of(item: Any, data: Data, where: str) -> Any:
+    """What the caller's ``to_inputs`` makes of an item.
+
+    Raises:
+        DataError: It raised.
+    """
+    if data.to_inputs is None:
+        return item
+    try:
+        return data.to_inputs(item)
+    except TersorError:
+        raise
+    except Exception as error:  # the caller's own code, whatever it raises
+        raise DataError(
+            f"{where}: to_inputs raised {type(error).__name__}: {error}; it was given a "
+            f"{type(item).__name__}, as the data yields it, and has to return the model's inputs"
+        ) from error
 
 
 def _items(items: Any) -> Iterator[Any]:

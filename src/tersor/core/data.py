@@ -10,6 +10,7 @@ from tersor.core.records import OutputKind
 Split = Literal["calibration", "search", "test"]
 SPLITS: tuple[Split, ...] = ("calibration", "search", "test")
 RESERVOIR = 4096  # samples kept of a longer stream
+MOST_READ = 16 * RESERVOIR  # samples that are looked at: a stream may be endless, or take hours
 FRACTIONS = (0.6, 0.2, 0.2)
 ENOUGH_TEST_SAMPLES = 30  # below, a verdict on quality says "unknown"
 
@@ -20,7 +21,8 @@ class Data:
 
     Args:
         iterable: Inputs of the model, one batch an item: a tensor, a tuple of positional
-            arguments or a dict of keyword arguments. Split 60/20/20 by sample and seed.
+            arguments or a dict of keyword arguments. Split 60/20/20 by sample and seed. Of a long
+            stream, 4,096 of the first 65,536 samples are kept: shuffle what lies in some order.
         to_inputs: Turns an item into inputs, for example ``lambda batch: batch[0]`` for a loader
             that also yields labels.
         calibration: Inputs for the statistics; with ``search`` and ``test`` in place of

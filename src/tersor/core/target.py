@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import ConfigError, TargetError
 from tersor.core.units import parse_quantity
 
 _DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -107,6 +107,24 @@ class Target:
     def describe(self) -> str:
         """The budgets in one line, in a form that ``parse`` reads."""
         return ", ".join(f"{name}={value:g}" for name, value in self.budgets().items())
+
+
+def as_target(target: object) -> Target:
+    """A target from a Target, a text or a mapping.
+
+    Raises:
+        ConfigError: Something else.
+        TargetError: A text or a mapping that can't be read.
+    """
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, str):
+        return Target.parse(target)
+    if isinstance(target, Mapping):
+        return Target.from_mapping(target)
+    raise ConfigError(
+        f"target: found {type(target).__name__}, wanted tersor.Target(...) or a text such as '2x'"
+    )
 
 
 def _checked(name: str, value: object) -> float:

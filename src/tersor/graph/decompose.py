@@ -30,6 +30,8 @@ from torch.utils import _pytree as pytree
 
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import attribute
+from tersor.graph.mutation import has_mutation, remove_mutation
+from tersor.graph.recurrence import unrolled
 from tersor.graph.split import Split
 
 _KEPT_WORLDS, _KEPT_OPS = 8, 8192  # shapes and a few nodes each: no data
@@ -114,7 +116,7 @@ class Decomposer:
         with self._lock:
             try:
                 world = self._worlds(key, lambda: _world(sizes))
-                with world.mode, torch.no_grad(), enable_python_dispatcher():
+                with world.mode, torch.no_grad(), enable_python_dispatcher(), unrolled():
                     made = _Lowering(self, world, graph, parts).run()
             except Exception:  # noqa: BLE001 - what torch can't trace alone it may trace as a whole
                 self._worlds.forget(key)
@@ -141,7 +143,11 @@ class Decomposer:
 
         # Tensors of one kind are one object here, and tracing tells values apart by the object.
         given = [_twin(leaves[i]) for i in places]
-        return make_fx(call, decomposition_table=self._python)(*given).graph
+        found = make_fx(call, decomposition_table=self._python)(*given).graph
+        remove_mutation(found)  # some ops write to values of their own, cosine_similarity for one
+        if has_mutation(found):
+            raise TypeError(f"{node.target} writes to a tensor that another name shows")
+        return found
 
 
 def _twin(leaf: Any) -> Any:

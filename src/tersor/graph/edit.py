@@ -95,3 +95,17 @@ def last_uses(module: fx.GraphModule) -> dict[str, list[str]]:
     for source, node_name in last.items():
         done.setdefault(node_name, []).append(source)
     return done
+
+
+def literals(node: fx.Node) -> str:
+    """What a node computes, its sources by name: differs where two graphs differ in that node."""
+    return f"{node.target} {node.args} {node.kwargs}"
+
+
+def stored_uses(module: fx.GraphModule) -> dict[str, int]:
+    """How many operands of ops each stored tensor is: more than 1 where it is shared."""
+    counts: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            counts[str(node.target)] = counts.get(str(node.target), 0) + len(node.users)
+    return counts

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tersor.core.errors import BackendError, MissingDependencyError
+from tersor.graph.recurrence import unrolled
 
 NEEDS = ("onnx", "onnxscript")
 REMEDY = "pip install 'tersor[onnx]'"
@@ -30,7 +31,7 @@ def to_onnx(
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         raise MissingDependencyError(f"writing ONNX needs {missing[0]}; {REMEDY}")
-    with _quiet():
+    with _quiet(), unrolled():
         try:
             converted = torch.onnx.export(
                 program,

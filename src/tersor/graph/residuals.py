@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from tersor.graph.axes.macs import node_macs
 from tersor.graph.axes.rulebook import sizes_of
 from tersor.graph.contracts import Graph
-from tersor.graph.edit import attribute
+from tersor.graph.edit import attribute, stored_uses
 from tersor.graph.meta import ensure
 from tersor.graph.mutation import written_to
 from tersor.graph.operators import WeightedOp, weighted_ops
@@ -114,7 +114,7 @@ class _Search:
         self.ops = {op.node: op for op in found}
         self.paths = {node: _module_path(op) for node, op in self.ops.items()}
         self.names: set[str] = set()
-        self._uses = _reader_counts(self.nodes)
+        self._uses = stored_uses(graph.module)
         self._reached: dict[fx.Node, set[fx.Node]] = {}
 
     def branches(self) -> Iterator[Branch]:
@@ -293,14 +293,6 @@ def _is_data(node: fx.Node) -> bool:
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(sizes_of(node.meta["val"]))
-
-
-def _reader_counts(nodes: Sequence[fx.Node]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for node in nodes:
-        if node.op == "get_attr":
-            counts[str(node.target)] = counts.get(str(node.target), 0) + len(node.users)
-    return counts
 
 
 def _module_path(op: WeightedOp) -> tuple[str, ...]:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, fx
 
 from tersor.graph.contracts import Graph
-from tersor.graph.edit import Environment, attribute, execute, last_uses, parameters_by_name
+from tersor.graph.edit import (
+    Environment,
+    attribute,
+    execute,
+    last_uses,
+    literals,
+    parameters_by_name,
+)
 from tersor.graph.mutation import has_mutation
 
 
@@ -59,7 +66,7 @@ class Original:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._literals = {node.name: _literals(node) for node in graph.module.graph.nodes}
+        self._literals = {node.name: literals(node) for node in graph.module.graph.nodes}
         self._stored = parameters_by_name(graph.module)
         self._done = last_uses(graph.module)
         self._writes = has_mutation(graph.module.graph)
@@ -97,7 +104,7 @@ class Original:
     def _is_changed(self, module: fx.GraphModule, node: fx.Node) -> bool:
         if node.op == "get_attr":
             return self._is_new(module, str(node.target))
-        return _literals(node) != self._literals.get(node.name)
+        return literals(node) != self._literals.get(node.name)
 
     def _is_new(self, module: fx.GraphModule, name: str) -> bool:
         if name not in self._stored:
@@ -114,7 +121,3 @@ class Original:
 
 def _output(module: fx.GraphModule) -> str:
     return str(next(node.name for node in module.graph.nodes if node.op == "output"))
-
-
-def _literals(node: fx.Node) -> str:
-    return f"{node.target} {node.args} {node.kwargs}"

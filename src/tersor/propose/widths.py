@@ -10,10 +10,7 @@ from tersor.core.records import Candidate, OutputKind
 from tersor.graph.axes import Axes, Width, keep_units
 from tersor.graph.axes.heads import heads_of, turned
 from tersor.graph.contracts import Graph, HeadStatistics, SiteChange, WidthStatistics
-from tersor.graph.edit import (
-    copy_graph,
-    rebuild,
-)
+from tersor.graph.edit import copy_graph, rebuild, stored_uses
 from tersor.graph.operators import WeightedOp, weighted_ops
 from tersor.observe.ranks import ALONE, RankGroup
 from tersor.ops.head_turns import turned_consumer
@@ -32,6 +29,9 @@ def replaced(
 ) -> Graph:
     """The original with one width cut and the linear maps that read it refitted.
 
+    Maps that share their weight with another op (a tied embedding, a module called twice) keep it,
+    as they do when the final weights are fitted: one of them can't be fitted without the other.
+
     Args:
         axes: The original's widths.
         change: Units that stay.
@@ -42,9 +42,12 @@ def replaced(
     base = _turned(axes, change)
     fresh, tensors = copy_graph(base.module)
     ops = {op.node.name: op for op in weighted_ops(axes.graph.module)}
+    uses = stored_uses(axes.graph.module)
     readers = [name for name in change.site.ops if name in ops]  # none of experts and scores
     for name, given in zip(readers, statistics.consumers, strict=True):
         op, consumer, mean = ops[name], given, means(moments[name])[0]
+        if uses[str(op.weight.target)] > 1:
+            continue
         if change.turn and statistics.heads is not None:
             consumer, mean = _on_turned(consumer, mean, change, statistics.heads)
         kept = kept_columns(consumer.columns, consumer.weight.shape[2], change.kept)

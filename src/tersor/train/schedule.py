@@ -61,7 +61,8 @@ class Schedule:
             raise ConfigError(
                 f"total_steps={self.total_steps} is too small: {looks} looks at the scores between "
                 f"{self.begin:.0%} and {self.end:.0%} of the run, wanted {FEWEST_LOOKS}; train for "
-                f"{least} steps, or set every={max(1, (self.last - self.first) // FEWEST_LOOKS)}"
+                f"{least} steps, or give schedule=tersor.train.Schedule(total_steps={self.total_steps}, "
+                f"every={max(1, (self.last - self.first) // FEWEST_LOOKS)})"
             )
 
     @property

@@ -23,7 +23,14 @@ from tersor.graph.axes.labels import Flags
 from tersor.graph.axes.slicing import cut, gone_from
 from tersor.graph.bends import ceiling_behind
 from tersor.graph.contracts import Graph
-from tersor.graph.edit import copy_graph, execute, parameters_by_name, rebuild
+from tersor.graph.edit import (
+    copy_graph,
+    execute,
+    literals,
+    parameters_by_name,
+    rebuild,
+    stored_uses,
+)
 from tersor.graph.meta import refresh
 from tersor.graph.operators import (
     WeightedOp,
@@ -169,7 +176,7 @@ class _Run:
         self.batches = [_Batch({}, {}, token_mask(graph.signature, flat)) for flat in batches]
         self.steps = _merged(graph.module, self.module)
         self._done = self._last_uses()
-        self._uses = _use_counts(self.module)
+        self._uses = stored_uses(self.module)
 
     def step(self, step: _Step) -> None:
         """Run a node; one of the new graph is dirty once it differs from the original."""
@@ -197,7 +204,7 @@ class _Run:
         if old is None or any(s.name in self.dirty for s in node.all_input_nodes):
             return True
         if node.op != "get_attr":
-            return [s.name for s in old.all_input_nodes] != [s.name for s in node.all_input_nodes]
+            return literals(old) != literals(node)  # sizes in them may be the cut ones
         mine, whole = self.tensors[str(node.target)], self.stored.get(str(node.target))
         return whole is None or mine.shape != whole.shape or not torch.equal(mine, whole)
 
@@ -390,11 +397,3 @@ def _others(node: fx.Node) -> list[fx.Node]:
         return []
     args = [a for a in users[0].args if isinstance(a, fx.Node) and a is not node]
     return [a for a in args if a.op != "get_attr"]
-
-
-def _use_counts(module: fx.GraphModule) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            found[str(node.target)] = found.get(str(node.target), 0) + len(node.users)
-    return found

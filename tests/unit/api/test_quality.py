@@ -58,3 +58,7 @@ def test_what_is_no_row_of_logits_a_sample_says_nothing(output: Any) -> None:
 
 def test_calls_that_do_not_match_say_nothing() -> None:
     assert asked([logits([0, 1])]).error([torch.tensor([0]), torch.tensor([1])]) == 0
+
+
+def test_no_answers_differ_by_nothing() -> None:
+    assert asked([torch.zeros(0, 5)]).error([torch.zeros(0, dtype=torch.int64)]) == 0

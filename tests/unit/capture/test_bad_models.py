@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from tersor.capture.module import capture
+from tersor.capture.programs import open_model
 from tersor.core.errors import CaptureError, TersorError, WeightError
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import parameters_by_name
@@ -272,3 +273,10 @@ def test_zero_size_dimensions() -> None:
     model = Layered(lambda m, y: torch.cat([y, m.none]))
     model.register_buffer("none", torch.zeros(0, 4))
     handled(model, random(4, 4))
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_torchscript_is_refused_with_the_way_out(*, within: bool) -> None:
+    script: nn.Module = torch.jit.trace(nn.Linear(4, 2), torch.zeros(1, 4))
+    with pytest.raises(CaptureError, match=r"TorchScript.*nn\.Module.*state_dict"):
+        open_model(nn.Sequential(script) if within else script)

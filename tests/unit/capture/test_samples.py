@@ -19,7 +19,7 @@ from tersor.capture.samples import (
     flatten_item,
     varying,
 )
-from tersor.core.data import RESERVOIR, SPLITS, Data
+from tersor.core.data import MOST_READ, RESERVOIR, SPLITS, Data
 from tersor.core.errors import DataError
 from tersor.core.records import Signature, Structure, TensorSpec
 
@@ -71,6 +71,27 @@ def test_the_reservoir_is_bounded_and_fair() -> None:
     # Each fifth of the stream keeps a fifth: binomial, five deviations of it.
     shares = np.histogram(kept, bins=5, range=(0, count))[0] / len(kept)
     assert np.abs(shares - 0.2).max() < 5 * (0.2 * 0.8 / len(kept)) ** 0.5
+
+
+def test_an_endless_stream_ends() -> None:
+    read = 0
+
+    def endless() -> Iterator[Tensor]:
+        nonlocal read
+        while True:
+            read += 1000
+            yield torch.zeros(1000, 1)
+
+    parts = collect(Data(endless()), 0)
+    assert sum(len(p) for p in parts.values()) == RESERVOIR
+    assert MOST_READ <= read < MOST_READ + 1000
+
+
+def test_to_inputs_that_raises_is_named_with_the_item() -> None:
+    items = [{"image": torch.zeros(2, 1)}, {"picture": torch.zeros(2, 1)}]
+    data = Data(items, to_inputs=lambda item: item["image"])
+    with pytest.raises(DataError, match=r"data, item 1: to_inputs raised KeyError: 'image'.*dict"):
+        collect(data, 0)
 
 
 def test_up_to_the_bound_everything_is_kept() -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tersor.core.errors import TargetError
+from tersor.core.errors import ConfigError, TargetError
 from tersor.core.jsonable import from_json, to_json
-from tersor.core.target import Target
+from tersor.core.target import Target, as_target
 
 ONE_OF_EACH = {
     "speedup": 2.0,
@@ -125,3 +125,11 @@ def test_parse_refuses(text: str, message: str):
 def test_a_target_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Target(speedup=2.0).speedup = 3.0  # type: ignore[misc]
+
+
+def test_a_target_is_taken_in_three_forms():
+    wanted = Target(speedup=2, drop_points=0.5)
+    assert as_target(wanted) is wanted
+    assert as_target("2x, 0.5 pt") == as_target({"speedup": 2, "drop_points": "0.5 pt"}) == wanted
+    with pytest.raises(ConfigError, match=r"found float, wanted tersor\.Target"):
+        as_target(2.0)

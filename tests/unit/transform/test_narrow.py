@@ -302,3 +302,62 @@ def test_a_projection_alone_takes_over_its_branch() -> None:
         return float((found - wanted).square().mean() / wanted.var())
 
     assert error(fitted) < error(keep_units(small, axes, keep))
+
+
+class Tied(nn.Module):
+    """A decoder's ends: the table of the tokens is what makes the scores as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(12, 8), nn.RMSNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.scores = nn.Linear(8, 12, bias=False)
+        self.scores.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.scores(self.norm(x + self.down(self.up(x).relu())))
+
+
+def test_a_tied_table_counts_as_a_reader_once_and_is_not_refitted() -> None:
+    ids = torch.randint(0, 12, (32, 5))
+    call, tensors = flatten_item(ids[:2], "example")
+    graph = capture(Tied().eval(), Samples(call, tensors)).graph
+    axes, statistics = analyse_axes(graph), observed(graph, [(ids,)])
+    stream = next(site for site in width_sites(axes) if "table.weight" in site.members)
+    assert all("embedding" not in name for name in stream.ops)
+    found = width_statistics(axes, stream, statistics)
+    assert len(found.consumers) == len(stream.ops)
+    method = Prune(counts=lambda _: (5,))
+    change = method.apply(stream, method.propose(stream, found)[1], found)
+    kept = change.kept
+    assert kept is not None
+    moments = {name: statistics[name].moments for name in stream.ops}
+    cut = parameters_by_name(replaced(axes, change, found, moments).module)
+    whole = parameters_by_name(graph.module)
+    assert torch.equal(cut["table.weight"], whole["table.weight"][:, kept])
+    assert not torch.equal(cut["up.weight"], whole["up.weight"][:, kept])  # that one is
+
+
+class Counted(nn.Module):
+    """A layer whose width stands in an op that reads no tensor: the state that it starts from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.inner(x)[0])
+        return y
+
+
+def test_an_op_that_only_names_the_width_runs_with_the_cut_one() -> None:
+    x = torch.randn(16, 5, 4)
+    call, tensors = flatten_item(x[:2], "example")
+    graph = capture(Counted().eval(), Samples(call, tensors)).graph
+    axes = analyse_axes(graph)
+    keep = {width_of(axes, next(s for s in width_sites(axes) if s.units == 8)).name: [0, 2, 4, 5]}
+    wanted = graph.run((x,))
+    small, cut_only = narrow(graph, axes, keep, [(x,)]).graph, keep_units(graph, axes, keep)
+    errors = [output_error(g.run((x,)), wanted, "values").mean() for g in (small, cut_only)]
+    assert errors[0] < errors[1]

@@ -25,6 +25,7 @@ from tersor.graph.split import Activation, Addition, Operation, Weight, split
 _PRODUCTS = {"linear": ("MatMul",), "conv": ("Convolution", "GroupConvolution")}
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 _ALIGNING = ("Convert", "ConvertLike")
+_EXTREMES = frozenset({"ReduceMax", "ReduceMin"})
 _AUTOMATIC = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")  # names that count what a process has made
 
 
@@ -73,6 +74,8 @@ class Assembly:
         for addition in additions:
             self._add(addition, adds)
         self._round_early()
+        if self._quantized:
+            _keep_extremes_whole(self._model)
         self._crossings.cancel(self._model)
         self._model.validate_nodes_and_infer_types()
         _settle_names(self._model)
@@ -254,6 +257,22 @@ def _before_padding(node: Any, name: str) -> Any:
         reader = source.input(0)
         source = reader.get_source_output().get_node()
     return reader
+
+
+def _keep_extremes_whole(model: Any) -> None:
+    """Read every largest and smallest value twice, so that nothing behind it is fused into it.
+
+    OpenVINO's CPU kernel gives wrong numbers where it rounds the result itself (2026.4.1, AVX2: 55 %
+    of the output's scale in a linear layer behind a maximum over time). It fuses with a single
+    reader only; the maximum of a value and itself is the value.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() in _EXTREMES:
+            readers = list(node.output(0).get_target_inputs())
+            twice = op.maximum(node.output(0), node.output(0))
+            twice.set_friendly_name(f"{_base(node)}/Maximum")
+            for reader in readers:
+                reader.replace_source_output(twice.output(0))
 
 
 def _pads_zeros(node: Any) -> bool:

@@ -29,6 +29,7 @@ from tersor.backends.openvino.failures import conversion_failed
 from tersor.graph.contracts import Graph
 from tersor.graph.decompose import Decomposer
 from tersor.graph.floats import Lowered, exported_floats
+from tersor.graph.recurrence import unrolled
 from tersor.graph.split import Split
 
 _KEPT_HINTS = {"fused_names_0"}
@@ -107,7 +108,7 @@ def _decompose(graph: Graph, parts: Split) -> tuple[fx.GraphModule, Mapping[str,
     if quick is not None:
         return quick.module, quick.sources
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), unrolled():
             warnings.simplefilter("ignore")  # of torch's own export internals
             program, names = exported_floats(graph, parts)
             decomposed = program.run_decompositions(_decompositions())
