@@ -1,25 +1,34 @@
-"""All families of methods under one size, against each of them alone: ``python -m benchmarks.families``.
+"""All families of methods under one size, against each of them alone.
+
+    python -m benchmarks.families --case resnet20 --size-ratio 6 --quick
+    python -m benchmarks.families --print
 
 One target on the size of the saved file, and nothing else: what is compared is what each family keeps of
 the model there, on a test part that no build has seen. Together means that the plan chooses among all
 of them, layer by layer. A family that does not reach the size alone says how far it came.
+
+All families of a case share one store, so that a build is priced once; together comes first, as its table
+holds for fewer choices. Seconds are therefore no comparison.
 """
 
 import argparse
 import json
 import tempfile
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks import record
-from benchmarks.first_light import PIPE_WIDTH, make_case
+from benchmarks.first_light import PIPE_WIDTH
 from tersor import api
-from tersor.cli.demo.models import CASES, Case
+from tersor.cli.demo.compare import QUICK_SENTENCES
+from tersor.cli.demo.models import CASES, Accuracy, Case, minilm
 from tersor.cli.progress import make_progress
 from tersor.core.jsonable import to_json
 from tersor.core.progress import Progress
@@ -28,8 +37,9 @@ from tersor.core.target import Target
 
 NAME = "families"
 SIZE_RATIO = 8.0
-ALONE = ("quantize", "prune", "sparsify", "codebook", "lowrank")
-FAMILIES: Mapping[str, tuple[str, ...]] = {**{name: (name,) for name in ALONE}, "together": ALONE}
+QUICK_IMAGES = 500  # of the search, whose looks are most of the time
+ALONE = ("quantize", "codebook", "sparsify", "lowrank", "prune")
+FAMILIES: Mapping[str, tuple[str, ...]] = {"together": ALONE, **{name: (name,) for name in ALONE}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +53,10 @@ class FamilyRow:
         size_ratio: What was asked for.
         size_check: Whether the file is that small.
         size_bytes, original_bytes: Of the saved file, and of the model's parameters.
+        weight_bytes: Of the file: what holds the weights. The rest is the graph, the build, and the manifest
+            with the report, which says more where more was on offer.
+        manifest_bytes: Of the file: the manifest with the report.
+        search_loss: Of the plan on the search part.
         metric_original, metric_result: On the test part, where the case has a metric.
         agreement: With the original on the test part, in the geometry of the output.
         agreement_p5: Its 5th percentile over samples.
@@ -61,6 +75,9 @@ class FamilyRow:
     size_check: Status
     size_bytes: int
     original_bytes: int
+    weight_bytes: int
+    manifest_bytes: int
+    search_loss: float | None
     metric_original: float | None
     metric_result: float | None
     agreement: float
@@ -73,25 +90,39 @@ class FamilyRow:
     seconds: float
 
 
-def row(case: Case, family: str, ratio: float, seed: int, progress: Progress) -> FamilyRow:
-    """Compress a case with one family, from an empty cache."""
+def make_case(name: str, *, quick: bool, seed: int) -> Case:
+    """One case; if ``quick`` with fewer samples to search on, and of MiniLM in all parts."""
+    if name == "minilm":
+        return minilm(QUICK_SENTENCES if quick else None, seed)
+    case = CASES[name]()
+    if not quick or not isinstance(case.metric, Accuracy):
+        return case
+    images, labels = case.metric.images[:QUICK_IMAGES], case.metric.labels[:QUICK_IMAGES]
+    return replace(case, search=(images,), metric=Accuracy(images, labels))
+
+
+def row(case: Case, family: str, ratio: float, seed: int, tools: tuple[str, Progress]) -> FamilyRow:
+    """Compress a case with one family; ``tools``: the folder of the store, and the progress."""
     methods, begun = FAMILIES[family], time.perf_counter()
-    with tempfile.TemporaryDirectory() as fresh:
-        result = api.compress(
-            case.model,
-            case.data(),
-            target=Target(size_ratio=ratio),
-            metric=case.metric,
-            test_metric=case.test_metric,
-            backend="openvino",
-            batch=case.batch,
-            methods=methods,
-            cache_dir=fresh,
-            seed=seed,
-            progress=progress,
-        )
-        verdict, plan = result.verdict, result.plan
+    result = api.compress(
+        case.model,
+        case.data(),
+        target=Target(size_ratio=ratio),
+        metric=case.metric,
+        test_metric=case.test_metric,
+        backend="openvino",
+        batch=case.batch,
+        methods=methods,
+        cache_dir=tools[0],
+        seed=seed,
+        progress=tools[1],
+    )
+    verdict, plan = result.verdict, result.plan
     size = next(check for check in verdict.checks if check.name == "size_ratio")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.tersor"
+        result.save(path)
+        parts = stored_bytes(path)
     return FamilyRow(
         case=case.name,
         family=family,
@@ -100,6 +131,9 @@ def row(case: Case, family: str, ratio: float, seed: int, progress: Progress) ->
         size_check=size.status,
         size_bytes=verdict.size_bytes,
         original_bytes=verdict.original_bytes,
+        weight_bytes=parts["weights.safetensors"],
+        manifest_bytes=parts["manifest.json"],
+        search_loss=plan.measured_error,
         metric_original=verdict.metric_original,
         metric_result=verdict.metric_result,
         agreement=verdict.agreement,
@@ -113,28 +147,87 @@ def row(case: Case, family: str, ratio: float, seed: int, progress: Progress) ->
     )
 
 
+def stored_bytes(path: Path) -> dict[str, int]:
+    """Entry of an artifact -> its bytes in the file."""
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename: info.compress_size for info in archive.infolist()}
+
+
+def recorded() -> Iterator[tuple[str, FamilyRow]]:
+    """What a run had in common, and each of its rows; the last one of equal ones."""
+    path = record.RESULTS / f"{NAME}.jsonl"
+    names = [f.name for f in fields(FamilyRow)]
+    found: dict[tuple[str, str], FamilyRow] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        known = json.loads(line)
+        row = FamilyRow(**{name: known["row"][name] for name in names})
+        place = f"{known['settings']['data']}; {known['settings']['search']} to search on"
+        place += f"; a file {row.size_ratio:g} times smaller; seed {known['seed']}"
+        found[place, row.family] = row
+    for (place, _), row in found.items():
+        yield place, row
+
+
+def tables() -> str:
+    """All that is recorded as Markdown, a part for each model and size."""
+    parts: dict[str, list[FamilyRow]] = {}
+    for place, found in recorded():
+        parts.setdefault(place, []).append(found)
+    lines: list[str] = []
+    for place, rows in parts.items():
+        heads = ["family", "kB", "of it weights", "metric", "agreement", "5 %", "layers by method"]
+        lines += [f"\n### {place}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        lines += [
+            _line(row) for row in sorted(rows, key=lambda row: list(FAMILIES).index(row.family))
+        ]
+    return "\n".join(lines)
+
+
+def _line(row: FamilyRow) -> str:
+    missed = "" if row.size_check == "pass" else " (missed)"
+    values = [
+        row.family,
+        f"{row.size_bytes / 1000:.0f}{missed}",
+        f"{row.weight_bytes / 1000:.0f}",
+        "" if row.metric_result is None else f"{row.metric_result:.4f}",
+        f"{row.agreement:.4f}",
+        f"{row.agreement_p5:.4f}",
+        ", ".join(f"{count} {name}" for name, count in sorted(row.made_by.items())),
+    ]
+    return "| " + " | ".join(values) + " |"
+
+
 def main() -> None:
     """Read the options and run; a JSON line after each family."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="All families under one size, and each alone.")
     parser.add_argument("--case", nargs="*", choices=sorted(CASES), default=["resnet20", "minilm"])
     parser.add_argument("--family", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--size-ratio", type=float, default=SIZE_RATIO)
-    parser.add_argument("--quick", action="store_true", help="fewer sentences")
+    parser.add_argument("--quick", action="store_true", help="fewer samples")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-dir", help="a store to go on from; default: a fresh one")
     parser.add_argument("--dry", action="store_true", help="write no results")
+    parser.add_argument("--print", action="store_true", help="only print what is recorded")
     options = parser.parse_args()
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=PIPE_WIDTH)
-    for name in options.case:
-        case = make_case(name, quick=options.quick, seed=options.seed)
-        for family in options.family:
-            with closing(make_progress(console)) as progress:
-                found = row(case, family, options.size_ratio, options.seed, progress)
-            console.print(json.dumps(to_json(found)))
-            if not options.dry:
-                about = {"quick": options.quick, "data": case.description}
-                record.append(NAME, [found], seed=options.seed, settings=about)
+    with tempfile.TemporaryDirectory() as fresh:
+        for name in () if options.print else options.case:
+            case = make_case(name, quick=options.quick, seed=options.seed)
+            run(case, options, options.cache_dir or fresh, console)
+    print(tables())
+
+
+def run(case: Case, options: argparse.Namespace, folder: str, console: Console) -> None:
+    """The families that are asked for, one after the other."""
+    about = {"data": case.description, "search": case.n_samples("search")}
+    for family in options.family:
+        with closing(make_progress(console)) as progress:
+            found = row(case, family, options.size_ratio, options.seed, (folder, progress))
+        console.print(json.dumps(to_json(found)))
+        if not options.dry:
+            record.append(NAME, [found], seed=options.seed, settings=about)
 
 
 if __name__ == "__main__":
