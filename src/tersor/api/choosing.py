@@ -22,7 +22,7 @@ from tersor.core.records import (
 )
 from tersor.core.target import Target
 from tersor.core.units import BYTES_PER_MB
-from tersor.plan.problem import native_levels
+from tersor.plan.problem import native_levels, undominated
 from tersor.plan.search import choose
 from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
@@ -93,7 +93,7 @@ def task_for(
     whole += _NAME_BYTES * len(session.formats)
     refused = {(r.site, r.level) for r in prices.refused}
     candidates = {
-        site: tuple(c for c in rows if (site, c.level) not in refused)
+        site: undominated([c for c in rows if (site, c.level) not in refused])
         for site, rows in offered.by_site().items()
     }
     covered = _native_bytes(candidates, prices)

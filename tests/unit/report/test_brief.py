@@ -39,7 +39,9 @@ def test_lines_of_the_plan_are_the_same(report: Report) -> None:
 
 
 def test_a_site_left_alone_does_not_say_that_nothing_was_offered(report: Report) -> None:
-    alone = next(s for s in report.sites if s.pinned is None and report.level(s) == report.native(s))
+    alone = next(
+        s for s in report.sites if s.pinned is None and report.level(s) == report.native(s)
+    )
     assert "is not in this report" in explain(brief(report), alone.name)["reason"]
 
 
