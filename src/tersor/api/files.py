@@ -28,6 +28,8 @@ _REPORT = "report"
 _RANGE_SAMPLES = 16  # whose outputs show the range
 _SIZE_ATTEMPTS, _TRIES_PER_TEXT = 40, 4
 _REPORT_SHARE = 1.9  # all of a report over its candidates, prices and sites, both deflated
+# Of a report in brief: as much, and what does not depend on the sites, in the two files that were looked at.
+_BRIEF_SHARE, _BRIEF_BYTES = 1.35, 1200
 _WHOLE_SHARE = 0.02  # of a budget of bytes: what a whole report may take of it
 
 
@@ -134,7 +136,11 @@ def artifact_size(
 
 def report_size(*records: Any) -> int:
     """About what a report takes in the file, from its largest records: 0 to 15 % too much."""
-    return round(_REPORT_SHARE * len(zlib.compress(dumps(list(records)).encode(), 9)))
+    return round(_REPORT_SHARE * _deflated(records))
+
+
+def _deflated(records: Sequence[Any]) -> int:
+    return len(zlib.compress(dumps(list(records)).encode(), 9))
 
 
 def carried_size(offers: Offers, prices: Prices, sites: Sequence[Site], most: float | None) -> int:
@@ -151,7 +157,8 @@ def carried_size(offers: Offers, prices: Prices, sites: Sequence[Site], most: fl
     native = native_levels(offers.by_site(), choice.precision, {})
     levels = {site: (level, native[site]) for site, level in longest.items()}
     table = prices.tables[0].choice if prices.tables else choice
-    return report_size(*chosen_alone(offers.candidates, prices, table, levels), sites)
+    records = [*chosen_alone(offers.candidates, prices, table, levels), sites]
+    return round(_BRIEF_SHARE * _deflated(records)) + _BRIEF_BYTES
 
 
 def is_brief(offers: Offers, prices: Prices, sites: Sequence[Site], most: float | None) -> bool:
