@@ -5,7 +5,7 @@
 
 One target on the size of the saved file, and nothing else: what is compared is what each family keeps of
 the model there, on a test part that no build has seen. Together means that the plan chooses among all
-of them, layer by layer. A family that does not reach the size alone says how far it came.
+of them, layer by layer; "no widths" leaves prune out. A family that does not reach the size alone says how far it came.
 
 All families of a case share one store, so that a build is priced once; together comes first, as its table
 holds for fewer choices. Seconds are therefore no comparison.
@@ -45,7 +45,11 @@ QUICK_SENTENCES: Mapping[Split, int] = {"calibration": 96, "search": 24, "test":
 QUICK_TOKENS = 64
 CHANGE_SAMPLES, CHANGE_BATCH = 2000, 50
 ALONE = ("quantize", "codebook", "sparsify", "lowrank", "prune")
-FAMILIES: Mapping[str, tuple[str, ...]] = {"together": ALONE, **{name: (name,) for name in ALONE}}
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "together": ALONE,
+    "together, no widths": ALONE[:-1],
+    **{name: (name,) for name in ALONE},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
