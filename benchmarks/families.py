@@ -71,7 +71,8 @@ class FamilyRow:
         agreement: With the original on the test part, in the geometry of the output.
         agreement_p5: Its 5th percentile over samples.
         change: Mean change of the outputs on the first of the test part, by ``graph.geometry``: the divergence
-            from the original's classes, or the squared error over the variance. Finer than a metric.
+            from the original's classes, or the squared error over the variance. Finer than a metric. None in
+            rows from before it was worked out.
         test_samples: How many agreement is from.
         returned_baseline: Whether no plan was better than the best uncompressed build.
         levels: How many sites have each level.
@@ -94,7 +95,7 @@ class FamilyRow:
     metric_result: float | None
     agreement: float
     agreement_p5: float
-    change: float
+    change: float | None
     test_samples: int
     returned_baseline: bool
     levels: Mapping[str, int]
@@ -202,7 +203,7 @@ def recorded() -> Iterator[tuple[str, FamilyRow]]:
     found: dict[tuple[str, str], FamilyRow] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         known = json.loads(line)
-        row = FamilyRow(**{name: known["row"][name] for name in names})
+        row = FamilyRow(**{name: known["row"].get(name) for name in names})
         place = f"{known['settings']['data']}; {known['settings']['search']} to search on"
         place += f"; a file {row.size_ratio:g} times smaller; seed {known['seed']}"
         found[place, row.family] = row
@@ -241,7 +242,7 @@ def _line(row: FamilyRow) -> str:
         f"{row.weight_bytes / 1000:.0f}",
         "" if row.metric_result is None else f"{row.metric_result:.4f}",
         f"{row.agreement:.4f}",
-        f"{row.change:.2e}",
+        "" if row.change is None else f"{row.change:.2e}",
         ", ".join(f"{count} {name}" for name, count in sorted(row.made_by.items())),
     ]
     return "| " + " | ".join(values) + " |"

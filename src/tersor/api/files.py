@@ -31,7 +31,7 @@ _REPORT_SHARE = 1.9  # all of a report over its candidates, prices and sites, bo
 # Of a report in brief: as much, and what does not depend on the sites. In three files of ResNet-20 that is 1 to 3 kB
 # too much: what int8 ops add to a graph and its build, some 400 bytes each, is counted nowhere else.
 _BRIEF_SHARE, _BRIEF_BYTES = 1.5, 1200
-_WHOLE_SHARE = 0.02  # of a budget of bytes: what a whole report may take of it
+_WHOLE_SHARE = 0.05  # of a budget of bytes: what a whole report may take of it
 
 
 @dataclass(frozen=True, kw_only=True)
