@@ -28,8 +28,8 @@ _REPORT = "report"
 _RANGE_SAMPLES = 16  # whose outputs show the range
 _SIZE_ATTEMPTS, _TRIES_PER_TEXT = 40, 4
 _REPORT_SHARE = 1.9  # all of a report over its candidates, prices and sites, both deflated
-# Of a report in brief: as much, and what does not depend on the sites. In three files of ResNet-20 that is 1 to 3 kB
-# too much: what int8 ops add to a graph and its build, some 400 bytes each, is counted nowhere else.
+# Of a report in brief: as much, and what does not depend on the sites; on ResNet-20 about 1 kB too much, as what
+# int8 ops add to a graph and its build is counted nowhere else.
 _BRIEF_SHARE, _BRIEF_BYTES = 1.5, 1200
 _WHOLE_SHARE = 0.05  # of a budget of bytes: what a whole report may take of it
 
