@@ -14,7 +14,7 @@ LAYER_TABLES: Mapping[str, Callable[..., None]] = {
 }
 MODELS: Mapping[str, tuple[str, ...]] = {
     "rounding": ("minilm", "resnet20", "lm"),
-    "lowrank": ("minilm", "resnet20", "lm"),
+    "lowrank": ("lenet5", "resnet20", "lm", "minilm"),
     "sparsity": ("minilm", "resnet20", "lm"),
     "structured": ("lenet5", "resnet20"),
     "cost": ("minilm", "square"),

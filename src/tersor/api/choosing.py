@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tersor.api.files import artifact_size, report_size
+from tersor.api.files import artifact_size, carried_size
 from tersor.api.latency import measure_calls
 from tersor.api.looking import Looks
 from tersor.api.proposing import Offers
@@ -22,7 +22,7 @@ from tersor.core.records import (
 )
 from tersor.core.target import Target
 from tersor.core.units import BYTES_PER_MB
-from tersor.plan.problem import native_levels
+from tersor.plan.problem import native_levels, undominated
 from tersor.plan.search import choose
 from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
@@ -60,16 +60,21 @@ def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes:
     times = [target.latency_ms]
     if target.speedup is not None:
         times.append(prices.baseline.timing.median_ms / target.speedup)
-    sizes = [None if target.size_mb is None else target.size_mb * BYTES_PER_MB]
-    if target.size_ratio is not None:
-        sizes.append(original_bytes / target.size_ratio)
     max_ms = min((t for t in times if t is not None), default=None)
-    max_bytes = min((s for s in sizes if s is not None), default=None)
+    max_bytes = budget_bytes(target, original_bytes)
     limit = quality.limit()
     if max_ms is None and max_bytes is None and limit is None:  # peak memory alone
         max_ms = prices.baseline.timing.median_ms
     max_peak = None if target.peak_mb is None else target.peak_mb * BYTES_PER_MB
     return Limits(max_ms=max_ms, max_bytes=max_bytes, max_loss=limit, max_peak=max_peak)
+
+
+def budget_bytes(target: Target, original_bytes: int) -> float | None:
+    """Bytes that the target allows the file to take; None where it does not say."""
+    sizes = [None if target.size_mb is None else target.size_mb * BYTES_PER_MB]
+    if target.size_ratio is not None:
+        sizes.append(original_bytes / target.size_ratio)
+    return min((s for s in sizes if s is not None), default=None)
 
 
 def task_for(
@@ -83,11 +88,12 @@ def task_for(
     assert prices.baseline.choice is not None
     built = build_for(session, session.graph, prices.baseline.choice)
     whole = artifact_size(session, session.graph, built)
-    whole += report_size(offered.candidates, prices, session.sites)
+    limits = limits_for(quality.target, prices, quality, session.original_bytes)
+    whole += carried_size(offered, prices, session.sites, limits.max_bytes)
     whole += _NAME_BYTES * len(session.formats)
     refused = {(r.site, r.level) for r in prices.refused}
     candidates = {
-        site: tuple(c for c in rows if (site, c.level) not in refused)
+        site: undominated([c for c in rows if (site, c.level) not in refused])
         for site, rows in offered.by_site().items()
     }
     covered = _native_bytes(candidates, prices)
@@ -96,7 +102,7 @@ def task_for(
         tables=tuple(tables),
         tensors=session.tensors,
         fixed_bytes=max(0, whole - covered),
-        limits=limits_for(quality.target, prices, quality, session.original_bytes),
+        limits=limits,
         baseline=prices.baseline,
         pinned={s.name: s.pinned for s in session.sites if s.pinned is not None},
         seed=session.settings.seed,

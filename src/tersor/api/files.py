@@ -10,21 +10,28 @@ import torch
 from torch import Tensor
 
 from tersor._version import __version__
+from tersor.api.proposing import Offers
 from tersor.api.session import Session
 from tersor.artifact.file import Artifact, ArtifactFile, artifact_bytes
 from tersor.artifact.manifest import Manifest, Range, Ranges
 from tersor.artifact.tensors import RawTensor
 from tersor.build.build import Built
 from tersor.core.jsonable import dumps, to_json
-from tersor.core.records import BuildChoice, Plan, TensorSpec, Verdict
+from tersor.core.records import BuildChoice, Plan, Prices, Site, TensorSpec, Verdict
 from tersor.graph.contracts import Graph
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
+from tersor.plan.problem import native_levels
+from tersor.report.brief import chosen_alone
 from tersor.report.record import Report
 
 _REPORT = "report"
 _RANGE_SAMPLES = 16  # whose outputs show the range
 _SIZE_ATTEMPTS, _TRIES_PER_TEXT = 40, 4
 _REPORT_SHARE = 1.9  # all of a report over its candidates, prices and sites, both deflated
+# Of a report in brief: as much, and what does not depend on the sites; on ResNet-20 about 1 kB too much, as what
+# int8 ops add to a graph and its build is counted nowhere else.
+_BRIEF_SHARE, _BRIEF_BYTES = 1.5, 1200
+_WHOLE_SHARE = 0.05  # of a budget of bytes: what a whole report may take of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +137,36 @@ def artifact_size(
 
 def report_size(*records: Any) -> int:
     """About what a report takes in the file, from its largest records: 0 to 15 % too much."""
-    return round(_REPORT_SHARE * len(zlib.compress(dumps(list(records)).encode(), 9)))
+    return round(_REPORT_SHARE * _deflated(records))
+
+
+def _deflated(records: Sequence[Any]) -> int:
+    return len(zlib.compress(dumps(list(records)).encode(), 9))
+
+
+def carried_size(offers: Offers, prices: Prices, sites: Sequence[Site], most: float | None) -> int:
+    """About what the report in the file takes, whole or in brief; ``most``: the file's budget."""
+    if not is_brief(offers, prices, sites, most):
+        return report_size(offers.candidates, prices, sites)
+    choice = prices.baseline.choice
+    assert choice is not None
+    # No plan is known yet: of each site the level that says most, beside the one left alone.
+    longest = {
+        site: max(rows, key=lambda c: len(dumps(c))).level
+        for site, rows in offers.by_site().items()
+    }
+    native = native_levels(offers.by_site(), choice.precision, {})
+    levels = {site: (level, native[site]) for site, level in longest.items()}
+    table = prices.tables[0].choice if prices.tables else choice
+    records = [*chosen_alone(offers.candidates, prices, table, levels), sites]
+    return round(_BRIEF_SHARE * _deflated(records)) + _BRIEF_BYTES
+
+
+def is_brief(offers: Offers, prices: Prices, sites: Sequence[Site], most: float | None) -> bool:
+    """Whether the file carries its report in brief: a whole one would take much of its budget."""
+    if most is None:
+        return False
+    return report_size(offers.candidates, prices, sites) > _WHOLE_SHARE * most
 
 
 def final_bytes(

@@ -11,8 +11,15 @@ from typing import Any
 from torch import nn
 
 from tersor._version import __version__
-from tersor.api.choosing import ChoiceRecord, choose_plan, metric_stamp, plan_key, task_for
-from tersor.api.files import Facts, artifact_size, final_bytes
+from tersor.api.choosing import (
+    ChoiceRecord,
+    budget_bytes,
+    choose_plan,
+    metric_stamp,
+    plan_key,
+    task_for,
+)
+from tersor.api.files import Facts, artifact_size, final_bytes, is_brief
 from tersor.api.final import (
     Final,
     Made,
@@ -41,6 +48,7 @@ from tersor.graph.modules import GraphModule
 from tersor.observe.ranks import Parcel
 from tersor.plan.resolve import curve
 from tersor.plan.resolve import resolve as resolve_plan
+from tersor.report.brief import brief
 from tersor.report.explain import costliest
 from tersor.report.explain import explain as explain_site
 from tersor.report.form import report_json
@@ -386,11 +394,15 @@ class Result:
         return self._run.session.ranks.is_first
 
     def _facts(self, verdict: Verdict) -> Facts:
+        # The verdict says the file's size: nothing that is measured after it is in the file.
+        report = replace(self._report(verdict), undone=())
+        run, most = self._run, budget_bytes(self.target, self._run.session.original_bytes)
+        in_brief = is_brief(run.offered, run.prices, run.session.sites, most)
         return Facts(
             created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
             plan=self._plan,
             verdict=verdict,
-            report=replace(self._report(verdict), undone=()),  # the verdict says the file's size
+            report=brief(report) if in_brief else report,
         )
 
     def _file_size(self, verdict: Verdict) -> int:

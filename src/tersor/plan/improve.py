@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from tersor.plan.explore import Aim, Explorer
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.problem import Problem
-from tersor.plan.proposals import SPEED_MARGIN
+from tersor.plan.proposals import SPEED_MARGIN, reference_ms
 from tersor.plan.sweep import error_budget
 from tersor.plan.task import Array, Assignment, Draft
 
@@ -50,7 +50,7 @@ def _problem(ledger: Ledger, incumbent: Draft) -> Problem:
     if limits.max_ms is not None:
         cap = max(limits.max_ms * (1 - SPEED_MARGIN), here.ms)
     else:
-        cap = max(here.ms, ledger.native_ms(incumbent.table))
+        cap = max(here.ms, reference_ms(ledger))
     return replace(problem, objective="error", max_ms=cap, max_error=None)
 
 

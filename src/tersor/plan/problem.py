@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from tersor.core.errors import ConfigError
-from tersor.core.formats import STORED_PRICE, priced_as
+from tersor.core.formats import PACKED, STORED, STORED_PRICE, priced_as
 from tersor.core.levels import Inside, settled
 from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Candidate, Level, Precision, PriceTable, Term
@@ -52,6 +52,26 @@ def native_levels(
         counts = [c.level for c in candidates[site] if isinstance(c.level, int)]
         found[site] = native.get(site, max(counts)) if counts else precision
     return found
+
+
+def undominated(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates of one site without packed levels that another stored one beats.
+
+    All stored levels take the same time, so that one which is no smaller and errs no less than another is
+    in no best plan; with widths every level multiplies the combinations of a program. The order stays.
+    """
+    stored = [c for c in candidates if c.level in STORED]
+
+    def is_beaten(candidate: Candidate) -> bool:
+        mine = (candidate.size_bytes, candidate.error)
+        return any(
+            (c.size_bytes, c.error) != mine
+            and c.size_bytes <= candidate.size_bytes
+            and c.error <= candidate.error
+            for c in stored
+        )
+
+    return tuple(c for c in candidates if c.level not in PACKED or not is_beaten(c))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,6 +218,8 @@ def reason(report: Report, site: Site) -> str:
     if site.pinned is not None:
         return f"pinned: {site.pinned}"
     what = "format" if site.kind == "format" else "level"
+    if level == native and report.left_out:
+        return f"left alone; which other {what}s were offered is not in this report"
     if level == native:
         others = [c for c in report.candidates if c.site == site.name and c.level != native]
         if not others:
@@ -284,6 +286,8 @@ def all_notes(report: Report) -> tuple[str, ...]:
         notes.append(f"the best uncompressed build is returned: {why}")
     if verdict.binding and verdict.status != "pass":
         notes.append(f"the constraint that binds: {verdict.binding}")
+    if report.left_out:
+        notes.append(report.left_out)
     notes.append(_held_out(verdict))
     if verdict.largest_difference:
         notes.append(

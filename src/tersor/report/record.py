@@ -52,6 +52,7 @@ class Report:
         notes: What the reader must know beside the numbers.
         undone: Choices that were undone and measured.
         recoveries: What training towards the original did, before and after formats were rounded.
+        left_out: What a report in brief does not say, and where that is; "" of a whole one.
     """
 
     version: str
@@ -66,6 +67,7 @@ class Report:
     notes: tuple[str, ...] = ()
     undone: tuple[Undone, ...] = ()
     recoveries: tuple[Recovery, ...] = ()
+    left_out: str = ""
 
     def table(self) -> PriceTable | None:
         """The price table of the plan's build choice; None where it was not priced."""

@@ -19,7 +19,7 @@ from tersor.plan.ranks import Grid
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import AGREEMENT, MEASURED_NOISE, choose
 from tersor.plan.solve import optimise
-from tersor.plan.task import Choice, Limits
+from tersor.plan.task import Choice, Draft, Limits
 
 
 def all_levels(problem):  # noqa: ANN001 - a helper of this file
@@ -241,6 +241,19 @@ def test_size_alone_gives_the_least_error_in_the_bytes(lab: ModuleType) -> None:
     assert choice.binding == "size"
     assert choice.plan.binding.startswith(f"size: {choice.plan.predicted_bytes / 1e6:.2f} of ")
     assert choice.target_met_on_search
+
+
+def test_prices_that_are_all_too_high_ask_for_no_speed(lab: ModuleType) -> None:
+    """Noise of the pricing session: a table that is off by a factor is so of all plans."""
+    drafts: list[list[Draft]] = [[], []]
+    for seed, (found, factor) in itertools.product(
+        range(8), zip(drafts, (1.0, 1 / 1.1), strict=True)
+    ):
+        world = lab.make_world(seed, n=7, factor=factor)
+        cap = 0.6 * world.problem.totals({}).size_bytes
+        ledger = Ledger(world.task(Limits(max_bytes=cap)), world.tools())
+        found.append(proposals.propose(ledger).drafts[0])
+    assert drafts[0] == drafts[1]
 
 
 def test_size_that_needs_a_slower_plan(lab: ModuleType) -> None:
