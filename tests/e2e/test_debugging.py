@@ -30,7 +30,7 @@ from tests.data.zoo import load_resnet20
 from tests.e2e.helpers import parts, quick_runs
 
 aten = torch.ops.aten
-KEEP = tuple(f"layers.{i}" for i in range(1, 7))  # fewer layers are quicker to propose and to price
+KEEP = tuple(f"layers.{i}" for i in range(1, 6))  # fewer layers are quicker to propose and to price
 
 
 @pytest.fixture(scope="module")

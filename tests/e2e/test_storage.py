@@ -17,10 +17,13 @@ from tests.data.zoo import load_resnet20
 from tests.e2e.helpers import Recorded, close_logits, quick_runs
 from tests.e2e.test_without_torch import PROGRAM
 
-# A first look at a table or a mask takes about a second a layer and level, so that only the last two blocks
-# are free: 591 of the 1,080 kB. In 8 bits 148 of them are left, and 638 in all; in 4 bits 564.
-KEEP = ("stem", "fc", *(f"layers.{i}" for i in range(7)))
-TARGET = tersor.Target(size_mb=0.57)
+# Every family at every layer takes a minute and more. In every run int4 goes from a plan to a file in
+# test_attach, a table in test_third_party, and each kind of bits through files in tests/conformance.
+pytestmark = pytest.mark.slow
+# A first look at a table or a mask takes about a second a layer and level, so that only the last stage is
+# free: 811 of the 1,080 kB. In 8 bits 203 of them are left, and 472 in all.
+KEEP = ("stem", "fc", *(f"layers.{i}" for i in range(6)))
+TARGET = tersor.Target(size_mb=0.4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,13 +64,13 @@ def test_the_plan_takes_packed_levels_and_says_their_size(
     result: "tersor.api.result.Result", path: Path
 ) -> None:
     packed = [level for level in result.plan.assignment.values() if level in PACKED]
-    assert len(packed) >= 2
+    assert len(packed) > 3
     verdict = result.verdict
     assert not verdict.returned_baseline
     written = read_artifact(path).manifest.verdict
     assert written is not None
     assert path.stat().st_size == written.size_bytes
-    assert written.size_bytes <= 570_000
+    assert written.size_bytes <= 400_000
     assert written.size_bytes == pytest.approx(result.plan.predicted_bytes, rel=0.05)
     check = next(c for c in verdict.checks if c.name == "size_mb")
     assert check.status == "pass"
@@ -119,7 +122,7 @@ def test_it_loads_without_torch(
 def test_every_family_was_on_offer_and_is_explained(result: "tersor.api.result.Result") -> None:
     levels = result._run.offered.levels()
     large = [site for site, own in levels.items() if PACKED & set(own)]
-    assert len(large) == 4
+    assert len(large) >= 6
     assert all(set(levels[site]) >= PACKED for site in large)
     explained = result.explain(large[0])
     assert {row["level"] for row in explained["alternatives"]} & PACKED
