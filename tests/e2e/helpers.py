@@ -1,13 +1,14 @@
 """What the end-to-end tests share: finished runs, recorders, and commands in processes."""
 
 import copy
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.api.result import Result
+from tersor.core.records import Level
+from tersor.graph.low_bits import LOW_BITS
 from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Protocol
 
@@ -94,9 +97,19 @@ FEW_BUILDS = PriceConfig(k=6, k_mixed=8, held_out=2)
 
 
 @contextmanager
-def brief_runs(config: PriceConfig = FEW_BUILDS) -> Iterator[None]:
-    """Few builds, each measured briefly: what these tests are about is not how long a call takes."""
+def brief_runs(
+    config: PriceConfig = FEW_BUILDS, *, low_bits: Collection[Level] = ()
+) -> Iterator[None]:
+    """Few builds, each measured briefly: what these tests are about is not how long a call takes.
+
+    Rounding every layer to 4, 3 and 2 bits takes longer than all the rest of such a run: only runs
+    that are about these levels offer them.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        for method in ("quantize", "datafree"):  # imported here if not before: with every level
+            patch.setattr(f"tersor.methods.{method}.LOW_BITS", LOW_BITS)
+        offered = {level: bits for level, bits in LOW_BITS.items() if level in low_bits}
+        patch.setattr("tersor.graph.low_bits.LOW_BITS", offered)
         patch.setattr("tersor.api.stages.PriceConfig", lambda seed: replace(config, seed=seed))
         for name in ("stages._QUICK", "stages._CAREFUL", "stages.PRICING"):
             patch.setattr(f"tersor.api.{name}", BRIEF)
@@ -104,13 +117,17 @@ def brief_runs(config: PriceConfig = FEW_BUILDS) -> Iterator[None]:
             patch.setattr(f"tersor.api.{name}", BRIEF)
         for name in ("choosing._FINALISTS", "judging._FINAL", "undoing._SIDE_BY_SIDE"):
             patch.setattr(f"tersor.api.{name}", BRIEF)
+        patch.setattr("tersor.train.pricing._FINAL", BRIEF)
+        patch.setattr(
+            "tersor.api.result.BUSY", math.inf
+        )  # three rounds on a busy machine are noisy
         yield
 
 
 @contextmanager
-def quick_runs(config: PriceConfig) -> Iterator[None]:
+def quick_runs(config: PriceConfig, *, low_bits: Collection[Level] = ()) -> Iterator[None]:
     """Brief runs with no baseline in the result's place."""
-    with brief_runs(config), pytest.MonkeyPatch.context() as patch:
+    with brief_runs(config, low_bits=low_bits), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tersor.api.result.is_slower", lambda _: False)
         yield
 

@@ -1,4 +1,7 @@
-"""What each rank of ``test_sharded`` runs: ``python -m tests.e2e.sharded_program TASK FOLDER [ALGORITHM]``."""
+"""What each rank of ``test_sharded`` runs: ``python -m tests.e2e.sharded_program FOLDER TASK...``.
+
+Tasks are ``same``, ``refused`` and the names of algorithms; what each of them says is printed as JSON.
+"""
 
 import json
 import os
@@ -70,10 +73,10 @@ def epochs(
     return model, shapes, losses
 
 
-def trained(folder: Path) -> None:
+def trained(folder: Path, algorithm: str) -> None:
     rank = dist.get_rank()
     model = shard(plain())
-    shrinker, optimizer = attached(model, shard=shard, algorithm=sys.argv[3])
+    shrinker, optimizer = attached(model, shard=shard, algorithm=algorithm)
     model, shapes, losses = epochs(
         model, shrinker, optimizer, lambda step: images(16, seed=1000 * rank + step)
     )
@@ -99,7 +102,7 @@ def trained(folder: Path) -> None:
         "difference": report.difference,
         "shrunk_at": report.shrunk_at,
     }
-    torch.save(found, folder / f"{rank}.pt")
+    torch.save(found, folder / f"{algorithm}.{rank}.pt")
 
 
 def result_of(model: nn.Module, **options: Any) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def result_of(model: nn.Module, **options: Any) -> dict[str, Any]:
 
 
 def same(folder: Path) -> None:
-    torch.save(result_of(shard(plain()), shard=shard), folder / f"{dist.get_rank()}.pt")
+    torch.save(result_of(shard(plain()), shard=shard), folder / f"same.{dist.get_rank()}.pt")
 
 
 def alone() -> dict[str, Any]:
@@ -126,7 +129,7 @@ def alone() -> dict[str, Any]:
     return result_of(plain())
 
 
-def refused(_: Path) -> list[str]:
+def refused() -> list[str]:
     cut = attached(plain())[0].state_dict()
     cut |= {"is_cut": True, "kept": {n: torch.arange(8) for n in cut["structure"]}}
     tries: list[Callable[[], Any]] = [
@@ -145,9 +148,10 @@ def refused(_: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    tasks = {f.__name__: f for f in (trained, same, refused)}
+    place = Path(sys.argv[1])
     dist.init_process_group("gloo", timeout=timedelta(seconds=200))
-    said = tasks[sys.argv[1]](Path(sys.argv[2]))
+    tasks: dict[str, Callable[[], Any]] = {"same": lambda: same(place), "refused": refused}
+    said = {name: tasks[name]() if name in tasks else trained(place, name) for name in sys.argv[2:]}
     print(json.dumps(said), flush=True)  # noqa: T201
     dist.barrier()
     sys.stderr.flush()

@@ -21,6 +21,12 @@ STEPS = 40
 SCHEDULE = Schedule(total_steps=STEPS, begin=0.1, end=0.5, every=4)
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of prices, which are the same whatever the target is."""
+    return tmp_path_factory.mktemp("prices")
+
+
 def train(
     model: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer
 ) -> None:
@@ -53,8 +59,8 @@ def trained(
     return model, small, report
 
 
-def test_a_speed_is_planned_reached_and_measured(images: dict[str, Tensor], tmp_path: Path) -> None:
-    model, small, report = trained(images, tmp_path, tersor.Target(speedup=1.5))
+def test_a_speed_is_planned_reached_and_measured(images: dict[str, Tensor], store: Path) -> None:
+    model, small, report = trained(images, store, tersor.Target(speedup=1.5))
     assert small is model
     assert any(row.kept < row.units for row in report.groups)
     assert report.predicted_ms is not None
@@ -64,17 +70,15 @@ def test_a_speed_is_planned_reached_and_measured(images: dict[str, Tensor], tmp_
     assert "widths cut" in report.describe()
 
 
-def test_a_size_is_planned_without_looking_at_speed(
-    images: dict[str, Tensor], tmp_path: Path
-) -> None:
-    _, _, report = trained(images, tmp_path, tersor.Target(size_ratio=4))
+def test_a_size_is_planned_without_looking_at_speed(images: dict[str, Tensor], store: Path) -> None:
+    _, _, report = trained(images, store, tersor.Target(size_ratio=4))
     assert report.parameters_after <= report.parameters_before / 4
 
 
 def test_a_target_out_of_reach_gives_the_fewest_units_and_says_what_binds(
-    images: dict[str, Tensor], tmp_path: Path
+    images: dict[str, Tensor], store: Path
 ) -> None:
-    _, _, report = trained(images, tmp_path, tersor.Target(speedup=10_000))
+    _, _, report = trained(images, store, tersor.Target(speedup=10_000))
     (note,) = [n for n in report.notes if "can't be met" in n]
     assert "latency binds" in note
 
@@ -130,7 +134,7 @@ def test_a_file_holds_weights_of_few_bits_as_training_left_them(
         test=[images["test"][:40]],
         output="logits",
     )
-    with quick_runs(PriceConfig(k=4, held_out=1)):
+    with quick_runs(PriceConfig(k=4, held_out=1), low_bits=("int4_weight",)):
         result = tersor.compress(
             small.eval(),
             data,

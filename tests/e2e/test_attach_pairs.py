@@ -24,8 +24,8 @@ class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.narrow = nn.Linear(32, 512)
-        self.up = nn.Linear(512, 2048)
-        self.down = nn.Linear(2048, 512)
+        self.up = nn.Linear(512, 1024)
+        self.down = nn.Linear(1024, 512)
         for layer in (self.up, self.down):
             rows, columns = layer.weight.shape
             with torch.no_grad():
@@ -33,6 +33,12 @@ class Wide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(torch.relu(self.narrow(x)))))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of prices, which are the same whatever the target is."""
+    return tmp_path_factory.mktemp("pairs")
 
 
 def trained(folder: Path, target: tersor.Target, **options: Any) -> tuple[nn.Module, Report]:
@@ -62,9 +68,9 @@ def trained(folder: Path, target: tersor.Target, **options: Any) -> tuple[nn.Mod
         return factorizer.finish()
 
 
-def test_a_speed_is_planned_from_measured_pairs_and_measured(tmp_path: Path) -> None:
-    small, report = trained(tmp_path, tersor.Target(speedup=1.2))
-    assert report.ranks()  # 2 M weights of rank 4: a pair is faster anywhere
+def test_a_speed_is_planned_from_measured_pairs_and_measured(store: Path) -> None:
+    small, report = trained(store, tersor.Target(speedup=1.2))
+    assert report.ranks()  # half a million weights of rank 4, twice: a pair is faster anywhere
     assert set(report.ranks()) <= {"up", "down"}
     assert report.predicted_ms is not None
     assert report.measured is not None
@@ -76,19 +82,19 @@ def test_a_speed_is_planned_from_measured_pairs_and_measured(tmp_path: Path) -> 
     assert "layers are pairs" in report.describe()
 
 
-def test_a_size_needs_no_faster_pair(tmp_path: Path) -> None:
-    _, report = trained(tmp_path, tersor.Target(size_ratio=3))
+def test_a_size_needs_no_faster_pair(store: Path) -> None:
+    _, report = trained(store, tersor.Target(size_ratio=3))
     assert report.parameters_after <= report.parameters_before / 3
 
 
-def test_a_target_out_of_reach_takes_the_fastest_pairs_and_says_what_binds(tmp_path: Path) -> None:
-    _, report = trained(tmp_path, tersor.Target(speedup=10_000))
+def test_a_target_out_of_reach_takes_the_fastest_pairs_and_says_what_binds(store: Path) -> None:
+    _, report = trained(store, tersor.Target(speedup=10_000))
     (note,) = [n for n in report.notes if "can't be met by pairs alone" in n]
     assert "latency binds" in note
 
 
 def test_a_layer_whose_measured_pair_is_not_faster_stays_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "tersor.train.rank_planning.RankPlanner._slow",
@@ -98,7 +104,7 @@ def test_a_layer_whose_measured_pair_is_not_faster_stays_whole(
             if c.site == "up" and "rank" in str(c.level)
         },
     )
-    _, report = trained(tmp_path, tersor.Target(speedup=1.05))
+    _, report = trained(store, tersor.Target(speedup=1.05))
     (up,) = [row for row in report.factored if row.layer == "up"]
     assert not up.rank
     assert up.reason == "no measured pair is faster: 9.000 ms against 1.000 ms"

@@ -379,6 +379,7 @@ def test_same_store_same_plan(lenet_run: Finished, again: Callable[..., Result])
     )
 
 
+@pytest.mark.slow  # test_resume compares the same two runs behind a kill
 def test_same_prices_same_choices(lenet_run: Finished, tmp_path: Path, images: Any) -> None:
     """Without the plan's own record: solved and searched again, from what was measured."""
     assert lenet_run.metric is not None

@@ -16,6 +16,8 @@ from tersor.graph.edit import parameters_by_name
 from tersor.price.price import PriceConfig
 from tests.e2e.helpers import quick_runs
 
+# Widths go through compress in test_pruning; experts have their own in tests/unit/propose and graph/axes.
+pytestmark = pytest.mark.slow
 TOKENS = torch.randn(220, 6, 16, generator=torch.Generator().manual_seed(1))
 IDLE = (1, 4, 5)
 

@@ -15,6 +15,8 @@ from tests.e2e.helpers import Recorded, quick_runs
 from tests.unit.attending import Attention
 from tests.unit.capturing import random, scale_error, trained
 
+# Widths go through compress in test_pruning; what is their own is in tests/unit/transform/test_heads.
+pytestmark = pytest.mark.slow
 X = random(120, 8, 64, seed=5)
 
 

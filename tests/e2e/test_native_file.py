@@ -107,6 +107,20 @@ def test_what_is_compiled_for_a_file() -> None:
     assert not backend.for_file(eager, searched)
 
 
+@pytest.mark.usefixtures("never_slower")
+def test_torch_runs_a_file_where_no_compiler_is(
+    tiny: nn.Module, tiny_data: tersor.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend inductor from a plan to a file; with a compiler a run takes minutes: see below."""
+    monkeypatch.setattr("tersor.backends.inductor._COMPILERS", ())
+    plan = plan_of(BuildChoice(backend="inductor", options={"mode": "eager"}))
+    result, _ = carried_out(tiny, tiny_data, plan, tmp_path)
+    assert result.plan.choice == plan.choice
+    result.save(tmp_path / "eager.tersor")
+    rows: Tensor = torch.cat(list(tiny_data.iterable))
+    assert close_logits(tersor.load(tmp_path / "eager.tersor")(rows), tiny(rows).detach())
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("never_slower")
 def test_a_compiled_build_becomes_a_package(

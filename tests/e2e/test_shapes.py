@@ -259,7 +259,9 @@ class Averaged(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)]
+)
 def test_bench_shows_what_is_on_offer(text_model: nn.Module, tmp_path: Path, backend: str) -> None:
     with choosing("open"):
         rows = tersor.bench(text_model, sentences(), cache_dir=tmp_path, backend=backend)

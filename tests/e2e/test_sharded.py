@@ -11,15 +11,22 @@ from tests.e2e import sharded_program
 from tests.ranks import start_ranks, wait_for
 
 
-@pytest.mark.parametrize(
-    "algorithm", ["regrow", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ramp", "prox"))]
-)
-def test_two_processes_cut_a_sharded_model(tmp_path: Path, algorithm: str) -> None:
-    ended = wait_for(
-        start_ranks(2, "-m", "tests.e2e.sharded_program", "trained", str(tmp_path), algorithm), 300
-    )
+def run(folder: Path, *tasks: str) -> list[dict[str, Any]]:
+    """What two processes say of their tasks."""
+    ended = wait_for(start_ranks(2, "-m", "tests.e2e.sharded_program", str(folder), *tasks), 300)
     assert [e.code for e in ended] == [0, 0], [e.errors for e in ended]
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    return [e.said for e in ended]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Three tasks in one start of the processes: the folder of their files, and what they said."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return folder, run(folder, "regrow", "same", "refused")
+
+
+def check_a_cut(folder: Path, algorithm: str) -> None:
+    one, two = (torch.load(folder / f"{algorithm}.{r}.pt", weights_only=True) for r in (0, 1))
     assert one["counts"] == two["counts"]
     assert one["counts"]["blocks.0.conv1"] == 3  # no multiple of the processes
     # The units are chosen after step 15, and cut at the end of that epoch.
@@ -39,11 +46,20 @@ def test_two_processes_cut_a_sharded_model(tmp_path: Path, algorithm: str) -> No
     }
 
 
-def test_a_sharded_run_is_that_of_one_process(tmp_path: Path) -> None:
+def test_two_processes_cut_a_sharded_model(ended: tuple[Path, list[dict[str, Any]]]) -> None:
+    check_a_cut(ended[0], "regrow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ramp", "prox"])
+def test_other_algorithms_cut_a_sharded_model(tmp_path: Path, algorithm: str) -> None:
+    run(tmp_path, algorithm)
+    check_a_cut(tmp_path, algorithm)
+
+
+def test_a_sharded_run_is_that_of_one_process(ended: tuple[Path, list[dict[str, Any]]]) -> None:
     """The same samples on both processes: the same choices, and the same weights to rounding."""
-    ended = wait_for(start_ranks(2, "-m", "tests.e2e.sharded_program", "same", str(tmp_path)), 300)
-    assert [e.code for e in ended] == [0, 0], [e.errors for e in ended]
-    both: dict[str, Any] = torch.load(tmp_path / "0.pt", weights_only=True)
+    both: dict[str, Any] = torch.load(ended[0] / "same.0.pt", weights_only=True)
     alone = sharded_program.alone()
     assert both["kept"].keys() == alone["kept"].keys()
     assert all(torch.equal(t, alone["kept"][n]) for n, t in both["kept"].items())
@@ -52,12 +68,8 @@ def test_a_sharded_run_is_that_of_one_process(tmp_path: Path) -> None:
         assert torch.allclose(value, alone["state"][name], atol=1e-3, rtol=1e-3), name
 
 
-def test_what_can_t_be_sharded_again_is_named(tmp_path: Path) -> None:
-    ended = wait_for(
-        start_ranks(2, "-m", "tests.e2e.sharded_program", "refused", str(tmp_path)), 200
-    )
-    assert [e.code for e in ended] == [0, 0], [e.errors for e in ended]
-    without, rescue, checkpoint = ended[0].said
+def test_what_can_t_be_sharded_again_is_named(ended: tuple[Path, list[dict[str, Any]]]) -> None:
+    without, rescue, checkpoint = ended[1][0]["refused"]
     assert "is sharded over processes (FSDP2)" in without
     assert "pass shard=fn" in without
     assert "rescue: not for a sharded model" in rescue

@@ -11,11 +11,15 @@ from torch import Tensor
 import tersor
 from tersor.artifact import read_artifact
 from tersor.core.formats import PACKED
+from tersor.graph.low_bits import LOW_BITS
 from tersor.price.price import PriceConfig
 from tests.data.zoo import load_resnet20
 from tests.e2e.helpers import Recorded, close_logits, quick_runs
 from tests.e2e.test_without_torch import PROGRAM
 
+# Every family at every layer takes a minute and more. In every run int4 goes from a plan to a file in
+# test_attach, a table in test_third_party, and each kind of bits through files in tests/conformance.
+pytestmark = pytest.mark.slow
 # A first look at a table or a mask takes about a second a layer and level, so that only the last stage is
 # free: 811 of the 1,080 kB. In 8 bits 203 of them are left, and 472 in all.
 KEEP = ("stem", "fc", *(f"layers.{i}" for i in range(6)))
@@ -24,7 +28,7 @@ TARGET = tersor.Target(size_mb=0.4)
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
-    with quick_runs(PriceConfig(k=4, held_out=1)):
+    with quick_runs(PriceConfig(k=4, held_out=1), low_bits=tuple(LOW_BITS)):
         yield
 
 

@@ -21,6 +21,7 @@ from tersor.core.errors import ConfigError, MeasurementError
 from tersor.core.records import Timing
 from tersor.timing.device import SelfTimed
 from tersor.timing.interruptions import Sample, interrupted
+from tersor.timing.pooled import pooled_medians
 from tersor.timing.speed import factors, probe_ms
 
 # Warm-ups refill caches and settle the clock frequency: this long is enough, and where calls are
@@ -359,9 +360,7 @@ def _summarise(rows: Sequence[Sequence[Sample]]) -> Timing:
     marked = [[(s.wall_ms, next(flags)) for s in row] for row in rows]
     kept = [_kept_ms(row) for row in marked]
     pool = np.concatenate(kept)
-    picks = _resample(len(kept), seed=0)
-    medians = np.asarray([np.median(np.concatenate([kept[i] for i in p])) for p in picks])
-    low, high = _bounds(medians, len(kept))
+    low, high = _bounds(pooled_medians(kept, _resample(len(kept), seed=0)), len(kept))
     median = float(np.median(pool))
     dropped = len(everything) - int(pool.size)
     return Timing(

@@ -174,11 +174,16 @@ def equal_bits() -> dict[str, float]:
 
 
 def every_form() -> dict[str, float]:
-    """All but types, in one process: most of a part's time is its start."""
-    return {**every_kind(), **drawn(), **extremes(), **equal_bits()}
+    """All ways, in one process."""
+    return {**every_kind(), **extremes(), **equal_bits()}
 
 
-PARTS = {f.__name__: f for f in (every_form, every_type)}
+def every_shape() -> dict[str, float]:
+    """Types and shapes at length: for a release."""
+    return {**every_type(), **drawn()}
+
+
+PARTS = {f.__name__: f for f in (every_form, every_shape)}
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)

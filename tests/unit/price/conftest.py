@@ -307,6 +307,17 @@ def conv_facts(inp: int, out: int, window: int = 9) -> NodeFacts:
     )
 
 
+@pytest.fixture
+def how_sure() -> None:
+    """Tables say how sure they are: four more fits each, for tests that ask for it."""
+
+
+@pytest.fixture(autouse=True)
+def _prices_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "how_sure" not in request.fixturenames:
+        monkeypatch.setattr("tersor.price.table.uncertain", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def lab() -> ModuleType:
     """This file: tests are no package, so that they can't import it."""

@@ -97,6 +97,7 @@ def quantize(tensor: str) -> tuple[str, ...]:
     return (f"{tensor}_quantize",)
 
 
+@pytest.mark.usefixtures("how_sure")
 def test_every_rank_is_priced_from_builds_with_some() -> None:
     own = sites()
     levels = {s.name: LEVELS for s in own}

@@ -15,6 +15,7 @@ from tersor.price.price import width_facts
 from tersor.price.table import fit_table
 from tersor.price.variants import draw_variants
 
+pytestmark = pytest.mark.usefixtures("how_sure")
 K, TESTS = 12, 25
 
 

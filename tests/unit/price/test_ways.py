@@ -118,6 +118,7 @@ def test_a_reader_reads_the_next_tensor_that_is_written_behind(lab: ModuleType) 
     assert rest == {site: reader for site, reader in found.items() if reader != "b1c"}
 
 
+@pytest.mark.usefixtures("how_sure")
 def test_what_a_result_costs_that_is_read_in_another_format(lab: ModuleType) -> None:
     net = chained(lab, fuses=False)
     exact = net.exact

@@ -26,7 +26,7 @@ from tests.unit.capturing import graph_of, random, tensor_of, trained
 class Spy:
     """Quantizes, and remembers what it was given; ``change`` spoils what it gives."""
 
-    method: Quantize = field(default_factory=lambda: Quantize(weight_limit=63))
+    method: Quantize = field(default_factory=lambda: Quantize(weight_limit=63, low_bits=False))
     seen: dict[str, SiteStatistics] = field(default_factory=dict)
     rows: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -212,7 +212,7 @@ def test_a_refit_helps_where_codes_are_coarse(small: Graph, images: dict[str, Te
     batches = [(part,) for part in images["train"][:128].split(32)]
     errors = {}
     for refits in (True, False):
-        spy = Spy(method=Quantize(weight_limit=7), refits=refits)
+        spy = Spy(method=Quantize(weight_limit=7, low_bits=False), refits=refits)
         chosen, _ = candidates(small, batches, all_int8(small), spy)
         errors[refits] = error(small, run(small, batches, chosen, spy).graph, batches)
     assert errors[True] < errors[False]
