@@ -21,7 +21,7 @@ def in_one_format(
     for candidate in candidates:
         offered.setdefault(candidate.site, set()).add(candidate.level)
     both = {site for site, levels in offered.items() if levels >= {*EIGHT_BITS}}
-    totals = dict.fromkeys(reversed(EIGHT_BITS), 0.0)
+    totals: dict[Level, float] = dict.fromkeys(reversed(EIGHT_BITS), 0.0)
     for candidate in candidates:
         if candidate.site in both and candidate.level in EIGHT_BITS:
             error = candidate.error if math.isfinite(candidate.error) else math.inf
