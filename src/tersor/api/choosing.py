@@ -26,7 +26,7 @@ from tersor.plan.problem import native_levels, undominated
 from tersor.plan.search import choose
 from tersor.plan.task import Evaluation, Limits, Task, Tools
 from tersor.price.table import correct_table
-from tersor.timing.protocol import Protocol
+from tersor.timing.protocol import Protocol, ratio
 from tersor.verify.memory import peak_bytes
 
 # Names of a changed weight and its bias: in the headers of tensors, the graph, the plan, the layouts. 50
@@ -53,6 +53,7 @@ class ChoiceRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
     ms: float  # at the speed at which the baseline ran when it was priced
+    least_ms: float | None = None  # lower bound, 95 %, beside the baseline
 
 
 def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes: int) -> Limits:
@@ -166,13 +167,15 @@ def choose_plan(
 
     stamp = digest(quality.target.budgets(), metric_stamp(session, "metric"))
     looks = Looks(session, offered, quality, stamp)
+    remembered = _Remembered(session, prices, _measurer(session, offered, prices))
     tools = Tools(
         evaluate=looks.evaluate,
         changes=looks.changes,
         noise=looks.noise,
         clock=looks.clock,
         peak=_peaks(session, offered),
-        measure=_remembered(session, prices, _measurer(session, offered, prices)),
+        measure=remembered.measure,
+        least_ms=remembered.least_ms,
         correct=correct,
     )
     found = choose(task, tools, known)
@@ -209,12 +212,12 @@ def metric_stamp(session: Session, name: str) -> str:
 
 def _measurer(
     session: Session, offered: Offers, prices: Prices
-) -> Callable[[Sequence[Plan]], list[float]]:
+) -> Callable[[Sequence[Plan]], list[_Measured]]:
     base = prices.baseline.choice
     assert base is not None
     reference: list[Callable[[], object]] = []
 
-    def measure_plans(plans: Sequence[Plan]) -> list[float]:
+    def measure_plans(plans: Sequence[Plan]) -> list[_Measured]:
         if not reference:
             built = build_for(session, session.graph, base)
             reference.append(session.caller(built.executable, base.batch))
@@ -228,10 +231,12 @@ def _measurer(
                 continue
             calls[str(i)] = session.caller(built.executable, plan.choice.batch)
         timings = measure_calls(session, calls, _FINALISTS)
-        drift = timings["reference"].median_ms / prices.baseline.timing.median_ms
-        found = [timings[str(i)].median_ms / drift if str(i) in timings else float("inf")
-                 for i in range(len(plans))]  # fmt: skip
-        for plan, ms in zip(plans, found, strict=True):
+        usual = prices.baseline.timing.median_ms
+        found = [_Measured(ms=math.inf)] * len(plans)
+        for i in (int(name) for name in timings if name != "reference"):
+            times = ratio(timings[str(i)], timings["reference"])
+            found[i] = _Measured(ms=usual * times.value, least_ms=usual * times.low)
+        for plan, ms in zip(plans, (m.ms for m in found), strict=True):
             se = "" if plan.predicted_ms_se is None else f" +- {plan.predicted_ms_se:.2f}"
             session.progress.note(
                 f"plan predicted {plan.predicted_ms:.2f}{se} ms, measured {ms:.2f} ms"
@@ -266,24 +271,43 @@ def _peaks(session: Session, offered: Offers) -> Callable[[Plan], int | None]:
     return measure
 
 
-def _remembered(
-    session: Session, prices: Prices, measure_new: Callable[[Sequence[Plan]], list[float]]
-) -> Callable[[Sequence[Plan]], list[float]]:
+class _Remembered:
     """Each plan is measured once beside one set of prices: one store, one choice.
 
     Also after an interruption in the middle of the search.
     """
-    stamp = digest(session.key, prices)
 
-    def measure_plans(plans: Sequence[Plan]) -> list[float]:
-        keys = [digest(stamp, p.choice, sorted(p.assignment.items())) for p in plans]
-        found = {k: r.ms for k in keys if (r := session.store.get(_Measured, "measured", k))}
-        new = {k: plan for k, plan in zip(keys, plans, strict=True) if k not in found}
-        times = measure_new(list(new.values())) if new else []
-        for key, ms in zip(new, times, strict=True):
-            found[key] = ms
-            if math.isfinite(ms):  # what could not be built is tried again
-                session.store.put("measured", key, _Measured(ms=ms))
-        return [found[key] for key in keys]
+    def __init__(
+        self,
+        session: Session,
+        prices: Prices,
+        measure_new: Callable[[Sequence[Plan]], list[_Measured]],
+    ) -> None:
+        self._store, self._measure_new = session.store, measure_new
+        self._stamp = digest(session.key, prices)
+        self._found: dict[str, _Measured] = {}
 
-    return measure_plans
+    def measure(self, plans: Sequence[Plan]) -> list[float]:
+        """See ``Tools.measure``."""
+        keys = [self._key(p) for p in plans]
+        for key in keys:
+            kept = self._store.get(_Measured, "measured", key)
+            if kept is not None:
+                self._found[key] = kept
+        new = {k: p for k, p in zip(keys, plans, strict=True) if k not in self._found}
+        times = self._measure_new(list(new.values())) if new else []
+        for key, time in zip(new, times, strict=True):
+            if math.isfinite(time.ms):  # what could not be built is tried again
+                self._store.put("measured", key, time)
+                self._found[key] = time
+        return [self._found[key].ms if key in self._found else math.inf for key in keys]
+
+    def least_ms(self, plan: Plan) -> float:
+        """See ``Tools.least_ms``."""
+        found = self._found.get(self._key(plan))
+        if found is None:
+            return math.inf
+        return found.ms if found.least_ms is None else found.least_ms
+
+    def _key(self, plan: Plan) -> str:
+        return digest(self._stamp, plan.choice, sorted(plan.assignment.items()))

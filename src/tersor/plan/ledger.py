@@ -197,6 +197,12 @@ class Ledger:
         """Measured latency of a draft, or the predicted one."""
         return self.measured.get(draft, self.totals(draft).ms)
 
+    def least_ms(self, draft: Draft) -> float:
+        """The lower bound of a measured draft's latency."""
+        if self._tools.least_ms is None:
+            return self.measured[draft]
+        return min(self.measured[draft], self._tools.least_ms(self.plan(draft)))
+
     def disagreement(self, draft: Draft) -> float:
         """How far the prediction is from the measurement; infinite where there is none."""
         if draft not in self.measured:

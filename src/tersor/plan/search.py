@@ -123,17 +123,24 @@ def _pick(ledger: Ledger, drafts: tuple[Draft, ...]) -> Draft:
     if limits.max_loss is not None:
         holding = [d for d in known if ledger.loss(d) <= limits.max_loss]
         return _fastest(ledger, holding) if holding else min(known, key=ledger.loss)
-    # A plan just inside the target fails as often as not when it is measured again; against the
-    # baseline nobody asks for more than a tie.
-    if limits.max_ms is not None:
-        caps = (limits.max_ms * (1 - MEASURED_NOISE), limits.max_ms)
-    else:
-        caps = (ledger.task.baseline_ms * (1 + MEASURED_NOISE), math.inf)
-    for cap in caps:
+    if limits.max_ms is None:
+        return _mildest(ledger, _not_slower(ledger, known) or _built(ledger, known) or known)
+    # A plan just inside the target fails as often as not when it is measured again.
+    for cap in (limits.max_ms * (1 - MEASURED_NOISE), limits.max_ms):
         in_time = [d for d in known if ledger.measured[d] <= cap]
         if in_time:
             return _mildest(ledger, in_time)
     return _fastest(ledger, known)
+
+
+def _not_slower(ledger: Ledger, drafts: list[Draft]) -> list[Draft]:
+    """Those that are not surely slower than the baseline: where nobody asks for speed a tie is enough."""
+    cap = ledger.task.baseline_ms * (1 + MEASURED_NOISE)
+    return [d for d in drafts if ledger.least_ms(d) <= cap]
+
+
+def _built(ledger: Ledger, drafts: list[Draft]) -> list[Draft]:
+    return [d for d in drafts if math.isfinite(ledger.measured[d])]
 
 
 def _mildest(ledger: Ledger, drafts: list[Draft]) -> Draft:

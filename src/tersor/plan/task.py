@@ -152,6 +152,8 @@ class Tools:
             goes on after an interruption reads the same.
         peak: Bytes of extra memory of a plan's build at the peak of one call; None where the
             system does not tell.
+        least_ms: What a measured plan takes at the least: the lower 95 % bound beside the baseline,
+            normalised as ``measure`` is. None: its median.
     """
 
     evaluate: Callable[[Assignment], float]
@@ -161,6 +163,7 @@ class Tools:
     noise: Callable[[Assignment, Assignment], float] = _no_noise
     clock: Callable[[], float] = _no_clock
     peak: Callable[[Plan], int | None] | None = None
+    least_ms: Callable[[Plan], float] | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)

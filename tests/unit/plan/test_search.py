@@ -10,7 +10,7 @@ import pytest
 from tersor.core.errors import ConfigError
 from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import BaselineRow, BuildChoice, Candidate, PriceTable, Term
-from tersor.plan import proposals
+from tersor.plan import proposals, search
 from tersor.plan.improve import improve
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.moves import MAX_PAIRS, moved
@@ -254,6 +254,39 @@ def test_prices_that_are_all_too_high_ask_for_no_speed(lab: ModuleType) -> None:
         ledger = Ledger(world.task(Limits(max_bytes=cap)), world.tools())
         found.append(proposals.propose(ledger).drafts[0])
     assert drafts[0] == drafts[1]
+
+
+def test_under_a_size_a_plan_that_may_be_as_fast_as_the_baseline_is_in_time(
+    lab: ModuleType,
+) -> None:
+    """A busy machine: everything is measured a twentieth slower, by less than measurements tell."""
+    world = lab.make_world(5, n=7)
+    cap = 0.6 * world.problem.totals({}).size_bytes
+    slowed = 1.05
+
+    def measure(plans):  # noqa: ANN001, ANN202 - a tool of this test
+        return [world.baseline_ms * slowed for _ in world.measure(plans)]
+
+    tools = replace(world.tools(), measure=measure)
+    task = world.task(Limits(max_bytes=cap))
+    unsure = replace(tools, least_ms=lambda _: 0.9 * world.baseline_ms)
+    loss = {}
+    for name, own in (("unsure", unsure), ("sure", tools)):
+        plan = choose(task, own).plan
+        loss[name] = world.loss(plan.assignment)
+        assert plan.predicted_bytes <= cap
+    assert loss["unsure"] <= loss["sure"]
+    # Two plans alone: the milder one is surely no slower, or seems slower.
+    ledger = Ledger(task, unsure)
+    drafts = (
+        ledger.solve("error", may_be_slower=True)[:1] + ledger.solve("size", may_be_slower=True)[:1]
+    )
+    ledger.measure(drafts)
+    ledger.measured[drafts[1]] = 0.5 * world.baseline_ms
+    assert search._pick(ledger, tuple(drafts)) == drafts[0]
+    strict = Ledger(task, tools)
+    strict.measured = dict(ledger.measured)
+    assert search._pick(strict, tuple(drafts)) == drafts[1]
 
 
 def test_size_that_needs_a_slower_plan(lab: ModuleType) -> None:
