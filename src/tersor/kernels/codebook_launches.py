@@ -24,6 +24,7 @@ class Launch(NamedTuple):
         warps: Of 32 threads.
         stages: Of loads in flight that the compiler makes of a loop ("dot"); steps by which words are asked
             for before they are used ("mma").
+        joined: Places of a word that are one product of tensor cores ("dot"), 1, 2 or 4.
         tall: Tiles of 16 outputs of a warp ("mma"): warps beyond those that a program's outputs take share
             the inputs.
     """
@@ -35,6 +36,7 @@ class Launch(NamedTuple):
     splits: int = 1
     warps: int = 4
     stages: int = 1
+    joined: int = 1
     tall: int = 1
 
     @property
@@ -53,6 +55,10 @@ _VECTORS = (
 _DOTS = (
     (64, 4, 4, 3), (128, 4, 8, 3), (64, 2, 4, 3), (128, 2, 8, 3), (128, 4, 4, 3), (128, 8, 8, 3), (256, 8, 16, 3),
 )  # fmt: skip
+# With four places a product, which are most of the waiting: of up to 16 rows, and of more. No card has run them.
+_JOINED = 4
+_JOINED_DOTS = ((128, 4, 8, 3), (64, 4, 4, 3), (128, 2, 8, 3), (256, 4, 8, 3))
+_WIDE_JOINED_DOTS = ((128, 2, 8, 3), (64, 2, 4, 2), (128, 4, 8, 2), (64, 4, 4, 2), (128, 1, 8, 3))
 _TALL_DOTS = ((64, 1, 4, 3), (128, 1, 4, 3), (128, 1, 8, 3), (128, 2, 8, 3))
 # Outputs, splits, warps, steps ahead, tiles of a warp.
 _MMAS = (
@@ -94,6 +100,11 @@ def launches(rows: int, facts: Facts) -> tuple[Launch, ...]:
         found += [
             Launch("dot", lookup, n, width, s, warps, deep) for n, s, warps, deep in dots[:last]
         ]
+        joined = _JOINED_DOTS if width == _LEAST_ROWS else _WIDE_JOINED_DOTS
+        found += [
+            Launch("dot", lookup, n, width, s, warps, deep, _JOINED)
+            for n, s, warps, deep in joined[:last]
+        ]
     if rows > FEW:
         found.append(Launch("dense", lookups(facts)[-1]))
     return tuple(found)
@@ -107,5 +118,6 @@ def mma_launches(rows: int, inputs: int, dtype: torch.dtype, facts: Facts) -> tu
     lookup = lookups(facts)[0]
     tiles = _MMAS if lookup == ARITHMETIC else _MMAS[:_LESS]
     return tuple(
-        Launch("mma", lookup, n, width, s, warps, ahead, tall) for n, s, warps, ahead, tall in tiles
+        Launch("mma", lookup, n, width, s, warps, ahead, tall=tall)
+        for n, s, warps, ahead, tall in tiles
     )

@@ -91,6 +91,8 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
     settings = {
         **_settings(weight, launch.lookup), "RUN": _run(weight), "BIAS": own_bias is not None,
     }  # fmt: skip
+    if launch.form == "dot":
+        settings["JOINED"] = math.gcd(launch.joined, settings["RUN"])
     if launch.form == "mma":
         x, weight = _aligned(x), weight._replace(words=_aligned(weight.words))
         settings |= {

@@ -218,14 +218,20 @@ def _advanced(at, by):  # noqa: ANN001, ANN202
 @triton.jit
 @no_type_check
 def _ask(at, inner, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
-    """Have the second-level cache fetch what lies at addresses, without waiting for it."""
+    """Have the second-level cache fetch what lies at addresses, without waiting for it.
+
+    Returns zeros, which something must use: assembly that were declared to do more than compute them
+    would make torch's compiler take all arguments of a kernel as written, and copy them.
+    """
+    found = inner * 0
     if NATIVE:  # it is loaded later, with or without this
         for t in tl.static_range(len(at)):
-            tl.inline_asm_elementwise(
+            found += tl.inline_asm_elementwise(
                 "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
                 [(at[t] + inner).to(tl.int64, bitcast=True)],
-                dtype=tl.int32, is_pure=False, pack=1,
+                dtype=tl.int32, is_pure=True, pack=1,
             )  # fmt: skip
+    return found
 
 
 @triton.jit
@@ -258,7 +264,7 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     """BN outputs of BM rows of x, over STEPS times as many chunks as warps share the inputs.
 
     x is bfloat16 or float16, its rows and ``words`` begin at addresses that 8 divides (K is a multiple of
-    4), BM is a multiple of 8. A warp has TALL tiles of 16 outputs and asks for words AHEAD steps before
+    4), BM is a multiple of 8. A warp has TALL tiles of 16 outputs (at most 32 / BM) and asks for words AHEAD steps before
     they are used. WHOLE: K inputs are exactly the chunks of all steps of all programs.
     """
     PLACES: tl.constexpr = 32 // BITS
@@ -266,6 +272,7 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     ALONG: tl.constexpr = BN // (16 * TALL)
     DEEP: tl.constexpr = WARPS // ALONG
     COLUMNS: tl.constexpr = BM // 8
+    tl.static_assert(TALL * COLUMNS <= 4, "more products of a warp than are joined at the end")
     thread = tl.arange(0, 32 * WARPS)
     g = thread % 32 // 4
     q = thread % 4
@@ -310,12 +317,12 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     for _ in tl.static_range(TALL * COLUMNS):
         total += (zeros,)
     for step in tl.static_range(1, AHEAD):
-        _ask(asked, tl.minimum(chunk + step * DEEP, last) * 32, NATIVE)
+        chunk += _ask(asked, tl.minimum(chunk + step * DEEP, last) * 32, NATIVE)
     for _ in range(STEPS):
         if AHEAD > 0:
             later = tl.minimum(chunk + AHEAD * DEEP, last)
-            _ask(asked, later * 32, NATIVE)
-            _ask(scaled, tl.minimum(later * (32 * PLACES) // GROUP, GROUPS - 1), NATIVE)
+            group = tl.minimum(later * (32 * PLACES) // GROUP, GROUPS - 1)
+            chunk += _ask(asked, later * 32, NATIVE) + _ask(scaled, group, NATIVE)
         words = _words(at, chunk, end, NATIVE)
         for run in tl.static_range(PLACES // RUN):
             start = chunk * (32 * PLACES) + 32 * RUN * run

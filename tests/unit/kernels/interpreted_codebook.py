@@ -87,8 +87,8 @@ def forms(rows: int, weight: Weight, splits: int) -> Iterator[Launch]:
     if rows == 1:
         for lookup in lookups(weight.facts):
             yield Launch("vector", lookup, 8, 64, splits)
-    for lookup in lookups(weight.facts):
-        yield Launch("dot", lookup, 16, 16, splits)
+    for i, lookup in enumerate(lookups(weight.facts)):
+        yield Launch("dot", lookup, 16, 16, splits, joined=(1, 2, 4)[(rows + splits + i) % 3])
     yield Launch("dense", lookups(weight.facts)[-1])
 
 
@@ -145,7 +145,7 @@ def few_rows() -> dict[str, float]:
         bias = torch.randn(19, generator=generator).to(dtype)
         outputs, width, splits, warps, tall = tile
         launch = Launch(
-            "mma", lookups(weight.facts)[0], outputs, width, splits, warps, 2, tall
+            "mma", lookups(weight.facts)[0], outputs, width, splits, warps, 2, tall=tall
         )  # fmt: skip
         name = f"{dtype}, {bits} bits, {kind}, {rows} rows, {launch}"
         found[name] = off(x, weight, bias, launch)

@@ -62,18 +62,27 @@ def test_vector_kernel(lookup: str, index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lookup", "scale"),
-    [("PERMUTE", 0), pytest.param("ARITHMETIC", 2, marks=pytest.mark.slow)],
+    ("lookup", "scale", "joined"),
+    [
+        ("PERMUTE", 0, 1),
+        ("ARITHMETIC", 2, 4),
+        pytest.param("ARITHMETIC", 2, 1, marks=pytest.mark.slow),
+    ],
 )
-def test_dot_kernel(lookup: str, scale: int) -> None:
+def test_dot_kernel(lookup: str, scale: int, joined: int) -> None:
     from tersor.kernels import codebook_kernels_triton as kernels
 
     ptx = compiled(
         "codebook_dot_kernel", 4, 4,
         LOOKUP=getattr(kernels, lookup), SCALE=scale, RUN=4 if scale else 8, BN=64, BM=16,
+        JOINED=joined,
     )  # fmt: skip
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx)  # 16 bytes at once, in flight
     assert "wgmma.mma_async" in ptx
+    # What is joined stays where it is: one wait for each product, and no values through shared memory.
+    loop = ptx[ptx.index("$L__BB0_") : ptx.rindex("wgmma.mma_async")]
+    assert loop.count("wgmma.wait_group") <= 8 // joined
+    assert "st.shared" not in loop
     assert "st.local" not in ptx
 
 
