@@ -137,8 +137,8 @@ def _is_whole(weight: Weight, chunks: int) -> bool:
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of it where it begins at an address that 8 bytes do not divide."""
-    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 8 else tensor
+    """The tensor, or a copy of it where it begins within the 16 bytes that a thread may load at once."""
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 16 else tensor
 
 
 def _add(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
