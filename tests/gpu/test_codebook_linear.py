@@ -91,7 +91,7 @@ def test_launches_stay_within_the_bound_of_their_formats(
     for rows in (1, 7, 200):
         x = drawn(rows, SHAPE[1], dtype, seed=rows)
         few = mma_launches(rows, SHAPE[1], dtype, weight.facts)
-        for launch in (*ends(launches(rows, weight.facts)), *few):
+        for launch in ends((*launches(rows, weight.facts), *few)):
             try:
                 share = off(x, weight, bias, launch, ADDED)
             except OutOfResources:  # as when one is chosen
