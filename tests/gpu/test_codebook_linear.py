@@ -24,7 +24,7 @@ pytest.importorskip("triton")  # before what imports it
 from triton.runtime.errors import OutOfResources
 
 from tersor.kernels import codebook_linear_triton as module
-from tersor.kernels.codebook_linear_triton import Launch, launches
+from tersor.kernels.codebook_launches import Launch, launches, mma_launches
 from tests.unit.kernels.interpreted_codebook import CASES, off, weight_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -90,7 +90,8 @@ def test_launches_stay_within_the_bound_of_their_formats(
     bias = drawn(1, SHAPE[0], dtype)[0]
     for rows in (1, 7, 200):
         x = drawn(rows, SHAPE[1], dtype, seed=rows)
-        for launch in ends(launches(rows, weight.facts)):
+        few = mma_launches(rows, SHAPE[1], dtype, weight.facts)
+        for launch in ends((*launches(rows, weight.facts), *few)):
             try:
                 share = off(x, weight, bias, launch, ADDED)
             except OutOfResources:  # as when one is chosen

@@ -226,14 +226,33 @@ def codebook_vector_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
 
 @triton.jit
 @no_type_check
+def _side_by_side(values):  # noqa: ANN001, ANN202
+    """One, two or four tiles [outputs, 32] as one of all their inputs; no value leaves its thread."""
+    BN: tl.constexpr = values[0].shape[0]
+    if len(values) == 1:
+        found = values[0]
+    elif len(values) == 2:
+        found = tl.reshape(tl.permute(tl.join(values[0], values[1]), (0, 2, 1)), [BN, 64])
+    else:
+        pairs = tl.join(tl.join(values[0], values[1]), tl.join(values[2], values[3]))
+        found = tl.reshape(tl.permute(pairs, (0, 3, 2, 1)), [BN, 128])
+    return found
+
+
+@triton.jit
+@no_type_check
 def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     x_ptr, words_ptr, tables_ptr, planes_ptr, scales_ptr, bias_ptr, y_ptr,  # noqa: ANN001
     M, N, K, WORDS, TABLE_STRIDE, PLANE_STRIDE, GROUPS, STEPS,  # noqa: ANN001
     GROUP: tl.constexpr, BITS: tl.constexpr, LOOKUP: tl.constexpr, SCALE: tl.constexpr,
     GROUPED: tl.constexpr, RUN: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
-    """BN outputs of BM rows of x, over STEPS chunks of 32 words."""
+    """BN outputs of BM rows of x, over STEPS chunks of 32 words.
+
+    JOINED places, 1, 2 or 4 of a group, are one product: the compiler waits for each, as their values are in
+    registers, and x comes in runs of as many times 32 inputs.
+    """
     PLACES: tl.constexpr = 32 // BITS
     BRAIN: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     # The interpreter knows no assembly; in bfloat16 a byte has no room below an exponent.
@@ -247,7 +266,8 @@ def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     inside_m = samples < M
     lane = tl.arange(0, 32)
     at = words_ptr + rows.to(tl.int64)[:, None] * WORDS + lane[None, :]
-    x_at = x_ptr + tl.minimum(samples, M - 1).to(tl.int64)[None, :] * K + lane[:, None]
+    inputs = tl.arange(0, 32 * JOINED)
+    x_at = x_ptr + tl.minimum(samples, M - 1).to(tl.int64)[None, :] * K + inputs[:, None]
     tables = tables_ptr + (rows * TABLE_STRIDE)[:, None]
     if LOOKUP == _PERMUTE:
         a, b, c, d, e, f, g, h = _planes(planes_ptr, rows, PLANE_STRIDE)
@@ -262,21 +282,26 @@ def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
                 part = tl.zeros((BN, BM), dtype=tl.float32)
             else:
                 part = total
-            for within in tl.static_range(RUN):
-                k = start + 32 * within
-                x = tl.load(x_at + k, mask=(k + lane)[:, None] < K, other=0.0)
-                if LOOKUP == _ARITHMETIC and PAIRS:
-                    value = _half_numbers(words, run * RUN + within, BITS, BRAIN)
-                elif LOOKUP == _ARITHMETIC:
-                    value = _number(words, run * RUN + within, BITS, NATIVE)
-                elif LOOKUP == _PERMUTE:
-                    value = _permuted(words, run * RUN + within, a, b, c, d, e, f, g, h, NATIVE)
-                else:
-                    entry = _code(words, run * RUN + within, BITS)
-                    if GROUPED:
-                        entry += group << BITS
-                    value = tl.load(tables + entry).to(tl.float32)
-                part = tl.dot(value.to(x.dtype), x, part, input_precision="ieee")
+            for within in tl.static_range(RUN // JOINED):
+                k = start + 32 * JOINED * within
+                x = tl.load(x_at + k, mask=(k + inputs)[:, None] < K, other=0.0)
+                values = ()
+                for j in tl.static_range(JOINED):
+                    if LOOKUP == _ARITHMETIC and PAIRS:
+                        value = _half_numbers(words, run * RUN + within * JOINED + j, BITS, BRAIN)
+                    elif LOOKUP == _ARITHMETIC:
+                        value = _number(words, run * RUN + within * JOINED + j, BITS, NATIVE)
+                    elif LOOKUP == _PERMUTE:
+                        value = _permuted(
+                            words, run * RUN + within * JOINED + j, a, b, c, d, e, f, g, h, NATIVE
+                        )
+                    else:
+                        entry = _code(words, run * RUN + within * JOINED + j, BITS)
+                        if GROUPED:
+                            entry += group << BITS
+                        value = tl.load(tables + entry).to(tl.float32)
+                    values += (value.to(x.dtype),)
+                part = tl.dot(_side_by_side(values), x, part, input_precision="ieee")
             if SCALE == _GROUP_SCALE:
                 total += part * tl.load(scales_ptr + rows * GROUPS + group)[:, None]
             else:

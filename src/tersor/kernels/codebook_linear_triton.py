@@ -8,10 +8,11 @@ one of the choices, too.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import cycle
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,100 +21,32 @@ from torch.library import triton_op, wrap_triton
 from triton import knobs
 
 from tersor.kernels.codebook_kernels_triton import (
-    ARITHMETIC,
     GROUP_SCALE,
-    LOAD,
     NO_SCALE,
-    PERMUTE,
     ROW_SCALE,
     codebook_dot_kernel,
     codebook_expand_kernel,
     codebook_sum_kernel,
     codebook_vector_kernel,
 )
+from tersor.kernels.codebook_launches import FEW, Facts, Launch, launches, mma_launches
+from tersor.kernels.codebook_mma_triton import codebook_mma_kernel
 from tersor.kernels.codebook_weight import WORD, codebook_linear_reference
 from tersor.kernels.tiles import choose, is_real
 
-Form = Literal["vector", "dot", "dense"]
-
-
-class Launch(NamedTuple):
-    """How a call is computed.
-
-    Attributes:
-        form: One row of x by threads, any number of rows by tensor cores, or an expanded weight.
-        lookup: Of ``codebook_kernels_triton``.
-        outputs: Of a program.
-        width: Of a program's tile: words of a row ("vector"), or rows of x ("dot").
-        splits: Programs that share the inputs.
-        warps: Of 32 threads.
-        stages: Of loads in flight that the compiler makes of a loop ("dot").
-    """
-
-    form: Form
-    lookup: int
-    outputs: int = 32
-    width: int = 128
-    splits: int = 1
-    warps: int = 4
-    stages: int = 1
-
-
-# Outputs, words, splits, warps. A thread has two or four rows, so that an input is converted once for as many
-# products; fewer words than threads: the compiler would hand x around through shared memory otherwise, with
-# a barrier for every place. The last two have 512 threads.
-_VECTORS = (
-    (32, 64, 2, 4), (32, 64, 4, 4), (32, 64, 1, 4), (32, 128, 2, 8), (32, 128, 2, 16), (32, 128, 4, 16),
-)  # fmt: skip
-# Outputs, splits, warps, stages; the last has 512 threads.
-_DOTS = (
-    (64, 4, 4, 3), (128, 4, 8, 3), (64, 2, 4, 3), (128, 2, 8, 3), (128, 4, 4, 3), (128, 8, 8, 3), (256, 8, 16, 3),
-)  # fmt: skip
-_TALL_DOTS = ((64, 1, 4, 3), (128, 1, 4, 3), (128, 1, 8, 3), (128, 2, 8, 3))
-_LESS = 2  # tiles that are tried with a lookup of which less is to be expected
-_FEW = 64  # rows of x up to which one program takes all of them
+# What two launches may differ by, as a share of the result's norm: some roundings of bfloat16. Operands in
+# another order than the instruction takes them in are off by the norm itself.
+_AGREEMENT = 2.0**-6
 _FLOAT32_STAGES = 2  # 1 and 2 compute what they should on an H200
-_LEAST_ROWS = 16  # of x in a program, of which tensor cores take 8 or 16 at once
 _ADDED = 256  # outputs of a program that adds parts
 _EXPANDED = 16  # rows of a program that expands a weight
 # Weights that are read in turn take this many times the second-level cache.
 _COLD = 4
+_KERNELS = {"dot": codebook_dot_kernel, "mma": codebook_mma_kernel}
 # The interpreter that tests on CPUs use knows no assembly.
 _NATIVE = not knobs.runtime.interpret
 _Key = tuple[Any, ...]
 _CHOSEN: dict[_Key, Launch] = {}
-
-
-class Facts(NamedTuple):
-    """What a weight is, beside its sizes."""
-
-    bits: int
-    is_uniform: bool
-    has_planes: bool
-    is_grouped: bool  # its tables
-
-
-def lookups(facts: Facts) -> tuple[int, ...]:
-    """The ways from a code to its value, the one to expect most of first."""
-    if facts.is_uniform:
-        return (ARITHMETIC,)
-    return (PERMUTE, LOAD) if facts.has_planes else (LOAD,)
-
-
-def launches(rows: int, facts: Facts) -> tuple[Launch, ...]:
-    """What is worth measuring for a number of rows of x, the one to expect most of first."""
-    found: list[Launch] = []
-    width = max(_LEAST_ROWS, min(_FEW, triton.next_power_of_2(rows)))
-    vectors, dots = _VECTORS if rows == 1 else (), _DOTS if rows <= _FEW else _TALL_DOTS
-    for i, lookup in enumerate(lookups(facts)):
-        last = None if i == 0 else _LESS
-        found += [Launch("vector", lookup, n, w, s, warps) for n, w, s, warps in vectors[:last]]
-        found += [
-            Launch("dot", lookup, n, width, s, warps, deep) for n, s, warps, deep in dots[:last]
-        ]
-    if rows > _FEW:
-        found.append(Launch("dense", lookups(facts)[-1]))
-    return tuple(found)
 
 
 class Weight(NamedTuple):
@@ -150,8 +83,7 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
     if isinstance(x.shape[0], int) and not x.shape[0]:
         return y
     # Chunks for each split, in steps of a tile; splits that would have no work are left out.
-    tile = launch.width if launch.form == "vector" else WORD
-    steps = -(-weight.words.shape[1] // tile)
+    steps = -(-weight.words.shape[1] // _tile_words(launch))
     each = -(-steps // launch.splits)
     splits = -(-steps // each)
     target = y if splits == 1 else x.new_empty(splits, x.shape[0], out, dtype=torch.float32)
@@ -159,6 +91,14 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
     settings = {
         **_settings(weight, launch.lookup), "RUN": _run(weight), "BIAS": own_bias is not None,
     }  # fmt: skip
+    if launch.form == "dot":
+        settings["JOINED"] = math.gcd(launch.joined, settings["RUN"])
+    if launch.form == "mma":
+        x, weight = _aligned(x), weight._replace(words=_aligned(weight.words))
+        settings |= {
+            "TALL": launch.tall, "WARPS": launch.warps, "AHEAD": launch.stages,
+            "WHOLE": _is_whole(weight, each * splits * launch.deep),
+        }  # fmt: skip
     tensors = (x, *_present(weight), weight.words if own_bias is None else own_bias, target)
     planes = 0 if weight.planes is None or weight.planes.shape[0] == 1 else weight.planes.shape[1]
     sizes = (out, weight.inputs, weight.words.shape[1], _table_stride(weight), planes)
@@ -168,17 +108,37 @@ def run(x: Tensor, weight: Weight, bias: Tensor | None, launch: Launch) -> Tenso
         kernel = wrap_triton(_tiled(codebook_vector_kernel, launch))
         kernel[blocks, splits](*tensors, *sizes, *counts, **settings)
     else:
-        if (
-            x.dtype == torch.float32
-        ):  # with 4 stages Triton 3.6 reads words at addresses that are off
-            launch = launch._replace(stages=min(launch.stages, _FLOAT32_STAGES))
-        kernel = wrap_triton(_tiled(codebook_dot_kernel, launch))
+        kernel = wrap_triton(_tiled(_KERNELS[launch.form], _staged(launch, x.dtype)))
         kernel[blocks * triton.cdiv(x.shape[0], launch.width), splits](
             *tensors, x.shape[0], *sizes, *counts, **settings
         )
     if splits > 1:
         _add(target, bias, y)
     return y
+
+
+def _tile_words(launch: Launch) -> int:
+    """Words of a row that a program takes at once."""
+    if launch.form == "vector":
+        return launch.width
+    return WORD * launch.deep if launch.form == "mma" else WORD
+
+
+def _staged(launch: Launch, dtype: torch.dtype) -> Launch:
+    """With the compiler's stages that are right: with 4 of float32 Triton 3.6 reads words that are off."""
+    if launch.form == "dot" and dtype == torch.float32:
+        return launch._replace(stages=min(launch.stages, _FLOAT32_STAGES))
+    return launch
+
+
+def _is_whole(weight: Weight, chunks: int) -> bool:
+    """Whether the inputs are exactly so many chunks."""
+    return weight.inputs == chunks * WORD * (WORD // weight.bits)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it where it begins within the 16 bytes that a thread may load at once."""
+    return tensor.clone() if tensor.storage_offset() * tensor.element_size() % 16 else tensor
 
 
 def _add(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -243,7 +203,7 @@ def _tiled(kernel: Any, launch: Launch) -> Any:
     config = triton.Config(
         {"BN": launch.outputs, width: launch.width},
         num_warps=launch.warps,
-        num_stages=launch.stages,
+        num_stages=1 if launch.form == "mma" else launch.stages,
     )
     return triton.autotune([config], key=[])(kernel)
 
@@ -257,7 +217,7 @@ def launch_of(x: Tensor, weight: Weight) -> Launch:
     """How a call is computed: as was chosen for its shape, or else as is to be expected."""
     rows: Any = x.shape[0]
     if not isinstance(rows, int):  # open: any number of rows
-        return launches(_FEW + 1, weight.facts)[0]
+        return launches(FEW + 1, weight.facts)[0]
     return _CHOSEN.get(_key(x, weight), launches(rows, weight.facts)[0])
 
 
@@ -298,14 +258,42 @@ def codebook_linear_cuda(
     weight = Weight(words, tables, planes, scales, bits, inputs, group)
     if is_real(x) and x.shape[0]:
         turns = cycle(_copies(words) if _key(x, weight) not in _CHOSEN else (words,))
-        choose(
-            _CHOSEN,
-            _key(x, weight),
-            launches(x.shape[0], weight.facts),
-            _in_turn(turns, x, weight, bias),
-        )
+        if _key(x, weight) not in _CHOSEN:
+            tiles = _candidates(x, weight)
+            choose(_CHOSEN, _key(x, weight), tiles, _in_turn(turns, x, weight, bias))
     found: Tensor = codebook_linear_op(x, words, tables, planes, scales, bias, bits, inputs, group)
     return found
+
+
+def _candidates(x: Tensor, weight: Weight) -> tuple[Launch, ...]:
+    """What to choose from: of "mma", whose order of operands no compiler checks, what agrees with another form.
+
+    Warns:
+        RuntimeWarning: A launch of "mma" does not agree, and is left out.
+    """
+    rows, facts = x.shape[0], weight.facts
+    known = launches(rows, facts)
+    tried = mma_launches(rows, weight.inputs, x.dtype, facts)
+    if not tried:
+        return known
+    generator = torch.Generator(x.device).manual_seed(0)
+    probe = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+    plain = next(launch for launch in known if launch.form == "dot")
+    wanted = run(probe, weight, None, plain).float()
+    size = float(wanted.norm())
+    found = []
+    for launch in tried:
+        off = float((run(probe, weight, None, launch).float() - wanted).norm())
+        if off <= _AGREEMENT * size:
+            found.append(launch)
+        else:
+            warnings.warn(
+                f"codebook linear of {tuple(x.shape)} and {facts}: {launch} is off by {off:.3g} from "
+                f"what {plain} gives, at most {_AGREEMENT * size:.3g} was wanted; it is left out",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return (*known, *found)
 
 
 def _in_turn(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
 from tersor.kernels import codebook_kernels_triton as kernels
-from tersor.kernels.codebook_linear_triton import Launch, Weight, lookups, run
+from tersor.kernels.codebook_launches import Launch, lookups
+from tersor.kernels.codebook_linear_triton import Weight, run
 from tersor.kernels.codebook_weight import coded_weight, expanded
 
 # A unit in the last place, halved: what one rounding moves a number by, relative to it.
@@ -66,7 +67,11 @@ def off(
     unit = HALF_UNIT[x.dtype]
     is_rounded = x.dtype != torch.float32 and (
         launch.form == "dense"
-        or (launch.form == "dot" and weight.tables is not None and x.dtype == torch.bfloat16)
+        or (
+            launch.form in ("dot", "mma")
+            and weight.tables is not None
+            and x.dtype == torch.bfloat16
+        )
     )
     # Inputs, parts, the scale, the bias; then values that were rounded to x's type.
     bound = sums * (added * (x.shape[1] + launch.splits + 4) + (unit if is_rounded else 0.0))
@@ -82,8 +87,8 @@ def forms(rows: int, weight: Weight, splits: int) -> Iterator[Launch]:
     if rows == 1:
         for lookup in lookups(weight.facts):
             yield Launch("vector", lookup, 8, 64, splits)
-    for lookup in lookups(weight.facts):
-        yield Launch("dot", lookup, 16, 16, splits)
+    for i, lookup in enumerate(lookups(weight.facts)):
+        yield Launch("dot", lookup, 16, 16, splits, joined=(1, 2, 4)[(rows + splits + i) % 3])
     yield Launch("dense", lookups(weight.facts)[-1])
 
 
@@ -118,6 +123,32 @@ def every_type() -> dict[str, float]:
                         f"{dtype}, groups of {group}, {rows} rows, {splits} splits, {launch.form}"
                     )
                     found[name] = off(x, weight, None, launch)
+    return found
+
+
+def few_rows() -> dict[str, float]:
+    """The kernel that multiplies by instructions: types, tiles, warps that share inputs, parts, whole chunks."""
+    found = {}
+    half, brain = torch.float16, torch.bfloat16
+    cases = (
+        # Type, bits, kind, inputs, rows; outputs, rows and splits of a program, its warps, tiles of a warp.
+        (half, 4, ("none", "group"), 512, 8, (16, 8, 1, 2, 1)),
+        (brain, 4, ("none", "row"), 292, 13, (32, 16, 2, 2, 2)),
+        (half, 4, ("row", None), 600, 3, (32, 8, 1, 4, 1)),
+        (brain, 8, ("none", "group"), 300, 1, (16, 8, 2, 2, 1)),
+        (half, 8, ("group", "group"), 148, 10, (16, 8, 1, 1, 1)),
+    )
+    for i, (dtype, bits, kind, inp, rows, tile) in enumerate(cases):
+        weight = weight_of(i, (19, inp), bits, kind, 64)
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(rows, inp, generator=generator).to(dtype)
+        bias = torch.randn(19, generator=generator).to(dtype)
+        outputs, width, splits, warps, tall = tile
+        launch = Launch(
+            "mma", lookups(weight.facts)[0], outputs, width, splits, warps, 2, tall=tall
+        )  # fmt: skip
+        name = f"{dtype}, {bits} bits, {kind}, {rows} rows, {launch}"
+        found[name] = off(x, weight, bias, launch)
     return found
 
 
@@ -178,12 +209,16 @@ def every_form() -> dict[str, float]:
     return {**every_kind(), **extremes(), **equal_bits()}
 
 
+<<<<<<< HEAD
 def every_shape() -> dict[str, float]:
     """Types and shapes at length: for a release."""
     return {**every_type(), **drawn()}
 
 
 PARTS = {f.__name__: f for f in (every_form, every_shape)}
+=======
+PARTS = {f.__name__: f for f in (every_form, every_type, few_rows)}
+>>>>>>> s17-codebook
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)

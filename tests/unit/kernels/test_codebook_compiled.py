@@ -25,8 +25,9 @@ def compiled(name: str, warps: int, stages: int, **settings: Any) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from tersor.kernels import codebook_kernels_triton as module
+    from tersor.kernels import codebook_kernels_triton, codebook_mma_triton
 
+    module = codebook_mma_triton if name == "codebook_mma_kernel" else codebook_kernels_triton
     kernel = getattr(module, name)
     names = kernel.arg_names
     fixed = {**DEFAULTS, "NATIVE": True, **settings}
@@ -48,7 +49,7 @@ def compiled(name: str, warps: int, stages: int, **settings: Any) -> str:
 @pytest.mark.parametrize("lookup", ["PERMUTE", pytest.param("ARITHMETIC", marks=pytest.mark.slow)])
 def test_vector_kernel(lookup: str, index: int) -> None:
     from tersor.kernels import codebook_kernels_triton as kernels
-    from tersor.kernels import codebook_linear_triton as module
+    from tersor.kernels import codebook_launches as module
 
     outputs, words, _, warps = module._VECTORS[index]
     number = getattr(kernels, lookup)
@@ -61,19 +62,51 @@ def test_vector_kernel(lookup: str, index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lookup", "scale"),
-    [("PERMUTE", 0), pytest.param("ARITHMETIC", 2, marks=pytest.mark.slow)],
+    ("lookup", "scale", "joined"),
+    [
+        ("PERMUTE", 0, 1),
+        ("ARITHMETIC", 2, 4),
+        pytest.param("ARITHMETIC", 2, 1, marks=pytest.mark.slow),
+    ],
 )
-def test_dot_kernel(lookup: str, scale: int) -> None:
+def test_dot_kernel(lookup: str, scale: int, joined: int) -> None:
     from tersor.kernels import codebook_kernels_triton as kernels
 
     ptx = compiled(
         "codebook_dot_kernel", 4, 4,
         LOOKUP=getattr(kernels, lookup), SCALE=scale, RUN=4 if scale else 8, BN=64, BM=16,
+        JOINED=joined,
     )  # fmt: skip
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx)  # 16 bytes at once, in flight
     assert "wgmma.mma_async" in ptx
+    # What is joined stays where it is: one wait for each product, and no values through shared memory.
+    loop = ptx[ptx.index("$L__BB0_") : ptx.rindex("wgmma.mma_async")]
+    assert loop.count("wgmma.wait_group") <= 8 // joined
+    assert "st.shared" not in loop
     assert "st.local" not in ptx
+
+
+@pytest.mark.parametrize(
+    ("lookup", "scale", "index"),
+    [("ARITHMETIC", 2, 1), pytest.param("PERMUTE", 0, 0, marks=pytest.mark.slow)],
+)
+def test_mma_kernel(lookup: str, scale: int, index: int) -> None:
+    from tersor.kernels import codebook_kernels_triton as kernels
+    from tersor.kernels import codebook_launches as module
+
+    outputs, _, warps, ahead, tall = module._MMAS[index]
+    ptx = compiled(
+        "codebook_mma_kernel", warps, 1, LOOKUP=getattr(kernels, lookup), SCALE=scale,
+        RUN=4 if scale else 8, BN=outputs, BM=8, TALL=tall, WARPS=warps, AHEAD=ahead, WHOLE=True,
+    )  # fmt: skip
+    # Of each chunk and tile: 8 places of 32 inputs. No value goes through another thread or shared memory
+    # but for the sums at the end.
+    assert ptx.count("mma.sync.aligned.m16n8k16") == 16 * tall
+    assert ptx.count("ld.global.L1::no_allocate.L2::128B.v2.b64") == 4 * tall
+    assert "prefetch.global.L2" in ptx
+    loop = ptx[ptx.index("$L__BB0_") : ptx.rindex("mma.sync")]
+    for word in ("bar.sync", "shfl", "ld.shared", "st.shared", "st.local"):
+        assert word not in loop
 
 
 def test_sum_and_expansion() -> None:

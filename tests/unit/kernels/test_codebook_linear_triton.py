@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
+<<<<<<< HEAD
     "part", ["every_form", pytest.param("every_shape", marks=pytest.mark.slow)]
+=======
+    "part", ["every_form", "few_rows", pytest.param("every_type", marks=pytest.mark.slow)]
+>>>>>>> s17-codebook
 )
 def test_interpreted_kernels_stay_within_the_bound_of_their_formats(part: str) -> None:
     run = subprocess.run(
@@ -56,7 +60,7 @@ def weight_of(out: int, inp: int, bits: int, **fields: Any) -> Any:
 
 
 def test_what_is_worth_measuring() -> None:
-    from tersor.kernels import codebook_linear_triton as module
+    from tersor.kernels import codebook_launches as module
     from tersor.kernels.codebook_kernels_triton import ARITHMETIC, LOAD, PERMUTE
 
     uniform = weight_of(64, 512, 4, scales=torch.ones(64, 1)).facts
@@ -84,19 +88,64 @@ def test_what_is_worth_measuring() -> None:
 
 def test_a_chosen_launch_is_that_of_its_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from tersor.kernels import codebook_linear_triton as module
+    from tersor.kernels.codebook_launches import launches
 
     weight = weight_of(64, 512, 4, scales=torch.ones(64, 1))
     x = torch.zeros(1, 512)
-    fastest = module.launches(1, weight.facts)[3]
+    fastest = launches(1, weight.facts)[3]
     monkeypatch.setattr(module, "_CHOSEN", {module._key(x, weight): fastest})
     assert module.launch_of(x, weight) == fastest
-    first = module.launches(1, weight.facts)[0]
+    first = launches(1, weight.facts)[0]
     assert first != fastest
     assert module.launch_of(x.half(), weight) == first
     other = weight_of(64, 512, 4, scales=torch.ones(64, 4), group=128)
     assert module.launch_of(x, other) == first
     table = weight_of(64, 512, 4, tables=torch.zeros(64, 1, 16))
-    assert module.launch_of(x, table) == module.launches(1, table.facts)[0]
+    assert module.launch_of(x, table) == launches(1, table.facts)[0]
+
+
+def test_few_rows_by_instructions_are_for_half_precision_and_rows_that_can_be_read() -> None:
+    from tersor.kernels import codebook_launches as module
+
+    uniform = weight_of(64, 512, 4, scales=torch.ones(64, 1)).facts
+    table = weight_of(64, 512, 4, tables=torch.zeros(64, 1, 16)).facts
+    for rows, width in ((1, 8), (8, 8), (9, 16), (16, 16)):
+        found = module.mma_launches(rows, 512, torch.bfloat16, uniform)
+        assert found
+        assert len(set(found)) == len(found)
+        for launch in found:
+            assert (launch.form, launch.width) == ("mma", width)
+            # Warps that share inputs, times those of the outputs, are all warps.
+            assert launch.deep >= 1
+            assert launch.deep * launch.outputs == launch.warps * 16 * launch.tall
+    assert 0 < len(module.mma_launches(1, 512, torch.float16, table)) < len(found)
+    assert not module.mma_launches(17, 512, torch.bfloat16, uniform)
+    assert not module.mma_launches(1, 512, torch.float32, uniform)
+    assert not module.mma_launches(1, 510, torch.bfloat16, uniform)
+
+
+def test_a_launch_that_does_not_agree_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tersor.kernels import codebook_linear_triton as module
+    from tersor.kernels.codebook_launches import launches, mma_launches
+
+    weight = weight_of(64, 512, 4, scales=torch.ones(64, 1))
+    x = torch.zeros(2, 512, dtype=torch.bfloat16)
+    tried = mma_launches(2, 512, x.dtype, weight.facts)
+    seen: list[torch.Tensor] = []
+
+    def run(probe: torch.Tensor, *_: object) -> torch.Tensor:
+        launch = _[-1]
+        seen.append(probe)
+        return probe.flip(0) if launch == tried[1] else probe * (1 + 2.0**-7)
+
+    monkeypatch.setattr(module, "run", run)
+    with pytest.warns(RuntimeWarning, match="left out") as caught:
+        found = module._candidates(x, weight)
+    assert len(caught) == 1
+    assert found == (*launches(2, weight.facts), tried[0], *tried[2:])
+    assert all(p.shape == x.shape and p.dtype == x.dtype and bool(p.any()) for p in seen)
+    single = torch.zeros(2, 512)
+    assert module._candidates(single, weight) == launches(2, weight.facts)
 
 
 def test_measured_calls_go_through_copies_that_no_cache_holds(
