@@ -209,16 +209,12 @@ def every_form() -> dict[str, float]:
     return {**every_kind(), **extremes(), **equal_bits()}
 
 
-<<<<<<< HEAD
 def every_shape() -> dict[str, float]:
     """Types and shapes at length: for a release."""
     return {**every_type(), **drawn()}
 
 
-PARTS = {f.__name__: f for f in (every_form, every_shape)}
-=======
-PARTS = {f.__name__: f for f in (every_form, every_type, few_rows)}
->>>>>>> s17-codebook
+PARTS = {f.__name__: f for f in (every_form, every_shape, few_rows)}
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)

@@ -17,11 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-<<<<<<< HEAD
-    "part", ["every_form", pytest.param("every_shape", marks=pytest.mark.slow)]
-=======
-    "part", ["every_form", "few_rows", pytest.param("every_type", marks=pytest.mark.slow)]
->>>>>>> s17-codebook
+    "part", ["every_form", "few_rows", pytest.param("every_shape", marks=pytest.mark.slow)]
 )
 def test_interpreted_kernels_stay_within_the_bound_of_their_formats(part: str) -> None:
     run = subprocess.run(
