@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.api.result import Result
-from tersor.core.records import Level
+from tersor.api.session import pick_methods as picked
+from tersor.core.records import BackendInfo, Level
+from tersor.graph.contracts import Method
 from tersor.graph.low_bits import LOW_BITS
 from tersor.price.price import PriceConfig
 from tersor.timing.protocol import Protocol
@@ -96,6 +98,14 @@ BRIEF = Protocol(rounds=3, runs=3, max_seconds=3.0)
 FEW_BUILDS = PriceConfig(k=6, k_mixed=8, held_out=2)
 
 
+def picked_for_speed(
+    wanted: str | Sequence[str], infos: Sequence[BackendInfo], *, for_size: bool = False
+) -> dict[str, Method]:
+    """The methods without low bits, also under a size."""
+    del for_size
+    return picked(wanted, infos)
+
+
 @contextmanager
 def brief_runs(
     config: PriceConfig = FEW_BUILDS, *, low_bits: Collection[Level] = ()
@@ -103,13 +113,16 @@ def brief_runs(
     """Few builds, each measured briefly: what these tests are about is not how long a call takes.
 
     Rounding every layer to 4, 3 and 2 bits takes longer than all the rest of such a run: only runs
-    that are about these levels offer them.
+    that are about these levels offer them. Runs without may last a session, so that they leave the
+    table of levels alone, which unit tests read.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for method in ("quantize", "datafree"):  # imported here if not before: with every level
-            patch.setattr(f"tersor.methods.{method}.LOW_BITS", LOW_BITS)
-        offered = {level: bits for level, bits in LOW_BITS.items() if level in low_bits}
-        patch.setattr("tersor.graph.low_bits.LOW_BITS", offered)
+        if low_bits:
+            for method in ("quantize", "datafree"):  # imported here if not before: with every level
+                patch.setattr(f"tersor.methods.{method}.LOW_BITS", LOW_BITS)
+            offered = {level: bits for level, bits in LOW_BITS.items() if level in low_bits}
+            patch.setattr("tersor.graph.low_bits.LOW_BITS", offered)
+        patch.setattr("tersor.api.session.pick_methods", picked if low_bits else picked_for_speed)
         patch.setattr("tersor.api.stages.PriceConfig", lambda seed: replace(config, seed=seed))
         for name in ("stages._QUICK", "stages._CAREFUL", "stages.PRICING"):
             patch.setattr(f"tersor.api.{name}", BRIEF)

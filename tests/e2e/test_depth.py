@@ -79,7 +79,8 @@ def result(small: Result, model: nn.Module, tmp_path_factory: pytest.TempPathFac
 def test_a_branch_goes_where_the_size_asks_for_it(small: Result) -> None:
     assert small.plan.assignment["branch:straight"] in {0, 1}
     assert small.verdict.size_bytes <= 50_000
-    assert small.verdict.size_bytes == pytest.approx(small.plan.predicted_bytes, rel=0.05)
+    # What the report in the file will take is not known before: a little more is expected.
+    assert 0 <= small.plan.predicted_bytes - small.verdict.size_bytes < 2500
 
 
 def test_a_branch_that_is_a_linear_map_loses_nothing(result: Result) -> None:

@@ -30,7 +30,7 @@ _SIZE_ATTEMPTS, _TRIES_PER_TEXT = 40, 4
 _REPORT_SHARE = 1.9  # all of a report over its candidates, prices and sites, both deflated
 # Of a report in brief: as much, and what does not depend on the sites; on ResNet-20 about 1 kB too much, as what
 # int8 ops add to a graph and its build is counted nowhere else.
-_BRIEF_SHARE, _BRIEF_BYTES = 1.5, 1200
+_BRIEF_SHARE, _BRIEF_BYTES, _SITE_BYTES = 1.5, 1200, 60
 _WHOLE_SHARE = 0.05  # of a budget of bytes: what a whole report may take of it
 
 
@@ -159,7 +159,7 @@ def carried_size(offers: Offers, prices: Prices, sites: Sequence[Site], most: fl
     levels = {site: (level, native[site]) for site, level in longest.items()}
     table = prices.tables[0].choice if prices.tables else choice
     records = [*chosen_alone(offers.candidates, prices, table, levels), sites]
-    return round(_BRIEF_SHARE * _deflated(records)) + _BRIEF_BYTES
+    return round(_BRIEF_SHARE * _deflated(records)) + _BRIEF_BYTES + _SITE_BYTES * len(levels)
 
 
 def is_brief(offers: Offers, prices: Prices, sites: Sequence[Site], most: float | None) -> bool:
