@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import tersor
 from tersor.api import undoing
 from tersor.api.choosing import ChoiceRecord
+from tersor.api.files import artifact_size
 from tersor.api.final import Made, make_final
 from tersor.api.result import Result
 from tersor.api.stages import build_for
@@ -415,6 +416,26 @@ def test_final_weights_that_lose_too_much_are_not_returned(
     assert result.plan == seen[1]
     assert seen[1].predicted_error <= seen[0].predicted_error
     assert any("a milder plan is chosen" in note for note in progress.notes)
+
+
+def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(
+    again: Callable[..., Result], lenet_run: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = lenet_run.result.verdict.original_bytes / 3.0
+    real, sizes = artifact_size, []
+
+    def larger(*args: Any) -> int:
+        sizes.append(real(*args))
+        return sizes[-1] if len(sizes) > 1 else round(1.1 * most)
+
+    monkeypatch.setattr("tersor.api.result.artifact_size", larger)
+    monkeypatch.setattr("tersor.api.result.carried_size", lambda *_: 0)
+    monkeypatch.setattr("tersor.api.result._NEARLY", 0.0)
+    progress = Recorded()
+    result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
+    assert any("a smaller plan is chosen" in note for note in progress.notes)
+    assert result.plan.predicted_bytes <= 0.9 * most + 1
+    assert result.verdict.size_bytes <= most
 
 
 def test_another_seed_is_another_run(lenet_run: Finished, images: dict[str, Tensor]) -> None:

@@ -51,6 +51,19 @@ class ChoiceRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a plan leaves of its target, as its final weights turned out to need it.
+
+    Attributes:
+        share: Of the quality budget that evaluations may spend, 0..1.
+        spare_bytes: Of the size that stay free.
+    """
+
+    share: float = 1.0
+    spare_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
     ms: float  # at the speed at which the baseline ran when it was priced
     least_ms: float | None = None  # lower bound, 95 %, beside the baseline
@@ -135,23 +148,28 @@ def choose_plan(
     prices: Prices,
     quality: Quality,
     *,
-    share: float = 1.0,
+    room: Room | None = None,
     known: Sequence[Evaluation] = (),
 ) -> ChoiceRecord:
     """Solve, evaluate, build and measure until the plan holds; found again in the store.
 
-    Evaluations may spend a ``share`` of the quality budget; ``known`` ones cost nothing.
+    ``room``: what of the target stays free; ``known`` evaluations cost nothing.
     """
-    key = digest(plan_key(session, prices, quality.target), share)
+    room = room or Room()
+    plain = digest(plan_key(session, prices, quality.target), room.share)
+    key = digest(plain, room.spare_bytes) if room.spare_bytes else plain
     kept = session.store.get(ChoiceRecord, "plan", key)
     if kept is not None:
         return kept
     session.progress.stage("plan")
     task = task_for(session, offered, prices, prices.tables, quality)
+    if task.limits.max_bytes is not None:
+        limits = replace(task.limits, max_bytes=task.limits.max_bytes - room.spare_bytes)
+        task = replace(task, limits=limits)
     if task.limits.max_loss is not None:
-        limits = replace(task.limits, max_loss=task.limits.max_loss * share)
+        limits = replace(task.limits, max_loss=task.limits.max_loss * room.share)
         # A second search knows what the first one saw.
-        seconds = task.max_seconds if share == 1.0 else task.max_seconds * _AGAIN
+        seconds = task.max_seconds if room == Room() else task.max_seconds * _AGAIN
         task = replace(task, limits=limits, max_seconds=seconds)
     tables = {t.choice.describe(): t for t in prices.tables}
 

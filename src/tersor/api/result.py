@@ -1,6 +1,7 @@
 """What ``compress`` returns: the plan, the model, the verdict, and ways to ask for more."""
 
 import datetime as dt
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,13 +14,14 @@ from torch import nn
 from tersor._version import __version__
 from tersor.api.choosing import (
     ChoiceRecord,
+    Room,
     budget_bytes,
     choose_plan,
     metric_stamp,
     plan_key,
     task_for,
 )
-from tersor.api.files import Facts, artifact_size, final_bytes, is_brief
+from tersor.api.files import Facts, artifact_size, carried_size, final_bytes, is_brief
 from tersor.api.final import (
     Final,
     Made,
@@ -35,6 +37,7 @@ from tersor.api.proposing import Offers
 from tersor.api.quality import Quality
 from tersor.api.recovering import recovery_key
 from tersor.api.session import Session
+from tersor.api.stages import build_for
 from tersor.api.undoing import measure_undone
 from tersor.capture.detector import Attached
 from tersor.core.errors import BackendError, ConfigError, ParityError
@@ -59,6 +62,7 @@ from tersor.verify.verify import BUSY, is_slower
 _CURVE_POINTS = 12
 _STEPS_BACK = 2  # milder plans that are tried where the final weights lose too much
 _CAUTION = 0.9  # of what a plan that loses just enough would take
+_NEARLY = 0.9  # of a size budget, from where the file itself is looked at
 _PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
 
 
@@ -176,33 +180,51 @@ class Result:
 
     @cached_property
     def _made(self) -> Made:
-        """The final graph; where its weights lose more than was allowed, that of a milder plan.
+        """The final graph; where it loses more or is larger than was allowed, that of another plan.
 
-        Evaluations read fewer samples than the final fit, and the best of many is the luckiest.
+        Evaluations read fewer samples than the final fit, and the best of many is the luckiest. What ops of 8
+        bits add to the graph and its build is known once they are there.
         """
-        run, limit, share = self._run, self._quality.limit(), 1.0
+        run, limit, room = self._run, self._quality.limit(), Room()
         made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
         for _ in range(_STEPS_BACK):
-            is_found = bool(self._choice.tables) and not self._is_baseline  # else it was given
-            if not is_found or limit is None or made.loss <= limit:
+            if not self._choice.tables or self._is_baseline:  # it was given
                 break
-            run.session.progress.note(
-                f"the final weights lose {made.loss:.4g} on the search part, allowed were "
-                f"{limit:.4g}: a milder plan is chosen"
-            )
-            share *= _CAUTION * limit / made.loss
+            if limit is not None and made.loss > limit:
+                run.session.progress.note(
+                    f"the final weights lose {made.loss:.4g} on the search part, allowed were "
+                    f"{limit:.4g}: a milder plan is chosen"
+                )
+                room = replace(room, share=room.share * _CAUTION * limit / made.loss)
+            elif (over := self._bytes_over(made)) > 0:
+                run.session.progress.note(
+                    f"the file would take about {over} bytes more than asked for: a smaller plan is chosen"
+                )
+                room = replace(room, spare_bytes=room.spare_bytes + over)
+            else:
+                break
             self._choice = choose_plan(
-                run.session,
-                run.offered,
-                run.prices,
-                self._quality,
-                share=share,
-                known=self._choice.evaluations,
-            )
+                run.session, run.offered, run.prices, self._quality,
+                room=room, known=self._choice.evaluations,
+            )  # fmt: skip
             self._plan, self._is_baseline = self._choice.plan, self._choice.is_baseline
             self._reason = self._choice.reason
             made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
         return made
+
+    def _bytes_over(self, made: Made) -> int:
+        """By how much the file of a plan that was to fit does not; 0 where there is room, or none was asked for."""
+        run, plan = self._run, self._plan
+        most = budget_bytes(self.target, run.session.original_bytes)
+        if most is None or not _NEARLY * most < plan.predicted_bytes <= most:
+            return 0
+        try:
+            built = build_for(run.session, made.graph, plan.choice)
+        except (BackendError, ParityError):  # said where it is built for good
+            return 0
+        size = artifact_size(run.session, made.graph, built)
+        size += carried_size(run.offered, run.prices, run.session.sites, most)
+        return max(0, math.ceil(size - most))
 
     def _fall_back(self, reason: str) -> None:
         run = self._run
