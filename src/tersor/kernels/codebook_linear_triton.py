@@ -32,7 +32,7 @@ from tersor.kernels.codebook_kernels_triton import (
 from tersor.kernels.codebook_launches import FEW, Facts, Launch, launches, mma_launches
 from tersor.kernels.codebook_mma_triton import codebook_mma_kernel
 from tersor.kernels.codebook_weight import WORD, codebook_linear_reference
-from tersor.kernels.tiles import choose, is_real
+from tersor.kernels.tiles import choose, is_real, take_near
 
 # What two launches may differ by, as a share of the result's norm: some roundings of bfloat16. Operands in
 # another order than the instruction takes them in are off by the norm itself.
@@ -257,12 +257,18 @@ def codebook_linear_cuda(
     x = x.contiguous()
     weight = Weight(words, tables, planes, scales, bits, inputs, group)
     if is_real(x) and x.shape[0]:
-        turns = cycle(_copies(words) if _key(x, weight) not in _CHOSEN else (words,))
-        if _key(x, weight) not in _CHOSEN:
-            tiles = _candidates(x, weight)
-            choose(_CHOSEN, _key(x, weight), tiles, _in_turn(turns, x, weight, bias))
+        key = _key(x, weight)
+        if key not in _CHOSEN and not take_near(_CHOSEN, key, _known(x, weight)):
+            call = _in_turn(cycle(_copies(words)), x, weight, bias)
+            choose(_CHOSEN, key, _candidates(x, weight), call)
     found: Tensor = codebook_linear_op(x, words, tables, planes, scales, bias, bits, inputs, group)
     return found
+
+
+def _known(x: Tensor, weight: Weight) -> tuple[Launch, ...]:
+    """All launches of a call, whether or not they agree on this device."""
+    rows, facts = x.shape[0], weight.facts
+    return (*launches(rows, facts), *mma_launches(rows, weight.inputs, x.dtype, facts))
 
 
 def _candidates(x: Tensor, weight: Weight) -> tuple[Launch, ...]:

@@ -36,6 +36,16 @@ def near_shape(key: Hashable) -> Hashable:
     return key
 
 
+def take_near(chosen: MutableMapping[Key, Tile], key: Key, tiles: Sequence[Tile]) -> bool:
+    """Give a shape the tile of a measured one near it, if it is one of its own; whether there was one."""
+    near = near_shape(key)
+    for other, tile in chosen.items():
+        if tile in tiles and near_shape(other) == near:
+            chosen[key] = tile
+            return True
+    return False
+
+
 def choose(
     chosen: MutableMapping[Key, Tile], key: Key, tiles: Sequence[Tile], call: Callable[[], object]
 ) -> None:
@@ -53,13 +63,8 @@ def choose(
     Raises:
         OutOfResources: The device has no room for any tile.
     """
-    if key in chosen:
+    if key in chosen or take_near(chosen, key, tiles):
         return
-    near = near_shape(key)
-    for other, tile in chosen.items():
-        if tile in tiles and near_shape(other) == near:
-            chosen[key] = tile
-            return
     times: dict[Tile, float] = {}
     problem = None
     for tile in tiles:
