@@ -363,7 +363,7 @@ class Term:
             raise ConfigError(f"{self.name}: found a value that is not finite")
 
     def is_eight_bit(self, assignment: Mapping[str, Level]) -> bool:
-        """Whether the op itself is at int8: of several formats the first is its own."""
+        """Whether the op itself is in 8 bits: of several formats the first is its own."""
         formats = (v for s in self.sites if isinstance(v := assignment[s], str))
         return is_eight_bit(next(formats, None))
 
