@@ -1,6 +1,6 @@
-"""What each rank of ``test_sharded`` runs: ``python -m tests.e2e.sharded_program FOLDER TASK...``.
+"""What each rank of ``test_sharded`` runs: ``python -m tests.e2e.sharded_program [--cuda] FOLDER TASK...``.
 
-Tasks are ``same``, ``refused`` and the names of algorithms; what each of them says is printed as JSON.
+``--cuda``: each rank has a GPU of its own. Tasks are ``same``, ``refused`` and the names of algorithms; what each of them says is printed as JSON.
 """
 
 import json
@@ -21,19 +21,29 @@ from torch.nn import functional
 import tersor
 from tersor.core.errors import TersorError
 from tersor.train.schedule import Schedule
-from tests.unit.train.networks import Convolutional, images
+from tests.unit.train import networks
+from tests.unit.train.networks import Convolutional
 
 STEPS, EPOCH = 30, 5
 COUNTS = {"blocks.0.conv1": 3, "blocks.1.conv1": 5}
 
 
+DEVICE = "cuda" if "--cuda" in sys.argv else "cpu"
+
+
+def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """As ``networks.images``, on this rank's device."""
+    x, y = networks.images(count, seed=seed)
+    return x.to(DEVICE), y.to(DEVICE)
+
+
 def plain() -> Convolutional:
     torch.manual_seed(5)
-    return Convolutional()
+    return Convolutional().to(DEVICE)
 
 
 def shard(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -148,10 +158,15 @@ def refused() -> list[str]:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=200))
+    words = [word for word in sys.argv[1:] if word != "--cuda"]
+    place = Path(words[0])
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=200)
+    )
     tasks: dict[str, Callable[[], Any]] = {"same": lambda: same(place), "refused": refused}
-    said = {name: tasks[name]() if name in tasks else trained(place, name) for name in sys.argv[2:]}
+    said = {name: tasks[name]() if name in tasks else trained(place, name) for name in words[1:]}
     print(json.dumps(said), flush=True)  # noqa: T201
     dist.barrier()
     sys.stderr.flush()
