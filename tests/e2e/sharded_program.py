@@ -162,9 +162,7 @@ if __name__ == "__main__":
     place = Path(words[0])
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=200)
-    )
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", timeout=timedelta(seconds=200))
     tasks: dict[str, Callable[[], Any]] = {"same": lambda: same(place), "refused": refused}
     said = {name: tasks[name]() if name in tasks else trained(place, name) for name in words[1:]}
     print(json.dumps(said), flush=True)  # noqa: T201

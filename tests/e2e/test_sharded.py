@@ -26,7 +26,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 
 
 def check_a_cut(folder: Path, algorithm: str) -> None:
-    one, two = (torch.load(folder / f"{algorithm}.{r}.pt", weights_only=True) for r in (0, 1))
+    one, two = (
+        torch.load(folder / f"{algorithm}.{r}.pt", map_location="cpu", weights_only=True)
+        for r in (0, 1)
+    )
     assert one["counts"] == two["counts"]
     assert one["counts"]["blocks.0.conv1"] == 3  # no multiple of the processes
     # The units are chosen after step 15, and cut at the end of that epoch.

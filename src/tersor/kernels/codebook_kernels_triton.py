@@ -278,10 +278,7 @@ def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
         for run in tl.static_range(PLACES // RUN):
             start = chunk * (32 * PLACES) + 32 * RUN * run
             group = tl.minimum(start // GROUP, GROUPS - 1)
-            if SCALE == _GROUP_SCALE:
-                part = tl.zeros((BN, BM), dtype=tl.float32)
-            else:
-                part = total
+            part = tl.zeros((BN, BM), dtype=tl.float32)
             for within in tl.static_range(RUN // JOINED):
                 k = start + 32 * JOINED * within
                 x = tl.load(x_at + k, mask=(k + inputs)[:, None] < K, other=0.0)
@@ -302,10 +299,13 @@ def codebook_dot_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
                         value = tl.load(tables + entry).to(tl.float32)
                     values += (value.to(x.dtype),)
                 part = tl.dot(_side_by_side(values), x, part, input_precision="ieee")
+            # What a step adds up is used in that step, so that its products are waited for there. Carried into
+            # the next one's products they were not: Triton 3.6 lets its loads write the registers that are
+            # still read. (A choice, as the compiler makes a plain sum the product's own start again.)
             if SCALE == _GROUP_SCALE:
                 total += part * tl.load(scales_ptr + rows * GROUPS + group)[:, None]
             else:
-                total = part
+                total += tl.where(inside_n[:, None], part, 0.0)
     if SCALE == _ROW_SCALE:
         total *= tl.load(scales_ptr + rows)[:, None]
     if BIAS:

@@ -22,8 +22,8 @@ class Launch(NamedTuple):
         width: Of a program's tile: words of a row ("vector"), or rows of x ("dot", "mma").
         splits: Programs that share the inputs.
         warps: Of 32 threads.
-        stages: Of loads in flight that the compiler makes of a loop ("dot"); steps by which words are asked
-            for before they are used ("mma").
+        stages: Of loads in flight that the compiler makes of a loop ("dot"); steps by which what is read is
+            loaded before it is used, 0 or 1 ("mma").
         joined: Places of a word that are one product of tensor cores ("dot"), 1, 2 or 4.
         tall: Tiles of 16 outputs of a warp ("mma"): warps beyond those that a program's outputs take share
             the inputs.
@@ -55,19 +55,22 @@ _VECTORS = (
 _DOTS = (
     (64, 4, 4, 3), (128, 4, 8, 3), (64, 2, 4, 3), (128, 2, 8, 3), (128, 4, 4, 3), (128, 8, 8, 3), (256, 8, 16, 3),
 )  # fmt: skip
-# With four places a product, which are most of the waiting: of up to 16 rows, and of more. No card has run them.
+# With four places a product, which are most of the waiting: of up to 16 rows, and of more.
 _JOINED = 4
 _JOINED_DOTS = ((128, 4, 8, 3), (64, 4, 4, 3), (128, 2, 8, 3), (256, 4, 8, 3))
 _WIDE_JOINED_DOTS = ((128, 2, 8, 3), (64, 2, 4, 2), (128, 4, 8, 2), (64, 4, 4, 2), (128, 1, 8, 3))
 _TALL_DOTS = ((64, 1, 4, 3), (128, 1, 4, 3), (128, 1, 8, 3), (128, 2, 8, 3))
-# Outputs, splits, warps, steps ahead, tiles of a warp.
+# Outputs, splits, warps, steps ahead, tiles of a warp: the fastest of some 80 on an H200; of tables
+# those with the fewest registers are.
 _MMAS = (
-    (32, 1, 8, 2, 2), (16, 1, 4, 2, 1), (32, 1, 8, 3, 1), (16, 1, 8, 1, 1), (64, 1, 8, 2, 2), (64, 1, 16, 2, 1),
-    (128, 2, 8, 3, 2), (128, 2, 16, 2, 1),
+    (16, 1, 4, 1, 1), (64, 8, 2, 0, 2), (32, 1, 8, 1, 1), (64, 8, 2, 1, 2), (128, 8, 4, 0, 2), (64, 4, 4, 1, 1),
 )  # fmt: skip
+_TABLE_MMAS = ((16, 1, 4, 0, 1), (32, 1, 8, 0, 1), (64, 1, 16, 0, 1))
 _LESS = 2  # tiles that are tried with a lookup of which less is to be expected
 FEW = 64  # rows of x up to which one program takes all of them
-_MMA_ROWS = 16  # of x up to which "mma" is tried: every program reads all of them
+_MMA_ROWS = (
+    8  # of x up to which "mma" is tried: with 16 it takes a third more than "dot" on an H200
+)
 _MMA_TYPES = (torch.bfloat16, torch.float16)
 _MMA_INPUTS = 4  # of a row of x that a thread loads at once
 _LEAST_ROWS = 16  # of x in a program, of which tensor cores take 8 or 16 at once
@@ -116,7 +119,7 @@ def mma_launches(rows: int, inputs: int, dtype: torch.dtype, facts: Facts) -> tu
         return ()
     width = max(SAMPLES, triton.next_power_of_2(rows))
     lookup = lookups(facts)[0]
-    tiles = _MMAS if lookup == ARITHMETIC else _MMAS[:_LESS]
+    tiles = _MMAS if lookup == ARITHMETIC else _TABLE_MMAS
     return tuple(
         Launch("mma", lookup, n, width, s, warps, ahead, tall=tall)
         for n, s, warps, ahead, tall in tiles

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 from triton import knobs
+from triton.runtime.errors import OutOfResources
 
 from tersor.kernels.codebook_kernels_triton import (
     GROUP_SCALE,
@@ -29,7 +30,14 @@ from tersor.kernels.codebook_kernels_triton import (
     codebook_sum_kernel,
     codebook_vector_kernel,
 )
-from tersor.kernels.codebook_launches import FEW, Facts, Launch, launches, mma_launches
+from tersor.kernels.codebook_launches import (
+    FEW,
+    Facts,
+    Launch,
+    launches,
+    lookups,
+    mma_launches,
+)
 from tersor.kernels.codebook_mma_triton import codebook_mma_kernel
 from tersor.kernels.codebook_weight import WORD, codebook_linear_reference
 from tersor.kernels.tiles import choose, is_real, take_near
@@ -272,34 +280,38 @@ def _known(x: Tensor, weight: Weight) -> tuple[Launch, ...]:
 
 
 def _candidates(x: Tensor, weight: Weight) -> tuple[Launch, ...]:
-    """What to choose from: of "mma", whose order of operands no compiler checks, what agrees with another form.
+    """What to choose from: what agrees with the expanded weight's product on this device.
+
+    No compiler checks in which order "mma" takes its operands, and one was seen that let registers be written
+    while a product of "dot" still read them.
 
     Warns:
-        RuntimeWarning: A launch of "mma" does not agree, and is left out.
+        RuntimeWarning: A launch does not agree, and is left out.
     """
-    rows, facts = x.shape[0], weight.facts
-    known = launches(rows, facts)
-    tried = mma_launches(rows, weight.inputs, x.dtype, facts)
-    if not tried:
-        return known
     generator = torch.Generator(x.device).manual_seed(0)
     probe = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
-    plain = next(launch for launch in known if launch.form == "dot")
-    wanted = run(probe, weight, None, plain).float()
-    size = float(wanted.norm())
+    dense = Launch("dense", lookups(weight.facts)[-1])
+    try:
+        wanted = run(probe, weight, None, dense).float()
+    except torch.OutOfMemoryError:  # nothing to compare with
+        return launches(x.shape[0], weight.facts)
+    most = _AGREEMENT * float(wanted.norm())
     found = []
-    for launch in tried:
-        off = float((run(probe, weight, None, launch).float() - wanted).norm())
-        if off <= _AGREEMENT * size:
+    for launch in _known(x, weight):
+        try:
+            off = float((run(probe, weight, None, launch).float() - wanted).norm())
+        except OutOfResources:  # which the choice finds out as well
+            off = 0.0
+        if off <= most:
             found.append(launch)
         else:
             warnings.warn(
-                f"codebook linear of {tuple(x.shape)} and {facts}: {launch} is off by {off:.3g} from "
-                f"what {plain} gives, at most {_AGREEMENT * size:.3g} was wanted; it is left out",
+                f"codebook linear of {tuple(x.shape)} and {weight.facts}: {launch} is off by {off:.3g} "
+                f"from the expanded weight's product, at most {most:.3g} was wanted; it is left out",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return (*known, *found)
+    return tuple(found) or (dense,)
 
 
 def _in_turn(

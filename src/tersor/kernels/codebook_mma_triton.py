@@ -8,8 +8,7 @@ operands have the same one, so that a thread's four neighbouring inputs take the
 that the instruction wants of it. Inputs are shared among the warps of a program, whose sums are added in
 order at its end: no second launch where the outputs alone fill the card, and no barrier before the end.
 
-Registers hold the words of one step at most (the compiler moves loads down to where they are needed); what
-keeps the memory busy are requests to the second-level cache for the words of later steps.
+What keeps the memory busy are the loads of the next step, which are under way while a step is computed.
 
 Thread ``32 * warp + 4 * g + q`` has outputs ``g`` and ``g + 8`` of every tile of 16, row ``g`` of x, and
 inputs ``4 q .. 4 q + 3`` of 16 as operands; of the result it has those two outputs for the rows ``2 q`` and
@@ -180,15 +179,16 @@ def _values(  # noqa: ANN202
 
 @triton.jit
 @no_type_check
-def _four(at, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
-    """Four words by one load, which leaves the first-level cache to x."""
+def _four(at, chunk, end, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
+    """Four words by one load, which leaves the first-level cache to x; none of chunks beyond the end."""
     if NATIVE:
         found = tl.inline_asm_elementwise(
-            "ld.global.L1::no_allocate.L2::128B.v2.b64 {$0, $1}, [$2];", "=l,=l,l",
-            [at.to(tl.int64, bitcast=True)], dtype=(tl.int64, tl.int64), is_pure=True, pack=1,
+            "{ .reg .pred p; setp.lt.s32 p, $3, $4; "
+            "@p ld.global.L1::no_allocate.L2::128B.v2.b64 {$0, $1}, [$2]; }", "=l,=l,l,r,r",
+            [at.to(tl.int64, bitcast=True), chunk, end], dtype=(tl.int64, tl.int64), is_pure=True, pack=1,
         )  # fmt: skip
     else:  # the interpreter knows no assembly
-        found = (tl.load(at), tl.load(at + 1))
+        found = (tl.load(at, mask=chunk < end, other=0), tl.load(at + 1, mask=chunk < end, other=0))
     return found
 
 
@@ -197,40 +197,58 @@ def _four(at, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
 def _words(at, chunk, end, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
     """Of outputs g, then g + 8, of every tile: the words of inputs 4 q and on, then of 16 + 4 q and on.
 
-    Of chunks beyond the end those of the last one: their x is 0.
+    Of chunks beyond the end whatever the registers hold: any code is a finite value, and its x is 0.
     """
-    inner = tl.maximum(tl.minimum(chunk, end - 1), 0) * 16
+    inner = chunk * 16
     found = ()
     for i in tl.static_range(len(at)):
-        found += (_four(at[i] + inner, NATIVE), _four(at[i] + (inner + 8), NATIVE))
+        found += (
+            _four(at[i] + inner, chunk, end, NATIVE),
+            _four(at[i] + (inner + 8), chunk, end, NATIVE),
+        )
     return found
 
 
 @triton.jit
 @no_type_check
-def _advanced(at, by):  # noqa: ANN001, ANN202
+def _inputs(  # noqa: ANN202
+    at, chunk, end, q, K, PLACES: tl.constexpr, WHOLE: tl.constexpr,  # noqa: ANN001
+):  # fmt: skip
+    """Of every row of x: the inputs of a chunk that are a thread's, four in each of its runs of 16."""
     found = ()
-    for i in tl.static_range(len(at)):
-        found += (at[i] + by,)
+    for j in tl.static_range(len(at)):
+        for half in tl.static_range(2 * PLACES):
+            if WHOLE:
+                found += (tl.load(at[j] + 4 * half),)
+            else:
+                inside = (chunk * (32 * PLACES) + 16 * half + 4 * q < K) & (chunk < end)
+                found += (tl.load(at[j] + 4 * half, mask=inside, other=0),)
     return found
 
 
 @triton.jit
 @no_type_check
-def _ask(at, inner, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
-    """Have the second-level cache fetch what lies at addresses, without waiting for it.
+def _factors(  # noqa: ANN202
+    scales_ptr, rows, chunk, GROUP: tl.constexpr, GROUPS,  # noqa: ANN001
+    SCALE: tl.constexpr, PLACES: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    """The scales of a chunk's groups, of every output; none where a row has one."""
+    found = ()
+    if SCALE == _GROUP_SCALE:
+        for run in tl.static_range(PLACES // RUN):
+            group = tl.minimum((chunk * PLACES + RUN * run) * 32 // GROUP, GROUPS - 1)
+            for i in tl.static_range(len(rows)):
+                found += (tl.load(scales_ptr + (rows[i] * GROUPS + group)),)
+    return found
 
-    Returns zeros, which something must use: assembly that were declared to do more than compute them
-    would make torch's compiler take all arguments of a kernel as written, and copy them.
-    """
-    found = inner * 0
-    if NATIVE:  # it is loaded later, with or without this
-        for t in tl.static_range(len(at)):
-            found += tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l",
-                [(at[t] + inner).to(tl.int64, bitcast=True)],
-                dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
+
+@triton.jit
+@no_type_check
+def _moved(at, by, here):  # noqa: ANN001, ANN202
+    """Addresses further on, where there is something."""
+    found = ()
+    for i in tl.static_range(len(at)):
+        found += (tl.where(here, at[i] + by, at[i]),)
     return found
 
 
@@ -264,8 +282,9 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     """BN outputs of BM rows of x, over STEPS times as many chunks as warps share the inputs.
 
     x is bfloat16 or float16, its rows begin at addresses that 8 divides (K is a multiple of 4) and those of
-    ``words`` at ones that 16 does, BM is a multiple of 8. A warp has TALL tiles of 16 outputs (at most 32 / BM) and asks for words AHEAD steps before
-    they are used. WHOLE: K inputs are exactly the chunks of all steps of all programs.
+    ``words`` at ones that 16 does, BM is a multiple of 8. A warp has TALL tiles of 16 outputs (at most 32 / BM).
+    AHEAD: what a step reads is loaded in the step before, into twice the registers. WHOLE: K inputs are
+    exactly the chunks of all steps of all programs.
     """
     PLACES: tl.constexpr = 32 // BITS
     BRAIN: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
@@ -288,7 +307,7 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     # Two words, or four numbers of x, at once.
     words_at = words_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
     x_from = x_ptr.to(tl.pointer_type(tl.int64), bitcast=True)
-    rows, at, planes, asked, scaled = (), (), (), (), ()
+    rows, at, planes = (), (), ()
     for i in tl.static_range(2 * TALL):
         row = tl.minimum(tile + (g + 8 * i), N - 1)  # what rows beyond the end give is not stored
         rows += (row,)
@@ -301,15 +320,6 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
             ),)  # fmt: skip
         else:
             planes += ((),)
-    for t in tl.static_range(TALL):
-        # A request brings 64 bytes at least: 32 threads ask for 16 outputs' words of a chunk.
-        row = tl.minimum(tile + (thread % 16 + 16 * t), N - 1).to(tl.int64)
-        asked += (words_ptr + (row * WORDS + thread % 32 // 16 * 16),)
-        if SCALE == _GROUP_SCALE:
-            scaled += (scales_ptr + row * GROUPS,)
-    last = tl.maximum(
-        end - 1, 0
-    )  # beyond the end its chunk is asked for again, which costs the request
     x_at = ()
     for j in tl.static_range(COLUMNS):
         own_row = tl.minimum(sample + 8 * j + g, M - 1).to(tl.int64)
@@ -319,21 +329,30 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     total = ()
     for _ in tl.static_range(TALL * COLUMNS):
         total += (zeros,)
-    for step in tl.static_range(1, AHEAD):
-        chunk += _ask(asked, tl.minimum(chunk + step * DEEP, last) * 32, NATIVE)
+    # The compiler leaves loads of a step until shortly before they are used, and what is waited for in turn
+    # adds up; what is carried into the next step can't be left so long.
+    if AHEAD:
+        next_words = _words(at, chunk, end, NATIVE)
+        next_x = _inputs(x_at, chunk, end, q, K, PLACES, WHOLE)
+        next_factors = _factors(scales_ptr, rows, chunk, GROUP, GROUPS, SCALE, PLACES, RUN)
     for _ in range(STEPS):
-        if AHEAD > 0:
-            later = tl.minimum(chunk + AHEAD * DEEP, last)
-            group = tl.minimum(later * (32 * PLACES) // GROUP, GROUPS - 1)
-            chunk += _ask(asked, later * 32, NATIVE) + _ask(scaled, group, NATIVE)
-        words = _words(at, chunk, end, NATIVE)
+        here = chunk
+        if AHEAD:
+            words, x, factors = next_words, next_x, next_factors
+        else:
+            words = _words(at, chunk, end, NATIVE)
+            x = _inputs(x_at, chunk, end, q, K, PLACES, WHOLE)
+            factors = _factors(scales_ptr, rows, chunk, GROUP, GROUPS, SCALE, PLACES, RUN)
+        chunk += DEEP
+        x_at = _moved(x_at, 8 * PLACES * DEEP, chunk < end)
+        if AHEAD:
+            next_words = _words(at, chunk, end, NATIVE)
+            next_x = _inputs(x_at, chunk, end, q, K, PLACES, WHOLE)
+            next_factors = _factors(scales_ptr, rows, chunk, GROUP, GROUPS, SCALE, PLACES, RUN)
         for run in tl.static_range(PLACES // RUN):
-            start = chunk * (32 * PLACES) + 32 * RUN * run
-            group = tl.minimum(start // GROUP, GROUPS - 1)
-            factors, tables = (), ()
+            tables = ()
+            group = tl.minimum((here * PLACES + RUN * run) * 32 // GROUP, GROUPS - 1)
             for i in tl.static_range(2 * TALL):
-                if SCALE == _GROUP_SCALE:
-                    factors += (tl.load(scales_ptr + (rows[i] * GROUPS + group)),)
                 if GROUPED:
                     tables += (tables_ptr + (rows[i] * TABLE_STRIDE + (group << BITS)),)
                 else:
@@ -344,14 +363,6 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
                 for _ in tl.static_range(TALL * COLUMNS):
                     part += (zeros,)
             for half in tl.static_range(2 * RUN):
-                # Inputs of a run of 32 and 16 of them: 4 q and on.
-                x = ()
-                for j in tl.static_range(COLUMNS):
-                    if WHOLE:
-                        x += (tl.load(x_at[j] + (8 * RUN * run + 4 * half)),)
-                    else:
-                        inside = (start + 16 * half + 4 * q < K) & (chunk < end)
-                        x += (tl.load(x_at[j] + (8 * RUN * run + 4 * half), mask=inside, other=0),)
                 value = ()
                 for i in tl.static_range(2 * TALL):
                     value += (
@@ -363,19 +374,19 @@ def codebook_mma_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
                 sums = ()
                 for i in tl.static_range(TALL * COLUMNS):
                     low, high = value[i // COLUMNS * 2], value[i // COLUMNS * 2 + 1]
-                    sums += (_multiplied(low, high, x[i % COLUMNS], part[i], BRAIN, NATIVE),)
+                    own_x = x[i % COLUMNS * 2 * PLACES + 2 * RUN * run + half]
+                    sums += (_multiplied(low, high, own_x, part[i], BRAIN, NATIVE),)
                 part = sums
             if SCALE == _GROUP_SCALE:
                 sums = ()
                 for i in tl.static_range(TALL * COLUMNS):
-                    low, high = factors[i // COLUMNS * 2], factors[i // COLUMNS * 2 + 1]
+                    low = factors[2 * TALL * run + i // COLUMNS * 2]
+                    high = factors[2 * TALL * run + i // COLUMNS * 2 + 1]
                     a, b, c, d = total[i]
                     e, f, u, v = part[i]
                     sums += ((a + e * low, b + f * low, c + u * high, d + v * high),)
                 part = sums
             total = part
-        x_at = _advanced(x_at, 8 * PLACES * DEEP)
-        chunk += DEEP
     # After the sum over the warps that shared the inputs: outputs of a program by results of a thread.
     RESULTS: tl.constexpr = 4 * TALL * COLUMNS
     y = tl.sum(tl.reshape(_joined(total), [ALONG, DEEP, 32, RESULTS]), 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.api.session import pick_backends
-from tersor.backends.inductor import InductorBackend, executable, host
+from tersor.backends.inductor import InductorBackend, compiling, executable, host
 from tersor.backends.inductor.executable import InductorExecutable, RefusedNativeWarning, load
 from tersor.backends.inductor.host import Host, check_device, mismatch, problem, read_host
 from tersor.backends.inductor.lowering import lower
@@ -303,7 +303,9 @@ def test_names_of_the_compilers_graph(block: tuple[Graph, tuple[torch.Tensor, ..
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_compiled_builds(block: tuple[Graph, tuple[torch.Tensor, ...]], tmp_path: Path) -> None:
+def test_compiled_builds(
+    block: tuple[Graph, tuple[torch.Tensor, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One program just in time, one package and what a file brings back of it."""
     graph, inputs = block
     made = built(graph, tmp_path, mode="compile")
@@ -311,10 +313,28 @@ def test_compiled_builds(block: tuple[Graph, tuple[torch.Tensor, ...]], tmp_path
     assert made.profile()["linear"] > 0
     package = built(compressed(graph, "int8", 127), tmp_path, mode="package")
     wanted = package.run(named(graph, inputs))
-    loaded = load(package.serialize(), package._choice, BuildCache(tmp_path))
+    sections = package.serialize()
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", probed)
+    loaded = load(sections, package._choice, BuildCache(tmp_path))
     assert loaded.native.used
     found = loaded.run(named(graph, inputs))
     assert all(np.array_equal(found[k], wanted[k]) for k in wanted)
+
+
+def probed() -> None:
+    """What takes seconds: a program for each kind of vectors is compiled and run."""
+    raise AssertionError("the processor was probed")
+
+
+def test_packages_open_without_probing_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import codecache
+
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", probed)
+    with pytest.raises(ValueError, match="inside"), compiling._without_probing():
+        assert codecache.get_device_information("cpu") == {}
+        raise ValueError("inside")
+    with pytest.raises(AssertionError, match="was probed"):  # as it was
+        codecache.get_device_information("cpu")
 
 
 def test_a_search_of_a_package_is_for_packages() -> None:

@@ -145,7 +145,7 @@ def few_rows() -> dict[str, float]:
         bias = torch.randn(19, generator=generator).to(dtype)
         outputs, width, splits, warps, tall = tile
         launch = Launch(
-            "mma", lookups(weight.facts)[0], outputs, width, splits, warps, 2, tall=tall
+            "mma", lookups(weight.facts)[0], outputs, width, splits, warps, i % 2, tall=tall
         )  # fmt: skip
         name = f"{dtype}, {bits} bits, {kind}, {rows} rows, {launch}"
         found[name] = off(x, weight, bias, launch)

@@ -62,28 +62,33 @@ def test_vector_kernel(lookup: str, index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lookup", "scale", "joined"),
+    ("lookup", "bits", "scale", "joined"),
     [
-        ("PERMUTE", 0, 1),
-        ("ARITHMETIC", 2, 4),
-        pytest.param("ARITHMETIC", 2, 1, marks=pytest.mark.slow),
+        ("PERMUTE", 4, 0, 1),
+        ("ARITHMETIC", 8, 1, 4),
+        pytest.param("ARITHMETIC", 4, 2, 4, marks=pytest.mark.slow),
+        pytest.param("ARITHMETIC", 4, 2, 1, marks=pytest.mark.slow),
+        pytest.param("LOAD", 8, 0, 4, marks=pytest.mark.slow),
     ],
 )
-def test_dot_kernel(lookup: str, scale: int, joined: int) -> None:
+def test_dot_kernel(lookup: str, bits: int, scale: int, joined: int) -> None:
     from tersor.kernels import codebook_kernels_triton as kernels
 
+    run = 4 if scale == 2 else 32 // bits
     ptx = compiled(
-        "codebook_dot_kernel", 4, 4,
-        LOOKUP=getattr(kernels, lookup), SCALE=scale, RUN=4 if scale else 8, BN=64, BM=16,
-        JOINED=joined,
+        "codebook_dot_kernel", 4, 3, LOOKUP=getattr(kernels, lookup), BITS=bits, SCALE=scale,
+        RUN=run, BN=64, BM=16, JOINED=joined,
     )  # fmt: skip
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx)  # 16 bytes at once, in flight
-    assert "wgmma.mma_async" in ptx
-    # What is joined stays where it is: one wait for each product, and no values through shared memory.
-    loop = ptx[ptx.index("$L__BB0_") : ptx.rindex("wgmma.mma_async")]
-    assert loop.count("wgmma.wait_group") <= 8 // joined
-    assert "st.shared" not in loop
     assert "st.local" not in ptx
+    # What is joined stays where it is: no values through shared memory, but for those of loads.
+    loop = ptx[ptx.rindex("$L__BB0_", 0, ptx.index("wgmma.mma_async")) : ptx.rindex("bra")]
+    assert lookup == "LOAD" or "st.shared" not in loop
+    # Registers that a product reads may be written once it was waited for, and the next step writes them:
+    # each is waited for in its own step.
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", loop)
+    assert waits == ["0"] * (32 // bits // joined)
+    assert loop.rindex("wgmma.wait_group") > loop.rindex("wgmma.mma_async")
 
 
 @pytest.mark.parametrize(
@@ -102,9 +107,11 @@ def test_mma_kernel(lookup: str, scale: int, index: int) -> None:
     # Of each chunk and tile: 8 places of 32 inputs. No value goes through another thread or shared memory
     # but for the sums at the end.
     assert ptx.count("mma.sync.aligned.m16n8k16") == 16 * tall
-    assert ptx.count("ld.global.L1::no_allocate.L2::128B.v2.b64") == 4 * tall
-    assert "prefetch.global.L2" in ptx
-    loop = ptx[ptx.index("$L__BB0_") : ptx.rindex("mma.sync")]
+    words = "ld.global.L1::no_allocate.L2::128B.v2.b64"
+    assert ptx.count(words) == 4 * tall * (1 + ahead)  # of the first step, before the loop, too
+    loop = ptx[ptx.rindex("$L__BB0_", 0, ptx.index("mma.sync")) : ptx.rindex("mma.sync")]
+    assert loop.count(words) == 4 * tall
+    assert not ahead or loop.rindex(words) < loop.index("mma.sync")  # under way in every product
     for word in ("bar.sync", "shfl", "ld.shared", "st.shared", "st.local"):
         assert word not in loop
 

@@ -1,6 +1,7 @@
 """A lowered module -> something to call: torch's own kernels, torch.compile, or a package."""
 
 import ctypes
+import importlib
 import inspect
 import tempfile
 import warnings
@@ -145,6 +146,26 @@ def _share_cxx_runtime() -> None:
         ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
+@contextmanager
+def _without_probing() -> Iterator[None]:
+    """Keep torch from comparing the processors of a package and of this machine.
+
+    It asks which vector instructions work, and to that end compiles and runs a program for each kind (torch
+    2.11 to 2.13: 3 to 40 s in every process), for a warning at most. A file's host was compared before
+    (``host.mismatch``).
+    """
+    home: Any = importlib.import_module("torch._inductor.codecache")
+    asked = getattr(home, "get_device_information", None)
+    if asked is None:
+        yield
+        return
+    home.get_device_information = lambda _: {}
+    try:
+        yield
+    finally:
+        home.get_device_information = asked
+
+
 def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
     """The call of a package; its native code is loaded into this process.
 
@@ -157,7 +178,8 @@ def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
         path = Path(folder) / "model.pt2"
         path.write_bytes(package)
         # One call at a time needs no locks, which a recording could not hold.
-        model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)  # noqa: SLF001
+        with _without_probing():
+            model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)  # noqa: SLF001
     wanted = model.get_constant_fqns()
     known = {name: constants[name] for name in wanted if name in constants}
     arguments: dict[str, Any] = {"check_full_update": False}
