@@ -330,9 +330,8 @@ def test_packages_open_without_probing_the_processor(monkeypatch: pytest.MonkeyP
     from torch._inductor import codecache
 
     monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", probed)
-    with pytest.raises(ValueError, match="inside"), compiling._without_probing():
+    with compiling._without_probing():
         assert codecache.get_device_information("cpu") == {}
-        raise ValueError("inside")
     with pytest.raises(AssertionError, match="was probed"):  # as it was
         codecache.get_device_information("cpu")
 
