@@ -41,20 +41,11 @@ TILE, SAMPLES = 16, 8
 @no_type_check
 def _multiplied(low, high, x, total, BRAIN: tl.constexpr, NATIVE: tl.constexpr):  # noqa: ANN001, ANN202
     """Total + the products of 16 inputs: ``low`` and ``high`` are the values of outputs g and g + 8."""
-    if NATIVE and BRAIN:
+    if NATIVE:
+        TYPE: tl.constexpr = "bf16" if BRAIN else "f16"
         found = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; mov.b64 {a, b}, $8; "
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{$0, $1, $2, $3}, {$4, $6, $5, $7}, {a, b}, {$9, $10, $11, $12}; }",
-            "=f,=f,=f,=f,r,r,r,r,l,f,f,f,f",
-            [low[0], low[1], high[0], high[1], x, total[0], total[1], total[2], total[3]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-    elif NATIVE:
-        found = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; mov.b64 {a, b}, $8; "
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-            "{$0, $1, $2, $3}, {$4, $6, $5, $7}, {a, b}, {$9, $10, $11, $12}; }",
+            "{ .reg .b32 a, b; mov.b64 {a, b}, $8; mma.sync.aligned.m16n8k16.row.col.f32." + TYPE + "." + TYPE
+            + ".f32 {$0, $1, $2, $3}, {$4, $6, $5, $7}, {a, b}, {$9, $10, $11, $12}; }",
             "=f,=f,=f,=f,r,r,r,r,l,f,f,f,f",
             [low[0], low[1], high[0], high[1], x, total[0], total[1], total[2], total[3]],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
@@ -96,45 +87,23 @@ def _pair(words, PLACE: tl.constexpr, BITS: tl.constexpr, BRAIN: tl.constexpr): 
     EXPONENT: tl.constexpr = ((MANTISSA - AT + BIAS) << MANTISSA) * 0x10001
     ZERO: tl.constexpr = EXPONENT | (((1 << (BITS - 1)) << AT) * 0x10001)
     SELECTOR: tl.constexpr = ((4 + BYTE) << 8) | BYTE
-    if BRAIN and HIGH:
-        found = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; mov.b64 {a, b}, $1; prmt.b32 a, a, b, $2; shr.u32 a, a, 4; "
-            "lop3.b32 a, a, $3, $4, 0xEA; sub.bf16x2 $0, a, $5; }",
-            "=r,l,r,r,r,r", [words, SELECTOR, MASK, EXPONENT, ZERO],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    elif BRAIN:
-        found = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; mov.b64 {a, b}, $1; prmt.b32 a, a, b, $2; "
-            "lop3.b32 a, a, $3, $4, 0xEA; sub.bf16x2 $0, a, $5; }",
-            "=r,l,r,r,r,r", [words, SELECTOR, MASK, EXPONENT, ZERO],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        found = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b; mov.b64 {a, b}, $1; prmt.b32 a, a, b, $2; "
-            "lop3.b32 a, a, $3, $4, 0xEA; sub.f16x2 $0, a, $5; }",
-            "=r,l,r,r,r,r", [words, SELECTOR, MASK, EXPONENT, ZERO],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return found
+    SHIFT: tl.constexpr = "shr.u32 a, a, 4; " if BRAIN and HIGH else ""
+    TYPE: tl.constexpr = "bf16x2" if BRAIN else "f16x2"
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 a, b; mov.b64 {a, b}, $1; prmt.b32 a, a, b, $2; " + SHIFT
+        + "lop3.b32 a, a, $3, $4, 0xEA; sub." + TYPE + " $0, a, $5; }",
+        "=r,l,r,r,r,r", [words, SELECTOR, MASK, EXPONENT, ZERO], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 @no_type_check
 def _rounded(first, second, BRAIN: tl.constexpr):  # noqa: ANN001, ANN202
     """Two numbers in a register, the first in its lower half."""
-    if BRAIN:
-        found = tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        found = tl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [first, second],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-    return found
+    TYPE: tl.constexpr = "bf16x2" if BRAIN else "f16x2"
+    return tl.inline_asm_elementwise(
+        "cvt.rn." + TYPE + ".f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
 
 
 @triton.jit
