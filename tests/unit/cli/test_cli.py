@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import runpy
 import shlex
 import sys
 import warnings
@@ -240,6 +241,16 @@ def test_version() -> None:
     from tersor._version import __version__
 
     assert call("--version").stdout == f"tersor {__version__}\n"
+
+
+def test_the_package_runs_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tersor", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tersor", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("tersor ")
 
 
 def test_compress_hands_over_every_option(
