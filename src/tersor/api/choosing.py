@@ -56,7 +56,7 @@ class Room:
 
     Attributes:
         share: Of the quality budget that evaluations may spend, 0..1.
-        spare_bytes: Of the size that stay free.
+        spare_bytes: Of the size that stay free; less than 0: what a file was smaller than predicted.
     """
 
     share: float = 1.0
@@ -168,9 +168,9 @@ def choose_plan(
         task = replace(task, limits=limits)
     if task.limits.max_loss is not None:
         limits = replace(task.limits, max_loss=task.limits.max_loss * room.share)
-        # A second search knows what the first one saw.
-        seconds = task.max_seconds if room == Room() else task.max_seconds * _AGAIN
-        task = replace(task, limits=limits, max_seconds=seconds)
+        task = replace(task, limits=limits)
+    if room != Room():  # a second search knows what the first one saw
+        task = replace(task, max_seconds=task.max_seconds * _AGAIN)
     tables = {t.choice.describe(): t for t in prices.tables}
 
     def correct(

@@ -63,6 +63,7 @@ _CURVE_POINTS = 12
 _STEPS_BACK = 2  # milder plans that are tried where the final weights lose too much
 _CAUTION = 0.9  # of what a plan that loses just enough would take
 _NEARLY = 0.9  # of a size budget, from where the file itself is looked at
+_WORTH = 0.03  # of a size budget that a file leaves free, from where a larger plan is tried
 _PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
 
 
@@ -196,7 +197,7 @@ class Result:
                     f"{limit:.4g}: a milder plan is chosen"
                 )
                 room = replace(room, share=room.share * _CAUTION * limit / made.loss)
-            elif (over := self._bytes_over(made)) > 0:
+            elif self._is_to_fit and (over := self._bytes_over(made)) > 0:
                 run.session.progress.note(
                     f"the file would take about {over} bytes more than asked for: a smaller plan is chosen"
                 )
@@ -207,16 +208,51 @@ class Result:
                 run.session, run.offered, run.prices, self._quality,
                 room=room, known=self._choice.evaluations,
             )  # fmt: skip
-            self._plan, self._is_baseline = self._choice.plan, self._choice.is_baseline
-            self._reason = self._choice.reason
+            self._take(self._choice)
             made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
+        return self._larger(made, room) if limit is None else made
+
+    @property
+    def _is_to_fit(self) -> bool:
+        """Whether the plan's file was predicted to be as small as was asked for."""
+        most = budget_bytes(self.target, self._run.session.original_bytes)
+        return most is not None and self._plan.predicted_bytes <= most
+
+    def _take(self, choice: ChoiceRecord) -> None:
+        self._choice, self._plan = choice, choice.plan
+        self._is_baseline, self._reason = choice.is_baseline, choice.reason
+
+    def _larger(self, made: Made, room: Room) -> Made:
+        """The final graph of a larger plan, where the file leaves room for one that loses less; or the same."""
+        run, before = self._run, self._choice
+        most = budget_bytes(self.target, run.session.original_bytes)
+        if most is None or not before.tables or self._is_baseline:
+            return made
+        free = -self._bytes_over(made)
+        if free < _WORTH * most:
+            return made
+        run.session.progress.note(
+            f"the file would leave {free} bytes of those allowed: a larger plan is tried"
+        )
+        room = replace(room, spare_bytes=room.spare_bytes - int(free * _CAUTION))
+        self._take(
+            choose_plan(
+                run.session, run.offered, run.prices, self._quality,
+                room=room, known=before.evaluations,
+            )
+        )  # fmt: skip
+        if not self._is_baseline:
+            larger = make_final(run.session, run.offered, self._plan, self._quality, self._key)
+            if larger.loss < made.loss and self._bytes_over(larger) <= 0:
+                return larger
+        self._take(before)
         return made
 
     def _bytes_over(self, made: Made) -> int:
-        """By how much the file of a plan that was to fit does not; 0 where there is room, or none was asked for."""
+        """By how much the file is larger than was asked for, less than 0: smaller; 0 where that is not at stake."""
         run, plan = self._run, self._plan
         most = budget_bytes(self.target, run.session.original_bytes)
-        if most is None or not _NEARLY * most < plan.predicted_bytes <= most:
+        if most is None or plan.predicted_bytes <= _NEARLY * most:
             return 0
         try:
             built = build_for(run.session, made.graph, plan.choice)
@@ -224,7 +260,7 @@ class Result:
             return 0
         size = artifact_size(run.session, made.graph, built)
         size += carried_size(run.offered, run.prices, run.session.sites, most)
-        return max(0, math.ceil(size - most))
+        return math.ceil(size - most)
 
     def _fall_back(self, reason: str) -> None:
         run = self._run
