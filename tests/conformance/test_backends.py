@@ -224,20 +224,33 @@ def test_float_build_computes_the_graph(
 class Tagger(nn.Module):
     """A recurrent layer that starts from nothing; its sizes appear in the op that makes the start."""
 
-    def __init__(self, layer: type[nn.LSTM | nn.GRU]) -> None:
+    def __init__(self, inner: nn.RNNBase) -> None:
         super().__init__()
-        self.inner = layer(6, 8, batch_first=True, bidirectional=True)
-        self.last = nn.Linear(16, 3)
+        self.inner = inner
+        units = (inner.proj_size or inner.hidden_size) * (1 + inner.bidirectional)
+        self.last = nn.Linear(units, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.inner(x)[0])
-        return y
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, states = self.inner(x if self.inner.batch_first else x.transpose(0, 1))
+        last = states if isinstance(states, tuple) else (states,)
+        return self.last(y.sum(1 if self.inner.batch_first else 0)), *(s.sum(0) for s in last)
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
-def test_recurrent_layers(backend: Backend, layer: type[nn.LSTM | nn.GRU]) -> None:
+RECURRENT: dict[str, Callable[[], nn.RNNBase]] = {
+    "lstm": lambda: nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True),
+    "lstm one way": lambda: nn.LSTM(6, 8, bias=False),
+    "lstm projected": lambda: nn.LSTM(6, 8, batch_first=True, proj_size=4),
+    "gru": lambda: nn.GRU(6, 8, 2, batch_first=True, bidirectional=True),
+    "gru one way": lambda: nn.GRU(6, 8, bias=False),
+    "rnn": lambda: nn.RNN(6, 8, 2, batch_first=True, bidirectional=True),
+    "relu": lambda: nn.RNN(6, 8, nonlinearity="relu", bias=False),
+}
+
+
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_recurrent_layers(backend: Backend, layer: str) -> None:
     inputs = (random(3, 4, 6),)
-    graph = graph_of(seeded(Tagger(layer)), *inputs)
+    graph = graph_of(seeded(Tagger(RECURRENT[layer]())), *inputs)
     enabled = torch.backends.mkldnn.enabled
     some = (inputs[0][:2],)
     assert_close(graph, built(backend, graph, some, choices(backend, batch=2)[0]), some, FLOAT)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import CaptureError
+from tersor.graph.recurrence import opaque
 
 _MAX_BATCH = 1 << 16
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)')
@@ -42,7 +43,10 @@ def export(
     for dim in (batch, torch.export.Dim.AUTO):
         shapes = _dynamic_shapes(model, args, kwargs, dim, dynamic)
         try:
-            with redirect_stderr(io.StringIO()):  # torch prints the part of the graph that it has
+            with (
+                redirect_stderr(io.StringIO()),
+                opaque(),
+            ):  # torch prints the part of the graph that it has
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=shapes, strict=False
                 )

@@ -44,6 +44,7 @@ from tersor.core.records import Signature, Structure, TensorSpec
 from tersor.core.structure import unflatten
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import parameters_by_name
+from tersor.graph.meta import ensure
 from tersor.graph.normalise import normalise
 from tersor.graph.shapes import check_limits
 
@@ -135,6 +136,7 @@ def _graph(
     )
     _check_limits(host, signature, samples)
     graph = Graph(module, signature, example)
+    ensure(graph)
     return _with_parity(host, graph, samples)
 
 
