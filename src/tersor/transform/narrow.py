@@ -20,6 +20,7 @@ from tersor.core.errors import NumericalError
 from tersor.core.records import OutputKind
 from tersor.graph.axes import Axes
 from tersor.graph.axes.labels import Flags
+from tersor.graph.axes.matching import counterparts
 from tersor.graph.axes.slicing import cut, gone_from
 from tersor.graph.bends import ceiling_behind
 from tersor.graph.contracts import Graph
@@ -96,6 +97,7 @@ class _Fit:
     op: WeightedOp  # of the original
     cut_op: WeightedOp
     kept: Tensor  # output channels that stay
+    rows: list[tuple[int, Tensor]]  # (another dimension of the result, what stays of it)
     other: fx.Node | None  # the original's other operand of the addition behind the op
     is_gone: bool  # the new graph does not have that operand: the op takes over all of it
     ceiling: float | None  # of the ReLU that follows; None: another op does
@@ -174,6 +176,7 @@ class _Run:
         self.losses: dict[str, float] = {}
         self.inputs = batches
         self.batches = [_Batch({}, {}, token_mask(graph.signature, flat)) for flat in batches]
+        self.left = counterparts(axes, removed)
         self.steps = _merged(graph.module, self.module)
         self._done = self._last_uses()
         self._uses = stored_uses(self.module)
@@ -282,18 +285,17 @@ class _Run:
         return found.weight, found.bias
 
     def _plan(self, op: WeightedOp) -> _Fit:
-        name = op.node.name
-        dim = self.axes.walk.shapes[self.whole_ops[name].node][1 if op.window is not None else -1]
-        kept = torch.from_numpy(self.axes.kept(dim, self.removed).nonzero()[0])
-        other = self._other(op.node)
-        last = op.node if other is None else next(iter(op.node.users))
+        name, other = op.node.name, self._other(op.node)
+        shape = self.axes.walk.shapes[self.whole_ops[name].node]
+        channel = 1 if op.window is not None else len(shape) - 1
         return _Fit(
             op=op,
             cut_op=self.cut_ops[name],
-            kept=kept,
+            kept=torch.from_numpy(self.axes.kept(shape[channel], self.removed).nonzero()[0]),
+            rows=[part for part in self.left.kept[name] if part[0] != channel],
             other=other,
             is_gone=other is not None and other.name not in self.after,
-            ceiling=ceiling_behind(last),
+            ceiling=ceiling_behind(op.node if other is None else next(iter(op.node.users))),
         )
 
     def _other(self, node: fx.Node) -> fx.Node | None:
@@ -306,8 +308,7 @@ class _Run:
         if len(others) != 1 or others[0].name not in self.batches[0].original:
             return None
         is_added = next(iter(node.users)).name in self.after
-        known = others[0].name in self.batches[0].new
-        return others[0] if known == is_added else None
+        return others[0] if (others[0].name in self.batches[0].new) == is_added else None
 
     def _pick(self, batch: _Batch, fit: _Fit) -> Tensor | None:
         count = row_count(batch.new[fit.op.data.name], fit.cut_op, batch.mask)
@@ -327,14 +328,15 @@ class _Run:
             wanted = self._channels(batch.original[fit.op.node.name], fit, batch, pick)
             offset = None
             if fit.other is not None:
-                name = fit.other.name
-                wanted = wanted + self._channels(batch.original[name], fit, batch, pick)
+                wanted = wanted + self._channels(batch.original[fit.other.name], fit, batch, pick)
             if fit.other is not None and not fit.is_gone:
                 rows = output_rows(batch.new[fit.other.name], fit.cut_op, batch.mask)
                 offset = rows if pick is None else rows[pick]
             yield RectifiedRows(inputs=inputs, wanted=wanted, offset=offset)
 
     def _channels(self, value: Tensor, fit: _Fit, batch: _Batch, pick: Tensor | None) -> Tensor:
+        for dim, index in fit.rows:  # a width may be what another op has as its tokens
+            value = value.index_select(dim, index)
         rows = output_rows(value, fit.op, batch.mask)
         rows = rows if pick is None else rows[pick]
         flat = rows.reshape(len(rows), -1)[:, fit.kept]
@@ -344,10 +346,9 @@ class _Run:
     def _store(self, fit: _Fit, weight: Tensor, bias: Tensor) -> None:
         op = fit.cut_op
         name = str(op.weight.target)
-        self.tensors[name].copy_(weight.to(self.tensors[name].dtype))
+        self.tensors[name].copy_(weight)
         if op.bias is not None and self._uses[str(op.bias.target)] == 1:
-            target = str(op.bias.target)
-            self.tensors[target].copy_(bias.to(self.tensors[target].dtype))
+            self.tensors[str(op.bias.target)].copy_(bias)
             return
         fresh = f"{name.removesuffix('.weight')}.refitted_bias".replace("..", ".")
         self.tensors[fresh] = bias.to(self.tensors[name].dtype)
