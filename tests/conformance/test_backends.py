@@ -267,6 +267,12 @@ def test_ops_that_write_to_their_own_values(backend: Backend) -> None:
     assert_close(graph, built(backend, graph, inputs, choices(backend)[0]), inputs, FLOAT)
 
 
+def test_mish_behind_a_linear_layer(backend: Backend) -> None:
+    inputs = (random(2, 8) * 20,)
+    graph = graph_of(seeded(nn.Sequential(nn.Linear(8, 16), nn.Mish(), nn.Linear(16, 4))), *inputs)
+    assert_close(graph, built(backend, graph, inputs, choices(backend)[0]), inputs, FLOAT)
+
+
 class Extremes(nn.Module):
     """The largest and smallest of all steps, each alone in front of a layer, and side by side."""
 

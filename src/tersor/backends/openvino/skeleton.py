@@ -22,7 +22,7 @@ from openvino.frontend import (
 )
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
-from torch import fx
+from torch import Tensor, fx
 from torch.export.decomp_utils import CustomDecompTable
 
 from tersor.backends.openvino.failures import conversion_failed
@@ -68,7 +68,19 @@ def _decompositions(kept: frozenset[Any]) -> CustomDecompTable:
     for op in (*ops_to_not_decompose(), *kept):
         if op in table:
             table.pop(op)
+    table[torch.ops.aten.mish.default] = _mish
     return table
+
+
+def _mish(x: Tensor) -> Tensor:
+    """Mish by one exponential: x n / (n + 2) with n = e^x (e^x + 2), which is x tanh(log(1 + e^x)).
+
+    Where OpenVINO sees Mish, in any form that it knows, behind a linear layer, some processors get no
+    build (2026.4). Beyond 20 the quotient is 1 in float32.
+    """
+    e = torch.exp(torch.clamp(x, max=20.0))
+    n = e * (e + 2.0)
+    return x * (n / (n + 2.0))
 
 
 def _convert(graph: Graph, parts: Split) -> Skeleton:
