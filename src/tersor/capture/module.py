@@ -31,7 +31,7 @@ from tersor.capture.exporting import (
 from tersor.capture.programs import Model, as_module
 from tersor.capture.samples import TO_INPUTS, Call, Samples, several_shapes, varying
 from tersor.capture.sizes import Names, described, limits
-from tersor.capture.structures import describe
+from tersor.capture.structures import describe, plain_outputs
 from tersor.capture.weights import (
     check_weights,
     float_type,
@@ -114,10 +114,12 @@ def _graph(
     _check_shapes(host, samples)
     example = _example(_cast(samples, torch.float32).tensors, 2)
     leaves: list[Tensor] = []
-    result = describe(_run(host.plain, call, example), leaves)
+    returned = _run(host.plain, call, example)
+    result = describe(returned, leaves)
     seen = _seen(samples, dynamic)
     args, kwargs = _arguments(call, example)
-    program = export(host.plain, args, kwargs, seen)
+    with plain_outputs(host.plain, returned):
+        program = export(host.plain, args, kwargs, seen)
     module = normalise(program.module(check_guards=False), fold=fold)
     _check_constants(module)
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]

@@ -110,6 +110,12 @@ class Record:
 torch.export.register_dataclass(Record)
 
 
+@dataclass
+class Unregistered:
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
 OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda x: x,
     "list": lambda x: [x, x * 2],
@@ -120,6 +126,8 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "NamedTuple with None": lambda x: Typed(x, None),
     "dataclass": lambda x: Record(x, x + 1),
     "dataclass with None": Record,
+    "dataclass that torch does not know": Unregistered,
+    "dataclass in a dict": lambda x: {"a": x, "b": [Unregistered(x + 1, x - 1)]},
     "constants": lambda x: {"n": 3, "x": x, "name": "a", "none": None, "f": 0.5, "flag": True},
     "one tensor twice": lambda x: (x, x),
     "its input": lambda x: (x, x + 1),
@@ -149,7 +157,9 @@ def test_outputs(name: str) -> None:
             "n": 3, "name": "a", "none": None, "f": 0.5, "flag": True,
         }  # fmt: skip
         assert list(found) == list(wanted)
-    if name.startswith("dataclass"):
+    if name == "dataclass in a dict":
+        assert torch.equal(found["b"][0].hidden, wanted["b"][0].hidden)
+    elif name.startswith("dataclass"):
         assert torch.equal(found.logits, found[0])
         assert (found.hidden is None) == (wanted.hidden is None)
     assert [spec.shape for spec in graph.signature.outputs] == [(None, 4)] * len(
