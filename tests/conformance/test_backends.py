@@ -267,6 +267,31 @@ def test_ops_that_write_to_their_own_values(backend: Backend) -> None:
     assert_close(graph, built(backend, graph, inputs, choices(backend)[0]), inputs, FLOAT)
 
 
+class Windows(nn.Module):
+    """Attention inside of windows, which are cut out of a picture and put back, without heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.three, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        b, c, h, w = y.shape
+        parts = y.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+        query, key, value = self.three(parts).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        back = mixed.view(b, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+        z: Tensor = self.last((y + back).mean((2, 3)))
+        return z
+
+
+def test_windows_of_attention(backend: Backend) -> None:
+    inputs = (random(3, 3, 8, 8),)
+    graph = graph_of(seeded(Windows()), *inputs)
+    some = (inputs[0][:2],)
+    assert_close(graph, built(backend, graph, some, choices(backend, batch=2)[0]), some, FLOAT)
+
+
 def test_mish_behind_a_linear_layer(backend: Backend) -> None:
     inputs = (random(2, 8) * 20,)
     graph = graph_of(seeded(nn.Sequential(nn.Linear(8, 16), nn.Mish(), nn.Linear(16, 4))), *inputs)

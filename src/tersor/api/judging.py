@@ -156,10 +156,8 @@ def _flat_outputs(session: Session, runner: Runner, flat: tuple[Tensor, ...]) ->
         rows = torch.arange(start, start + size).clamp_max(count - 1)
         inputs = {s.name: t[rows].numpy() for s, t in zip(specs.inputs, flat, strict=True)}
         parts.append(runner.executable.run(inputs))
-    return tuple(
-        torch.cat([_sized(torch.from_numpy(p[s.name]), s, size) for p in parts])[:count]
-        for s in specs.outputs
-    )
+    sized = [[_sized(torch.from_numpy(p[s.name]), s, size) for p in parts] for s in specs.outputs]
+    return tuple(torch.cat(each)[:count] if each[0].dim() else each[0] for each in sized)
 
 
 def _sized(tensor: Tensor, spec: TensorSpec, batch: int) -> Tensor:

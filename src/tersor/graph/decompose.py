@@ -258,7 +258,9 @@ class _Lowering:
             inner[step] = self._call(node, step.target, args, kwargs)
         raise AssertionError("a graph without an output")
 
-    def _call(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    def _call(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.sym_numel.default:
+            return self._elements(node, args[0])
         leaves, spec = pytree.tree_flatten((args, kwargs))
         values = [_value(leaf) for leaf in leaves]
         key = (target, spec, tuple(_signature(leaf) for leaf in values))
@@ -278,6 +280,20 @@ class _Lowering:
         if size:
             self._sizes[size] = made
         return made
+
+    def _elements(self, node: fx.Node, of: fx.Node) -> Any:
+        """How many elements a value has, from its sizes: not every backend has an op for it."""
+        product: Any = 1
+        for dim, size in enumerate(_value(of).shape):
+            is_open = isinstance(size, torch.SymInt)
+            factor = (
+                self._call(node, torch.ops.aten.sym_size.int, (of, dim), {}) if is_open else size
+            )
+            if isinstance(product, int) and isinstance(factor, int):
+                product *= factor
+            else:
+                product = self._call(node, operator.mul, (factor, product), {})
+        return product
 
     def _put(
         self, node: fx.Node, op: str, target: Any, args: Any, kwargs: Any, value: Any
