@@ -64,6 +64,20 @@ def export(
     raise CaptureError(_explain(model, failure)) from failure
 
 
+def autocast_type(module: fx.GraphModule) -> torch.dtype | None:
+    """The type in which a part of an exported module computes by its own autocast; None: none does."""
+    for node in module.graph.nodes:
+        kind = getattr(node.target, "__name__", "")
+        if kind == _WRAPPERS[1] and node.args[2]:
+            dtype = node.args[1] or torch.get_autocast_dtype(str(node.args[0]))
+            return dtype if isinstance(dtype, torch.dtype) else None
+        if kind in _WRAPPERS:
+            found = autocast_type(_body(module, node))
+            if found is not None:
+                return found
+    return None
+
+
 def input_nodes(program: torch.export.ExportedProgram) -> list[fx.Node]:
     """The placeholders of the flat inputs; their fake tensors have numbers or symbols as sizes."""
     user = set(program.graph_signature.user_inputs)

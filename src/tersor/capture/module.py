@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tersor.capture.configuration import EXPORTABLE, WITHOUT_CACHE, configured
 from tersor.capture.exporting import (
     Place,
+    autocast_type,
     export,
     first_line,
     input_values,
@@ -139,7 +140,8 @@ def _graph(
     _check_limits(host, signature, samples)
     graph = Graph(module, signature, example)
     ensure(graph)
-    return _with_parity(host, graph, samples)
+    lower = autocast_type(program.graph_module)
+    return _with_parity(host, graph, samples, PARITY if lower is None else half_parity(lower))
 
 
 def _check_constants(module: torch.fx.GraphModule) -> None:
@@ -357,12 +359,15 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _with_parity(host: _Host, graph: Graph, samples: Samples) -> Graph:
-    """The graph with the outputs' own types, once it was compared with the model."""
+def _with_parity(host: _Host, graph: Graph, samples: Samples, limit: float) -> Graph:
+    """The graph with the outputs' own types, once it was compared with the model.
+
+    Where the model's code rounds by an autocast of its own, it may differ by that: the graph is float32.
+    """
     plain = _cast(samples, torch.float32)
     for flat in _shapes(plain):
         for size in (2, 3):
-            _compare(host.plain, graph, _example(flat, size), samples.call, PARITY)
+            _compare(host.plain, graph, _example(flat, size), samples.call, limit)
     if not host.is_half:
         return graph
     if host.outputs is not None:

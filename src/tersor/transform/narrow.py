@@ -358,7 +358,8 @@ class _Run:
         if op.bias is not None and self._uses[str(op.bias.target)] == len(ops):
             self.tensors[str(op.bias.target)].copy_(bias)
             return
-        fresh = f"{name.removesuffix('.weight')}.refitted_bias".replace("..", ".")
+        stem = name.removesuffix(".weight")  # a parameter by itself is no module to hold another
+        fresh = f"{name}_refitted_bias" if stem == name else f"{stem}.refitted_bias"
         self.tensors[fresh] = bias.to(self.tensors[name].dtype)
         owner, _, leaf = fresh.rpartition(".")
         self.module.get_submodule(owner).register_buffer(leaf, self.tensors[fresh])

@@ -358,3 +358,23 @@ def test_relative_difference() -> None:
 
 def test_graph_of_is_what_the_other_tests_use() -> None:
     assert graph_of(trained(nn.Linear(4, 4)), random(4, 4)).signature.inputs[0].shape == (None, 4)
+
+
+def test_an_autocast_of_the_models_own() -> None:
+    """The graph is float32, where the model rounds to bfloat16."""
+
+    class Rounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.a(x).relu()
+            z: Tensor = self.b(y.float())
+            return z
+
+    module, x = trained(Rounds()), random(4, 8)
+    (found,) = captured(module, x).module(x)
+    wanted = module.b((x @ module.a.weight.T + module.a.bias).relu())
+    assert torch.allclose(found, wanted, atol=1e-5)

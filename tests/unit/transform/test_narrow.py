@@ -387,3 +387,24 @@ def test_a_width_that_is_another_layers_tokens() -> None:
     small, cut_only = narrow(graph, axes, keep, [(images,)]).graph, keep_units(graph, axes, keep)
     errors = [output_error(g.run((images,)), wanted, "values").mean() for g in (small, cut_only)]
     assert errors[0] < errors[1]
+
+
+class Bare(nn.Module):
+    """A product with a parameter of its own, without a layer and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.matrix = nn.Linear(4, 8), nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x).relu(), self.matrix)
+
+
+def test_a_bare_parameter_gets_its_bias_beside_it() -> None:
+    x = torch.randn(64, 4)
+    graph, axes = captured(Bare(), x)
+    keep = {
+        width_of(axes, next(s for s in width_sites(axes) if s.units == 8)).name: [0, 2, 3, 5, 7]
+    }
+    small = narrow(graph, axes, keep, [(x,)]).graph
+    assert parameters_by_name(small.module)["matrix_refitted_bias"].shape == (3,)
