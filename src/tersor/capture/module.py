@@ -258,6 +258,8 @@ def _check_shapes(host: _Host, samples: Samples) -> None:
 
 def _failed(error: Exception, example: Sequence[Tensor], call: Call) -> str:
     hint = f"; if the items hold labels, use {TO_INPUTS}" if len(call.args.children) > 1 else ""
+    if any(t.dim() == 1 for t in example):
+        hint += "; an item is a batch with its samples in dimension 0: one sample alone is x[None]"
     return (
         f"data: the model failed on the first inputs {_kinds(example)}: "
         f"{first_line(error)}; wanted inputs that the model itself accepts (a float model "
@@ -274,10 +276,15 @@ def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        labelled = f"if items are (inputs, labels), use {TO_INPUTS}"
+        if kwargs and not args:
+            labelled = (
+                "names of items are names of arguments; else say which are inputs with "
+                f"tersor.Data(loader, to_inputs=lambda batch: batch[{next(iter(kwargs))!r}])"
+            )
         raise DataError(
             f"data: items hold {len(args)} positional input(s) and the names {sorted(kwargs)}, but "
-            f"{type(model).__name__}.forward{signature} does not take them ({error}); if items are "
-            f"(inputs, labels), use {TO_INPUTS}"
+            f"{type(model).__name__}.forward{signature} does not take them ({error}); {labelled}"
         ) from error
 
 

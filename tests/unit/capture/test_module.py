@@ -255,6 +255,15 @@ def test_models_that_do_not_repeat_are_refused(module: Callable[[], nn.Module]) 
     assert "wanted at most 0.0001" in message
 
 
+def test_items_by_other_names_are_told_how_to_pick_one() -> None:
+    message = refused(DataError, nn.Linear(4, 4), {"x": random(4, 4), "y": torch.zeros(4)})
+    assert "to_inputs=lambda batch: batch['x']" in message
+
+
+def test_single_samples_are_told_that_items_are_batches() -> None:
+    assert "one sample alone is x[None]" in refused(DataError, nn.Linear(4, 4), random(3))
+
+
 def test_a_labelled_loader_is_told_about_to_inputs() -> None:
     message = refused(DataError, nn.Linear(4, 4), [random(4, 4), torch.zeros(4, dtype=torch.long)])
     assert "2 positional input(s)" in message
