@@ -22,7 +22,7 @@ from tersor.artifact.container import (
     MAX_RATIO,
     MAX_TEXT_BYTES,
 )
-from tersor.core.errors import ArtifactError
+from tersor.core.errors import ArtifactError, NoFileError
 
 STRIDE = 13  # bytes of data that are left out between two that are tried, to save time
 ENTRIES = [
@@ -95,13 +95,14 @@ def test_the_good_file_is_read(good: bytes, read: Callable[[bytes], Artifact]):
 
 def test_a_missing_file(tmp_path: Path):
     with pytest.raises(
-        ArtifactError, match=r"none\.tersor: cannot read .*No such file.*give the path"
-    ):
+        NoFileError, match=r"none\.tersor: cannot read .*No such file.*give the path"
+    ) as raised:
         verify_artifact(tmp_path / "none.tersor")
+    assert raised.value.exit_code == 2  # a typing error is no tampered file
 
 
 def test_a_directory(tmp_path: Path):
-    with pytest.raises(ArtifactError, match=r"cannot read .*Is a directory"):
+    with pytest.raises(NoFileError, match=r"cannot read .*Is a directory"):
         verify_artifact(tmp_path)
 
 

@@ -224,20 +224,33 @@ def test_float_build_computes_the_graph(
 class Tagger(nn.Module):
     """A recurrent layer that starts from nothing; its sizes appear in the op that makes the start."""
 
-    def __init__(self, layer: type[nn.LSTM | nn.GRU]) -> None:
+    def __init__(self, inner: nn.RNNBase) -> None:
         super().__init__()
-        self.inner = layer(6, 8, batch_first=True, bidirectional=True)
-        self.last = nn.Linear(16, 3)
+        self.inner = inner
+        units = (inner.proj_size or inner.hidden_size) * (1 + inner.bidirectional)
+        self.last = nn.Linear(units, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(self.inner(x)[0])
-        return y
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, states = self.inner(x if self.inner.batch_first else x.transpose(0, 1))
+        last = states if isinstance(states, tuple) else (states,)
+        return self.last(y.sum(1 if self.inner.batch_first else 0)), *(s.sum(0) for s in last)
 
 
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
-def test_recurrent_layers(backend: Backend, layer: type[nn.LSTM | nn.GRU]) -> None:
+RECURRENT: dict[str, Callable[[], nn.RNNBase]] = {
+    "lstm": lambda: nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True),
+    "lstm one way": lambda: nn.LSTM(6, 8, bias=False),
+    "lstm projected": lambda: nn.LSTM(6, 8, batch_first=True, proj_size=4),
+    "gru": lambda: nn.GRU(6, 8, 2, batch_first=True, bidirectional=True),
+    "gru one way": lambda: nn.GRU(6, 8, bias=False),
+    "rnn": lambda: nn.RNN(6, 8, 2, batch_first=True, bidirectional=True),
+    "relu": lambda: nn.RNN(6, 8, nonlinearity="relu", bias=False),
+}
+
+
+@pytest.mark.parametrize("layer", RECURRENT)
+def test_recurrent_layers(backend: Backend, layer: str) -> None:
     inputs = (random(3, 4, 6),)
-    graph = graph_of(seeded(Tagger(layer)), *inputs)
+    graph = graph_of(seeded(Tagger(RECURRENT[layer]())), *inputs)
     enabled = torch.backends.mkldnn.enabled
     some = (inputs[0][:2],)
     assert_close(graph, built(backend, graph, some, choices(backend, batch=2)[0]), some, FLOAT)
@@ -251,6 +264,37 @@ def test_ops_that_write_to_their_own_values(backend: Backend) -> None:
 
     inputs = (random(2, 5), random(2, 5, seed=1))
     graph = graph_of(Alike(), *inputs)
+    assert_close(graph, built(backend, graph, inputs, choices(backend)[0]), inputs, FLOAT)
+
+
+class Windows(nn.Module):
+    """Attention inside of windows, which are cut out of a picture and put back, without heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.three, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        b, c, h, w = y.shape
+        parts = y.view(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+        query, key, value = self.three(parts).chunk(3, -1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        back = mixed.view(b, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+        z: Tensor = self.last((y + back).mean((2, 3)))
+        return z
+
+
+def test_windows_of_attention(backend: Backend) -> None:
+    inputs = (random(3, 3, 8, 8),)
+    graph = graph_of(seeded(Windows()), *inputs)
+    some = (inputs[0][:2],)
+    assert_close(graph, built(backend, graph, some, choices(backend, batch=2)[0]), some, FLOAT)
+
+
+def test_mish_behind_a_linear_layer(backend: Backend) -> None:
+    inputs = (random(2, 8) * 20,)
+    graph = graph_of(seeded(nn.Sequential(nn.Linear(8, 16), nn.Mish(), nn.Linear(16, 4))), *inputs)
     assert_close(graph, built(backend, graph, inputs, choices(backend)[0]), inputs, FLOAT)
 
 

@@ -518,6 +518,18 @@ def test_guards_of_a_loaded_artifact(lenet_file: Path, images: dict[str, Tensor]
     assert (guarded.stats()["rejected"], clamping.stats()["clamped"]) == (2, 1)
 
 
+def test_nan_is_nan_without_guards(
+    lenet_file: Path, lenet_run: Finished, images: dict[str, Tensor]
+) -> None:
+    """The build has 8-bit layers, which make numbers of it."""
+    batch = images["test"][:5].clone()
+    batch[3, 0, 9, 9] = float("nan")
+    for model in (tersor.load(lenet_file), lenet_run.result.model):
+        found = model(batch)
+        assert torch.isnan(found[3]).all()
+        assert torch.isfinite(found[[0, 1, 2, 4]]).all()
+
+
 def test_a_device_the_artifact_was_not_built_for(lenet_file: Path) -> None:
     with pytest.raises(BackendError, match="no build in it runs on cuda: openvino was built for c"):
         tersor.load(lenet_file, device="cuda")

@@ -1,5 +1,6 @@
 """Artifacts: putting a result into one file, and taking it out again."""
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,30 @@ def _ranges(session: Session, graph: Graph) -> Ranges:
         for spec, tensors in zip(graph.signature.outputs, zip(*results, strict=True), strict=True)
         if tensors[0].is_floating_point() and all(t.numel() for t in tensors)
     }
-    return Ranges(inputs=inputs, outputs=outputs)
+    return Ranges(inputs=inputs, outputs=outputs, spreads=nan_spreads(session))
+
+
+def nan_spreads(session: Session) -> dict[str, tuple[str, ...]]:
+    """Float input -> the outputs that are all NaN in the original where the input is all NaN."""
+    specs = session.graph.signature
+    flat = [t[:1].clone() for t in session.parts["calibration"].groups[0]]
+    found = {}
+    for i, (spec, tensor) in enumerate(zip(specs.inputs, flat, strict=True)):
+        if not tensor.is_floating_point():
+            continue
+        given = [*flat[:i], torch.full_like(tensor, math.nan), *flat[i + 1 :]]
+        try:
+            results = session.graph.run(given)
+        except (RuntimeError, IndexError):  # as where an index is computed from it
+            continue
+        lost = [s.name for s, t in zip(specs.outputs, results, strict=True) if _is_nan(t)]
+        if lost:
+            found[spec.name] = tuple(lost)
+    return found
+
+
+def _is_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and bool(torch.isnan(tensor).all())
 
 
 def _range(tensors: Sequence[Tensor]) -> Range:

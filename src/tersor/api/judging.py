@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersor.api.files import nan_spreads
 from tersor.api.final import Final
 from tersor.api.latency import measure_calls
 from tersor.api.quality import original_score, score
 from tersor.api.session import Session, metric_of
 from tersor.api.stages import build_for, eager_call
+from tersor.artifact.manifest import Ranges
 from tersor.build.build import Built
 from tersor.core.records import (
     Prices,
@@ -48,7 +50,8 @@ class Decision:
 
 def runner_for(session: Session, built: Built) -> Runner:
     """A build with the original's calling convention."""
-    return Runner(built.executable, session.graph.signature, built.choice.batch)
+    ranges = Ranges(spreads=nan_spreads(session))
+    return Runner(built.executable, session.graph.signature, built.choice.batch, ranges=ranges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +156,8 @@ def _flat_outputs(session: Session, runner: Runner, flat: tuple[Tensor, ...]) ->
         rows = torch.arange(start, start + size).clamp_max(count - 1)
         inputs = {s.name: t[rows].numpy() for s, t in zip(specs.inputs, flat, strict=True)}
         parts.append(runner.executable.run(inputs))
-    return tuple(
-        torch.cat([_sized(torch.from_numpy(p[s.name]), s, size) for p in parts])[:count]
-        for s in specs.outputs
-    )
+    sized = [[_sized(torch.from_numpy(p[s.name]), s, size) for p in parts] for s in specs.outputs]
+    return tuple(torch.cat(each)[:count] if each[0].dim() else each[0] for each in sized)
 
 
 def _sized(tensor: Tensor, spec: TensorSpec, batch: int) -> Tensor:

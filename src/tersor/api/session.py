@@ -22,7 +22,7 @@ from tersor.api.tiles import Tiles, device_tiles
 from tersor.build.reference import GraphExecutable
 from tersor.capture.detector import Detector, Intake, split_detector
 from tersor.capture.module import Captured, capture
-from tersor.capture.outputs import output_kind
+from tersor.capture.outputs import output_kind, require_samples
 from tersor.capture.programs import Model, open_model
 from tersor.capture.samples import Samples, as_carried, collect, varying
 from tersor.core import registry
@@ -239,7 +239,10 @@ def open_session(model: Any, data: Any, settings: Settings, ranks: RankGroup = A
             Tiles, lambda: Parcel(device_tiles(backends, infos, store, progress)), "tiles"
         ).record
         methods = {n: with_counts(m, axes, tiles) for n, m in methods.items()}
-    outputs = graph.run([t[:8] for t in parts["calibration"].tensors])
+    tensors = parts["calibration"].tensors
+    ends = [graph.run([t[rows] for t in tensors]) for rows in (slice(1), slice(-1, None))]
+    require_samples(graph.signature.outputs, *ends)
+    outputs = graph.run([t[:8] for t in tensors])
     kind = output_kind(wanted.output, outputs)
     progress.note(
         f"{sum(s.kind == 'format' for s in sites)} layers, "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tersor.core.errors import ArtifactError
+from tersor.core.errors import ArtifactError, NoFileError
 
 MANIFEST = "manifest.json"
 GRAPH = "graph.json"
@@ -126,7 +126,7 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise ArtifactError(
+        raise NoFileError(
             f"{path}: cannot read ({error.strerror or error}); give the path of an artifact"
         ) from error
 

@@ -31,10 +31,15 @@ class Ranges:
 
     A float input's range is what calibration saw. An integer input's is what the model can take
     (ids below the embedding's rows), because calibration does not see every valid id.
+
+    Attributes:
+        spreads: Float input -> the outputs that are NaN in the original where the input is. A build
+            may make numbers of NaN: 8-bit codes have none, and some kernels lose it in a maximum.
     """
 
     inputs: Mapping[str, Range] = field(default_factory=dict)
     outputs: Mapping[str, Range] = field(default_factory=dict)
+    spreads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

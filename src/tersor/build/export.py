@@ -10,6 +10,7 @@ from tersor.core.errors import BackendError
 from tersor.core.store import write_atomic
 from tersor.graph.contracts import Graph
 from tersor.graph.onnx_form import to_onnx
+from tersor.graph.recurrence import opaque
 
 _MAX_BATCH = 1 << 16
 
@@ -26,7 +27,7 @@ def exported_program(graph: Graph) -> torch.export.ExportedProgram:
         or None
         for spec in graph.signature.inputs
     ]
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), opaque():
         warnings.simplefilter("ignore")
         return torch.export.export(
             graph.module, graph.example, dynamic_shapes=tuple(shapes), strict=False

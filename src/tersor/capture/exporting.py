@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tersor.core.errors import CaptureError
+from tersor.graph.recurrence import opaque
 
 _MAX_BATCH = 1 << 16
 _LOCATION = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.+)')
@@ -42,7 +43,10 @@ def export(
     for dim in (batch, torch.export.Dim.AUTO):
         shapes = _dynamic_shapes(model, args, kwargs, dim, dynamic)
         try:
-            with redirect_stderr(io.StringIO()):  # torch prints the part of the graph that it has
+            with (
+                redirect_stderr(io.StringIO()),
+                opaque(),
+            ):  # torch prints the part of the graph that it has
                 program = torch.export.export(
                     model, args, kwargs, dynamic_shapes=shapes, strict=False
                 )
@@ -58,6 +62,20 @@ def export(
     if isinstance(failure, CaptureError):
         raise failure
     raise CaptureError(_explain(model, failure)) from failure
+
+
+def autocast_type(module: fx.GraphModule) -> torch.dtype | None:
+    """The type in which a part of an exported module computes by its own autocast; None: none does."""
+    for node in module.graph.nodes:
+        kind = getattr(node.target, "__name__", "")
+        if kind == _WRAPPERS[1] and node.args[2]:
+            dtype = node.args[1] or torch.get_autocast_dtype(str(node.args[0]))
+            return dtype if isinstance(dtype, torch.dtype) else None
+        if kind in _WRAPPERS:
+            found = autocast_type(_body(module, node))
+            if found is not None:
+                return found
+    return None
 
 
 def input_nodes(program: torch.export.ExportedProgram) -> list[fx.Node]:

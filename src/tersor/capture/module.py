@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tersor.capture.configuration import EXPORTABLE, WITHOUT_CACHE, configured
 from tersor.capture.exporting import (
     Place,
+    autocast_type,
     export,
     first_line,
     input_values,
@@ -31,7 +32,7 @@ from tersor.capture.exporting import (
 from tersor.capture.programs import Model, as_module
 from tersor.capture.samples import TO_INPUTS, Call, Samples, several_shapes, varying
 from tersor.capture.sizes import Names, described, limits
-from tersor.capture.structures import describe
+from tersor.capture.structures import describe, plain_outputs
 from tersor.capture.weights import (
     check_weights,
     float_type,
@@ -44,6 +45,7 @@ from tersor.core.records import Signature, Structure, TensorSpec
 from tersor.core.structure import unflatten
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import parameters_by_name
+from tersor.graph.meta import ensure
 from tersor.graph.normalise import normalise
 from tersor.graph.shapes import check_limits
 
@@ -113,10 +115,12 @@ def _graph(
     _check_shapes(host, samples)
     example = _example(_cast(samples, torch.float32).tensors, 2)
     leaves: list[Tensor] = []
-    result = describe(_run(host.plain, call, example), leaves)
+    returned = _run(host.plain, call, example)
+    result = describe(returned, leaves)
     seen = _seen(samples, dynamic)
     args, kwargs = _arguments(call, example)
-    program = export(host.plain, args, kwargs, seen)
+    with plain_outputs(host.plain, returned):
+        program = export(host.plain, args, kwargs, seen)
     module = normalise(program.module(check_guards=False), fold=fold)
     _check_constants(module)
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
@@ -135,7 +139,9 @@ def _graph(
     )
     _check_limits(host, signature, samples)
     graph = Graph(module, signature, example)
-    return _with_parity(host, graph, samples)
+    ensure(graph)
+    lower = autocast_type(program.graph_module)
+    return _with_parity(host, graph, samples, PARITY if lower is None else half_parity(lower))
 
 
 def _check_constants(module: torch.fx.GraphModule) -> None:
@@ -252,6 +258,8 @@ def _check_shapes(host: _Host, samples: Samples) -> None:
 
 def _failed(error: Exception, example: Sequence[Tensor], call: Call) -> str:
     hint = f"; if the items hold labels, use {TO_INPUTS}" if len(call.args.children) > 1 else ""
+    if any(t.dim() == 1 for t in example):
+        hint += "; an item is a batch with its samples in dimension 0: one sample alone is x[None]"
     return (
         f"data: the model failed on the first inputs {_kinds(example)}: "
         f"{first_line(error)}; wanted inputs that the model itself accepts (a float model "
@@ -268,10 +276,15 @@ def _check_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
+        labelled = f"if items are (inputs, labels), use {TO_INPUTS}"
+        if kwargs and not args:
+            labelled = (
+                "names of items are names of arguments; else say which are inputs with "
+                f"tersor.Data(loader, to_inputs=lambda batch: batch[{next(iter(kwargs))!r}])"
+            )
         raise DataError(
             f"data: items hold {len(args)} positional input(s) and the names {sorted(kwargs)}, but "
-            f"{type(model).__name__}.forward{signature} does not take them ({error}); if items are "
-            f"(inputs, labels), use {TO_INPUTS}"
+            f"{type(model).__name__}.forward{signature} does not take them ({error}); {labelled}"
         ) from error
 
 
@@ -353,12 +366,15 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _with_parity(host: _Host, graph: Graph, samples: Samples) -> Graph:
-    """The graph with the outputs' own types, once it was compared with the model."""
+def _with_parity(host: _Host, graph: Graph, samples: Samples, limit: float) -> Graph:
+    """The graph with the outputs' own types, once it was compared with the model.
+
+    Where the model's code rounds by an autocast of its own, it may differ by that: the graph is float32.
+    """
     plain = _cast(samples, torch.float32)
     for flat in _shapes(plain):
         for size in (2, 3):
-            _compare(host.plain, graph, _example(flat, size), samples.call, PARITY)
+            _compare(host.plain, graph, _example(flat, size), samples.call, limit)
     if not host.is_half:
         return graph
     if host.outputs is not None:

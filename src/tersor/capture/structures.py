@@ -1,10 +1,12 @@
 """Containers of tensors: torch's own view of them, as a plain record."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tersor.core.errors import CaptureError
 from tersor.core.records import Structure
@@ -36,6 +38,32 @@ def describe(value: Any, leaves: list[Tensor], where: str = "output") -> Structu
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return _named("object", fields, leaves, where, type(value).__name__)
     raise CaptureError(_no_plain_form(value, where))
+
+
+@contextmanager
+def plain_outputs(module: nn.Module, value: Any) -> Iterator[None]:
+    """While in here, a module gives its tensors as a tuple where torch can't see into its outputs.
+
+    ``torch.export`` knows dataclasses only if they were registered with it.
+
+    Args:
+        module: Hooked; as it was after.
+        value: What it returns.
+    """
+    if not any(dataclasses.is_dataclass(leaf) for leaf in pytree.tree_leaves(value)):
+        yield
+        return
+
+    def opened(_module: nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, ...]:
+        leaves: list[Tensor] = []
+        describe(output, leaves)
+        return tuple(leaves)
+
+    handle = module.register_forward_hook(opened)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _no_plain_form(value: Any, where: str) -> str:

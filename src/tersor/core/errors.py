@@ -89,6 +89,12 @@ class ArtifactError(TersorError):
     exit_code: ClassVar[int] = 4
 
 
+class NoFileError(ArtifactError):
+    """There is no file to read at the path of an artifact: wrong use, and nothing was tampered with."""
+
+    exit_code: ClassVar[int] = 2
+
+
 class ParityError(TersorError):
     """Two forms of one model disagree by more than rounding explains."""
 

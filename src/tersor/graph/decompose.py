@@ -10,7 +10,8 @@ graph that this can't do is None, and has to be exported.
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import attribute
 from tersor.graph.mutation import has_mutation, remove_mutation
-from tersor.graph.recurrence import unrolled
+from tersor.graph.recurrence import opaque, unrolled
 from tersor.graph.split import Split
 
 _KEPT_WORLDS, _KEPT_OPS = 8, 8192  # shapes and a few nodes each: no data
@@ -94,10 +95,12 @@ class Decomposer:
     Args:
         table: Op -> how it is computed by others: ``torch.export.default_decompositions()``
             without what is to be kept.
+        recurrent: Recurrent ops that are kept; torch's table always has them.
     """
 
-    def __init__(self, table: Any) -> None:
+    def __init__(self, table: Any, recurrent: frozenset[Any] = frozenset()) -> None:
         self._table = table
+        self._recurrent = recurrent
         self._python = {op: how for op, how in table.items() if not _is_composite(op)}
         # The full table has every composite op that torch can keep: what is not in ours is kept.
         self._kept = {op for op in torch.export.default_decompositions() if op not in table}
@@ -116,7 +119,7 @@ class Decomposer:
         with self._lock:
             try:
                 world = self._worlds(key, lambda: _world(sizes))
-                with world.mode, torch.no_grad(), enable_python_dispatcher(), unrolled():
+                with world.mode, torch.no_grad(), _python(self._recurrent):
                     made = _Lowering(self, world, graph, parts).run()
             except Exception:  # noqa: BLE001 - what torch can't trace alone it may trace as a whole
                 self._worlds.forget(key)
@@ -128,6 +131,8 @@ class Decomposer:
 
     def stays(self, op: Any) -> bool:
         """Whether an op is left as it is."""
+        if op in self._recurrent:
+            return True
         return op not in self._table and (op in self._kept or not _is_composite(op))
 
     def trace(self, node: fx.Node, leaves: list[Any], spec: Any) -> fx.Graph:
@@ -148,6 +153,13 @@ class Decomposer:
         if has_mutation(found):
             raise TypeError(f"{node.target} writes to a tensor that another name shows")
         return found
+
+
+@contextmanager
+def _python(kept: frozenset[Any]) -> Iterator[None]:
+    """Torch's decompositions in Python, with recurrent ops unrolled but for those that are kept."""
+    with enable_python_dispatcher(), unrolled(), opaque(kept):
+        yield
 
 
 def _twin(leaf: Any) -> Any:
@@ -246,7 +258,9 @@ class _Lowering:
             inner[step] = self._call(node, step.target, args, kwargs)
         raise AssertionError("a graph without an output")
 
-    def _call(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    def _call(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.aten.sym_numel.default:
+            return self._elements(node, args[0])
         leaves, spec = pytree.tree_flatten((args, kwargs))
         values = [_value(leaf) for leaf in leaves]
         key = (target, spec, tuple(_signature(leaf) for leaf in values))
@@ -266,6 +280,20 @@ class _Lowering:
         if size:
             self._sizes[size] = made
         return made
+
+    def _elements(self, node: fx.Node, of: fx.Node) -> Any:
+        """How many elements a value has, from its sizes: not every backend has an op for it."""
+        product: Any = 1
+        for dim, size in enumerate(_value(of).shape):
+            is_open = isinstance(size, torch.SymInt)
+            factor = (
+                self._call(node, torch.ops.aten.sym_size.int, (of, dim), {}) if is_open else size
+            )
+            if isinstance(product, int) and isinstance(factor, int):
+                product *= factor
+            else:
+                product = self._call(node, operator.mul, (factor, product), {})
+        return product
 
     def _put(
         self, node: fx.Node, op: str, target: Any, args: Any, kwargs: Any, value: Any

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from tersor.graph.contracts import Graph
+from tersor.graph.recurrence import opaque
 from tersor.graph.split import Split, stored_tensors
 
 _KEPT = 8  # in memory: they hold no weights, only the graph's small constants
@@ -81,7 +82,10 @@ def exported_floats(
         for spec in graph.signature.inputs
     ]
     shapes += [None] * len(weights)
-    program = torch.export.export(parts.module, inputs, dynamic_shapes=tuple(shapes), strict=False)
+    with opaque():
+        program = torch.export.export(
+            parts.module, inputs, dynamic_shapes=tuple(shapes), strict=False
+        )
     return program, _graph_names(parts.module, program)
 
 

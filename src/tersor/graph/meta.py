@@ -8,6 +8,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tersor.graph.contracts import Graph
+from tersor.graph.recurrence import opaque
 
 
 def ensure(graph: Graph) -> None:
@@ -37,7 +38,7 @@ def refresh(module: fx.GraphModule) -> None:
         return env[node.name]
 
     # Without the dispatcher torch's C++ kernels meet the batch's symbol, and some want a number.
-    with modes[0], torch.no_grad(), enable_python_dispatcher():
+    with modes[0], torch.no_grad(), enable_python_dispatcher(), opaque():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 env[node.name] = node.meta["val"]

@@ -2,10 +2,9 @@
 
 Flat inputs, a flat tuple of tensor outputs, evaluation mode, and: wrappers of grad and autocast
 inlined, identities (dropout, detach, assertions) gone, in-place ops (of slices, too) written as
-functional ones, inputs never written to,
-SDPA's scale explicit, products with a stored matrix written as ``linear``, batch norm folded into
-the convolution or linear before it, subgraphs of parameters only computed once, tensors that share
-a storage kept once.
+functional ones, inputs never written to, SDPA's scale explicit, bags written as embeddings and
+sums, products with a stored matrix written as ``linear``, batch norm folded into the convolution or
+linear before it, subgraphs of parameters only computed once, tensors that share a storage kept once.
 """
 
 import math
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tersor.graph.bags import write_bags
 from tersor.graph.edit import attribute, rebuild
 from tersor.graph.mutation import keep_inputs, remove_mutation, written_to
 
@@ -59,6 +59,7 @@ def normalise(module: fx.GraphModule, *, fold: bool = True) -> fx.GraphModule:
     keep_inputs(graph)
     _drop_identities(graph, _COPIES, written_to(graph))
     _explicit_scale(graph)
+    write_bags(graph)
     _share_storages(graph, tensors)
     if fold:
         _fold_constants(graph, tensors)

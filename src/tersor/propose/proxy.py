@@ -106,7 +106,7 @@ def _backward(
         pairs = [
             (y, _probe(y.detach(), kind, spread, generator))
             for y, spread in zip(result, spreads, strict=True)
-            if y.requires_grad
+            if y.requires_grad and y.dim()  # one number for all samples says nothing of each
         ]
         total = torch.stack([(y.double() * v).sum() for y, v in pairs]).sum()
         found: Any = torch.autograd.grad(total, list(values.values()), allow_unused=True)

@@ -19,6 +19,7 @@ from tersor.core.records import Signature, TensorSpec
 from tersor.core.structure import bind, unflatten
 from tersor.graph.shapes import built_sizes, sizes_of
 from tersor.runtime.guards import Array, Guards, guard_arrays
+from tersor.runtime.nan import spread_nan
 from tersor.runtime.tensors import Origin, batch_dim, from_array, origin_of, to_array
 
 
@@ -44,7 +45,8 @@ class Runner:
         signature: The original's calling convention.
         built_batch: Rows that one call of the executable takes.
         guards: What to check beyond shapes and types; None: nothing.
-        ranges: Ranges for the guards.
+        ranges: Ranges for the guards; and which outputs become NaN by which inputs, with guards or
+            without.
         clock: Nanoseconds, for the counters.
 
     Calls may come from several threads; they run one after the other.
@@ -143,6 +145,7 @@ class Runner:
         try:
             inputs = self._guard(inputs, "input")
             outputs = self._none(inputs) if n == 0 else self._run(inputs, n)
+            outputs = spread_nan(inputs, outputs, self.signature, self.ranges.spreads)
             return self._guard(outputs, "output")
         except GuardError:
             self._counts["rejected"] += 1

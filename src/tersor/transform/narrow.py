@@ -10,7 +10,7 @@ logits of a classifier is fitted to the original's probabilities.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from tersor.core.errors import NumericalError
 from tersor.core.records import OutputKind
 from tersor.graph.axes import Axes
 from tersor.graph.axes.labels import Flags
+from tersor.graph.axes.matching import counterparts
 from tersor.graph.axes.slicing import cut, gone_from
 from tersor.graph.bends import ceiling_behind
 from tersor.graph.contracts import Graph
@@ -43,11 +44,10 @@ from tersor.graph.operators import (
 from tersor.observe.statistics import token_mask
 from tersor.ops.rectified import RectifiedRows, fit_rectified
 from tersor.ops.softmax import fit_softmax
+from tersor.transform.calls import Calls, Step, in_step, merged, others_of, shared_calls
 
-aten = torch.ops.aten
 # Of the fit of a classifier: it is flat after so many steps, and takes half a minute at most.
 _SOFTMAX_STEPS, _SOFTMAX_MACS, _SOFTMAX_ROWS = 100, 1e11, 64
-_ADDS = (aten.add.Tensor, aten.add_.Tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +96,10 @@ class _Fit:
     op: WeightedOp  # of the original
     cut_op: WeightedOp
     kept: Tensor  # output channels that stay
+    rows: list[tuple[int, Tensor]]  # (another dimension of the result, what stays of it)
     other: fx.Node | None  # the original's other operand of the addition behind the op
     is_gone: bool  # the new graph does not have that operand: the op takes over all of it
     ceiling: float | None  # of the ReLU that follows; None: another op does
-    picks: list[Tensor | None] = field(default_factory=list)
 
 
 def narrow(  # noqa: PLR0913 - the stage's inputs
@@ -140,15 +140,6 @@ def narrow(  # noqa: PLR0913 - the stage's inputs
     return Narrowed(run.result(), run.losses)
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One node of one of the two graphs; ``place``: of an input, which one."""
-
-    node: fx.Node
-    is_new: bool
-    place: int = -1
-
-
 class _Run:
     def __init__(
         self,
@@ -174,11 +165,14 @@ class _Run:
         self.losses: dict[str, float] = {}
         self.inputs = batches
         self.batches = [_Batch({}, {}, token_mask(graph.signature, flat)) for flat in batches]
-        self.steps = _merged(graph.module, self.module)
-        self._done = self._last_uses()
+        self.left = counterparts(axes, removed)
         self._uses = stored_uses(self.module)
+        order, self.calls = shared_calls(self.cut_ops, self._uses, list(self.module.graph.nodes))
+        before = in_step(list(graph.module.graph.nodes), self.calls)
+        self.steps = merged(before, order, self.calls)
+        self._done = self._last_uses()
 
-    def step(self, step: _Step) -> None:
+    def step(self, step: Step) -> None:
         """Run a node; one of the new graph is dirty once it differs from the original."""
         node, name = step.node, step.node.name
         if not step.is_new:
@@ -213,9 +207,11 @@ class _Run:
         last: dict[tuple[bool, str], int] = {}
         for i, step in enumerate(self.steps):
             used = [(step.is_new, source.name) for source in step.node.all_input_nodes]
-            if step.is_new and step.node.name in self.before:
-                old = self.before[step.node.name]
-                used += [(False, old.name), *((False, other.name) for other in _others(old))]
+            calls = self.calls.get(step.node.name, (step.node.name,))
+            if step.is_new and calls[-1] == step.node.name:
+                used += [(True, s.name) for c in calls for s in self.after[c].all_input_nodes]
+                for old in [self.before[name] for name in calls if name in self.before]:
+                    used += [(False, old.name), *((False, other.name) for other in others_of(old))]
             last |= dict.fromkeys(used, i)
         found: dict[int, list[tuple[bool, str]]] = {}
         for value, i in last.items():
@@ -230,20 +226,16 @@ class _Run:
 
     def fit(self, node: fx.Node) -> bool:
         """Fit a weighted op behind a cut and run it again."""
-        op = self.ops.get(node.name)
-        if op is None or node.name not in self.cut_ops or op.kind == "embedding":
+        calls = self._fitted_at(node)
+        if not calls:
             return False
-        if node.name in self.config.fixed:
-            return False
-        if op.data.name not in self.dirty or self._uses[str(op.weight.target)] > 1:
-            return False
-        if self.cut_ops[node.name].data.name != op.data.name:
-            return False  # a map in a branch's place, fitted already to what the branch gave
-        fit = self._plan(op)
+        fits = [self._plan(self.ops[name]) for name in calls]
+        fit = fits[0]
         weight = self.tensors[str(fit.cut_op.weight.target)]
         groups = 1 if fit.cut_op.window is None else fit.cut_op.window.groups
-        fit.picks = [self._pick(batch, fit) for batch in self.batches]
-        rows = list(self._rows(fit))
+        rows = [part for each in fits for part in self._rows(each)]
+        if any(each.ceiling != fit.ceiling for each in fits):
+            fit.ceiling = None
         found = fit_rectified(
             lambda: rows,
             prior=grouped_weight(weight, groups),
@@ -252,15 +244,33 @@ class _Run:
             ceiling=fit.ceiling or math.inf,
         )
         solved = found.weight.reshape(weight.shape), found.bias.reshape(-1)
-        if self._gives_logits(fit):
+        if len(fits) == 1 and self._gives_logits(fit):
             solved = self._classifier(rows, solved)
         if not bool(torch.isfinite(solved[0]).all()):
             raise NumericalError(f"{node.name}: the refit is not finite; raise the damping")
-        self._store(fit, *solved)
-        self.losses[node.name] = found.losses[found.step]
-        for batch in self.batches:
-            batch.new[node.name] = execute(self.module, node, batch.new)
+        self._store([each.cut_op for each in fits], *solved)
+        for name in calls:
+            self.losses[name] = found.losses[found.step]
+            self.dirty.add(name)
+            for batch in self.batches:
+                batch.new[name] = execute(self.module, self.after[name], batch.new)
         return True
+
+    def _fitted_at(self, node: fx.Node) -> Calls:
+        """The calls of a weight that is fitted when a node has run; empty: none is."""
+        calls = self.calls.get(node.name, (node.name,))
+        if calls[-1] != node.name or not all(c in self.ops and c in self.cut_ops for c in calls):
+            return ()
+        ops = [self.ops[name] for name in calls]
+        if any(op.kind == "embedding" or op.node.name in self.config.fixed for op in ops):
+            return ()
+        if self._uses[str(ops[0].weight.target)] > len(calls):
+            return ()
+        if not any(op.data.name in self.dirty for op in ops):
+            return ()
+        # Else a map in a branch's place, fitted already to what the branch gave.
+        is_same = all(self.cut_ops[op.node.name].data.name == op.data.name for op in ops)
+        return calls if is_same else ()
 
     def _gives_logits(self, fit: _Fit) -> bool:
         if self.config.kind != "logits" or fit.other is not None or fit.op.kind != "linear":
@@ -282,18 +292,17 @@ class _Run:
         return found.weight, found.bias
 
     def _plan(self, op: WeightedOp) -> _Fit:
-        name = op.node.name
-        dim = self.axes.walk.shapes[self.whole_ops[name].node][1 if op.window is not None else -1]
-        kept = torch.from_numpy(self.axes.kept(dim, self.removed).nonzero()[0])
-        other = self._other(op.node)
-        last = op.node if other is None else next(iter(op.node.users))
+        name, other = op.node.name, self._other(op.node)
+        shape = self.axes.walk.shapes[self.whole_ops[name].node]
+        channel = 1 if op.window is not None else len(shape) - 1
         return _Fit(
             op=op,
             cut_op=self.cut_ops[name],
-            kept=kept,
+            kept=torch.from_numpy(self.axes.kept(shape[channel], self.removed).nonzero()[0]),
+            rows=[part for part in self.left.kept[name] if part[0] != channel],
             other=other,
             is_gone=other is not None and other.name not in self.after,
-            ceiling=ceiling_behind(last),
+            ceiling=ceiling_behind(op.node if other is None else next(iter(op.node.users))),
         )
 
     def _other(self, node: fx.Node) -> fx.Node | None:
@@ -302,12 +311,11 @@ class _Run:
         Also what it adds no more, once the addition is gone with it; where a constant has come in
         its place, the op goes on without it.
         """
-        others = _others(node)
+        others = others_of(node)
         if len(others) != 1 or others[0].name not in self.batches[0].original:
             return None
         is_added = next(iter(node.users)).name in self.after
-        known = others[0].name in self.batches[0].new
-        return others[0] if known == is_added else None
+        return others[0] if (others[0].name in self.batches[0].new) == is_added else None
 
     def _pick(self, batch: _Batch, fit: _Fit) -> Tensor | None:
         count = row_count(batch.new[fit.op.data.name], fit.cut_op, batch.mask)
@@ -322,78 +330,52 @@ class _Run:
 
     def _rows(self, fit: _Fit) -> Iterator[RectifiedRows]:
         """The op's inputs as the cut model has them, and the original's outputs that stay."""
-        for batch, pick in zip(self.batches, fit.picks, strict=True):
+        for batch in self.batches:
+            pick = self._pick(batch, fit)
             inputs = as_rows(batch.new[fit.op.data.name], fit.cut_op, batch.mask, pick)
             wanted = self._channels(batch.original[fit.op.node.name], fit, batch, pick)
             offset = None
             if fit.other is not None:
-                name = fit.other.name
-                wanted = wanted + self._channels(batch.original[name], fit, batch, pick)
+                wanted = wanted + self._channels(batch.original[fit.other.name], fit, batch, pick)
             if fit.other is not None and not fit.is_gone:
                 rows = output_rows(batch.new[fit.other.name], fit.cut_op, batch.mask)
                 offset = rows if pick is None else rows[pick]
             yield RectifiedRows(inputs=inputs, wanted=wanted, offset=offset)
 
     def _channels(self, value: Tensor, fit: _Fit, batch: _Batch, pick: Tensor | None) -> Tensor:
+        for dim, index in fit.rows:  # a width may be what another op has as its tokens
+            value = value.index_select(dim, index)
         rows = output_rows(value, fit.op, batch.mask)
         rows = rows if pick is None else rows[pick]
         flat = rows.reshape(len(rows), -1)[:, fit.kept]
         groups = 1 if fit.cut_op.window is None else fit.cut_op.window.groups
         return flat.reshape(len(rows), groups, -1)
 
-    def _store(self, fit: _Fit, weight: Tensor, bias: Tensor) -> None:
-        op = fit.cut_op
+    def _store(self, ops: Sequence[WeightedOp], weight: Tensor, bias: Tensor) -> None:
+        op = ops[0]
         name = str(op.weight.target)
-        self.tensors[name].copy_(weight.to(self.tensors[name].dtype))
-        if op.bias is not None and self._uses[str(op.bias.target)] == 1:
-            target = str(op.bias.target)
-            self.tensors[target].copy_(bias.to(self.tensors[target].dtype))
+        self.tensors[name].copy_(weight)
+        if op.bias is not None and self._uses[str(op.bias.target)] == len(ops):
+            self.tensors[str(op.bias.target)].copy_(bias)
             return
-        fresh = f"{name.removesuffix('.weight')}.refitted_bias".replace("..", ".")
+        stem = name.removesuffix(".weight")  # a parameter by itself is no module to hold another
+        fresh = f"{name}_refitted_bias" if stem == name else f"{stem}.refitted_bias"
         self.tensors[fresh] = bias.to(self.tensors[name].dtype)
         owner, _, leaf = fresh.rpartition(".")
         self.module.get_submodule(owner).register_buffer(leaf, self.tensors[fresh])
-        with self.module.graph.inserting_before(op.node):
-            node = self.module.graph.create_node("get_attr", fresh, name=f"{op.node.name}_refit_b")
-        args = [*op.node.args, None] if len(op.node.args) == 2 else list(op.node.args)
-        args[2] = node
-        op.node.args = tuple(args)
-        for batch in self.batches:
-            batch.new[node.name] = self.tensors[fresh]
+        for op in ops:
+            with self.module.graph.inserting_before(op.node):
+                node = self.module.graph.create_node(
+                    "get_attr", fresh, name=f"{op.node.name}_refit_b"
+                )
+            args = [*op.node.args, None] if len(op.node.args) == 2 else list(op.node.args)
+            args[2] = node
+            op.node.args = tuple(args)
+            for batch in self.batches:
+                batch.new[node.name] = self.tensors[fresh]
 
     def result(self) -> Graph:
         fresh, tensors = copy_graph(self.module)
         module = rebuild(fresh, tensors)
         refresh(module)
         return replace(self.graph, module=module)
-
-
-def _merged(original: fx.GraphModule, new: fx.GraphModule) -> list[_Step]:
-    """Both graphs in their own orders, each node of the new one after the original's of that name.
-
-    A branch's nodes may be in the original alone, and a map in its place stands later.
-    """
-    places = {node.name: i for i, node in enumerate(original.graph.nodes)}
-    nodes = [node for node in original.graph.nodes if node.op != "output"]
-    inputs = [node.name for node in nodes if node.op == "placeholder"]
-    steps: list[_Step] = []
-    done = 0
-    for node in new.graph.nodes:
-        upto = max(done, min(places.get(node.name, -1) + 1, len(nodes)))
-        steps += [
-            _Step(n, is_new=False, place=inputs.index(n.name) if n.name in inputs else -1)
-            for n in nodes[done:upto]
-        ]
-        done = upto
-        if node.op != "output":
-            steps.append(_Step(node, is_new=True))
-    return steps
-
-
-def _others(node: fx.Node) -> list[fx.Node]:
-    """What the only reader of a node, an addition, adds to it."""
-    users = list(node.users)
-    if len(users) != 1 or users[0].target not in _ADDS or users[0].kwargs:
-        return []
-    args = [a for a in users[0].args if isinstance(a, fx.Node) and a is not node]
-    return [a for a in args if a.op != "get_attr"]

@@ -230,4 +230,5 @@ def by_shape(
 
 
 def _joined(batches: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.cat(list(parts)) for parts in zip(*batches, strict=True)]
+    columns = (list(parts) for parts in zip(*batches, strict=True))
+    return [torch.cat(parts) if parts[0].dim() else parts[0] for parts in columns]

@@ -110,6 +110,12 @@ class Record:
 torch.export.register_dataclass(Record)
 
 
+@dataclass
+class Unregistered:
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
 OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "tensor": lambda x: x,
     "list": lambda x: [x, x * 2],
@@ -120,6 +126,8 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "NamedTuple with None": lambda x: Typed(x, None),
     "dataclass": lambda x: Record(x, x + 1),
     "dataclass with None": Record,
+    "dataclass that torch does not know": Unregistered,
+    "dataclass in a dict": lambda x: {"a": x, "b": [Unregistered(x + 1, x - 1)]},
     "constants": lambda x: {"n": 3, "x": x, "name": "a", "none": None, "f": 0.5, "flag": True},
     "one tensor twice": lambda x: (x, x),
     "its input": lambda x: (x, x + 1),
@@ -149,7 +157,9 @@ def test_outputs(name: str) -> None:
             "n": 3, "name": "a", "none": None, "f": 0.5, "flag": True,
         }  # fmt: skip
         assert list(found) == list(wanted)
-    if name.startswith("dataclass"):
+    if name == "dataclass in a dict":
+        assert torch.equal(found["b"][0].hidden, wanted["b"][0].hidden)
+    elif name.startswith("dataclass"):
         assert torch.equal(found.logits, found[0])
         assert (found.hidden is None) == (wanted.hidden is None)
     assert [spec.shape for spec in graph.signature.outputs] == [(None, 4)] * len(
@@ -243,6 +253,15 @@ def test_models_that_do_not_repeat_are_refused(module: Callable[[], nn.Module]) 
     message = refused(ParityError, module(), random(4, 4))
     assert "random or keeps state between calls" in message
     assert "wanted at most 0.0001" in message
+
+
+def test_items_by_other_names_are_told_how_to_pick_one() -> None:
+    message = refused(DataError, nn.Linear(4, 4), {"x": random(4, 4), "y": torch.zeros(4)})
+    assert "to_inputs=lambda batch: batch['x']" in message
+
+
+def test_single_samples_are_told_that_items_are_batches() -> None:
+    assert "one sample alone is x[None]" in refused(DataError, nn.Linear(4, 4), random(3))
 
 
 def test_a_labelled_loader_is_told_about_to_inputs() -> None:
@@ -348,3 +367,23 @@ def test_relative_difference() -> None:
 
 def test_graph_of_is_what_the_other_tests_use() -> None:
     assert graph_of(trained(nn.Linear(4, 4)), random(4, 4)).signature.inputs[0].shape == (None, 4)
+
+
+def test_an_autocast_of_the_models_own() -> None:
+    """The graph is float32, where the model rounds to bfloat16."""
+
+    class Rounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.a(x).relu()
+            z: Tensor = self.b(y.float())
+            return z
+
+    module, x = trained(Rounds()), random(4, 8)
+    (found,) = captured(module, x).module(x)
+    wanted = module.b((x @ module.a.weight.T + module.a.bias).relu())
+    assert torch.allclose(found, wanted, atol=1e-5)

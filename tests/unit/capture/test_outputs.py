@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tersor.capture.outputs import output_kind
-from tersor.core.errors import DataError
-from tersor.core.records import OutputKind
+from tersor.capture.outputs import output_kind, require_samples
+from tersor.core.errors import CaptureError, DataError
+from tersor.core.records import OutputKind, TensorSpec
 from tests.unit.capturing import random
 
 UNIT = torch.nn.functional.normalize(random(5, 8), dim=1)
@@ -35,3 +35,30 @@ def test_stated_needs_no_warning() -> None:
 def test_no_float_output() -> None:
     with pytest.raises(DataError, match="returns no float tensor"):
         output_kind("logits", (torch.zeros(5, dtype=torch.long), torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "one", "other", "words"),
+    [
+        ((), torch.tensor(1.0), torch.tensor(2.0), "one value for a whole batch"),
+        ((6, 4), torch.ones(6, 4), torch.ones(6, 4), "a constant"),
+        ((None, None), torch.ones(1, 1), torch.zeros(1, 1), "several dimensions"),
+        ((None, 4), torch.ones(6, 4), torch.zeros(6, 4), "what one sample gives"),  # flattened
+        ((2, None, 4), torch.ones(2, 1, 4), torch.zeros(2, 1, 4), "what one sample gives"),
+    ],
+)
+def test_outputs_that_are_no_rows(
+    shape: tuple[int | None, ...], one: Tensor, other: Tensor, words: str
+) -> None:
+    spec = TensorSpec(name="extra", dtype="float32", shape=shape)
+    with pytest.raises(CaptureError, match=f"'extra'.*{words}.*wanted outputs of one row a sample"):
+        require_samples([spec], [one], [other])
+
+
+def test_rows_and_fixed_numbers_are_outputs() -> None:
+    specs = [
+        TensorSpec(name="logits", dtype="float32", shape=(None, 3)),
+        TensorSpec(name="scale", dtype="float32", shape=()),
+    ]
+    scale = torch.tensor(2.5)
+    require_samples(specs, [torch.zeros(1, 3), scale], [torch.ones(1, 3), scale.clone()])

@@ -361,3 +361,50 @@ def test_an_op_that_only_names_the_width_runs_with_the_cut_one() -> None:
     small, cut_only = narrow(graph, axes, keep, [(x,)]).graph, keep_units(graph, axes, keep)
     errors = [output_error(g.run((x,)), wanted, "values").mean() for g in (small, cut_only)]
     assert errors[0] < errors[1]
+
+
+class Mixer(nn.Module):
+    """The channels of the stem are what the layers over places have as their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.places, self.last = nn.Conv2d(2, 8, 2, 2), nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).flatten(2)
+        y = y + self.places(y.relu())
+        z: Tensor = self.last(y.transpose(1, 2).relu().mean(1))
+        return z
+
+
+def test_a_width_that_is_another_layers_tokens() -> None:
+    images = torch.randn(64, 2, 4, 4)
+    graph, axes = captured(Mixer(), images)
+    keep = {
+        width_of(axes, next(s for s in width_sites(axes) if s.units == 8)).name: [0, 2, 3, 5, 7]
+    }
+    wanted = graph.run((images,))
+    small, cut_only = narrow(graph, axes, keep, [(images,)]).graph, keep_units(graph, axes, keep)
+    errors = [output_error(g.run((images,)), wanted, "values").mean() for g in (small, cut_only)]
+    assert errors[0] < errors[1]
+
+
+class Bare(nn.Module):
+    """A product with a parameter of its own, without a layer and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.matrix = nn.Linear(4, 8), nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x).relu(), self.matrix)
+
+
+def test_a_bare_parameter_gets_its_bias_beside_it() -> None:
+    x = torch.randn(64, 4)
+    graph, axes = captured(Bare(), x)
+    keep = {
+        width_of(axes, next(s for s in width_sites(axes) if s.units == 8)).name: [0, 2, 3, 5, 7]
+    }
+    small = narrow(graph, axes, keep, [(x,)]).graph
+    assert parameters_by_name(small.module)["matrix_refitted_bias"].shape == (3,)

@@ -22,14 +22,15 @@ from openvino.frontend import (
 )
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
-from torch import fx
+from torch import Tensor, fx
 from torch.export.decomp_utils import CustomDecompTable
 
 from tersor.backends.openvino.failures import conversion_failed
+from tersor.backends.openvino.recurrent import cut, join
 from tersor.graph.contracts import Graph
 from tersor.graph.decompose import Decomposer
 from tersor.graph.floats import Lowered, exported_floats
-from tersor.graph.recurrence import unrolled
+from tersor.graph.recurrence import native_ops, opaque, unrolled
 from tersor.graph.split import Split
 
 _KEPT_HINTS = {"fused_names_0"}
@@ -56,18 +57,30 @@ class Skeleton:
     parameters: Mapping[str, int]
 
 
-@lru_cache(maxsize=1)
-def _decomposer() -> Decomposer:
-    return Decomposer(_decompositions())
+@lru_cache(maxsize=4)
+def _decomposer(kept: frozenset[Any]) -> Decomposer:
+    return Decomposer(_decompositions(kept), kept)
 
 
-@lru_cache(maxsize=1)
-def _decompositions() -> CustomDecompTable:
+@lru_cache(maxsize=4)
+def _decompositions(kept: frozenset[Any]) -> CustomDecompTable:
     table = CustomDecompTable()
-    for op in ops_to_not_decompose():
+    for op in (*ops_to_not_decompose(), *kept):
         if op in table:
             table.pop(op)
+    table[torch.ops.aten.mish.default] = _mish
     return table
+
+
+def _mish(x: Tensor) -> Tensor:
+    """Mish by one exponential: x n / (n + 2) with n = e^x (e^x + 2), which is x tanh(log(1 + e^x)).
+
+    Where OpenVINO sees Mish, in any form that it knows, behind a linear layer, some processors get no
+    build (2026.4). Beyond 20 the quotient is 1 in float32.
+    """
+    e = torch.exp(torch.clamp(x, max=20.0))
+    n = e * (e + 2.0)
+    return x * (n / (n + 2.0))
 
 
 def _convert(graph: Graph, parts: Split) -> Skeleton:
@@ -76,17 +89,22 @@ def _convert(graph: Graph, parts: Split) -> Skeleton:
     Raises:
         BackendError: An op that OpenVINO's frontend does not know; the message names it.
     """
-    module, sources = _decompose(graph, parts)
+    kept = native_ops(parts.module)
+    module, sources = _decompose(graph, parts, kept)
+    cuts = cut(module, kept)
     decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # SymInt sizes become dynamic
     frontend = FrontEndManager().load_by_framework("pytorch")
     try:
         model = ov.Model(frontend.convert(frontend.load(decoder)))
     except FAILURES as error:
         raise conversion_failed(error) from error
+    join(model, cuts)
     _name_by_source(model, sources)
     _forget_hints(model)
     wanted = [s.name for s in graph.signature.inputs]
+    between = {name for one in cuts for name in one.gives.values()}
     holders = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    holders = [name for name in holders if name not in between]
     parameters = [*wanted, *holders[len(wanted) :]]
     return Skeleton(model, _positions(model, holders, parameters))
 
@@ -98,20 +116,24 @@ def _positions(model: Any, holders: list[str], names: list[str]) -> dict[str, in
     }
 
 
-def _decompose(graph: Graph, parts: Split) -> tuple[fx.GraphModule, Mapping[str, str]]:
+def _decompose(
+    graph: Graph, parts: Split, kept: frozenset[Any]
+) -> tuple[fx.GraphModule, Mapping[str, str]]:
     """The graph without the ops that OpenVINO has no converter for, its batch open.
+
+    Recurrent ops that are ``kept`` stay one node each.
 
     Returns:
         The decomposed graph, and the graph's nodes that its nodes come from.
     """
-    quick = _decomposer()(graph, parts)
+    quick = _decomposer(kept)(graph, parts)
     if quick is not None:
         return quick.module, quick.sources
     try:
-        with warnings.catch_warnings(), torch.no_grad(), unrolled():
+        with warnings.catch_warnings(), torch.no_grad(), unrolled(), opaque(kept):
             warnings.simplefilter("ignore")  # of torch's own export internals
             program, names = exported_floats(graph, parts)
-            decomposed = program.run_decompositions(_decompositions())
+            decomposed = program.run_decompositions(_decompositions(kept))
             module: fx.GraphModule = decomposed.module(check_guards=False)
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise conversion_failed(error) from error
