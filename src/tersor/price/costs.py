@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
+import numpy as np
+
 from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site, Term
 from tersor.graph.facts import NodeFacts
@@ -29,8 +31,10 @@ from tersor.price.node_costs import (
 )
 from tersor.price.observation import Observation
 from tersor.price.terms import Cost, spread
-from tersor.price.ways import Ways, choose_ways, first_readers
+from tersor.price.ways import Ways, choose_ways, first_readers, followers
 
+# Who writes and who reads what changes its format: places in ``Slopes.changed``.
+CHANGES = ("layers", "to addition", "from addition")
 _MOST_ROWS = (
     4096  # of a node that are worked out at once: more widths than two are seldom asked for
 )
@@ -51,6 +55,8 @@ class WidthCosts:
     laws: Laws
     precision: Precision
     full_elements: int
+    moved_elements: int
+    additions: frozenset[str]
     ways: Ways
     chains: ChainCosts = field(default_factory=ChainCosts)
 
@@ -71,19 +77,35 @@ class WidthCosts:
         """The format sites that these costs cover."""
         return {cost.name for cost in self.costs if not cost.is_glue}
 
-    def elements(self, assignment: Mapping[str, Level]) -> tuple[float, float, float]:
-        """What covered ops write: all, those in int8, and what is read in the other format.
+    def elements(self, assignment: Mapping[str, Level]) -> tuple[float, ...]:
+        """What ops write: all layers, those in int8, what is read in the other format, what is moved.
 
-        As shares of what all write at full counts.
+        As shares of what all layers write at full counts, and of what is moved then.
         """
-        total = int8 = changed = 0.0
+        total = int8 = moved = 0.0
+        changed = [0.0] * len(CHANGES)
         for cost in self.costs:
-            if not cost.is_glue and not cost.is_addition:
-                share = self._elements(cost, assignment)
+            if cost.is_glue:
+                moved += self._moved(cost, assignment)
+                continue
+            share = self._elements(cost, assignment)
+            if not cost.is_addition:
                 total += share
                 int8 += share * is_eight_bit(assignment.get(cost.name))
-                changed += share * cost.is_changed(assignment)
-        return total, int8, changed
+            if cost.is_changed(assignment):
+                changed[self._change(cost)] += share
+        return total, int8, *changed, moved
+
+    def _change(self, cost: NodeCost) -> int:
+        """Who writes and who reads: a place in ``CHANGES``."""
+        if cost.is_addition:
+            return CHANGES.index("from addition")
+        return CHANGES.index("to addition" if cost.follower in self.additions else "layers")
+
+    def _moved(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
+        moves = [n for n in cost.nodes if self.facts.nodes[n].kind == "move"]
+        own = sum(self.facts.at(node, assignment).out_elements for node in moves)
+        return own / self.moved_elements
 
     def terms(self, slopes: Slopes) -> tuple[tuple[NodeCost, Term], ...]:
         """Every cost written out, with the glue that it causes.
@@ -97,12 +119,12 @@ class WidthCosts:
             for term in spread(
                 cost.name,
                 cost.nodes,
-                cost.choices(with_reader=cost.is_fused),
+                cost.choices(cost.partner),
                 self.facts,
                 self._each_once(cost, slopes, known),
             )
         ]
-        return (*rows, *(self._changes(slopes) if slopes.changed_elements else ()))
+        return (*rows, *self._changes(slopes))
 
     def _each_once(self, cost: NodeCost, slopes: Slopes, known: "_Known") -> Cost:
         """A cost that is worked out once for all levels that are the same to it.
@@ -113,7 +135,7 @@ class WidthCosts:
 
         def ms(assignment: Mapping[str, Level]) -> float:
             key = tuple(
-                (site, is_eight_bit(level) if site == cost.reader else _CLASS.get(level, level))
+                (site, is_eight_bit(level) if site == cost.partner else _CLASS.get(level, level))
                 for site, level in assignment.items()
             )
             if key not in found:
@@ -125,12 +147,15 @@ class WidthCosts:
     def _changes(self, slopes: Slopes) -> Iterator[tuple[NodeCost, Term]]:
         """What it costs that a result is read in another format than it is written in."""
         for cost in self.costs:
-            if cost.is_glue or cost.is_addition or cost.reader is None:
+            slope = 0.0 if cost.is_glue else slopes.changed[self._change(cost)]
+            if not slope or cost.follower is None:
                 continue
 
-            def ms(assignment: Mapping[str, Level], cost: NodeCost = cost) -> float:
-                changed = slopes.changed_elements * cost.is_changed(assignment)
-                return changed * self._elements(cost, assignment) if changed else 0.0
+            def ms(
+                assignment: Mapping[str, Level], cost: NodeCost = cost, slope: float = slope
+            ) -> float:
+                changed = cost.is_changed(assignment)
+                return slope * self._elements(cost, assignment) if changed else 0.0
 
             owner = replace(
                 cost,
@@ -139,7 +164,7 @@ class WidthCosts:
                 is_glue=True,
                 spread=slopes.changed_spread,
             )
-            sites = cost.choices(with_reader=True)
+            sites = cost.choices(cost.follower)
             for term in spread(owner.name, cost.nodes, sites, self.facts, ms, of="out_elements"):
                 yield owner, term
 
@@ -153,10 +178,10 @@ class WidthCosts:
         total = elements = 0.0
         for node in cost.nodes:
             ms, written = known.at(node, level, assignment)
-            total += ms * cost.shares.get((node, level), 0.0)
+            total += ms * cost.share(node, level, assignment)
             elements += written / self.full_elements
         if cost.is_glue:
-            return total
+            return total + slopes.moved * self._moved(cost, assignment)
         if cost.is_addition:
             return total - rounds * slopes.boundary
         if chosen is not None and rank_of(chosen):
@@ -261,8 +286,10 @@ def width_costs(
         shares=chain_shares(facts.chains, fitted, sizes, precision),
         precision=precision,
     )
-    known = Builds(fitted, facts, chains, ways)
-    costs = [site_cost(s, known) for s in formats if facts.widths(s.ops)]
+    after = followers(formats, facts)
+    laws = _with_additions(laws, formats, facts, precision)
+    known = Builds(fitted, facts, chains, ways, after, _alone(formats, after, fitted, facts, ways))
+    costs = [site_cost(s, known) for s in formats if _is_covered(s, facts)]
     costs += [glue_cost(node, gates[node], known) for node in glue]
     written = sum(
         facts.nodes[node].out_elements
@@ -276,6 +303,65 @@ def width_costs(
         laws=laws,
         precision=precision,
         full_elements=max(1, written),
+        moved_elements=max(
+            1,
+            sum(facts.nodes[n].out_elements for n in glue if facts.nodes[n].kind == "move"),
+        ),
+        additions=frozenset(s.name for s in formats if s.op_kind == "add"),
         ways=ways,
         chains=chains,
     )
+
+
+def _is_covered(site: Site, facts: WidthFacts) -> bool:
+    """Whether a site has terms: widths move it, or the format of what is in front of it counts."""
+    is_free_addition = site.op_kind == "add" and site.pinned is None
+    return bool(facts.widths(site.ops)) or (
+        is_free_addition and all(n in facts.nodes for n in site.ops)
+    )
+
+
+def _with_additions(
+    laws: Laws, sites: Sequence[Site], facts: WidthFacts, precision: Precision
+) -> Laws:
+    """Laws that know every addition, in formats in which others of its kind stood alone."""
+    formats: tuple[Format, ...] = (precision, "int8")
+    found = dict(laws.levels)
+    for level in formats:
+        for kind in {k for k, f in laws.laws if f == level}:
+            own = [v for (n, f), v in laws.levels.items() if f == level and n in facts.nodes and facts.nodes[n].kind == kind]
+            for site in sites:
+                for node in site.ops if site.op_kind == "add" else ():
+                    if node in facts.nodes and facts.nodes[node].kind == kind and own:
+                        found.setdefault((node, level), float(np.median(own)))
+    return replace(laws, levels=found)
+
+
+def _alone(
+    sites: Sequence[Site],
+    after: Mapping[str, str],
+    fitted: Sequence[Observation],
+    facts: WidthFacts,
+    ways: Ways,
+) -> dict[tuple[str, Format, bool], float]:
+    """(addition's node, its format, whether the layer in front has the same) -> how often it stood alone.
+
+    Each has few builds of every kind: what all additions do counts as one more.
+    """
+    seen: dict[tuple[str, Format, bool], list[float]] = {}
+    writers = {addition: s for s, addition in after.items()}
+    nodes = [(s, n) for s in sites if s.op_kind == "add" and s.name in writers for n in s.ops]
+    for site, node in nodes:
+        for o in fitted:
+            if facts.at(node, o.assignment).out_elements > 0:
+                level = ways.format(site.name, o.assignment)
+                is_same = is_eight_bit(o.assignment.get(writers[site.name])) == (level == "int8")
+                seen.setdefault((node, level, is_same), []).append(float(o.node_ms.get(node, 0.0) > 0))
+    pooled: dict[tuple[Format, bool], list[float]] = {}
+    for (_, level, is_same), row in seen.items():
+        pooled.setdefault((level, is_same), []).extend(row)
+    return {
+        (node, level, is_same): (sum(own := seen.get((node, level, is_same), [])) + float(np.mean(row))) / (len(own) + 1)
+        for _, node in nodes
+        for (level, is_same), row in pooled.items()
+    }

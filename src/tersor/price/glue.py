@@ -41,6 +41,7 @@ class Glue:
     counts: tuple[float, ...]
     ms: float
     outside_ms: float
+    of_ms: float = 1.0
 
 
 def steadied(builds: Sequence[Observation]) -> list[Observation]:
@@ -91,6 +92,7 @@ def glue_of(
         counts=(*counts, *(costs.elements(observation.assignment) if costs else ())),
         ms=sum((ms for name, ms in observation.node_ms.items() if name not in owned), 0.0),
         outside_ms=observation.node_ms.get(OUTSIDE, 0.0),
+        of_ms=observation.measured_ms,
     )
 
 
@@ -108,7 +110,7 @@ def with_glue(
         additions: Sites of additions -> the tensor that each reads.
     """
     counts, rest = np.array([g.counts for g in glue]), np.array([g.ms for g in glue])
-    found, off = _slopes(counts, rest)
+    found, off = _slopes(counts, rest, np.array([g.of_ms for g in glue]))
     constant, per_tensor, per_site, boundary, *by_elements = found
     readers = Counter(tensor for tensor in additions.values())
 
@@ -128,32 +130,28 @@ def with_glue(
         },
         glue_ms=constant + float(np.mean([g.outside_ms for g in glue])),
     )
-    per_element, per_int8_element, per_changed_element = by_elements or (0.0, 0.0, 0.0)
+    per_element, per_int8_element, *changed, moved = by_elements or (0.0,) * 6
     slopes = Slopes(
         int8_op=per_site,
         boundary=boundary,
         elements=per_element,
         int8_elements=per_int8_element,
-        changed_elements=per_changed_element,
+        changed=tuple(changed),
+        moved=moved,
         changed_spread=off,
     )
     return table, slopes
 
 
-def _slopes(counts: Vector, rest: Vector) -> tuple[list[float], float]:
+def _slopes(counts: Vector, rest: Vector, of_ms: Vector) -> tuple[list[float], float]:
     """Non-negative slopes; elements that change formats have one where that halves the error.
 
     And the error on builds left out over what they have of glue, both as root mean squares.
     """
-    error = _unseen_error(counts, rest)
-    if counts.shape[1] > _CHANGED:
-        fewer = counts.copy()
-        fewer[:, _CHANGED] = 0.0
-        without = _unseen_error(fewer, rest)
-        if not error < (1 - GATE_SHARE) * without:
-            counts, error = fewer, without
-    whole = float(np.sum(np.square(rest)))
-    slopes = [float(v) for v in nnls(counts, rest)[0]]
+    rows, wanted = counts / of_ms[:, None], rest / of_ms
+    error = _unseen_error(rows, wanted)
+    whole = float(np.sum(np.square(wanted)))
+    slopes = [float(v) for v in nnls(rows, wanted)[0]]
     return slopes, math.sqrt(error / whole) if whole > 0 else 0.0
 
 

@@ -1,7 +1,7 @@
 """Whose cost a node is: the op of a format site, or one node of glue, and what decides about it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site
@@ -21,8 +21,12 @@ class NodeCost:
         shares: (node, what it is computed in) -> in what part of such builds it stood alone.
         is_addition: The format is that of an addition's operands.
         reader: The format site that first reads what it writes; None where none is free.
-        reader_formats: Its levels, the native one first.
         is_fused: It computes in int8 only where the reader is int8 as well.
+        follower: The same with residual additions: what the result is read by first.
+        writer: Of an addition the layer in front: what is of its format is fused into that.
+        alone: Of an addition (what it is computed in, whether its writer is of the same format) -> in
+            what part of the builds it stood alone.
+        known: Format site of the three -> its levels, the native one first.
         spread: Relative deviation of the cost in one build, of what has no nodes to show it.
     """
 
@@ -34,38 +38,54 @@ class NodeCost:
     shares: Mapping[tuple[str, Format], float]
     is_addition: bool = False
     reader: str | None = None
-    reader_formats: tuple[Level, ...] = ()
     is_fused: bool = False
+    follower: str | None = None
+    writer: str | None = None
+    alone: Mapping[tuple[str, Format, bool], float] = field(default_factory=dict)
+    known: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
     spread: float | None = None
 
-    def choices(self, *, with_reader: bool) -> dict[str, tuple[Level, ...]]:
+    def choices(self, other: str | None) -> dict[str, tuple[Level, ...]]:
         """The format sites that decide, the op's own first, and their levels."""
         found = {} if self.site is None else {self.site: self.formats}
-        if with_reader and self.reader is not None:
-            found[self.reader] = self.reader_formats
+        if other is not None:
+            found[other] = self.known[other]
         return found
+
+    @property
+    def partner(self) -> str | None:
+        """The other site whose format decides about the op itself."""
+        return self.writer if self.is_addition else self.reader if self.is_fused else None
+
+    def share(self, node: str, level: Format, assignment: Mapping[str, Level]) -> float:
+        """In what part of the builds with these formats a node stands alone."""
+        if self.writer is None:
+            return self.shares.get((node, level), 0.0)
+        is_same = is_eight_bit(assignment.get(self.writer)) == (level == "int8")
+        return self.alone.get((node, level, is_same), 0.0)
 
     def is_changed(self, assignment: Mapping[str, Level]) -> bool:
         """Whether what the op writes is read in another format: int8 or not."""
-        if self.reader is None:
+        if self.follower is None:
             return False
-        return is_eight_bit(assignment.get(self.name)) != is_eight_bit(assignment.get(self.reader))
+        return is_eight_bit(assignment.get(self.name)) != is_eight_bit(assignment.get(self.follower))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slopes:
     """Glue that ops cause, in milliseconds: an int8 op, and all elements at full counts.
 
-    ``boundary``: of a quantised tensor that an addition reads as floats. ``changed_elements``: of
-    those that are written in one format and read in the other; ``changed_spread`` is the relative
-    deviation of these.
+    ``boundary``: of a quantised tensor that an addition reads as floats. ``changed``: of elements that
+    are written in one format and read in the other, by who writes and reads; ``changed_spread`` is the
+    relative deviation of these. ``moved``: of elements that are only moved.
     """
 
     int8_op: float = 0.0
     boundary: float = 0.0
     elements: float = 0.0
     int8_elements: float = 0.0
-    changed_elements: float = 0.0
+    changed: tuple[float, ...] = (0.0, 0.0, 0.0)
+    moved: float = 0.0
     changed_spread: float = 0.0
 
 
@@ -82,6 +102,8 @@ class Builds:
     facts: WidthFacts
     chains: ChainCosts
     ways: Ways
+    followers: Mapping[str, str]
+    alone: Mapping[tuple[str, Format, bool], float]
 
 
 def site_cost(site: Site, known: Builds) -> NodeCost:
@@ -89,6 +111,12 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
     whole = [o for o in known.fitted if not is_chain(site, o)]
     name = None if site.pinned is not None else site.name
     reader = known.ways.readers.get(site.name)
+    is_addition = site.op_kind == "add"
+    follower = known.followers.get(site.name)
+    # Of two layers in front, the last.
+    before = [s for s, after in known.followers.items() if after == site.name]
+    writer = before[-1] if before and is_addition and name is not None else None
+    others = [s for s in (reader, follower, writer) if s is not None]
     return NodeCost(
         name=site.name,
         nodes=site.ops,
@@ -98,10 +126,13 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
         shares=_shares(
             site.ops, [(known.ways.format(site.name, o.assignment), o) for o in whole], known.facts
         ),
-        is_addition=site.op_kind == "add",
+        is_addition=is_addition,
         reader=reader,
-        reader_formats=() if reader is None else _formats(reader, known),
         is_fused=name is not None and known.ways.is_fused(name),
+        follower=follower,
+        writer=writer,
+        alone=known.alone,
+        known={s: _formats(s, known) for s in others},
     )
 
 
