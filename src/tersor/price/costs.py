@@ -19,7 +19,7 @@ from tersor.graph.facts import NodeFacts
 from tersor.price.chains import ChainCosts, chain_shares, chain_times
 from tersor.price.facts import WidthFacts
 from tersor.price.gates import find_gates
-from tersor.price.laws import Laws, NodeTime, fit_laws
+from tersor.price.laws import Context, Laws, NodeTime, fit_laws
 from tersor.price.node_costs import (
     Builds,
     NodeCost,
@@ -147,26 +147,36 @@ class WidthCosts:
     def _changes(self, slopes: Slopes) -> Iterator[tuple[NodeCost, Term]]:
         """What it costs that a result is read in another format than it is written in."""
         for cost in self.costs:
-            slope = 0.0 if cost.is_glue else slopes.changed[self._change(cost)]
-            if not slope or cost.follower is None:
+            if cost.is_glue or cost.follower is None:
                 continue
-
-            def ms(
-                assignment: Mapping[str, Level], cost: NodeCost = cost, slope: float = slope
-            ) -> float:
-                changed = cost.is_changed(assignment)
-                return slope * self._elements(cost, assignment) if changed else 0.0
-
+            ms = self._after(cost, slopes.changed[self._change(cost)])
             owner = replace(
-                cost,
-                name=f"{cost.name}, format",
-                nodes=(),
-                is_glue=True,
-                spread=slopes.changed_spread,
+                cost, name=f"{cost.name}, format", nodes=(), spread=slopes.changed_spread
             )
             sites = cost.choices(cost.follower)
             for term in spread(owner.name, cost.nodes, sites, self.facts, ms, of="out_elements"):
-                yield owner, term
+                if any(term.values):
+                    yield owner, term
+
+    def _after(self, cost: NodeCost, slope: float) -> Cost:
+        """What it costs that a result is read in the same format or in another."""
+
+        def ms(assignment: Mapping[str, Level]) -> float:
+            changed = cost.is_changed(assignment)
+            total = slope * self._elements(cost, assignment) if changed else 0.0
+            is_added = cost.follower in self.additions
+            if cost.is_addition or changed is is_added:
+                return total
+            level = self.ways.format(cost.site, assignment)
+            for node in cost.nodes:
+                law = self.laws.laws.get((self.facts.nodes[node].kind, level))
+                own = self.laws.levels.get((node, level), 0.0)
+                if law is not None:
+                    written = self.facts.at(node, assignment).out_elements
+                    total += own * law.per_written()[0 if is_added else 1] * written
+            return total
+
+        return ms
 
     def _ms(
         self, cost: NodeCost, assignment: Mapping[str, Level], slopes: Slopes, known: "_Known"
@@ -259,8 +269,11 @@ def width_costs(
         for row in chain_times(facts.chains, (i, o), own, precision)
     ]
 
+    after = followers(formats, facts)
+    additions = frozenset(s.name for s in formats if s.op_kind == "add")
+
     def times(ways: Ways) -> list[NodeTime]:
-        return [
+        rows = [
             NodeTime(
                 node=node,
                 format=ways.format(owners[node].name, o.assignment)
@@ -274,6 +287,7 @@ def width_costs(
             for node in facts.nodes
             if node in o.node_ms and node not in quantizers and not is_chain(owners.get(node), o)
         ]
+        return _in_context(rows, owners, after, additions, fitted)
 
     ways = Ways(precision=precision, readers=first_readers(formats, facts))
     rows = times(ways)
@@ -286,7 +300,6 @@ def width_costs(
         shares=chain_shares(facts.chains, fitted, sizes, precision),
         precision=precision,
     )
-    after = followers(formats, facts)
     laws = _with_additions(laws, formats, facts, precision)
     known = Builds(fitted, facts, chains, ways, after, _alone(formats, after, fitted, facts, ways))
     costs = [site_cost(s, known) for s in formats if _is_covered(s, facts)]
@@ -307,10 +320,37 @@ def width_costs(
             1,
             sum(facts.nodes[n].out_elements for n in glue if facts.nodes[n].kind == "move"),
         ),
-        additions=frozenset(s.name for s in formats if s.op_kind == "add"),
+        additions=additions,
         ways=ways,
         chains=chains,
     )
+
+
+def _in_context(
+    rows: Sequence[NodeTime],
+    owners: Mapping[str, Site],
+    after: Mapping[str, str],
+    additions: frozenset[str],
+    fitted: Sequence[Observation],
+) -> list[NodeTime]:
+    """Node times with what else of their builds they depend on."""
+    seen: set[object] = set()
+    found: list[NodeTime] = []
+    for row in rows:
+        key = (row.build, row.facts, row.format)
+        site = owners.get(row.node)
+        follower = None if site is None or site.op_kind == "add" else after.get(site.name)
+        is_same = follower is not None and is_eight_bit(
+            fitted[row.build].assignment.get(follower)
+        ) == (row.format == "int8")
+        context = Context(
+            is_again=key in seen,
+            is_added=is_same and follower in additions,
+            is_changed=follower is not None and not is_same and follower not in additions,
+        )
+        seen.add(key)
+        found.append(replace(row, context=context))
+    return found
 
 
 def _is_covered(site: Site, facts: WidthFacts) -> bool:

@@ -25,7 +25,8 @@ TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
-_BLOCKS = slice(2 + 2 * len(RAGGED), 3 + 3 * len(RAGGED))
+_BLOCKS = slice(2 + 2 * len(RAGGED), 3 + 4 * len(RAGGED))
+_ADDED, _CHANGED = -2, -1
 _PADDED = 1  # the only column that depends on the tiles
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
@@ -37,6 +38,28 @@ _TILE_ROUNDS = 2  # that choose tiles again: the first levels are those of a law
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What else in a build a node's time depends on.
+
+    Attributes:
+        is_again: Another node in front has the same kind, format and sizes: its code is warm.
+        is_added: A residual addition behind it is computed with it.
+        is_changed: A layer in another format reads it.
+    """
+
+    is_again: bool = False
+    is_added: bool = False
+    is_changed: bool = False
+
+    def numbers(self) -> tuple[float, ...]:
+        """As columns of a law read them."""
+        return float(self.is_again), float(self.is_added), float(self.is_changed)
+
+
+ALONE = Context()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeTime:
     """One node of one whole build, as profiled."""
 
@@ -45,6 +68,7 @@ class NodeTime:
     build: int
     facts: NodeFacts
     ms: float
+    context: Context = ALONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +92,10 @@ class Law:
     def ms(self, facts: NodeFacts) -> float:
         """Time at some sizes; nothing for a node that is gone."""
         return float(self.times(_sizes([facts]))[0])
+
+    def per_written(self) -> tuple[float, float]:
+        """Milliseconds an element: with an addition computed along, and in another format's layout."""
+        return self.weights[_ADDED], self.weights[_CHANGED]
 
     def times(self, sizes: Matrix) -> Matrix:
         """Times of many nodes, a row each as ``features`` reads them."""
@@ -113,7 +141,7 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
 
 def grouped_error(rows: Sequence[NodeTime], groups: Sequence[bool]) -> float:
     """Sum of squared logs of time over law, on builds that the laws, one a group, did not see."""
-    sizes, ms = _sizes([row.facts for row in rows]), np.array([row.ms for row in rows])
+    sizes, ms = _sizes_of(rows), np.array([row.ms for row in rows])
     builds, member = np.array([row.build for row in rows]), np.array(groups)
     total = 0.0
     for seen in folds(builds):
@@ -144,7 +172,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
         input_tile: Channels in a tile of what is read.
         output_tile: Channels in a tile of what is written.
     """
-    macs, weight, read, written, inputs, outputs, window = sizes.T
+    macs, weight, read, written, inputs, outputs, window, again, added, changed = sizes.T
     channels = inputs / np.maximum(window, 1)
     # A pool of ragged channels may take ten times as long.
     work = np.where(macs > 0, macs, read + written)
@@ -160,10 +188,14 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             _padded(sizes, input_tile, output_tile),
             *ragged,
             *(work / _at_once(outputs, block) for block in RAGGED),
+            *(work * _passes(outputs, block) for block in RAGGED),
             written * _is_ragged(outputs, RAGGED[0]),
             weight,
             read,
             written,
+            1.0 - again,
+            written * added,
+            written * changed,
         ],
         axis=1,
     )
@@ -171,7 +203,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
 def _padded(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """MACs with both sides padded to whole tiles."""
-    macs, _, _, _, inputs, outputs, window = sizes.T
+    macs, _, _, _, inputs, outputs, window = sizes.T[:7]
     channels = inputs / np.maximum(window, 1)
     padded: Matrix = macs * _share(channels, input_tile) * _share(outputs, output_tile)
     return padded
@@ -192,6 +224,13 @@ def _at_once(n: Matrix, block: int) -> Matrix:
     return found
 
 
+def _passes(n: Matrix, block: int) -> Matrix:
+    """How often inputs are read for a block of outputs, if up to four are worked on at once."""
+    blocks = np.maximum(np.ceil(n / block), 1)
+    found: Matrix = np.ceil(blocks / MOST_BLOCKS) / blocks
+    return found
+
+
 def _is_ragged(n: Matrix, tile: int) -> Matrix:
     """1 where a size is not whole tiles."""
     ragged: Matrix = (n % tile != 0).astype(np.float64)
@@ -206,8 +245,13 @@ def _is_ragged_input(n: Matrix, tile: int) -> Matrix:
     return _is_ragged(n, tile) * (n > tile)
 
 
-def _sizes(facts: Sequence[NodeFacts]) -> Matrix:
-    return np.array([[*f.sizes(), f.window] for f in facts], dtype=np.float64)
+def _sizes(facts: Sequence[NodeFacts], contexts: Sequence[Context] = ()) -> Matrix:
+    rows = zip(facts, contexts or [ALONE] * len(facts), strict=True)
+    return np.array([[*f.sizes(), f.window, *c.numbers()] for f, c in rows], dtype=np.float64)
+
+
+def _sizes_of(rows: Sequence[NodeTime]) -> Matrix:
+    return _sizes([row.facts for row in rows], [row.context for row in rows])
 
 
 def fit_law(
@@ -219,7 +263,7 @@ def fit_law(
         rows: At least one; all of them took time.
         tiles: Of both sides; chosen by builds left out where not given.
     """
-    sizes = _sizes([row.facts for row in rows])
+    sizes = _sizes_of(rows)
     ms = np.array([row.ms for row in rows])
     builds = np.array([row.build for row in rows])
     names, owner = np.unique([row.node for row in rows], return_inverse=True)
