@@ -23,6 +23,7 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
+LANES = (8, 16, 32)  # elements of a vector, from f32 in AVX2 to bf16 in AVX-512
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
 _BLOCKS = slice(2 + 2 * len(RAGGED), 3 + 4 * len(RAGGED))
@@ -172,7 +173,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
         input_tile: Channels in a tile of what is read.
         output_tile: Channels in a tile of what is written.
     """
-    macs, weight, read, written, inputs, outputs, window, again, added, changed = sizes.T
+    macs, weight, read, written, inputs, outputs, window, moves, again, added, changed = sizes.T
     channels = inputs / np.maximum(window, 1)
     # A pool of ragged channels may take ten times as long.
     work = np.where(macs > 0, macs, read + written)
@@ -194,6 +195,8 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             read,
             written,
             1.0 - again,
+            np.where(weight > 0, 0.0, macs / np.maximum(inputs, 1)),
+            *(written * moves * _tail(inputs, lanes) for lanes in LANES),
             written * added,
             written * changed,
         ],
@@ -224,6 +227,12 @@ def _at_once(n: Matrix, block: int) -> Matrix:
     return found
 
 
+def _tail(n: Matrix, lanes: int) -> Matrix:
+    """The share of a row that fills no whole vector: it may be worked on one by one."""
+    share: Matrix = n % lanes / np.maximum(n, 1)
+    return share
+
+
 def _passes(n: Matrix, block: int) -> Matrix:
     """How often inputs are read for a block of outputs, if up to four are worked on at once."""
     blocks = np.maximum(np.ceil(n / block), 1)
@@ -247,7 +256,7 @@ def _is_ragged_input(n: Matrix, tile: int) -> Matrix:
 
 def _sizes(facts: Sequence[NodeFacts], contexts: Sequence[Context] = ()) -> Matrix:
     rows = zip(facts, contexts or [ALONE] * len(facts), strict=True)
-    return np.array([[*f.sizes(), f.window, *c.numbers()] for f, c in rows], dtype=np.float64)
+    return np.array([[*f.sizes(), f.window, f.kind == "move", *c.numbers()] for f, c in rows], dtype=np.float64)
 
 
 def _sizes_of(rows: Sequence[NodeTime]) -> Matrix:
