@@ -26,7 +26,7 @@ RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever 
 LANES = (8, 16, 32)  # elements of a vector, from f32 in AVX2 to bf16 in AVX-512
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
-_BLOCKS = slice(2 + 2 * len(RAGGED), 3 + 4 * len(RAGGED))
+_BLOCKS = slice(2 + 2 * len(RAGGED), 4 + 5 * len(RAGGED))
 _ADDED, _CHANGED = -2, -1
 _PADDED = 1  # the only column that depends on the tiles
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
@@ -190,6 +190,8 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             *ragged,
             *(work / _at_once(outputs, block) for block in RAGGED),
             *(work * _passes(outputs, block) for block in RAGGED),
+            macs / np.maximum(outputs, 1),
+            *(macs / np.maximum(outputs, 1) * block * _is_ragged(outputs, block) for block in RAGGED),
             written * _is_ragged(outputs, RAGGED[0]),
             weight,
             read,
