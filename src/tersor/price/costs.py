@@ -26,6 +26,7 @@ from tersor.price.node_costs import (
     Slopes,
     gated_format,
     glue_cost,
+    is_any,
     is_chain,
     site_cost,
 )
@@ -57,6 +58,7 @@ class WidthCosts:
     full_elements: int
     moved_elements: int
     additions: frozenset[str]
+    tensors: Mapping[str, str]
     ways: Ways
     chains: ChainCosts = field(default_factory=ChainCosts)
 
@@ -83,7 +85,7 @@ class WidthCosts:
         As shares of what all layers write at full counts, and of what is moved then.
         """
         total = int8 = moved = 0.0
-        changed = [0.0] * len(CHANGES)
+        changed = [0.0] * (2 * len(CHANGES))
         for cost in self.costs:
             if cost.is_glue:
                 moved += self._moved(cost, assignment)
@@ -93,14 +95,18 @@ class WidthCosts:
                 total += share
                 int8 += share * is_eight_bit(assignment.get(cost.name))
             if cost.is_changed(assignment):
-                changed[self._change(cost)] += share
+                changed[self._change(cost, assignment)] += share
         return total, int8, *changed, moved
 
-    def _change(self, cost: NodeCost) -> int:
-        """Who writes and who reads: a place in ``CHANGES``."""
-        if cost.is_addition:
-            return CHANGES.index("from addition")
-        return CHANGES.index("to addition" if cost.follower in self.additions else "layers")
+    def _change(self, cost: NodeCost, assignment: Mapping[str, Level]) -> int:
+        """Who writes and who reads, and whether in int8: a place in ``Slopes.changed``."""
+        kind = "layers" if cost.follower not in self.additions else "to addition"
+        place = CHANGES.index("from addition" if cost.is_addition else kind)
+        return 2 * place + is_eight_bit(assignment.get(cost.name))
+
+    def written(self) -> set[str]:
+        """Tensors whose quantisers cost by the formats of who writes and who reads them."""
+        return {self.tensors[c.follower] for c in self.costs if c.follower in self.tensors}
 
     def _moved(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
         moves = [n for n in cost.nodes if self.facts.nodes[n].kind == "move"]
@@ -119,7 +125,7 @@ class WidthCosts:
             for term in spread(
                 cost.name,
                 cost.nodes,
-                cost.choices(cost.partner),
+                cost.choices(cost.partners),
                 self.facts,
                 self._each_once(cost, slopes, known),
             )
@@ -135,7 +141,7 @@ class WidthCosts:
 
         def ms(assignment: Mapping[str, Level]) -> float:
             key = tuple(
-                (site, is_eight_bit(level) if site == cost.partner else _CLASS.get(level, level))
+                (site, is_eight_bit(level) if site in cost.partners else _CLASS.get(level, level))
                 for site, level in assignment.items()
             )
             if key not in found:
@@ -149,25 +155,30 @@ class WidthCosts:
         for cost in self.costs:
             if cost.is_glue or cost.follower is None:
                 continue
-            ms = self._after(cost, slopes.changed[self._change(cost)])
+            ms = self._after(cost, slopes.changed)
             owner = replace(
                 cost, name=f"{cost.name}, format", nodes=(), spread=slopes.changed_spread
             )
-            sites = cost.choices(cost.follower)
+            sites = cost.choices((cost.follower, *cost.rivals))
             for term in spread(owner.name, cost.nodes, sites, self.facts, ms, of="out_elements"):
                 if any(term.values):
                     yield owner, term
 
-    def _after(self, cost: NodeCost, slope: float) -> Cost:
+    def _after(self, cost: NodeCost, slopes: Sequence[float]) -> Cost:
         """What it costs that a result is read in the same format or in another."""
 
         def ms(assignment: Mapping[str, Level]) -> float:
             changed = cost.is_changed(assignment)
-            total = slope * self._elements(cost, assignment) if changed else 0.0
+            slope = slopes[self._change(cost, assignment)] if changed and slopes else 0.0
+            total = slope * self._elements(cost, assignment) if slope else 0.0
             is_added = cost.follower in self.additions
-            if cost.is_addition or changed is is_added:
-                return total
             level = self.ways.format(cost.site, assignment)
+            if (
+                cost.is_addition
+                or changed is is_added
+                or (is_added and is_any(cost.rivals, level, assignment))
+            ):
+                return total
             for node in cost.nodes:
                 law = self.laws.laws.get((self.facts.nodes[node].kind, level))
                 own = self.laws.levels.get((node, level), 0.0)
@@ -321,6 +332,7 @@ def width_costs(
             sum(facts.nodes[n].out_elements for n in glue if facts.nodes[n].kind == "move"),
         ),
         additions=additions,
+        tensors={s.name: s.tensor for s in formats if s.op_kind != "add" and s.tensor is not None},
         ways=ways,
         chains=chains,
     )
@@ -340,12 +352,15 @@ def _in_context(
         key = (row.build, row.facts, row.format)
         site = owners.get(row.node)
         follower = None if site is None or site.op_kind == "add" else after.get(site.name)
-        is_same = follower is not None and is_eight_bit(
-            fitted[row.build].assignment.get(follower)
-        ) == (row.format == "int8")
+        assignment = fitted[row.build].assignment
+        is_same = follower is not None and is_any((follower,), row.format, assignment)
+        rivals = [s for s, a in after.items() if a == follower and follower in additions]
+        rivals = rivals[: rivals.index(site.name)] if site is not None and site.name in rivals else []
         context = Context(
             is_again=key in seen,
-            is_added=is_same and follower in additions,
+            is_added=is_same
+            and follower in additions
+            and not is_any(rivals, row.format, assignment),
             is_changed=follower is not None and not is_same and follower not in additions,
         )
         seen.add(key)
@@ -389,13 +404,15 @@ def _alone(
     Each has few builds of every kind: what all additions do counts as one more.
     """
     seen: dict[tuple[str, Format, bool], list[float]] = {}
-    writers = {addition: s for s, addition in after.items()}
+    writers: dict[str, list[str]] = {}
+    for name, follower in after.items():
+        writers.setdefault(follower, []).append(name)
     nodes = [(s, n) for s in sites if s.op_kind == "add" and s.name in writers for n in s.ops]
     for site, node in nodes:
         for o in fitted:
             if facts.at(node, o.assignment).out_elements > 0:
                 level = ways.format(site.name, o.assignment)
-                is_same = is_eight_bit(o.assignment.get(writers[site.name])) == (level == "int8")
+                is_same = is_any(writers[site.name], level, o.assignment)
                 seen.setdefault((node, level, is_same), []).append(float(o.node_ms.get(node, 0.0) > 0))
     pooled: dict[tuple[Format, bool], list[float]] = {}
     for (_, level, is_same), row in seen.items():

@@ -130,7 +130,7 @@ def with_glue(
         },
         glue_ms=constant + float(np.mean([g.outside_ms for g in glue])),
     )
-    per_element, per_int8_element, *changed, moved = by_elements or (0.0,) * 6
+    per_element, per_int8_element, *changed, moved = by_elements or (0.0,) * 3
     slopes = Slopes(
         int8_op=per_site,
         boundary=boundary,

@@ -23,10 +23,11 @@ class NodeCost:
         reader: The format site that first reads what it writes; None where none is free.
         is_fused: It computes in int8 only where the reader is int8 as well.
         follower: The same with residual additions: what the result is read by first.
-        writer: Of an addition the layer in front: what is of its format is fused into that.
-        alone: Of an addition (what it is computed in, whether its writer is of the same format) -> in
+        writers: Of an addition the layers in front: it is fused into the first that is of its format.
+        rivals: Layers in front whose result goes to the same addition.
+        alone: Addition's node, what it is computed in, whether a writer is of the same format -> in
             what part of the builds it stood alone.
-        known: Format site of the three -> its levels, the native one first.
+        known: Each of these format sites -> its levels, the native one first.
         spread: Relative deviation of the cost in one build, of what has no nodes to show it.
     """
 
@@ -40,35 +41,40 @@ class NodeCost:
     reader: str | None = None
     is_fused: bool = False
     follower: str | None = None
-    writer: str | None = None
+    writers: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     alone: Mapping[tuple[str, Format, bool], float] = field(default_factory=dict)
     known: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
     spread: float | None = None
 
-    def choices(self, other: str | None) -> dict[str, tuple[Level, ...]]:
+    def choices(self, others: Sequence[str]) -> dict[str, tuple[Level, ...]]:
         """The format sites that decide, the op's own first, and their levels."""
         found = {} if self.site is None else {self.site: self.formats}
-        if other is not None:
-            found[other] = self.known[other]
-        return found
+        return {**found, **{site: self.known[site] for site in others}}
 
     @property
-    def partner(self) -> str | None:
-        """The other site whose format decides about the op itself."""
-        return self.writer if self.is_addition else self.reader if self.is_fused else None
+    def partners(self) -> tuple[str, ...]:
+        """The other sites whose formats decide about the op itself."""
+        if self.is_fused and self.reader is not None:
+            return (self.reader,)
+        return self.writers
 
     def share(self, node: str, level: Format, assignment: Mapping[str, Level]) -> float:
         """In what part of the builds with these formats a node stands alone."""
-        if self.writer is None:
+        if not self.writers:
             return self.shares.get((node, level), 0.0)
-        is_same = is_eight_bit(assignment.get(self.writer)) == (level == "int8")
-        return self.alone.get((node, level, is_same), 0.0)
+        return self.alone.get((node, level, is_any(self.writers, level, assignment)), 0.0)
 
     def is_changed(self, assignment: Mapping[str, Level]) -> bool:
         """Whether what the op writes is read in another format: int8 or not."""
         if self.follower is None:
             return False
         return is_eight_bit(assignment.get(self.name)) != is_eight_bit(assignment.get(self.follower))
+
+
+def is_any(sites: Sequence[str], level: Format, assignment: Mapping[str, Level]) -> bool:
+    """Whether any of some sites is in a format: int8 or not."""
+    return any(is_eight_bit(assignment.get(site)) == (level == "int8") for site in sites)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +90,7 @@ class Slopes:
     boundary: float = 0.0
     elements: float = 0.0
     int8_elements: float = 0.0
-    changed: tuple[float, ...] = (0.0, 0.0, 0.0)
+    changed: tuple[float, ...] = ()
     moved: float = 0.0
     changed_spread: float = 0.0
 
@@ -113,10 +119,11 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
     reader = known.ways.readers.get(site.name)
     is_addition = site.op_kind == "add"
     follower = known.followers.get(site.name)
-    # Of two layers in front, the last.
-    before = [s for s, after in known.followers.items() if after == site.name]
-    writer = before[-1] if before and is_addition and name is not None else None
-    others = [s for s in (reader, follower, writer) if s is not None]
+    same = [s for s, after in known.followers.items() if after == site.name]
+    writers = tuple(same) if is_addition and name is not None else ()
+    rivals = [s for s, after in known.followers.items() if follower and after == follower]
+    rivals = rivals[: rivals.index(site.name)] if site.name in rivals else []
+    others = [s for s in (reader, follower, *writers, *rivals) if s is not None]
     return NodeCost(
         name=site.name,
         nodes=site.ops,
@@ -130,7 +137,8 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
         reader=reader,
         is_fused=name is not None and known.ways.is_fused(name),
         follower=follower,
-        writer=writer,
+        writers=writers,
+        rivals=tuple(rivals),
         alone=known.alone,
         known={s: _formats(s, known) for s in others},
     )

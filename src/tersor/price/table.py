@@ -108,12 +108,20 @@ def _fit(
     table = PriceTable(
         choice=choice,
         ops=_site_prices(choice, [s for s in formats if s.name not in moved], fitted, costs),
-        quantizers=_quantizer_prices(tensors, fitted, quantize_nodes),
+        quantizers=_quantizer_prices(
+            tensors, fitted, lambda t: () if costs and t in costs.written() else quantize_nodes(t)
+        ),
         glue_ms=0.0,
         native={} if facts is None else facts.full,
     )
+    written = set[str]() if costs is None else costs.written()
     glue = [
-        glue_of(o, formats, {t: quantize_nodes(t) for t in _quantized(o, tensors)}, costs)
+        glue_of(
+            o,
+            formats,
+            {t: () if t in written else quantize_nodes(t) for t in _quantized(o, tensors)},
+            costs,
+        )
         for o in fitted
     ]
     additions = {s.name: s.tensor for s in formats if s.op_kind == "add"}
