@@ -19,7 +19,7 @@ from tersor.graph.facts import NodeFacts
 from tersor.price.chains import ChainCosts, chain_shares, chain_times
 from tersor.price.facts import WidthFacts
 from tersor.price.gates import find_gates
-from tersor.price.laws import Context, Laws, NodeTime, fit_laws
+from tersor.price.laws import Context, Laws, NodeTime, fit_laws, warm_nodes
 from tersor.price.node_costs import (
     Builds,
     NodeCost,
@@ -305,7 +305,9 @@ def width_costs(
     laws = fit_laws([*rows, *chained])
     ways = choose_ways(rows, laws, owners, [o.assignment for o in fitted], ways)
     if ways.found:
-        laws = fit_laws([*times(ways), *chained])
+        rows = times(ways)
+        laws = fit_laws([*rows, *chained])
+    laws = replace(laws, warm=warm_nodes(rows, facts.nodes))
     chains = ChainCosts(
         chains=facts.chains,
         shares=chain_shares(facts.chains, fitted, sizes, precision),

@@ -84,8 +84,14 @@ def glue_of(
     owned |= costs.nodes() if costs else set()
     chosen = {s.name for s in sites if is_eight_bit(observation.assignment.get(s.name))}
     int8 = [s for s in sites if s.name in chosen and s.op_kind != "add"]
+    # With widths, what changes format is told by who writes and who reads it.
     boundaries = [
-        s for s in sites if s.op_kind == "add" and s.tensor in quantizers and s.name not in chosen
+        s
+        for s in sites
+        if s.op_kind == "add"
+        and s.tensor in quantizers
+        and s.name not in chosen
+        and costs is None
     ]
     counts = (1.0, float(len(quantizers)), float(len(int8)), float(len(boundaries)))
     return Glue(

@@ -6,8 +6,8 @@ at other sizes is the op's level times its law (FINDINGS 1).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -58,6 +58,15 @@ class Context:
 
 
 ALONE = Context()
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """Whether a node mostly runs code that is warm: at its native sizes, and at others."""
+
+    native: NodeFacts
+    full: bool
+    cut: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,19 +120,25 @@ class Laws:
 
     laws: dict[tuple[str, Format], Law]
     levels: dict[tuple[str, Format], float]  # (node, format) -> time over law
+    warm: Mapping[str, Warm] = field(default_factory=dict)
 
     def ms(self, node: str, level: Format, facts: NodeFacts) -> float | None:
         """Time of a node at some sizes; None in a format in which no build showed it."""
         own = self.levels.get((node, level))
-        return None if own is None else own * self.laws[facts.kind, level].ms(facts)
+        return None if own is None else self.times(node, level, [facts])[0]
 
     def times(self, node: str, level: Format, facts: Sequence[NodeFacts]) -> list[float]:
         """The same at many sizes; nothing in a format in which no build showed the node."""
         own = self.levels.get((node, level))
         if own is None or not facts:
             return [0.0] * len(facts)
-        found = own * self.laws[facts[0].kind, level].times(_sizes(facts))
+        contexts = [Context(is_again=self._is_warm(node, f)) for f in facts]
+        found = own * self.laws[facts[0].kind, level].times(_sizes(facts, contexts))
         return [float(ms) for ms in found]
+
+    def _is_warm(self, node: str, facts: NodeFacts) -> bool:
+        own = self.warm.get(node)
+        return own is not None and (own.full if facts == own.native else own.cut)
 
 
 def fit_laws(times: Iterable[NodeTime]) -> Laws:
@@ -138,6 +153,24 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
         laws[kind, level], own = fit_law(rows)
         levels |= {(node, level): value for node, value in own.items()}
     return Laws(laws=laws, levels=levels)
+
+
+def warm_nodes(
+    times: Iterable[NodeTime], native: Mapping[str, NodeFacts]
+) -> dict[str, Warm]:
+    """Which nodes run code that another one has run before, in most builds.
+
+    Ops that the same widths move are alike in every build; others mostly at full counts.
+    """
+    seen: dict[tuple[str, bool], list[bool]] = {}
+    for row in times:
+        is_full = row.facts == native[row.node]
+        seen.setdefault((row.node, is_full), []).append(row.context.is_again)
+    mostly = {place: 2 * sum(again) > len(again) for place, again in seen.items()}
+    return {
+        node: Warm(native[node], mostly.get((node, True), False), mostly.get((node, False), False))
+        for node in {node for node, _ in seen}
+    }
 
 
 def grouped_error(rows: Sequence[NodeTime], groups: Sequence[bool]) -> float:
