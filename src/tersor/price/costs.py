@@ -11,15 +11,14 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
-import numpy as np
-
 from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site, Term
 from tersor.graph.facts import NodeFacts
 from tersor.price.chains import ChainCosts, chain_shares, chain_times
+from tersor.price.context import alone, in_context, with_additions
 from tersor.price.facts import WidthFacts
 from tersor.price.gates import find_gates
-from tersor.price.laws import Context, Laws, NodeTime, fit_laws, warm_nodes
+from tersor.price.laws import Laws, NodeTime, fit_laws, warm_nodes
 from tersor.price.node_costs import (
     Builds,
     NodeCost,
@@ -298,7 +297,7 @@ def width_costs(
             for node in facts.nodes
             if node in o.node_ms and node not in quantizers and not is_chain(owners.get(node), o)
         ]
-        return _in_context(rows, owners, after, additions, fitted)
+        return in_context(rows, owners, after, fitted)
 
     ways = Ways(precision=precision, readers=first_readers(formats, facts))
     rows = times(ways)
@@ -313,8 +312,8 @@ def width_costs(
         shares=chain_shares(facts.chains, fitted, sizes, precision),
         precision=precision,
     )
-    laws = _with_additions(laws, formats, facts, precision)
-    known = Builds(fitted, facts, chains, ways, after, _alone(formats, after, fitted, facts, ways))
+    laws = with_additions(laws, formats, facts)
+    known = Builds(fitted, facts, chains, ways, after, alone(formats, after, fitted, facts, ways))
     costs = [site_cost(s, known) for s in formats if _is_covered(s, facts)]
     costs += [glue_cost(node, gates[node], known) for node in glue]
     written = sum(
@@ -340,87 +339,9 @@ def width_costs(
     )
 
 
-def _in_context(
-    rows: Sequence[NodeTime],
-    owners: Mapping[str, Site],
-    after: Mapping[str, str],
-    additions: frozenset[str],
-    fitted: Sequence[Observation],
-) -> list[NodeTime]:
-    """Node times with what else of their builds they depend on."""
-    seen: set[object] = set()
-    found: list[NodeTime] = []
-    for row in rows:
-        key = (row.build, row.facts, row.format)
-        site = owners.get(row.node)
-        follower = None if site is None or site.op_kind == "add" else after.get(site.name)
-        assignment = fitted[row.build].assignment
-        is_same = follower is not None and is_any((follower,), row.format, assignment)
-        rivals = [s for s, a in after.items() if a == follower and follower in additions]
-        rivals = rivals[: rivals.index(site.name)] if site is not None and site.name in rivals else []
-        context = Context(
-            is_again=key in seen,
-            is_added=is_same
-            and follower in additions
-            and not is_any(rivals, row.format, assignment),
-            is_changed=follower is not None and not is_same and follower not in additions,
-        )
-        seen.add(key)
-        found.append(replace(row, context=context))
-    return found
-
-
 def _is_covered(site: Site, facts: WidthFacts) -> bool:
     """Whether a site has terms: widths move it, or the format of what is in front of it counts."""
     is_free_addition = site.op_kind == "add" and site.pinned is None
     return bool(facts.widths(site.ops)) or (
         is_free_addition and all(n in facts.nodes for n in site.ops)
     )
-
-
-def _with_additions(
-    laws: Laws, sites: Sequence[Site], facts: WidthFacts, precision: Precision
-) -> Laws:
-    """Laws that know every addition, in formats in which others of its kind stood alone."""
-    formats: tuple[Format, ...] = (precision, "int8")
-    found = dict(laws.levels)
-    for level in formats:
-        for kind in {k for k, f in laws.laws if f == level}:
-            own = [v for (n, f), v in laws.levels.items() if f == level and n in facts.nodes and facts.nodes[n].kind == kind]
-            for site in sites:
-                for node in site.ops if site.op_kind == "add" else ():
-                    if node in facts.nodes and facts.nodes[node].kind == kind and own:
-                        found.setdefault((node, level), float(np.median(own)))
-    return replace(laws, levels=found)
-
-
-def _alone(
-    sites: Sequence[Site],
-    after: Mapping[str, str],
-    fitted: Sequence[Observation],
-    facts: WidthFacts,
-    ways: Ways,
-) -> dict[tuple[str, Format, bool], float]:
-    """(addition's node, its format, whether the layer in front has the same) -> how often it stood alone.
-
-    Each has few builds of every kind: what all additions do counts as one more.
-    """
-    seen: dict[tuple[str, Format, bool], list[float]] = {}
-    writers: dict[str, list[str]] = {}
-    for name, follower in after.items():
-        writers.setdefault(follower, []).append(name)
-    nodes = [(s, n) for s in sites if s.op_kind == "add" and s.name in writers for n in s.ops]
-    for site, node in nodes:
-        for o in fitted:
-            if facts.at(node, o.assignment).out_elements > 0:
-                level = ways.format(site.name, o.assignment)
-                is_same = is_any(writers[site.name], level, o.assignment)
-                seen.setdefault((node, level, is_same), []).append(float(o.node_ms.get(node, 0.0) > 0))
-    pooled: dict[tuple[Format, bool], list[float]] = {}
-    for (_, level, is_same), row in seen.items():
-        pooled.setdefault((level, is_same), []).extend(row)
-    return {
-        (node, level, is_same): (sum(own := seen.get((node, level, is_same), [])) + float(np.mean(row))) / (len(own) + 1)
-        for _, node in nodes
-        for (level, is_same), row in pooled.items()
-    }

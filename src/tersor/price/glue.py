@@ -17,13 +17,13 @@ from scipy.optimize import nnls
 from tersor.core.rank_levels import is_eight_bit
 from tersor.core.records import OUTSIDE, PriceTable, Site
 from tersor.price.costs import WidthCosts
-from tersor.price.gates import GATE_SHARE
 from tersor.price.node_costs import Slopes
 from tersor.price.observation import Observation
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
-_CHANGED = 6  # place among ``Glue.counts`` of the elements that are read in another format
+_CHANGED = slice(6, -1)  # of ``Glue.counts``: the elements that are read in another format
+_TOLD = 0.2  # of the squared error on builds left out that they must tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +32,12 @@ class Glue:
 
     Attributes:
         counts: What it grows with: a call, quantised tensors, int8 layers, quantised tensors that an
-            addition reads as floats; and with widths elements written, those in int8, and those that
-            are read in another format, as shares of all at full counts.
+            addition reads as floats; and with widths elements written, those in int8, those that are
+            read in another format by who writes and reads, as shares of all at full counts, and those
+            that are only moved, as a share of theirs.
         ms: Of the nodes that nothing else owns.
         outside_ms: Outside of all nodes.
+        of_ms: The build's latency.
     """
 
     counts: tuple[float, ...]
@@ -150,12 +152,19 @@ def with_glue(
 
 
 def _slopes(counts: Vector, rest: Vector, of_ms: Vector) -> tuple[list[float], float]:
-    """Non-negative slopes; elements that change formats have one where that halves the error.
+    """Non-negative slopes; elements that change formats have some where those tell the glue.
 
-    And the error on builds left out over what they have of glue, both as root mean squares.
+    By what the glue is of a build's latency, so that a build with narrow widths counts like others. And
+    the error on builds left out over what they have of glue, both as root mean squares.
     """
     rows, wanted = counts / of_ms[:, None], rest / of_ms
     error = _unseen_error(rows, wanted)
+    if np.any(rows[:, _CHANGED]):
+        fewer = rows.copy()
+        fewer[:, _CHANGED] = 0.0
+        without = _unseen_error(fewer, wanted)
+        if not error < (1 - _TOLD) * without:
+            rows, error = fewer, without
     whole = float(np.sum(np.square(wanted)))
     slopes = [float(v) for v in nnls(rows, wanted)[0]]
     return slopes, math.sqrt(error / whole) if whole > 0 else 0.0

@@ -28,6 +28,8 @@ MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
 _BLOCKS = slice(2 + 2 * len(RAGGED), 4 + 5 * len(RAGGED))
 _ADDED, _CHANGED = -2, -1
+_READ = slice(-2, None)  # of sizes: what reads a result
+_TOLD = 0.02  # of the squared error that it must tell
 _PADDED = 1  # the only column that depends on the tiles
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
@@ -319,9 +321,25 @@ def fit_law(
         levels = np.array([np.median(own[owner == n]) for n in range(len(names))])
         if i < _TILE_ROUNDS and tiles is None:
             best = _best_tiles(sizes, ms / levels[owner], builds)
+        if i == _TILE_ROUNDS - 1:
+            sizes = _told(sizes, ms / levels[owner], builds, best)
         if i < ROUNDS - 1:
             law = _fit(sizes, ms / levels[owner], best)
     return law, {str(name): float(v) for name, v in zip(names, levels, strict=True)}
+
+
+def _told(sizes: Matrix, ms: Matrix, builds: Integers, tiles: tuple[int, int]) -> Matrix:
+    """Sizes without what reads a result, where that does not tell times of builds left out."""
+    if not np.any(sizes[:, _READ]) or len(set(builds.tolist())) < 2:
+        return sizes
+    blind = sizes.copy()
+    blind[:, _READ] = 0.0
+    weight, masks = 1.0 / (ms + RESOLUTION_MS), list(folds(builds))
+    told, untold = (
+        _unseen_error(features(own, *tiles) * weight[:, None], ms * weight, masks)
+        for own in (sizes, blind)
+    )
+    return sizes if told < (1 - _TOLD) * untold else blind
 
 
 def _best_tiles(sizes: Matrix, ms: Matrix, builds: Integers) -> tuple[int, int]:

@@ -121,8 +121,8 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
     follower = known.followers.get(site.name)
     same = [s for s, after in known.followers.items() if after == site.name]
     writers = tuple(same) if is_addition and name is not None else ()
-    rivals = [s for s, after in known.followers.items() if follower and after == follower]
-    rivals = rivals[: rivals.index(site.name)] if site.name in rivals else []
+    beside = [s for s, after in known.followers.items() if follower and after == follower]
+    rivals = beside[: beside.index(site.name)] if site.name in beside else []
     others = [s for s in (reader, follower, *writers, *rivals) if s is not None]
     return NodeCost(
         name=site.name,

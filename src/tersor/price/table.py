@@ -31,7 +31,7 @@ QuantizeNodes = Callable[[str], Sequence[str]]  # tensor -> profile names of its
 
 # How strongly the parts of a price are held to one common scale. Their times add up to what was measured,
 # so that a part is off by what its laws are; held loosely, it takes up what another one is off by.
-BALANCE = 1.5
+BALANCE = 0.7
 MIN_FOR_RANKS = 4  # a rank correlation of fewer builds says nothing
 
 
