@@ -23,7 +23,7 @@ from tersor.price.observation import Observation
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 _CHANGED = slice(6, -1)  # of ``Glue.counts``: the elements that are read in another format
-_TOLD = 0.2  # of the squared error on builds left out that they must tell
+_NOTHING = 1e-3  # of a build's latency, in the one that has most of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,19 +152,16 @@ def with_glue(
 
 
 def _slopes(counts: Vector, rest: Vector, of_ms: Vector) -> tuple[list[float], float]:
-    """Non-negative slopes; elements that change formats have some where those tell the glue.
+    """Non-negative slopes of what the glue is of each build's latency: narrow builds count like others.
 
-    By what the glue is of a build's latency, so that a build with narrow widths counts like others. And
-    the error on builds left out over what they have of glue, both as root mean squares.
+    Elements that change formats have some where those tell the glue of builds left out. And the error on builds left out over what they have of glue, both as root mean squares.
     """
     rows, wanted = counts / of_ms[:, None], rest / of_ms
+    # What is nothing beside a build makes no term of two formats.
+    least = nnls(rows, wanted)[0] * rows.max(axis=0) < _NOTHING
+    least[: _CHANGED.start] = least[_CHANGED.stop :] = False
+    rows[:, least] = 0.0
     error = _unseen_error(rows, wanted)
-    if np.any(rows[:, _CHANGED]):
-        fewer = rows.copy()
-        fewer[:, _CHANGED] = 0.0
-        without = _unseen_error(fewer, wanted)
-        if not error < (1 - _TOLD) * without:
-            rows, error = fewer, without
     whole = float(np.sum(np.square(wanted)))
     slopes = [float(v) for v in nnls(rows, wanted)[0]]
     return slopes, math.sqrt(error / whole) if whole > 0 else 0.0
