@@ -105,7 +105,8 @@ class WidthCosts:
 
     def written(self) -> set[str]:
         """Tensors whose quantisers cost by the formats of who writes and who reads them."""
-        return {self.tensors[c.follower] for c in self.costs if c.follower in self.tensors}
+        readers = (c.follower for c in self.costs if c.follower is not None)
+        return {self.tensors[site] for site in readers if site in self.tensors}
 
     def _moved(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
         moves = [n for n in cost.nodes if self.facts.nodes[n].kind == "move"]

@@ -90,10 +90,7 @@ def glue_of(
     boundaries = [
         s
         for s in sites
-        if s.op_kind == "add"
-        and s.tensor in quantizers
-        and s.name not in chosen
-        and costs is None
+        if s.op_kind == "add" and s.tensor in quantizers and s.name not in chosen and costs is None
     ]
     counts = (1.0, float(len(quantizers)), float(len(int8)), float(len(boundaries)))
     return Glue(

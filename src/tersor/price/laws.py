@@ -158,9 +158,7 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
     return Laws(laws=laws, levels=levels)
 
 
-def warm_nodes(
-    times: Iterable[NodeTime], native: Mapping[str, NodeFacts]
-) -> dict[str, Warm]:
+def warm_nodes(times: Iterable[NodeTime], native: Mapping[str, NodeFacts]) -> dict[str, Warm]:
     """Which nodes run code that another one has run before, in most builds.
 
     Ops that the same widths move are alike in every build; others mostly at full counts.
@@ -227,7 +225,10 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             *(work / _at_once(outputs, block) for block in RAGGED),
             *(work * _passes(outputs, block) for block in RAGGED),
             macs / np.maximum(outputs, 1),
-            *(macs / np.maximum(outputs, 1) * block * _is_ragged(outputs, block) for block in RAGGED),
+            *(
+                macs / np.maximum(outputs, 1) * block * _is_ragged(outputs, block)
+                for block in RAGGED
+            ),
             written * _is_ragged(outputs, RAGGED[0]),
             weight,
             read,
@@ -294,7 +295,9 @@ def _is_ragged_input(n: Matrix, tile: int) -> Matrix:
 
 def _sizes(facts: Sequence[NodeFacts], contexts: Sequence[Context] = ()) -> Matrix:
     rows = zip(facts, contexts or [ALONE] * len(facts), strict=True)
-    return np.array([[*f.sizes(), f.window, f.kind == "move", *c.numbers()] for f, c in rows], dtype=np.float64)
+    return np.array(
+        [[*f.sizes(), f.window, f.kind == "move", *c.numbers()] for f, c in rows], dtype=np.float64
+    )
 
 
 def _sizes_of(rows: Sequence[NodeTime]) -> Matrix:

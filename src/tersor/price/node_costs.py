@@ -69,7 +69,9 @@ class NodeCost:
         """Whether what the op writes is read in another format: int8 or not."""
         if self.follower is None:
             return False
-        return is_eight_bit(assignment.get(self.name)) != is_eight_bit(assignment.get(self.follower))
+        return is_eight_bit(assignment.get(self.name)) != is_eight_bit(
+            assignment.get(self.follower)
+        )
 
 
 def is_any(sites: Sequence[str], level: Format, assignment: Mapping[str, Level]) -> bool:
