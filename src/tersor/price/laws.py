@@ -26,7 +26,7 @@ RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever 
 LANES = (8, 16, 32)  # elements of a vector, from f32 in AVX2 to bf16 in AVX-512
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
-_BLOCKS = slice(2 + 2 * len(RAGGED), 4 + 5 * len(RAGGED))
+_BLOCKS = slice(2 + 2 * len(RAGGED), 4 + 4 * len(RAGGED))
 _ADDED, _CHANGED = -2, -1
 _READ = slice(-2, None)  # of sizes: what reads a result
 # Of the squared error on builds left out that it must tell, and of a node's time that is no error.
@@ -197,13 +197,18 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
     A call, MACs with both sides padded to whole tiles, MACs (or, without any, activations read and
     written) where only inputs are not whole and where outputs are not, and over the blocks of outputs that are worked on at once,
-    activations written where outputs are not whole blocks, weights read, activations read and written.
+    MACs by passes over the inputs, windows read, activations written where outputs are not whole
+    blocks, weights read, activations read and written, a call of code that is cold, scores of attention,
+    ends of rows that fill no vector where elements are only moved, and activations written where an
+    addition is computed along or a layer in another format reads them.
 
     A kernel that keeps several blocks of outputs in registers reads its inputs once for all of them. It
-    takes a divisor of their number, so that 88 channels, 11 blocks of 8, cost more than 96.
+    takes a divisor of their number, so that 88 channels, 11 blocks of 8, cost more than 96; or four at
+    a time and then the rest, so that 5 blocks are read as often as 8.
 
     Args:
-        sizes: Rows of ``NodeFacts.sizes()`` and the window.
+        sizes: Rows of ``_sizes``: ``NodeFacts.sizes()``, the window, whether elements are only moved,
+            and the context.
         input_tile: Channels in a tile of what is read.
         output_tile: Channels in a tile of what is written.
     """
@@ -225,10 +230,6 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             *(work / _at_once(outputs, block) for block in RAGGED),
             *(work * _passes(outputs, block) for block in RAGGED),
             macs / np.maximum(outputs, 1),
-            *(
-                macs / np.maximum(outputs, 1) * block * _is_ragged(outputs, block)
-                for block in RAGGED
-            ),
             written * _is_ragged(outputs, RAGGED[0]),
             weight,
             read,
