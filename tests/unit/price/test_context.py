@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -15,7 +16,7 @@ ORDER = ("x", "first", "relu", "last", "down", "plus", "relu_1", "next")
 WAYS = Ways(precision="bf16")
 
 
-def site(name: str, tensor: str | None, op_kind: str = "conv") -> Site:
+def site(name: str, tensor: str | None, op_kind: Literal["conv", "add"] = "conv") -> Site:
     return Site(
         name=f"{op_kind}:{name}",
         kind="format",
