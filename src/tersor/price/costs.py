@@ -252,6 +252,39 @@ class _Known:
         return self._nodes[node]
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Builds, and whose each of their nodes is."""
+
+    fitted: Sequence[Observation]
+    facts: WidthFacts
+    owners: Mapping[str, Site]
+    gates: Mapping[str, Site | None]
+    after: Mapping[str, str]
+    quantizers: set[str]
+
+    def times(self, ways: Ways) -> list[NodeTime]:
+        """Node times in the formats that they are computed in."""
+        owners = self.owners
+        rows = [
+            NodeTime(
+                node=node,
+                format=ways.format(owners[node].name, o.assignment)
+                if node in owners
+                else gated_format(self.gates.get(node), o, ways.precision),
+                build=i,
+                facts=self.facts.at(node, o.assignment),
+                ms=o.node_ms[node],
+            )
+            for i, o in enumerate(self.fitted)
+            for node in self.facts.nodes
+            if node in o.node_ms
+            and node not in self.quantizers
+            and not is_chain(owners.get(node), o)
+        ]
+        return in_context(rows, owners, self.after, self.fitted)
+
+
 def width_costs(
     precision: Precision,
     sites: Sequence[Site],
@@ -279,33 +312,14 @@ def width_costs(
         for i, (o, own) in enumerate(zip(fitted, sizes, strict=True))
         for row in chain_times(facts.chains, (i, o), own, precision)
     ]
-
     after = followers(formats, facts)
-    additions = frozenset(s.name for s in formats if s.op_kind == "add")
-
-    def times(ways: Ways) -> list[NodeTime]:
-        rows = [
-            NodeTime(
-                node=node,
-                format=ways.format(owners[node].name, o.assignment)
-                if node in owners
-                else gated_format(gates.get(node), o, precision),
-                build=i,
-                facts=facts.at(node, o.assignment),
-                ms=o.node_ms[node],
-            )
-            for i, o in enumerate(fitted)
-            for node in facts.nodes
-            if node in o.node_ms and node not in quantizers and not is_chain(owners.get(node), o)
-        ]
-        return in_context(rows, owners, after, fitted)
-
+    read = _Read(fitted, facts, owners, gates, after, quantizers)
     ways = Ways(precision=precision, readers=first_readers(formats, facts))
-    rows = times(ways)
+    rows = read.times(ways)
     laws = fit_laws([*rows, *chained])
     ways = choose_ways(rows, laws, owners, [o.assignment for o in fitted], ways)
     if ways.found:
-        rows = times(ways)
+        rows = read.times(ways)
         laws = fit_laws([*rows, *chained])
     laws = replace(laws, warm=warm_nodes(rows, facts.nodes))
     chains = ChainCosts(
@@ -317,23 +331,16 @@ def width_costs(
     known = Builds(fitted, facts, chains, ways, after, alone(formats, after, fitted, facts, ways))
     costs = [site_cost(s, known) for s in formats if _is_covered(s, facts)]
     costs += [glue_cost(node, gates[node], known) for node in glue]
-    written = sum(
-        facts.nodes[node].out_elements
-        for c in costs
-        if not c.is_glue and not c.is_addition
-        for node in c.nodes
-    )
+    written = [n for c in costs if not c.is_glue and not c.is_addition for n in c.nodes]
+    moves = [n for n in glue if facts.nodes[n].kind == "move"]
     return WidthCosts(
         costs=tuple(costs),
         facts=facts,
         laws=laws,
         precision=precision,
-        full_elements=max(1, written),
-        moved_elements=max(
-            1,
-            sum(facts.nodes[n].out_elements for n in glue if facts.nodes[n].kind == "move"),
-        ),
-        additions=additions,
+        full_elements=max(1, sum(facts.nodes[n].out_elements for n in written)),
+        moved_elements=max(1, sum(facts.nodes[n].out_elements for n in moves)),
+        additions=frozenset(s.name for s in formats if s.op_kind == "add"),
         tensors={s.name: s.tensor for s in formats if s.op_kind != "add" and s.tensor is not None},
         ways=ways,
         chains=chains,
