@@ -49,7 +49,8 @@ class NodeFacts:
 
     Attributes:
         in_elements: Of the activations that it reads.
-        inputs: Length of the sum behind one output: input channels of a group x window.
+        inputs: Length of the sum behind one output: input channels of a group x window. Of what only
+            moves elements, how many of them lie side by side.
         outputs: Rows of the weight, or of the second operand transposed.
         window: Elements of a convolution's window; 1 elsewhere.
     """
@@ -159,4 +160,4 @@ def _sums(graph: Graph, node: fx.Node, op: WeightedOp | None) -> tuple[int, int,
         read = sizes_of(_tensors(first)[0]) if _tensors(first) else out
         return (read or [1])[-1], (out or [1])[-1], 1
     channels = out[1] if len(out) >= 4 else out[-1] if out else 1
-    return channels, channels, 1
+    return (out or [1])[-1] if kind == "move" else channels, channels, 1

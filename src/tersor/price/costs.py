@@ -15,22 +15,26 @@ from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site, Term
 from tersor.graph.facts import NodeFacts
 from tersor.price.chains import ChainCosts, chain_shares, chain_times
+from tersor.price.context import alone, in_context, with_additions
 from tersor.price.facts import WidthFacts
 from tersor.price.gates import find_gates
-from tersor.price.laws import Laws, NodeTime, fit_laws
+from tersor.price.laws import Laws, NodeTime, fit_laws, warm_nodes
 from tersor.price.node_costs import (
     Builds,
     NodeCost,
     Slopes,
     gated_format,
     glue_cost,
+    is_any,
     is_chain,
     site_cost,
 )
 from tersor.price.observation import Observation
 from tersor.price.terms import Cost, spread
-from tersor.price.ways import Ways, choose_ways, first_readers
+from tersor.price.ways import Ways, choose_ways, first_readers, followers
 
+# Who writes and who reads what changes its format: places in ``Slopes.changed``.
+CHANGES = ("layers", "to addition", "from addition")
 _MOST_ROWS = (
     4096  # of a node that are worked out at once: more widths than two are seldom asked for
 )
@@ -51,6 +55,9 @@ class WidthCosts:
     laws: Laws
     precision: Precision
     full_elements: int
+    moved_elements: int
+    additions: frozenset[str]
+    tensors: Mapping[str, str]
     ways: Ways
     chains: ChainCosts = field(default_factory=ChainCosts)
 
@@ -71,19 +78,40 @@ class WidthCosts:
         """The format sites that these costs cover."""
         return {cost.name for cost in self.costs if not cost.is_glue}
 
-    def elements(self, assignment: Mapping[str, Level]) -> tuple[float, float, float]:
-        """What covered ops write: all, those in int8, and what is read in the other format.
+    def elements(self, assignment: Mapping[str, Level]) -> tuple[float, ...]:
+        """What ops write: all layers, those in int8, what is read in the other format, what is moved.
 
-        As shares of what all write at full counts.
+        As shares of what all layers write at full counts, and of what is moved then.
         """
-        total = int8 = changed = 0.0
+        total = int8 = moved = 0.0
+        changed = [0.0] * (2 * len(CHANGES))
         for cost in self.costs:
-            if not cost.is_glue and not cost.is_addition:
-                share = self._elements(cost, assignment)
+            if cost.is_glue:
+                moved += self._moved(cost, assignment)
+                continue
+            share = self._elements(cost, assignment)
+            if not cost.is_addition:
                 total += share
                 int8 += share * is_eight_bit(assignment.get(cost.name))
-                changed += share * cost.is_changed(assignment)
-        return total, int8, changed
+            if cost.is_changed(assignment):
+                changed[self._change(cost, assignment)] += share
+        return total, int8, *changed, moved
+
+    def _change(self, cost: NodeCost, assignment: Mapping[str, Level]) -> int:
+        """Who writes and who reads, and whether in int8: a place in ``Slopes.changed``."""
+        kind = "layers" if cost.follower not in self.additions else "to addition"
+        place = CHANGES.index("from addition" if cost.is_addition else kind)
+        return 2 * place + is_eight_bit(assignment.get(cost.name))
+
+    def written(self) -> set[str]:
+        """Tensors whose quantisers cost by the formats of who writes and who reads them."""
+        readers = (c.follower for c in self.costs if c.follower is not None)
+        return {self.tensors[site] for site in readers if site in self.tensors}
+
+    def _moved(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
+        moves = [n for n in cost.nodes if self.facts.nodes[n].kind == "move"]
+        own = sum(self.facts.at(node, assignment).out_elements for node in moves)
+        return own / self.moved_elements
 
     def terms(self, slopes: Slopes) -> tuple[tuple[NodeCost, Term], ...]:
         """Every cost written out, with the glue that it causes.
@@ -97,12 +125,12 @@ class WidthCosts:
             for term in spread(
                 cost.name,
                 cost.nodes,
-                cost.choices(with_reader=cost.is_fused),
+                cost.choices(cost.partners),
                 self.facts,
                 self._each_once(cost, slopes, known),
             )
         ]
-        return (*rows, *(self._changes(slopes) if slopes.changed_elements else ()))
+        return (*rows, *self._changes(slopes))
 
     def _each_once(self, cost: NodeCost, slopes: Slopes, known: "_Known") -> Cost:
         """A cost that is worked out once for all levels that are the same to it.
@@ -113,7 +141,7 @@ class WidthCosts:
 
         def ms(assignment: Mapping[str, Level]) -> float:
             key = tuple(
-                (site, is_eight_bit(level) if site == cost.reader else _CLASS.get(level, level))
+                (site, is_eight_bit(level) if site in cost.partners else _CLASS.get(level, level))
                 for site, level in assignment.items()
             )
             if key not in found:
@@ -125,23 +153,41 @@ class WidthCosts:
     def _changes(self, slopes: Slopes) -> Iterator[tuple[NodeCost, Term]]:
         """What it costs that a result is read in another format than it is written in."""
         for cost in self.costs:
-            if cost.is_glue or cost.is_addition or cost.reader is None:
+            if cost.is_glue or cost.follower is None:
                 continue
-
-            def ms(assignment: Mapping[str, Level], cost: NodeCost = cost) -> float:
-                changed = slopes.changed_elements * cost.is_changed(assignment)
-                return changed * self._elements(cost, assignment) if changed else 0.0
-
+            ms = self._after(cost, slopes.changed)
             owner = replace(
-                cost,
-                name=f"{cost.name}, format",
-                nodes=(),
-                is_glue=True,
-                spread=slopes.changed_spread,
+                cost, name=f"{cost.name}, format", nodes=(), spread=slopes.changed_spread
             )
-            sites = cost.choices(with_reader=True)
+            sites = cost.choices((cost.follower, *cost.rivals))
             for term in spread(owner.name, cost.nodes, sites, self.facts, ms, of="out_elements"):
-                yield owner, term
+                if any(term.values):
+                    yield owner, term
+
+    def _after(self, cost: NodeCost, slopes: Sequence[float]) -> Cost:
+        """What it costs that a result is read in the same format or in another."""
+
+        def ms(assignment: Mapping[str, Level]) -> float:
+            changed = cost.is_changed(assignment)
+            slope = slopes[self._change(cost, assignment)] if changed and slopes else 0.0
+            total = slope * self._elements(cost, assignment) if slope else 0.0
+            is_added = cost.follower in self.additions
+            level = self.ways.format(cost.site, assignment)
+            if (
+                cost.is_addition
+                or changed is is_added
+                or (is_added and is_any(cost.rivals, level, assignment))
+            ):
+                return total
+            for node in cost.nodes:
+                law = self.laws.laws.get((self.facts.nodes[node].kind, level))
+                own = self.laws.levels.get((node, level), 0.0)
+                if law is not None:
+                    written = self.facts.at(node, assignment).out_elements
+                    total += own * law.per_written()[0 if is_added else 1] * written
+            return total
+
+        return ms
 
     def _ms(
         self, cost: NodeCost, assignment: Mapping[str, Level], slopes: Slopes, known: "_Known"
@@ -153,10 +199,10 @@ class WidthCosts:
         total = elements = 0.0
         for node in cost.nodes:
             ms, written = known.at(node, level, assignment)
-            total += ms * cost.shares.get((node, level), 0.0)
+            total += ms * cost.share(node, level, assignment)
             elements += written / self.full_elements
         if cost.is_glue:
-            return total
+            return total + slopes.moved * self._moved(cost, assignment)
         if cost.is_addition:
             return total - rounds * slopes.boundary
         if chosen is not None and rank_of(chosen):
@@ -206,6 +252,39 @@ class _Known:
         return self._nodes[node]
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Builds, and whose each of their nodes is."""
+
+    fitted: Sequence[Observation]
+    facts: WidthFacts
+    owners: Mapping[str, Site]
+    gates: Mapping[str, Site | None]
+    after: Mapping[str, str]
+    quantizers: set[str]
+
+    def times(self, ways: Ways) -> list[NodeTime]:
+        """Node times in the formats that they are computed in."""
+        owners = self.owners
+        rows = [
+            NodeTime(
+                node=node,
+                format=ways.format(owners[node].name, o.assignment)
+                if node in owners
+                else gated_format(self.gates.get(node), o, ways.precision),
+                build=i,
+                facts=self.facts.at(node, o.assignment),
+                ms=o.node_ms[node],
+            )
+            for i, o in enumerate(self.fitted)
+            for node in self.facts.nodes
+            if node in o.node_ms
+            and node not in self.quantizers
+            and not is_chain(owners.get(node), o)
+        ]
+        return in_context(rows, owners, self.after, self.fitted)
+
+
 def width_costs(
     precision: Precision,
     sites: Sequence[Site],
@@ -233,49 +312,44 @@ def width_costs(
         for i, (o, own) in enumerate(zip(fitted, sizes, strict=True))
         for row in chain_times(facts.chains, (i, o), own, precision)
     ]
-
-    def times(ways: Ways) -> list[NodeTime]:
-        return [
-            NodeTime(
-                node=node,
-                format=ways.format(owners[node].name, o.assignment)
-                if node in owners
-                else gated_format(gates.get(node), o, precision),
-                build=i,
-                facts=facts.at(node, o.assignment),
-                ms=o.node_ms[node],
-            )
-            for i, o in enumerate(fitted)
-            for node in facts.nodes
-            if node in o.node_ms and node not in quantizers and not is_chain(owners.get(node), o)
-        ]
-
+    after = followers(formats, facts)
+    read = _Read(fitted, facts, owners, gates, after, quantizers)
     ways = Ways(precision=precision, readers=first_readers(formats, facts))
-    rows = times(ways)
+    rows = read.times(ways)
     laws = fit_laws([*rows, *chained])
     ways = choose_ways(rows, laws, owners, [o.assignment for o in fitted], ways)
     if ways.found:
-        laws = fit_laws([*times(ways), *chained])
+        rows = read.times(ways)
+        laws = fit_laws([*rows, *chained])
+    laws = replace(laws, warm=warm_nodes(rows, facts.nodes))
     chains = ChainCosts(
         chains=facts.chains,
         shares=chain_shares(facts.chains, fitted, sizes, precision),
         precision=precision,
     )
-    known = Builds(fitted, facts, chains, ways)
-    costs = [site_cost(s, known) for s in formats if facts.widths(s.ops)]
+    laws = with_additions(laws, formats, facts)
+    known = Builds(fitted, facts, chains, ways, after, alone(formats, after, fitted, facts, ways))
+    costs = [site_cost(s, known) for s in formats if _is_covered(s, facts)]
     costs += [glue_cost(node, gates[node], known) for node in glue]
-    written = sum(
-        facts.nodes[node].out_elements
-        for c in costs
-        if not c.is_glue and not c.is_addition
-        for node in c.nodes
-    )
+    written = [n for c in costs if not c.is_glue and not c.is_addition for n in c.nodes]
+    moves = [n for n in glue if facts.nodes[n].kind == "move"]
     return WidthCosts(
         costs=tuple(costs),
         facts=facts,
         laws=laws,
         precision=precision,
-        full_elements=max(1, written),
+        full_elements=max(1, sum(facts.nodes[n].out_elements for n in written)),
+        moved_elements=max(1, sum(facts.nodes[n].out_elements for n in moves)),
+        additions=frozenset(s.name for s in formats if s.op_kind == "add"),
+        tensors={s.name: s.tensor for s in formats if s.op_kind != "add" and s.tensor is not None},
         ways=ways,
         chains=chains,
+    )
+
+
+def _is_covered(site: Site, facts: WidthFacts) -> bool:
+    """Whether a site has terms: widths move it, or the format of what is in front of it counts."""
+    is_free_addition = site.op_kind == "add" and site.pinned is None
+    return bool(facts.widths(site.ops)) or (
+        is_free_addition and all(n in facts.nodes for n in site.ops)
     )

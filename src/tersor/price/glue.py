@@ -17,13 +17,13 @@ from scipy.optimize import nnls
 from tersor.core.rank_levels import is_eight_bit
 from tersor.core.records import OUTSIDE, PriceTable, Site
 from tersor.price.costs import WidthCosts
-from tersor.price.gates import GATE_SHARE
 from tersor.price.node_costs import Slopes
 from tersor.price.observation import Observation
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
-_CHANGED = 6  # place among ``Glue.counts`` of the elements that are read in another format
+_CHANGED = slice(6, -1)  # of ``Glue.counts``: the elements that are read in another format
+_NOTHING = 1e-3  # of a build's latency, in the one that has most of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +32,18 @@ class Glue:
 
     Attributes:
         counts: What it grows with: a call, quantised tensors, int8 layers, quantised tensors that an
-            addition reads as floats; and with widths elements written, those in int8, and those that
-            are read in another format, as shares of all at full counts.
+            addition reads as floats; and with widths elements written, those in int8, those that are
+            read in another format by who writes and reads, as shares of all at full counts, and those
+            that are only moved, as a share of theirs.
         ms: Of the nodes that nothing else owns.
         outside_ms: Outside of all nodes.
+        of_ms: The build's latency.
     """
 
     counts: tuple[float, ...]
     ms: float
     outside_ms: float
+    of_ms: float = 1.0
 
 
 def steadied(builds: Sequence[Observation]) -> list[Observation]:
@@ -83,14 +86,18 @@ def glue_of(
     owned |= costs.nodes() if costs else set()
     chosen = {s.name for s in sites if is_eight_bit(observation.assignment.get(s.name))}
     int8 = [s for s in sites if s.name in chosen and s.op_kind != "add"]
+    # With widths, what changes format is told by who writes and who reads it.
     boundaries = [
-        s for s in sites if s.op_kind == "add" and s.tensor in quantizers and s.name not in chosen
+        s
+        for s in sites
+        if s.op_kind == "add" and s.tensor in quantizers and s.name not in chosen and costs is None
     ]
     counts = (1.0, float(len(quantizers)), float(len(int8)), float(len(boundaries)))
     return Glue(
         counts=(*counts, *(costs.elements(observation.assignment) if costs else ())),
         ms=sum((ms for name, ms in observation.node_ms.items() if name not in owned), 0.0),
         outside_ms=observation.node_ms.get(OUTSIDE, 0.0),
+        of_ms=observation.measured_ms,
     )
 
 
@@ -108,7 +115,7 @@ def with_glue(
         additions: Sites of additions -> the tensor that each reads.
     """
     counts, rest = np.array([g.counts for g in glue]), np.array([g.ms for g in glue])
-    found, off = _slopes(counts, rest)
+    found, off = _slopes(counts, rest, np.array([g.of_ms for g in glue]))
     constant, per_tensor, per_site, boundary, *by_elements = found
     readers = Counter(tensor for tensor in additions.values())
 
@@ -128,32 +135,32 @@ def with_glue(
         },
         glue_ms=constant + float(np.mean([g.outside_ms for g in glue])),
     )
-    per_element, per_int8_element, per_changed_element = by_elements or (0.0, 0.0, 0.0)
+    per_element, per_int8_element, *changed, moved = by_elements or (0.0,) * 3
     slopes = Slopes(
         int8_op=per_site,
         boundary=boundary,
         elements=per_element,
         int8_elements=per_int8_element,
-        changed_elements=per_changed_element,
+        changed=tuple(changed),
+        moved=moved,
         changed_spread=off,
     )
     return table, slopes
 
 
-def _slopes(counts: Vector, rest: Vector) -> tuple[list[float], float]:
-    """Non-negative slopes; elements that change formats have one where that halves the error.
+def _slopes(counts: Vector, rest: Vector, of_ms: Vector) -> tuple[list[float], float]:
+    """Non-negative slopes of what the glue is of each build's latency: narrow builds count like others.
 
-    And the error on builds left out over what they have of glue, both as root mean squares.
+    Elements that change formats have some where those tell the glue of builds left out. And the error on builds left out over what they have of glue, both as root mean squares.
     """
-    error = _unseen_error(counts, rest)
-    if counts.shape[1] > _CHANGED:
-        fewer = counts.copy()
-        fewer[:, _CHANGED] = 0.0
-        without = _unseen_error(fewer, rest)
-        if not error < (1 - GATE_SHARE) * without:
-            counts, error = fewer, without
-    whole = float(np.sum(np.square(rest)))
-    slopes = [float(v) for v in nnls(counts, rest)[0]]
+    rows, wanted = counts / of_ms[:, None], rest / of_ms
+    # What is nothing beside a build makes no term of two formats.
+    least = nnls(rows, wanted)[0] * rows.max(axis=0) < _NOTHING
+    least[: _CHANGED.start] = least[_CHANGED.stop :] = False
+    rows[:, least] = 0.0
+    error = _unseen_error(rows, wanted)
+    whole = float(np.sum(np.square(wanted)))
+    slopes = [float(v) for v in nnls(rows, wanted)[0]]
     return slopes, math.sqrt(error / whole) if whole > 0 else 0.0
 
 

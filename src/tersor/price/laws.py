@@ -6,8 +6,8 @@ at other sizes is the op's level times its law (FINDINGS 1).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -23,9 +23,14 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
+LANES = (8, 16, 32)  # elements of a vector, from f32 in AVX2 to bf16 in AVX-512
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
-_BLOCKS = slice(2 + 2 * len(RAGGED), 3 + 3 * len(RAGGED))
+_BLOCKS = slice(2 + 2 * len(RAGGED), 4 + 4 * len(RAGGED))
+_ADDED, _CHANGED = -2, -1
+_READ = slice(-2, None)  # of sizes: what reads a result
+# Of the squared error on builds left out that it must tell, and of a node's time that is no error.
+_TOLD, _EXACT = 0.02, 1e-3
 _PADDED = 1  # the only column that depends on the tiles
 FOLDS = 5  # of the cross-validation that chooses the tiles, by builds
 # Per row, on columns of unit mean square: settles columns that say the same, moves no others.
@@ -37,6 +42,37 @@ _TILE_ROUNDS = 2  # that choose tiles again: the first levels are those of a law
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What else in a build a node's time depends on.
+
+    Attributes:
+        is_again: Another node in front has the same kind, format and sizes: its code is warm.
+        is_added: A residual addition behind it is computed with it.
+        is_changed: A layer in another format reads it.
+    """
+
+    is_again: bool = False
+    is_added: bool = False
+    is_changed: bool = False
+
+    def numbers(self) -> tuple[float, ...]:
+        """As columns of a law read them."""
+        return float(self.is_again), float(self.is_added), float(self.is_changed)
+
+
+ALONE = Context()
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """Whether a node mostly runs code that is warm: at its native sizes, and at others."""
+
+    native: NodeFacts
+    full: bool
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeTime:
     """One node of one whole build, as profiled."""
 
@@ -45,6 +81,7 @@ class NodeTime:
     build: int
     facts: NodeFacts
     ms: float
+    context: Context = ALONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +106,10 @@ class Law:
         """Time at some sizes; nothing for a node that is gone."""
         return float(self.times(_sizes([facts]))[0])
 
+    def per_written(self) -> tuple[float, float]:
+        """Milliseconds an element: with an addition computed along, and in another format's layout."""
+        return self.weights[_ADDED], self.weights[_CHANGED]
+
     def times(self, sizes: Matrix) -> Matrix:
         """Times of many nodes, a row each as ``features`` reads them."""
         columns = features(sizes, self.input_tile, self.output_tile)
@@ -82,19 +123,25 @@ class Laws:
 
     laws: dict[tuple[str, Format], Law]
     levels: dict[tuple[str, Format], float]  # (node, format) -> time over law
+    warm: Mapping[str, Warm] = field(default_factory=dict)
 
     def ms(self, node: str, level: Format, facts: NodeFacts) -> float | None:
         """Time of a node at some sizes; None in a format in which no build showed it."""
         own = self.levels.get((node, level))
-        return None if own is None else own * self.laws[facts.kind, level].ms(facts)
+        return None if own is None else self.times(node, level, [facts])[0]
 
     def times(self, node: str, level: Format, facts: Sequence[NodeFacts]) -> list[float]:
         """The same at many sizes; nothing in a format in which no build showed the node."""
         own = self.levels.get((node, level))
         if own is None or not facts:
             return [0.0] * len(facts)
-        found = own * self.laws[facts[0].kind, level].times(_sizes(facts))
+        contexts = [Context(is_again=self._is_warm(node, f)) for f in facts]
+        found = own * self.laws[facts[0].kind, level].times(_sizes(facts, contexts))
         return [float(ms) for ms in found]
+
+    def _is_warm(self, node: str, facts: NodeFacts) -> bool:
+        own = self.warm.get(node)
+        return own is not None and (own.full if facts == own.native else own.cut)
 
 
 def fit_laws(times: Iterable[NodeTime]) -> Laws:
@@ -111,9 +158,25 @@ def fit_laws(times: Iterable[NodeTime]) -> Laws:
     return Laws(laws=laws, levels=levels)
 
 
+def warm_nodes(times: Iterable[NodeTime], native: Mapping[str, NodeFacts]) -> dict[str, Warm]:
+    """Which nodes run code that another one has run before, in most builds.
+
+    Ops that the same widths move are alike in every build; others mostly at full counts.
+    """
+    seen: dict[tuple[str, bool], list[bool]] = {}
+    for row in times:
+        is_full = row.facts == native[row.node]
+        seen.setdefault((row.node, is_full), []).append(row.context.is_again)
+    mostly = {place: 2 * sum(again) > len(again) for place, again in seen.items()}
+    return {
+        node: Warm(native[node], mostly.get((node, True), False), mostly.get((node, False), False))
+        for node in {node for node, _ in seen}
+    }
+
+
 def grouped_error(rows: Sequence[NodeTime], groups: Sequence[bool]) -> float:
     """Sum of squared logs of time over law, on builds that the laws, one a group, did not see."""
-    sizes, ms = _sizes([row.facts for row in rows]), np.array([row.ms for row in rows])
+    sizes, ms = _sizes_of(rows), np.array([row.ms for row in rows])
     builds, member = np.array([row.build for row in rows]), np.array(groups)
     total = 0.0
     for seen in folds(builds):
@@ -134,17 +197,22 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
     A call, MACs with both sides padded to whole tiles, MACs (or, without any, activations read and
     written) where only inputs are not whole and where outputs are not, and over the blocks of outputs that are worked on at once,
-    activations written where outputs are not whole blocks, weights read, activations read and written.
+    MACs by passes over the inputs, windows read, activations written where outputs are not whole
+    blocks, weights read, activations read and written, a call of code that is cold, scores of attention,
+    ends of rows that fill no vector where elements are only moved, and activations written where an
+    addition is computed along or a layer in another format reads them.
 
     A kernel that keeps several blocks of outputs in registers reads its inputs once for all of them. It
-    takes a divisor of their number, so that 88 channels, 11 blocks of 8, cost more than 96.
+    takes a divisor of their number, so that 88 channels, 11 blocks of 8, cost more than 96; or four at
+    a time and then the rest, so that 5 blocks are read as often as 8.
 
     Args:
-        sizes: Rows of ``NodeFacts.sizes()`` and the window.
+        sizes: Rows of ``_sizes``: ``NodeFacts.sizes()``, the window, whether elements are only moved,
+            and the context.
         input_tile: Channels in a tile of what is read.
         output_tile: Channels in a tile of what is written.
     """
-    macs, weight, read, written, inputs, outputs, window = sizes.T
+    macs, weight, read, written, inputs, outputs, window, moves, again, added, changed = sizes.T
     channels = inputs / np.maximum(window, 1)
     # A pool of ragged channels may take ten times as long.
     work = np.where(macs > 0, macs, read + written)
@@ -160,10 +228,17 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             _padded(sizes, input_tile, output_tile),
             *ragged,
             *(work / _at_once(outputs, block) for block in RAGGED),
+            *(work * _passes(outputs, block) for block in RAGGED),
+            macs / np.maximum(outputs, 1),
             written * _is_ragged(outputs, RAGGED[0]),
             weight,
             read,
             written,
+            1.0 - again,
+            np.where(weight > 0, 0.0, macs / np.maximum(inputs, 1)),
+            *(written * moves * _tail(inputs, lanes) for lanes in LANES),
+            written * added,
+            written * changed,
         ],
         axis=1,
     )
@@ -171,7 +246,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
 def _padded(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """MACs with both sides padded to whole tiles."""
-    macs, _, _, _, inputs, outputs, window = sizes.T
+    macs, _, _, _, inputs, outputs, window = sizes.T[:7]
     channels = inputs / np.maximum(window, 1)
     padded: Matrix = macs * _share(channels, input_tile) * _share(outputs, output_tile)
     return padded
@@ -192,6 +267,19 @@ def _at_once(n: Matrix, block: int) -> Matrix:
     return found
 
 
+def _tail(n: Matrix, lanes: int) -> Matrix:
+    """The share of a row that fills no whole vector: it may be worked on one by one."""
+    share: Matrix = n % lanes / np.maximum(n, 1)
+    return share
+
+
+def _passes(n: Matrix, block: int) -> Matrix:
+    """How often inputs are read for a block of outputs, if up to four are worked on at once."""
+    blocks = np.maximum(np.ceil(n / block), 1)
+    found: Matrix = np.ceil(blocks / MOST_BLOCKS) / blocks
+    return found
+
+
 def _is_ragged(n: Matrix, tile: int) -> Matrix:
     """1 where a size is not whole tiles."""
     ragged: Matrix = (n % tile != 0).astype(np.float64)
@@ -206,8 +294,15 @@ def _is_ragged_input(n: Matrix, tile: int) -> Matrix:
     return _is_ragged(n, tile) * (n > tile)
 
 
-def _sizes(facts: Sequence[NodeFacts]) -> Matrix:
-    return np.array([[*f.sizes(), f.window] for f in facts], dtype=np.float64)
+def _sizes(facts: Sequence[NodeFacts], contexts: Sequence[Context] = ()) -> Matrix:
+    rows = zip(facts, contexts or [ALONE] * len(facts), strict=True)
+    return np.array(
+        [[*f.sizes(), f.window, f.kind == "move", *c.numbers()] for f, c in rows], dtype=np.float64
+    )
+
+
+def _sizes_of(rows: Sequence[NodeTime]) -> Matrix:
+    return _sizes([row.facts for row in rows], [row.context for row in rows])
 
 
 def fit_law(
@@ -219,7 +314,7 @@ def fit_law(
         rows: At least one; all of them took time.
         tiles: Of both sides; chosen by builds left out where not given.
     """
-    sizes = _sizes([row.facts for row in rows])
+    sizes = _sizes_of(rows)
     ms = np.array([row.ms for row in rows])
     builds = np.array([row.build for row in rows])
     names, owner = np.unique([row.node for row in rows], return_inverse=True)
@@ -231,9 +326,26 @@ def fit_law(
         levels = np.array([np.median(own[owner == n]) for n in range(len(names))])
         if i < _TILE_ROUNDS and tiles is None:
             best = _best_tiles(sizes, ms / levels[owner], builds)
+        if i == _TILE_ROUNDS - 1:
+            sizes = _told(sizes, ms / levels[owner], builds, best)
         if i < ROUNDS - 1:
             law = _fit(sizes, ms / levels[owner], best)
     return law, {str(name): float(v) for name, v in zip(names, levels, strict=True)}
+
+
+def _told(sizes: Matrix, ms: Matrix, builds: Integers, tiles: tuple[int, int]) -> Matrix:
+    """Sizes without what reads a result, where that does not tell times of builds left out."""
+    if not np.any(sizes[:, _READ]) or len(set(builds.tolist())) < 2:
+        return sizes
+    blind = sizes.copy()
+    blind[:, _READ] = 0.0
+    weight, masks = 1.0 / (ms + RESOLUTION_MS), list(folds(builds))
+    told, untold = (
+        _unseen_error(features(own, *tiles) * weight[:, None], ms * weight, masks)
+        for own in (sizes, blind)
+    )
+    is_told = told < (1 - _TOLD) * untold - len(ms) * _EXACT**2
+    return sizes if is_told else blind
 
 
 def _best_tiles(sizes: Matrix, ms: Matrix, builds: Integers) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Whose cost a node is: the op of a format site, or one node of glue, and what decides about it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tersor.core.rank_levels import is_eight_bit, rank_of
 from tersor.core.records import Format, Level, Precision, Site
@@ -21,8 +21,13 @@ class NodeCost:
         shares: (node, what it is computed in) -> in what part of such builds it stood alone.
         is_addition: The format is that of an addition's operands.
         reader: The format site that first reads what it writes; None where none is free.
-        reader_formats: Its levels, the native one first.
         is_fused: It computes in int8 only where the reader is int8 as well.
+        follower: The same with residual additions: what the result is read by first.
+        writers: Of an addition the layers in front: it is fused into the first that is of its format.
+        rivals: Layers in front whose result goes to the same addition.
+        alone: Addition's node, what it is computed in, whether a writer is of the same format -> in
+            what part of the builds it stood alone.
+        known: Each of these format sites -> its levels, the native one first.
         spread: Relative deviation of the cost in one build, of what has no nodes to show it.
     """
 
@@ -34,38 +39,61 @@ class NodeCost:
     shares: Mapping[tuple[str, Format], float]
     is_addition: bool = False
     reader: str | None = None
-    reader_formats: tuple[Level, ...] = ()
     is_fused: bool = False
+    follower: str | None = None
+    writers: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
+    alone: Mapping[tuple[str, Format, bool], float] = field(default_factory=dict)
+    known: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
     spread: float | None = None
 
-    def choices(self, *, with_reader: bool) -> dict[str, tuple[Level, ...]]:
+    def choices(self, others: Sequence[str]) -> dict[str, tuple[Level, ...]]:
         """The format sites that decide, the op's own first, and their levels."""
         found = {} if self.site is None else {self.site: self.formats}
-        if with_reader and self.reader is not None:
-            found[self.reader] = self.reader_formats
-        return found
+        return {**found, **{site: self.known[site] for site in others}}
+
+    @property
+    def partners(self) -> tuple[str, ...]:
+        """The other sites whose formats decide about the op itself."""
+        if self.is_fused and self.reader is not None:
+            return (self.reader,)
+        return self.writers
+
+    def share(self, node: str, level: Format, assignment: Mapping[str, Level]) -> float:
+        """In what part of the builds with these formats a node stands alone."""
+        if not self.writers:
+            return self.shares.get((node, level), 0.0)
+        return self.alone.get((node, level, is_any(self.writers, level, assignment)), 0.0)
 
     def is_changed(self, assignment: Mapping[str, Level]) -> bool:
         """Whether what the op writes is read in another format: int8 or not."""
-        if self.reader is None:
+        if self.follower is None:
             return False
-        return is_eight_bit(assignment.get(self.name)) != is_eight_bit(assignment.get(self.reader))
+        return is_eight_bit(assignment.get(self.name)) != is_eight_bit(
+            assignment.get(self.follower)
+        )
+
+
+def is_any(sites: Sequence[str], level: Format, assignment: Mapping[str, Level]) -> bool:
+    """Whether any of some sites is in a format: int8 or not."""
+    return any(is_eight_bit(assignment.get(site)) == (level == "int8") for site in sites)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slopes:
     """Glue that ops cause, in milliseconds: an int8 op, and all elements at full counts.
 
-    ``boundary``: of a quantised tensor that an addition reads as floats. ``changed_elements``: of
-    those that are written in one format and read in the other; ``changed_spread`` is the relative
-    deviation of these.
+    ``boundary``: of a quantised tensor that an addition reads as floats. ``changed``: of elements that
+    are written in one format and read in the other, by who writes and reads; ``changed_spread`` is the
+    relative deviation of these. ``moved``: of elements that are only moved.
     """
 
     int8_op: float = 0.0
     boundary: float = 0.0
     elements: float = 0.0
     int8_elements: float = 0.0
-    changed_elements: float = 0.0
+    changed: tuple[float, ...] = ()
+    moved: float = 0.0
     changed_spread: float = 0.0
 
 
@@ -82,6 +110,8 @@ class Builds:
     facts: WidthFacts
     chains: ChainCosts
     ways: Ways
+    followers: Mapping[str, str]
+    alone: Mapping[tuple[str, Format, bool], float]
 
 
 def site_cost(site: Site, known: Builds) -> NodeCost:
@@ -89,6 +119,13 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
     whole = [o for o in known.fitted if not is_chain(site, o)]
     name = None if site.pinned is not None else site.name
     reader = known.ways.readers.get(site.name)
+    is_addition = site.op_kind == "add"
+    follower = known.followers.get(site.name)
+    same = [s for s, after in known.followers.items() if after == site.name]
+    writers = tuple(same) if is_addition and name is not None else ()
+    beside = [s for s, after in known.followers.items() if follower and after == follower]
+    rivals = beside[: beside.index(site.name)] if site.name in beside else []
+    others = [s for s in (reader, follower, *writers, *rivals) if s is not None]
     return NodeCost(
         name=site.name,
         nodes=site.ops,
@@ -98,10 +135,14 @@ def site_cost(site: Site, known: Builds) -> NodeCost:
         shares=_shares(
             site.ops, [(known.ways.format(site.name, o.assignment), o) for o in whole], known.facts
         ),
-        is_addition=site.op_kind == "add",
+        is_addition=is_addition,
         reader=reader,
-        reader_formats=() if reader is None else _formats(reader, known),
         is_fused=name is not None and known.ways.is_fused(name),
+        follower=follower,
+        writers=writers,
+        rivals=tuple(rivals),
+        alone=known.alone,
+        known={s: _formats(s, known) for s in others},
     )
 
 

@@ -52,7 +52,7 @@ class PriceConfig:
     """
 
     k: int = 12
-    k_mixed: int = 20
+    k_mixed: int = 26
     held_out: int = 4
     batch: int = 4
     seed: int = 0

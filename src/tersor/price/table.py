@@ -24,11 +24,14 @@ from tersor.price.facts import WidthFacts
 from tersor.price.glue import glue_of, steadied, with_glue
 from tersor.price.node_costs import NodeCost
 from tersor.price.observation import Observation
-from tersor.price.uncertainty import RIDGE, uncertain, with_entries
+from tersor.price.uncertainty import uncertain, with_entries
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 QuantizeNodes = Callable[[str], Sequence[str]]  # tensor -> profile names of its quantiser
 
+# How strongly the parts of a price are held to one common scale. Their times add up to what was measured,
+# so that a part is off by what its laws are; held loosely, it takes up what another one is off by.
+BALANCE = 0.7
 MIN_FOR_RANKS = 4  # a rank correlation of fewer builds says nothing
 
 
@@ -105,12 +108,20 @@ def _fit(
     table = PriceTable(
         choice=choice,
         ops=_site_prices(choice, [s for s in formats if s.name not in moved], fitted, costs),
-        quantizers=_quantizer_prices(tensors, fitted, quantize_nodes),
+        quantizers=_quantizer_prices(
+            tensors, fitted, lambda t: () if costs and t in costs.written() else quantize_nodes(t)
+        ),
         glue_ms=0.0,
         native={} if facts is None else facts.full,
     )
+    written = set[str]() if costs is None else costs.written()
     glue = [
-        glue_of(o, formats, {t: quantize_nodes(t) for t in _quantized(o, tensors)}, costs)
+        glue_of(
+            o,
+            formats,
+            {t: () if t in written else quantize_nodes(t) for t in _quantized(o, tensors)},
+            costs,
+        )
         for o in fitted
     ]
     additions = {s.name: s.tensor for s in formats if s.op_kind == "add"}
@@ -261,8 +272,9 @@ def _balanced(
             "the backend's profile() must return milliseconds by node"
         )
     common = float(np.median(measured / sums))
-    rows = np.vstack([parts * common / measured[:, None], RIDGE * np.eye(parts.shape[1])])
-    factors, _ = nnls(rows, np.concatenate([np.ones(len(fitted)), np.full(parts.shape[1], RIDGE)]))
+    rows = np.vstack([parts * common / measured[:, None], BALANCE * np.eye(parts.shape[1])])
+    held = np.full(parts.shape[1], BALANCE)
+    factors, _ = nnls(rows, np.concatenate([np.ones(len(fitted)), held]))
     native, int8, quantizer, glue = (float(f) for f in factors)
     return replace(
         table,

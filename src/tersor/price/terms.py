@@ -16,6 +16,7 @@ from tersor.core.records import Level, Site, Term
 from tersor.price.facts import WidthFacts
 
 MAX_WIDTHS = 2  # in one term
+_EQUAL = 1e-9  # of two pivots' errors, or of a cost at full counts
 _FLOAT_BYTES = 4  # of a scale, and of the bias of a quantised op
 
 Cost = Callable[[Mapping[str, Level]], float]
@@ -39,7 +40,8 @@ def spread(
     """The terms whose sum is a cost at every combination of levels.
 
     With more than two widths the sum is exact where at most the pivot and one other are below
-    full; full, it is always exact.
+    full; full, it is always exact. The pivot is the width with which it is off the least where all
+    are below: heads of attention multiply what their queries' and their values' sizes add up to.
 
     Args:
         name: Of the op or weight.
@@ -55,7 +57,8 @@ def spread(
     levels = {**{w: facts.levels[w] for w in moving}, **formats}
     if len(widths) <= MAX_WIDTHS:
         return (_term(name, (*widths, *branches, *formats), levels, cost),)
-    pivot = next((w for w in (facts.pivot(nodes),) if w in widths), widths[0])
+    first = facts.pivot(nodes)
+    pivot = _pivot(sorted(widths, key=lambda w: w != first), levels, cost)
     others = [w for w in widths if w != pivot]
     return tuple(
         _term(f"{name}, {w}", (w, pivot, *branches, *formats), levels, _part(cost, w, len(others)))
@@ -145,6 +148,25 @@ def _chain_bytes(
         return width * (elements + last.outputs)
     rows = 2 * last.outputs + first.outputs * (2 if chain.is_centred else 1)
     return elements + _FLOAT_BYTES * rows
+
+
+def _pivot(widths: Sequence[str], levels: Mapping[str, Sequence[Level]], cost: Cost) -> str:
+    """The width to be in every term; the first of equals."""
+
+    def off(pivot: str) -> float:
+        total = 0.0
+        for at in (least, middle):
+            held = {pivot: at[pivot]}
+            others = [w for w in widths if w != pivot]
+            parts = sum(cost({**held, w: at[w]}) for w in others) - (len(others) - 1) * cost(held)
+            total += abs(parts - cost(at))
+        return total
+
+    least = {w: levels[w][-1] for w in widths}
+    middle = {w: levels[w][len(levels[w]) // 2] for w in widths}
+    errors = {w: off(w) for w in widths}
+    limit = min(errors.values()) * (1 + _EQUAL) + _EQUAL * abs(cost({}))
+    return next(w for w in widths if errors[w] <= limit)
 
 
 def _part(cost: Cost, width: str, n: int) -> Cost:

@@ -25,6 +25,9 @@ _HELD_OUT_STREAM, _FIT_STREAM, _BETWEEN_STREAM, _RANK_STREAM = 0, 1, 2, 3
 # With widths, this share of the mixtures is all native, and as many are all int8: plans often are.
 PURE = 0.15
 OFF_GRID = 0.5  # of the counts that are drawn for the fit lie between those on offer, about
+# One mixture in so many has narrow widths everywhere, as plans of high speed have: what small ops cost
+# is seen among others of other sizes, not only where all are the least alike.
+NARROW = 5
 BETWEEN = 4  # such counts a width, half of them whole blocks
 BLOCK = 8  # values of a vector register of the smallest kind that counts are padded to
 
@@ -182,7 +185,12 @@ def _joint_variants(
     )
     extremes = extremes[:k]
     fits = _draw_joint(
-        names, widths, k - len(extremes), np.random.default_rng([seed, _FIT_STREAM]), taken, between
+        names,
+        widths,
+        k - len(extremes),
+        np.random.default_rng([seed, _FIT_STREAM]),
+        taken,
+        {w: between.get(w, ()) for w in widths if w not in branches},
     )
     native = native_assignment(sites, precision)
     rows = [(joint, False) for joint in (*extremes, *fits)] + [(joint, True) for joint in tests]
@@ -224,11 +232,15 @@ def _draw_joint(
     taken: set[_Joint],
     between: Mapping[str, Sequence[int]] | None = None,
 ) -> list[_Joint]:
+    """Mixtures; ``between``: of builds that a fit sees, all widths that may be narrow."""
     found: list[_Joint] = []
     for attempt in range(ATTEMPTS * n):
         if len(found) == n:
             break
-        joint = (_formats(names, attempt, rng), _counts(widths, rng, between or {}))
+        formats, counts = _formats(names, attempt, rng), _counts(widths, rng, between or {})
+        if between and len(found) % NARROW == NARROW - 1:
+            counts = _narrow_counts(widths, counts, rng, between)
+        joint = (formats, counts)
         if joint not in taken:
             taken.add(joint)
             found.append(joint)
@@ -256,6 +268,21 @@ def _counts(
         others = between.get(width, ())
         is_between = bool(others) and rng.random() < OFF_GRID
         found.append(int(rng.choice(others if is_between else counts)))
+    return tuple(found)
+
+
+def _narrow_counts(
+    widths: Mapping[str, tuple[int, ...]],
+    drawn: Sequence[int],
+    rng: np.random.Generator,
+    between: Mapping[str, Sequence[int]],
+) -> tuple[int, ...]:
+    """Counts of the lower half, those between the ones on offer included; others stay as drawn."""
+    found: list[int] = []
+    for (width, counts), count in zip(widths.items(), drawn, strict=True):
+        every = sorted({*counts, *between.get(width, ())})
+        narrow = every[: (len(every) + 1) // 2]
+        found.append(int(rng.choice(narrow)) if width in between else count)
     return tuple(found)
 
 

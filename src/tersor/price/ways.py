@@ -70,13 +70,39 @@ def first_readers(sites: Sequence[Site], facts: WidthFacts) -> dict[str, str]:
     readers = [s for s in layers if s.tensor in place]
     found: dict[str, str] = {}
     for site in layers:
-        here = place.get(site.ops[0], -1)
-        after = [s for s in readers if place[str(s.tensor)] >= here]
-        if after:
-            first = min(after, key=lambda s: (place[str(s.tensor)], place.get(s.ops[0], -1)))
-            if first.pinned is None:
-                found[site.name] = first.name
+        first = _reader(place.get(site.ops[0], -1), readers, place)
+        if first is not None and first.pinned is None:
+            found[site.name] = first.name
     return found
+
+
+def followers(sites: Sequence[Site], facts: WidthFacts) -> dict[str, str]:
+    """Site -> the free site that first reads what its ops write: a residual addition, else a layer.
+
+    A layer's result goes into the first addition in front of the tensor that its reader reads.
+    """
+    place = {name: i for i, name in enumerate(facts.nodes)}
+    additions = [s for s in sites if s.op_kind == "add" and s.ops]
+    readers = [s for s in sites if s.op_kind != "add" and s.ops and s.tensor in place]
+    found: dict[str, str] = {}
+    for site in sites:
+        if not site.ops:
+            continue
+        here = place.get(site.ops[0], -1)
+        reader = _reader(here, readers, place)
+        last = len(place) if reader is None else place[str(reader.tensor)]
+        between = [a for a in additions if here < place.get(a.ops[0], -1) <= last]
+        after = min(between, key=lambda a: place[a.ops[0]], default=reader)
+        if after is not None and after.pinned is None:
+            found[site.name] = after.name
+    return found
+
+
+def _reader(here: int, readers: Sequence[Site], place: Mapping[str, int]) -> Site | None:
+    """The first layer that reads the next tensor that is written at a place or behind it."""
+    after = [s for s in readers if place[str(s.tensor)] >= here]
+    key = lambda s: (place[str(s.tensor)], place.get(s.ops[0], -1))  # noqa: E731
+    return min(after, key=key, default=None)
 
 
 def choose_ways(

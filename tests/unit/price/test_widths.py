@@ -205,15 +205,15 @@ def test_price_all_builds_more_for_mixtures_and_asks_for_facts_once(lab: ModuleT
         replace(lab.CHOICE, options={"int8_linear": way}) for way in ("linear", "convolution")
     ]
     config = PriceConfig(held_out=4, batch=8)
-    assert config.fitted(net.sites, net.levels) == 20
+    assert config.fitted(net.sites, net.levels) == 26
     net.calls = 0
     tools = bench.tools(facts=net.facts)
     priced = price_all(choices, net.sites, net.levels, tools, config)
     # Each build asks three times here: its profile, and its call in two measurements.
     assert len(priced.tables) == 2
-    assert len(bench.built) == 2 + 2 * 24
+    assert len(bench.built) == 2 + 2 * 30
     # Native, two counts of each of five widths, all at their least.
-    assert net.calls - 2 * 48 - 2 == 12
+    assert net.calls - 2 * 60 - 2 == 12
     assert all(fit_error(t).p90 < 0.01 for t in priced.tables)
     assert set(bench.built[0][1].values()) == {"int8", 128}
 
