@@ -25,7 +25,7 @@ from tersor.api.latency import one_call
 from tersor.backends.openvino import executable_from_model, to_openvino_model
 from tersor.build.build import shapes_of
 from tersor.capture.module import capture
-from tersor.capture.samples import collect
+from tersor.capture.samples import collect, varying
 from tersor.cli.demo.models import SENTENCES, minilm, package_folder
 from tersor.cli.demo.peers import MOST_SAMPLES, PRESETS, nncf_models
 from tersor.cli.demo.sentences import split_sentences
@@ -135,7 +135,8 @@ def all_builds(
     rows = [r.choice for r in result.record.prices.baselines if r.choice is not None]
     ways = {c.shapes: c for c in rows if c.precision == chosen.precision}
     opened = replace(chosen, options={}, shapes="open", buckets=())
-    graph = capture(model, collect(data_of(drawn), seed)["calibration"]).graph
+    parts = collect(data_of(drawn), seed, ragged=True)
+    graph = capture(model, parts["calibration"], varying(parts.values())).graph
     builds: dict[tuple[str, str], Executable] = {}
     for name, ov_model in peers(graph, drawn["calibration"], opened).items():
         executable = executable_from_model(ov_model, opened)
