@@ -18,7 +18,7 @@ from tersor.artifact.manifest import Manifest, Range, Ranges
 from tersor.artifact.tensors import RawTensor
 from tersor.build.build import Built
 from tersor.core.jsonable import dumps, to_json
-from tersor.core.records import BuildChoice, Plan, Prices, Site, TensorSpec, Verdict
+from tersor.core.records import BuildChoice, Level, Plan, Prices, Site, TensorSpec, Verdict
 from tersor.graph.contracts import Graph
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tersor.plan.problem import native_levels
@@ -32,6 +32,7 @@ _REPORT_SHARE = 1.9  # all of a report over its candidates, prices and sites, bo
 # Of a report in brief: as much, and what does not depend on the sites; on ResNet-20 about 1 kB too much, as what
 # int8 ops add to a graph and its build is counted nowhere else.
 _BRIEF_SHARE, _BRIEF_BYTES, _SITE_BYTES = 1.5, 1200, 60
+_PLAN_SHARE = 1.2  # the same of a plan, whose graph and build are counted as they are: on ResNet-20 1.0
 _WHOLE_SHARE = 0.05  # of a budget of bytes: what a whole report may take of it
 
 
@@ -168,22 +169,32 @@ def _deflated(records: Sequence[Any]) -> int:
     return len(zlib.compress(dumps(list(records)).encode(), 9))
 
 
-def carried_size(offers: Offers, prices: Prices, sites: Sequence[Site], most: float | None) -> int:
-    """About what the report in the file takes, whole or in brief; ``most``: the file's budget."""
+def carried_size(
+    offers: Offers,
+    prices: Prices,
+    sites: Sequence[Site],
+    most: float | None,
+    assignment: Mapping[str, Level] | None = None,
+) -> int:
+    """About what the report in the file takes, whole or in brief; ``most``: the file's budget.
+
+    ``assignment``: a plan's levels; while there is none, of each site the level that says most.
+    """
     if not is_brief(offers, prices, sites, most):
         return report_size(offers.candidates, prices, sites)
     choice = prices.baseline.choice
     assert choice is not None
-    # No plan is known yet: of each site the level that says most, beside the one left alone.
+    native = native_levels(offers.by_site(), choice.precision, {})
     longest = {
         site: max(rows, key=lambda c: len(dumps(c))).level
         for site, rows in offers.by_site().items()
     }
-    native = native_levels(offers.by_site(), choice.precision, {})
-    levels = {site: (level, native[site]) for site, level in longest.items()}
+    chosen = {site: (assignment or longest).get(site, native[site]) for site in longest}
+    levels = {site: (level, native[site]) for site, level in chosen.items()}
     table = prices.tables[0].choice if prices.tables else choice
     records = [*chosen_alone(offers.candidates, prices, table, levels), sites]
-    return round(_BRIEF_SHARE * _deflated(records)) + _BRIEF_BYTES + _SITE_BYTES * len(levels)
+    share = _BRIEF_SHARE if assignment is None else _PLAN_SHARE
+    return round(share * _deflated(records)) + _BRIEF_BYTES + _SITE_BYTES * len(levels)
 
 
 def is_brief(offers: Offers, prices: Prices, sites: Sequence[Site], most: float | None) -> bool:

@@ -63,7 +63,7 @@ _CURVE_POINTS = 12
 _STEPS_BACK = 2  # milder plans that are tried where the final weights lose too much
 _CAUTION = 0.9  # of what a plan that loses just enough would take
 _NEARLY = 0.9  # of a size budget, from where the file itself is looked at
-_WORTH = 0.03  # of a size budget that a file leaves free, from where a larger plan is tried
+_WORTH = 0.02  # of a size budget that a file leaves free, from where a larger plan is tried
 _PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
 
 
@@ -259,7 +259,9 @@ class Result:
         except (BackendError, ParityError):  # said where it is built for good
             return 0
         size = artifact_size(run.session, made.graph, built)
-        size += carried_size(run.offered, run.prices, run.session.sites, most)
+        size += carried_size(
+            run.offered, run.prices, run.session.sites, most, assignment=plan.assignment
+        )
         return math.ceil(size - most)
 
     def _fall_back(self, reason: str) -> None:
