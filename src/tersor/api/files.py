@@ -32,7 +32,9 @@ _REPORT_SHARE = 1.9  # all of a report over its candidates, prices and sites, bo
 # Of a report in brief: as much, and what does not depend on the sites; on ResNet-20 about 1 kB too much, as what
 # int8 ops add to a graph and its build is counted nowhere else.
 _BRIEF_SHARE, _BRIEF_BYTES, _SITE_BYTES = 1.5, 1200, 60
-_PLAN_SHARE = 1.2  # the same of a plan, whose graph and build are counted as they are: on ResNet-20 1.0
+_PLAN_SHARE = (
+    1.2  # the same of a plan, whose graph and build are counted as they are: on ResNet-20 1.0
+)
 _WHOLE_SHARE = 0.05  # of a budget of bytes: what a whole report may take of it
 
 

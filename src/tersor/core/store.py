@@ -1,16 +1,21 @@
 """The content-addressed store: a finished stage is found again by the hash of what it read.
 
 Layout: ``<root>/<stage>/<key>/record.json`` with optional ``arrays.safetensors`` beside it. An
-entry appears by one rename, so a killed process leaves either a whole entry or none.
+entry appears by one rename, so a killed process leaves either a whole entry or none, and at most a
+hidden folder, which the next one to open the store removes.
 """
 
 import errno
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +28,7 @@ from tersor.core.jsonable import dumps, from_json
 
 RecordT = TypeVar("RecordT")
 Arrays = Mapping[str, NDArray[Any]]
+_TEMPORARY = re.compile(r"\..+-(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[^-]+$")
 _TRIES = 5  # to replace an entry that other processes replace at the same time
 
 
@@ -71,11 +77,41 @@ def _replace(fresh: Path, entry: Path) -> None:
         else:
             return
         if tries_left:
-            old = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".old-"))
+            old = Path(tempfile.mkdtemp(dir=entry.parent, prefix=_prefix("old")))
             with suppress(FileNotFoundError):  # another process was faster
                 entry.rename(old)
             shutil.rmtree(old)
     shutil.rmtree(fresh)  # others keep writing the same: theirs is there
+
+
+def _prefix(name: str) -> str:
+    """Of a folder that is being written: whose it is can be told from its name."""
+    return f".{name}-{_host()}-{os.getpid()}-"
+
+
+@cache
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _sweep(folders: Iterable[Path]) -> None:
+    """Remove what processes of this host were writing when they were killed."""
+    for folder in folders:
+        found = _TEMPORARY.match(folder.name)
+        if found and found["host"] == _host() and not _is_running(int(found["process"])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere the question would be a signal
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 class Store:
@@ -85,8 +121,10 @@ class Store:
         self.root = Path(root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe = tempfile.mkdtemp(dir=self.root, prefix=".probe-")
+            probe = tempfile.mkdtemp(dir=self.root, prefix=_prefix("probe"))
             Path(probe).rmdir()
+            for pattern in (".*", "*/.*"):
+                _sweep(self.root.glob(pattern))
         except OSError as error:
             raise StoreError(
                 f"cache directory {self.root}: cannot write ({error.strerror or error}); "
@@ -141,7 +179,7 @@ class Store:
         temporary: str | None = None
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            temporary = tempfile.mkdtemp(dir=entry.parent, prefix=f".{key[:16]}-")
+            temporary = tempfile.mkdtemp(dir=entry.parent, prefix=_prefix(key[:16]))
             if arrays:
                 (Path(temporary) / "arrays.safetensors").write_bytes(save(dict(arrays)))
             (Path(temporary) / "record.json").write_text(dumps(record), encoding="utf-8")

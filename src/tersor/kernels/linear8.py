@@ -108,6 +108,8 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
         return rows.float() @ weight.float().t()
     if rows.is_cuda:  # its integer product wants more than 16 rows and whole tiles
         return rows.double() @ weight.double().t()
+    if rows.shape[1] == 1:  # wrong numbers in torch 2.13 on processors with 512-bit vectors
+        return rows.int() * weight.int().t()
     return torch._int_mm(rows, weight.t())  # noqa: SLF001 - the only integer product there is
 
 

@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,3 +191,24 @@ def test_two_processes_that_write_one_entry_leave_a_whole_one(
         assert everything_under(tmp_path) == [
             "s", "s/k", "s/k/arrays.safetensors", "s/k/record.json"
         ]  # fmt: skip
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_store(tmp_path: Path):
+    from tersor.core import store
+
+    Store(tmp_path).put("plan", "k", Record(x=1))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    own = store._prefix("key")
+    names = {
+        own.replace(str(os.getpid()), str(ended.pid)) + "abc": False,
+        own + "abc": True,  # is being written
+        f".key-00000000-{ended.pid}-abc": True,  # on another host, which may share the folder
+        ".notes": True,
+    }
+    for name in names:
+        (tmp_path / "plan" / name).mkdir()
+        (tmp_path / "plan" / name / "record.json").write_text("{")
+    found = Store(tmp_path)
+    assert {name: (tmp_path / "plan" / name).exists() for name in names} == names
+    assert found.get(Record, "plan", "k") == Record(x=1)

