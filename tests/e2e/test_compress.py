@@ -429,7 +429,7 @@ def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(
         return sizes[-1] if len(sizes) > 1 else round(1.1 * most)
 
     monkeypatch.setattr("tersor.api.result.artifact_size", larger)
-    monkeypatch.setattr("tersor.api.result.carried_size", lambda *_, assignment: 0)
+    monkeypatch.setattr("tersor.api.result.carried_size", lambda *_, **_named: 0)
     monkeypatch.setattr("tersor.api.result._NEARLY", 0.0)
     monkeypatch.setattr("tersor.api.result._WORTH", 1.0)
     progress = Recorded()
@@ -457,7 +457,7 @@ def test_a_file_that_leaves_room_gets_a_larger_plan_if_that_loses_less(
 
     monkeypatch.setattr("tersor.api.result.make_final", made)
     monkeypatch.setattr("tersor.api.result.artifact_size", lambda *_: round(0.8 * most))
-    monkeypatch.setattr("tersor.api.result.carried_size", lambda *_, assignment: 0)
+    monkeypatch.setattr("tersor.api.result.carried_size", lambda *_, **_named: 0)
     monkeypatch.setattr("tersor.api.result._NEARLY", 0.0)
     progress = Recorded()
     result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
