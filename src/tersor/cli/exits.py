@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from tersor.cli.interrupts import noted
 from tersor.core.errors import TersorError
 
 
@@ -44,7 +45,7 @@ class TersorGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command; errors that Tersor raises on purpose become a message and a code."""
         try:
-            with warnings.catch_warnings():
+            with noted(), warnings.catch_warnings():
                 warnings.showwarning = _say_warning
                 return super().invoke(ctx)
         except TersorError as error:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from tersor.cli.interrupts import check
+
 LINE_SECONDS = 10.0  # between two plain lines of one stage
 
 
@@ -33,16 +35,19 @@ class Bars:
 
     def stage(self, name: str, total: int | None = None) -> None:
         """End the current bar and begin the next."""
+        check()
         self._finish()
         self._task = self._bars.add_task(name, total=total)
 
     def advance(self, steps: int = 1) -> None:
         """Move the current bar."""
+        check()
         if self._task is not None:
             self._bars.advance(self._task, steps)
 
     def note(self, text: str) -> None:
         """A line above the bars."""
+        check()
         self._bars.console.print(text, markup=False)
 
     def close(self) -> None:
@@ -73,6 +78,7 @@ class Lines:
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Say the stage's name and the time since the start."""
+        check()
         self._name, self._total, self._done = name, total, 0
         self._stage_begun = self._said = self._clock()
         steps = "" if total is None else f" ({total} steps)"
@@ -80,6 +86,7 @@ class Lines:
 
     def advance(self, steps: int = 1) -> None:
         """Count, and now and then say how many and how long it will take."""
+        check()
         self._done += steps
         now = self._clock()
         if now - self._said < LINE_SECONDS:
@@ -93,6 +100,7 @@ class Lines:
 
     def note(self, text: str) -> None:
         """A line of its own."""
+        check()
         self._say(f"  {text}")
 
     def close(self) -> None:
