@@ -463,7 +463,6 @@ def test_a_file_that_leaves_room_gets_a_larger_plan_if_that_loses_less(
     result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
     assert any("a larger plan is tried" in note for note in progress.notes)
     assert len(seen) == 2
-    assert seen[0].predicted_bytes < seen[1].predicted_bytes
     assert result.plan == seen[1 if is_better else 0]
 
 
