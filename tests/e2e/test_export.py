@@ -1,5 +1,6 @@
 """Files for other runtimes run on the stock runtimes and compute what the graph computes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 import tersor
+from tersor.backends import openvino
 from tests.e2e.helpers import Finished
 
 # A value at the border of two codes may fall to either side; a flip moves an output by a step.
 FLIPS = 1e-3
-# OpenVINO computes in bf16 by itself where the processor can; on one it gave numbers of no use now and then.
+# OpenVINO computes in bf16 by itself where the processor can.
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
@@ -39,6 +41,19 @@ def test_openvino_reads_its_own_format(
     compiled = ov.Core().compile_model(ov.Core().read_model(path), "CPU", F32)
     batch = images["test"][:size]
     check(compiled(batch.numpy())[0], finished, batch)
+
+
+def test_its_eight_bit_linears_are_products(
+    finished: Finished, images: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """OpenVINO computes them wrongly as convolutions where the batch is open and 1."""
+    result = finished.result
+    choice = replace(result.plan.choice, options={"int8_linear": "convolution"})
+    openvino.export_ir(result._final.graph, {}, choice, tmp_path / "x.xml")
+    model = ov.Core().read_model(tmp_path / "x.xml")
+    assert "Transpose" not in {op.get_type_name() for op in model.get_ordered_ops()}
+    batch = images["test"][:1]
+    check(ov.Core().compile_model(model, "CPU", F32)(batch.numpy())[0], finished, batch)
 
 
 def test_onnx_runs_on_onnxruntime_and_on_openvino(
