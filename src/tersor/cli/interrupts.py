@@ -23,19 +23,22 @@ def noted() -> Iterator[None]:
         return
     try:
         yield
+    except Exception as error:  # such as an extension whose import it broke off
+        check(error)
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
         _seen = False
 
 
-def check() -> None:
+def check(cause: Exception | None = None) -> None:
     """Raise what was noted.
 
     Raises:
         KeyboardInterrupt: An interrupt came, and the run went on.
     """
     if _seen:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt from cause
 
 
 def _note(number: int, frame: FrameType | None) -> None:
