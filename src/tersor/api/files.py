@@ -67,7 +67,7 @@ def pack_artifact(
         choices={choice.backend: choice},
         plan=facts.plan,
         verdict=facts.verdict,
-        ranges=_ranges(session, graph),
+        ranges=ranges_of(session),
         metadata={} if facts.report is None else {_REPORT: to_json(facts.report)},
     )
     tensors = {n: _raw(t) for n, t in graph_tensors(graph).items() if n not in graph.packed}
@@ -86,25 +86,31 @@ def _raw(tensor: Tensor) -> RawTensor:
     return RawTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
 
 
-def _ranges(session: Session, graph: Graph) -> Ranges:
-    """What calibration saw of each float input and output; ids below the embedding's rows."""
-    part = session.parts["calibration"]
+def ranges_of(session: Session) -> Ranges:
+    """What calibration saw of each float input and output; ids below the embedding's rows; read once a session."""
+    if not session.ranges:
+        session.ranges["original"] = _ranges(session)
+    return session.ranges["original"]
+
+
+def _ranges(session: Session) -> Ranges:
+    specs, part = session.graph.signature, session.parts["calibration"]
     columns = zip(*part.groups, strict=True)
     inputs = {
         spec.name: found
-        for spec, tensors in zip(graph.signature.inputs, columns, strict=True)
+        for spec, tensors in zip(specs.inputs, columns, strict=True)
         if (found := _input_range(session, spec, tensors)) is not None
     }
     results = [session.graph.run(flat) for flat in part.limited(_RANGE_SAMPLES).batches(16)]
     outputs = {
         spec.name: _range(tensors)
-        for spec, tensors in zip(graph.signature.outputs, zip(*results, strict=True), strict=True)
+        for spec, tensors in zip(specs.outputs, zip(*results, strict=True), strict=True)
         if tensors[0].is_floating_point() and all(t.numel() for t in tensors)
     }
-    return Ranges(inputs=inputs, outputs=outputs, spreads=nan_spreads(session))
+    return Ranges(inputs=inputs, outputs=outputs, spreads=_nan_spreads(session))
 
 
-def nan_spreads(session: Session) -> dict[str, tuple[str, ...]]:
+def _nan_spreads(session: Session) -> dict[str, tuple[str, ...]]:
     """Float input -> the outputs that are all NaN in the original where the input is all NaN."""
     specs = session.graph.signature
     flat = [t[:1].clone() for t in session.parts["calibration"].groups[0]]

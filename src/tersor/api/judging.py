@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersor.api.files import nan_spreads
+from tersor.api.files import ranges_of
 from tersor.api.final import Final
 from tersor.api.latency import measure_calls
 from tersor.api.quality import original_score, score
 from tersor.api.session import Session, metric_of
 from tersor.api.stages import build_for, eager_call
-from tersor.artifact.manifest import Ranges
 from tersor.build.build import Built
 from tersor.core.records import (
     Prices,
@@ -50,8 +49,8 @@ class Decision:
 
 def runner_for(session: Session, built: Built) -> Runner:
     """A build with the original's calling convention."""
-    ranges = Ranges(spreads=nan_spreads(session))
-    return Runner(built.executable, session.graph.signature, built.choice.batch, ranges=ranges)
+    signature, ranges = session.graph.signature, ranges_of(session)
+    return Runner(built.executable, signature, built.choice.batch, ranges=ranges)
 
 
 @dataclass(frozen=True, kw_only=True)

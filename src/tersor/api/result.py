@@ -191,6 +191,7 @@ class Result:
         for _ in range(_STEPS_BACK):
             if not self._choice.tables or self._is_baseline:  # it was given
                 break
+            over = 0
             if limit is not None and made.loss > limit:
                 run.session.progress.note(
                     f"the final weights lose {made.loss:.4g} on the search part, allowed were "
@@ -202,15 +203,13 @@ class Result:
                     f"the file would take about {over} bytes more than asked for: a smaller plan is chosen"
                 )
                 room = replace(room, spare_bytes=room.spare_bytes + over)
+            elif limit is None:
+                return self._larger(made, room, free=-over)
             else:
                 break
-            self._choice = choose_plan(
-                run.session, run.offered, run.prices, self._quality,
-                room=room, known=self._choice.evaluations,
-            )  # fmt: skip
-            self._take(self._choice)
+            self._take(self._chosen(room))
             made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
-        return self._larger(made, room) if limit is None else made
+        return made
 
     @property
     def _is_to_fit(self) -> bool:
@@ -218,29 +217,28 @@ class Result:
         most = budget_bytes(self.target, self._run.session.original_bytes)
         return most is not None and self._plan.predicted_bytes <= most
 
+    def _chosen(self, room: Room) -> ChoiceRecord:
+        """A plan that leaves so much of the target, knowing what was evaluated for the one before."""
+        run, known = self._run, self._choice.evaluations
+        return choose_plan(
+            run.session, run.offered, run.prices, self._quality, room=room, known=known
+        )
+
     def _take(self, choice: ChoiceRecord) -> None:
         self._choice, self._plan = choice, choice.plan
         self._is_baseline, self._reason = choice.is_baseline, choice.reason
 
-    def _larger(self, made: Made, room: Room) -> Made:
-        """The final graph of a larger plan, where the file leaves room for one that loses less; or the same."""
+    def _larger(self, made: Made, room: Room, free: int) -> Made:
+        """The final graph of a larger plan, where the file leaves bytes free and that one loses less; or the same."""
         run, before = self._run, self._choice
         most = budget_bytes(self.target, run.session.original_bytes)
-        if most is None or not before.tables or self._is_baseline:
-            return made
-        free = -self._bytes_over(made)
-        if free < _WORTH * most:
+        if most is None or free < _WORTH * most:
             return made
         run.session.progress.note(
             f"the file would leave {free} bytes of those allowed: a larger plan is tried"
         )
         room = replace(room, spare_bytes=room.spare_bytes - int(free * _CAUTION))
-        self._take(
-            choose_plan(
-                run.session, run.offered, run.prices, self._quality,
-                room=room, known=before.evaluations,
-            )
-        )  # fmt: skip
+        self._take(self._chosen(room))
         if not self._is_baseline:
             larger = make_final(run.session, run.offered, self._plan, self._quality, self._key)
             if larger.loss < made.loss and self._bytes_over(larger) <= 0:

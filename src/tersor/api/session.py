@@ -19,6 +19,7 @@ from tersor.analyse.widths import unit_size, width_sites
 from tersor.api.agreeing import Beating, agree
 from tersor.api.taught import Taught, read_taught
 from tersor.api.tiles import Tiles, device_tiles
+from tersor.artifact.manifest import Ranges
 from tersor.build.reference import GraphExecutable
 from tersor.capture.detector import Detector, Intake, split_detector
 from tersor.capture.module import Captured, capture
@@ -124,6 +125,7 @@ class Session:
     bases: dict[str, tuple[Graph, Axes]] = field(default_factory=dict)  # without some branches
     scores: dict[str, float] = field(default_factory=dict)  # of the original, by metric
     answers: dict[str, list[Tensor]] = field(default_factory=dict)  # its classes, by metric
+    ranges: dict[str, Ranges] = field(default_factory=dict)  # of the original: one, once known
     fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
     heads: dict[str, Heads | None] = field(default_factory=dict)  # width -> how its heads lie
     detector: Detector | None = None  # whose core the captured model is

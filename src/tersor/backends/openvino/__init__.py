@@ -5,7 +5,6 @@ so artifacts run in an environment without torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,9 +148,6 @@ def export_ir(
 ) -> None:
     """Write ``path`` (.xml) and the .bin beside it, which stock OpenVINO reads.
 
-    8-bit linears stay products there: as convolutions, where the batch is open, OpenVINO (2026.4) computes wrong
-    numbers at a batch of 1.
-
     Raises:
         ConfigError: A path that does not end in .xml.
         BackendError: A graph that can't be converted.
@@ -163,8 +159,6 @@ def export_ir(
     from tersor.backends.openvino.executable import written
     from tersor.core.store import write_atomic
 
-    if "int8_linear" in choice.options:
-        choice = replace(choice, options={**choice.options, "int8_linear": "linear"})
     model = to_openvino_model(graph, shapes, choice)
     xml, weights = written(model)
     write_atomic(target.with_suffix(".bin"), weights)

@@ -32,13 +32,17 @@ _AUTOMATIC = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")  # names that count what a pro
 def assemble(graph: Graph, shapes: Shapes, *, linear_as_convolution: bool) -> Any:
     """The ov.Model of a graph: inputs and outputs in the signature's order and by its names.
 
+    Linears become convolutions only where every input has a shape: with an open batch OpenVINO (2026.4) computes wrong
+    numbers behind such a one at a batch of 1 (a factor a channel and a quantiser that are fused into it).
+
     Raises:
         BackendError: An op without conversion.
         ShapeError: Shapes that the graph can't take.
     """
     parts = split(graph.module)
     skeleton = skeleton_of(graph, parts)
-    assembly = Assembly(skeleton, linear_as_convolution=linear_as_convolution)
+    is_fixed = all(spec.name in shapes for spec in graph.signature.inputs)
+    assembly = Assembly(skeleton, linear_as_convolution=linear_as_convolution and is_fixed)
     model = assembly.finish(parts.operations, parts.additions)
     _name_ends(model, graph.signature)
     positions = {spec.name: i for i, spec in enumerate(graph.signature.inputs)}
