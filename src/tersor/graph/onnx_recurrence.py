@@ -11,40 +11,27 @@ aten = torch.ops.aten
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Op -> how it is written in ONNX, for ``torch.onnx.export``."""
-    return {aten.rnn_tanh.input: _tanh, aten.rnn_relu.input: _relu}
+    return {aten.rnn_tanh.input: _written("Tanh"), aten.rnn_relu.input: _written("Relu")}
 
 
-# The exporter reads what arguments are from these names and annotations, which are the op's own.
-def _tanh(  # noqa: PLR0913, PLR0917
-    input: Any,  # noqa: A002
-    hx: Any,
-    params: Sequence[Any],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> Any:
-    del has_biases, dropout, train  # seen from the weights, and of training
-    layers = _split(params, num_layers, 2 if bidirectional else 1)
-    return _sequence(input, hx, layers, batch_first=batch_first, kind="Tanh")
+def _written(kind: str) -> Callable[..., Any]:
+    # The exporter reads what arguments are from these names and annotations, which are the op's own.
+    def layers(  # noqa: PLR0913, PLR0917
+        input: Any,  # noqa: A002
+        hx: Any,
+        params: Sequence[Any],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Any:
+        del has_biases, dropout, train  # seen from the weights, and of training
+        weights = _split(params, num_layers, 2 if bidirectional else 1)
+        return _sequence(input, hx, weights, batch_first=batch_first, kind=kind)
 
-
-def _relu(  # noqa: PLR0913, PLR0917
-    input: Any,  # noqa: A002
-    hx: Any,
-    params: Sequence[Any],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> Any:
-    del has_biases, dropout, train
-    layers = _split(params, num_layers, 2 if bidirectional else 1)
-    return _sequence(input, hx, layers, batch_first=batch_first, kind="Relu")
+    return layers
 
 
 def _split(weights: Sequence[Any], layers: int, ways: int) -> list[list[Sequence[Any]]]:

@@ -33,6 +33,19 @@ def test_a_lost_interrupt_comes_again(
     progress.note("what comes after is another run")
 
 
+def test_an_error_that_it_caused_is_the_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt) as ended, noted():
+        raise_as_an_import_does()
+    assert isinstance(ended.value.__cause__, ImportError)
+    with pytest.raises(ImportError), noted():
+        raise ImportError("of its own")
+
+
+def raise_as_an_import_does() -> None:
+    lose_one()
+    raise ImportError("initialization failed")
+
+
 def test_without_one_nothing_is_raised() -> None:
     with noted():
         check()
