@@ -439,31 +439,38 @@ def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(
     assert result.verdict.size_bytes <= most
 
 
-@pytest.mark.parametrize("is_better", [True, False])
-def test_a_file_that_leaves_room_gets_a_larger_plan_if_that_loses_less(
+@pytest.mark.parametrize(
+    ("loss", "share", "is_taken"), [(0.0, 0.9, True), (0.5, 0.9, False), (0.0, 1.1, False)]
+)
+def test_a_file_that_leaves_room_gets_a_larger_plan_that_fits_and_loses_less(
     again: Callable[..., Result],
     lenet_run: Finished,
     monkeypatch: pytest.MonkeyPatch,
+    loss: float,
+    share: float,
     *,
-    is_better: bool,
+    is_taken: bool,
 ) -> None:
     most = lenet_run.result.verdict.original_bytes / 3.0
     real, seen = make_final, []
 
     def made(session: Any, offered: Any, plan: Plan, quality: Any, key: str) -> Made:
         seen.append(plan)
-        loss = 0.0 if is_better and len(seen) > 1 else 0.5
-        return replace(real(session, offered, plan, quality, key), loss=loss)
+        known = real(session, offered, plan, quality, key)
+        return replace(known, loss=0.5 if len(seen) == 1 else loss)
 
     monkeypatch.setattr("tersor.api.result.make_final", made)
-    monkeypatch.setattr("tersor.api.result.artifact_size", lambda *_: round(0.8 * most))
+    monkeypatch.setattr(
+        "tersor.api.result.artifact_size",
+        lambda *_: round(most * (0.8 if len(seen) == 1 else share)),
+    )
     monkeypatch.setattr("tersor.api.result.carried_size", lambda *_, **_named: 0)
     monkeypatch.setattr("tersor.api.result._NEARLY", 0.0)
     progress = Recorded()
     result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
     assert any("a larger plan is tried" in note for note in progress.notes)
     assert len(seen) == 2
-    assert result.plan == seen[1 if is_better else 0]
+    assert result.plan == seen[1 if is_taken else 0]
 
 
 def test_another_seed_is_another_run(lenet_run: Finished, images: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tersor.backends.openvino.skeleton import skeleton_of
@@ -41,7 +42,8 @@ def _flat(found: tuple[Tensor, object]) -> list[Tensor]:
 def test_shapes_are_those_of_the_op(kind: str, batch_first: bool) -> None:
     layer = KINDS[kind](batch_first=batch_first)
     wanted = _flat(layer(random(3, 5, 6)))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), opaque():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad(), enable_python_dispatcher(), opaque():
         found = _flat(layer(torch.empty(3, 5, 6)))
     assert [t.shape for t in found] == [t.shape for t in wanted]
     assert [t.stride() for t in found] == [t.stride() for t in wanted]
