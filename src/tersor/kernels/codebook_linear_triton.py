@@ -10,7 +10,7 @@ one of the choices, too.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from tersor.kernels.codebook_launches import (
 )
 from tersor.kernels.codebook_mma_triton import codebook_mma_kernel
 from tersor.kernels.codebook_weight import WORD, codebook_linear_reference
-from tersor.kernels.tiles import choose, is_real, take_near
+from tersor.kernels.tiles import choose, is_real, result, take_near
 
 # What two launches may differ by, as a share of the result's norm: some roundings of bfloat16. Operands in
 # another order than the instruction takes them in are off by the norm itself.
@@ -264,13 +264,15 @@ def codebook_linear_cuda(
     """As ``codebook_linear.codebook_linear``, of [rows, inp], by the kernels."""
     x = x.contiguous()
     weight = Weight(words, tables, planes, scales, bits, inputs, group)
-    if is_real(x) and x.shape[0]:
-        key = _key(x, weight)
-        if key not in _CHOSEN and not take_near(_CHOSEN, key, _known(x, weight)):
-            call = _in_turn(cycle(_copies(words)), x, weight, bias)
-            choose(_CHOSEN, key, _candidates(x, weight), call)
-    found: Tensor = codebook_linear_op(x, words, tables, planes, scales, bias, bits, inputs, group)
-    return found
+    call = partial(codebook_linear_op, x, words, tables, planes, scales, bias, bits, inputs, group)
+    if not is_real(x) or not x.shape[0]:
+        found: Tensor = call()
+        return found
+    key, is_measured = _key(x, weight), False
+    if key not in _CHOSEN and not take_near(_CHOSEN, key, _known(x, weight)):
+        turns = _in_turn(cycle(_copies(words)), x, weight, bias)
+        is_measured = choose(_CHOSEN, key, _candidates(x, weight), turns)
+    return result(call, is_measured=is_measured)
 
 
 def _known(x: Tensor, weight: Weight) -> tuple[Launch, ...]:

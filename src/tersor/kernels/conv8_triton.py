@@ -15,7 +15,7 @@ from torch.library import triton_op, wrap_triton
 from triton import knobs
 
 from tersor.kernels import conv8_kernels_triton as kernels
-from tersor.kernels.tiles import choose, is_real
+from tersor.kernels.tiles import choose, is_real, result
 
 
 class Tile(NamedTuple):
@@ -126,7 +126,7 @@ def _small(
     return tuple(dict.fromkeys(found))
 
 
-def choose_tile(key: _Key, candidates: Sequence[Tile], call: Any) -> None:
+def choose_tile(key: _Key, candidates: Sequence[Tile], call: Any) -> bool:
     """Measure a shape's tiles by recorded calls on the device, once a process, and keep the fastest.
 
     Args:
@@ -134,10 +134,13 @@ def choose_tile(key: _Key, candidates: Sequence[Tile], call: Any) -> None:
         candidates: To choose from, at least one.
         call: The call itself; it reads the table of chosen tiles.
 
+    Returns:
+        Whether anything was measured.
+
     Raises:
         OutOfResources: The device has no room for any tile.
     """
-    choose(_CHOSEN, key, candidates, call)
+    return choose(_CHOSEN, key, candidates, call)
 
 
 @triton_op("tersor::conv8", mutates_args={})
@@ -297,10 +300,10 @@ def conv8_cuda(
         conv8_op, images, kernel, scale, offset, other, *steps, dtype, low, high,
         residual_gain, shift, bounds,
     )  # fmt: skip
+    is_measured = True
     if is_real(images):
         out, down, across, inp = kernel.shape
         candidates = tiles(_pixels(images, kernel, *steps), out, (down, across), inp)
         key = _key(images, kernel, offset, other, *steps, dtype, bounds)
-        choose_tile(key, candidates, call)
-    found: Tensor = call()
-    return found.permute(0, 3, 1, 2)
+        is_measured = choose_tile(key, candidates, call)
+    return result(call, is_measured=is_measured).permute(0, 3, 1, 2)

@@ -25,7 +25,7 @@ from tersor.kernels.linear8_triton import (
     key_of,
     launch,
 )
-from tersor.kernels.tiles import is_real
+from tersor.kernels.tiles import is_real, result
 
 _FUSED = "fused"  # the way of the Triton kernel
 _TRIES_MS = 4  # of device time a way, in each round
@@ -88,7 +88,7 @@ def _way_of(codes: Tensor, weight: Tensor, dtype: torch.dtype, activation: int) 
     return next((w for w in WAYS if choice is not None and w == choice.way), None)
 
 
-def choose_way(key: Key, ways: tuple[Way, ...], call: Callable[[], object]) -> None:
+def choose_way(key: Key, ways: tuple[Way, ...], call: Callable[[], object]) -> bool:
     """Measure a shape's ways by recorded calls on the device, once a process, and keep the fastest.
 
     Args:
@@ -96,15 +96,18 @@ def choose_way(key: Key, ways: tuple[Way, ...], call: Callable[[], object]) -> N
         ways: Of the library, that take the shape.
         call: The call itself; it reads ``CHOICES``.
 
+    Returns:
+        Whether anything was measured.
+
     Raises:
         OutOfResources: The device has no room for any tile of the fused kernel.
     """
     if key in CHOICES:
-        return
-    choose_tile(key, call)  # no choice is known yet: it is the fused kernel's
+        return False
+    is_measured = choose_tile(key, call)  # no choice is known yet: it is the fused kernel's
     if not ways:
         CHOICES[key] = Choice(way=_FUSED)
-        return
+        return is_measured
     ms: dict[str, float] = {}
     refused: dict[str, str] = {}
     for way in (_FUSED, *ways) * _ROUNDS:
@@ -125,6 +128,7 @@ def choose_way(key: Key, ways: tuple[Way, ...], call: Callable[[], object]) -> N
     best = min(ms, key=lambda w: ms[w])
     is_sure = ms[best] < _SURE * ms[_FUSED]
     CHOICES[key] = Choice(way=best if is_sure else _FUSED, ms=ms, refused=refused)
+    return True
 
 
 def linear8_cuda(
@@ -149,9 +153,11 @@ def linear8_cuda(
         linear8_op, rows, weight, scale, offset, scale if inverse is None else inverse,
         dtype, kind, inverse is not None, zero, least, limit,
     )  # fmt: skip
+    is_measured = True
     if is_real(rows):
         key = key_of(rows, weight, dtype, kind)
         is_last = inverse is None and activation == "none"
-        choose_way(key, library_ways(rows, weight, dtype, is_last=is_last), call)
-    found: Tensor = call()
+        ways = library_ways(rows, weight, dtype, is_last=is_last)
+        is_measured = choose_way(key, ways, call)
+    found = result(call, is_measured=is_measured)
     return found.reshape(*codes.shape[:-1], weight.shape[0])

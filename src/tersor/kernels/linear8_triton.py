@@ -191,17 +191,20 @@ def _tiles(rows: int) -> tuple[Tile, ...]:
     return _FLAT if rows <= _FEW else _TALL
 
 
-def choose_tile(key: Key, call: Callable[[], object]) -> None:
+def choose_tile(key: Key, call: Callable[[], object]) -> bool:
     """Measure a shape's tiles by recorded calls on the device, once a process, and keep the fastest.
 
     Args:
         key: What tells calls of different speeds apart.
         call: The call itself; it reads ``CHOSEN``.
 
+    Returns:
+        Whether anything was measured.
+
     Raises:
         OutOfResources: The device has no room for any tile.
     """
-    choose(CHOSEN, key, _tiles(key[0]), call)
+    return choose(CHOSEN, key, _tiles(key[0]), call)
 
 
 def launch(

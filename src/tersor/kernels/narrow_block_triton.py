@@ -17,7 +17,7 @@ from tersor.kernels.narrow_block_kernels_triton import (
     narrow_first_kernel,
     narrow_second_kernel,
 )
-from tersor.kernels.tiles import choose, is_real
+from tersor.kernels.tiles import choose, is_real, result
 
 Form = Literal["images", "tiles"]
 
@@ -148,10 +148,10 @@ def narrow_block_cuda(
     stride: int,
 ) -> Tensor:
     """As ``narrow_block.narrow_block``, by the kernels."""
-    call = partial(narrow_block_op, x, first, first_bias, second, second_bias, short, stride)
+    arguments = x, first, first_bias, second, second_bias, short, stride
+    call: partial[Tensor] = partial(narrow_block_op, *arguments)
     out = second.shape[1]
-    if is_real(x) and x.shape[0]:
-        key = _key(x, out, stride, is_plain=short is None)
-        choose(_CHOSEN, key, launches(out), call)
-    found: Tensor = call()
-    return found
+    if not is_real(x) or not x.shape[0]:
+        return call()
+    key = _key(x, out, stride, is_plain=short is None)
+    return result(call, is_measured=choose(_CHOSEN, key, launches(out), call))

@@ -4,21 +4,51 @@ Torch's own compiler would tune a kernel at its first shape and keep that for ev
 so that kernels choose here, when a call is first made outside of a compiler.
 
 A tile takes a second or two to compile, and most shapes need it compiled anew. Prices build dozens of variants
-of a model whose layers are a little narrower: such a shape takes what was measured at a near one.
+of a model whose layers are a little narrower: such a shape takes what was measured at a near one, and its kernel is not
+compiled here at all, as the compiler does it again in any case, many at once in processes of their own.
 """
 
-from collections.abc import Callable, Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 
 Key = TypeVar("Key", bound=Hashable)
 Tile = TypeVar("Tile")
 _TRIES_MS = 4  # of device time a tile
 _SMALL = 16  # sizes up to which shapes are not near but equal
+_IS_CHOOSING: ContextVar[bool] = ContextVar("is_choosing", default=False)
+
+
+@contextmanager
+def choosing() -> Iterator[None]:
+    """Run a module for its kernels' choices alone: calls of shapes that need no measurement give zeros."""
+    token = _IS_CHOOSING.set(True)
+    try:
+        yield
+    finally:
+        _IS_CHOOSING.reset(token)
+
+
+def result(call: Callable[[], Tensor], *, is_measured: bool) -> Tensor:
+    """What a call gives; zeros of its shape, with nothing compiled, where choices alone are wanted.
+
+    Args:
+        call: Of one op, with its arguments.
+        is_measured: Its shape was just measured, so that its kernel is compiled already.
+    """
+    if is_measured or not _IS_CHOOSING.get():
+        return call()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        like = call()
+        shape, stride, dtype, device = tuple(like.shape), like.stride(), like.dtype, like.device
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -48,7 +78,7 @@ def take_near(chosen: MutableMapping[Key, Tile], key: Key, tiles: Sequence[Tile]
 
 def choose(
     chosen: MutableMapping[Key, Tile], key: Key, tiles: Sequence[Tile], call: Callable[[], object]
-) -> None:
+) -> bool:
     """Measure a shape's tiles by recorded calls on the device, and keep the fastest.
 
     A shape whose sizes lie between the same powers of two as a measured one's takes its tile, if it is one of
@@ -60,11 +90,14 @@ def choose(
         tiles: To choose from, at least one.
         call: The call itself; it reads ``chosen``.
 
+    Returns:
+        Whether anything was measured.
+
     Raises:
         OutOfResources: The device has no room for any tile.
     """
     if key in chosen or take_near(chosen, key, tiles):
-        return
+        return False
     times: dict[Tile, float] = {}
     problem = None
     for tile in tiles:
@@ -80,3 +113,4 @@ def choose(
     if problem is not None and not times:
         raise problem
     chosen[key] = min(times, key=lambda t: times[t])
+    return True

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,20 @@ def compile_module(
         return Compiled(call=module)
     with _quiet():
         if not is_open and any(n.target in _TUNED for n in module.graph.nodes):
-            module(*example)  # kernels choose their tiles for these shapes, which no compiler does
+            _choose_tiles(module, example)
         if options.mode == "package":
             return _packaged(module, example, is_open=is_open, is_tuned=options.tuned)
         return _just_in_time(module, example, options, is_open=is_open)
+
+
+def _choose_tiles(module: fx.GraphModule, example: Sequence[Tensor]) -> None:
+    """Kernels choose how they are launched for these shapes, which no compiler does."""
+    if find_spec("triton") is None:
+        return
+    from tersor.kernels.tiles import choosing
+
+    with choosing():
+        module(*example)
 
 
 @contextmanager
