@@ -95,7 +95,7 @@ CASES = [(shape, 40) for shape in SHAPES] + [(SHAPES[2], 1), (SHAPES[5], 1)]
 @pytest.fixture
 def _first_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured: compiling every tile takes minutes."""
-    monkeypatch.setattr(conv8_triton, "choose_tile", lambda *_: None)
+    monkeypatch.setattr(conv8_triton, "choose_tile", lambda *_: True)
 
 
 @pytest.mark.usefixtures("_first_tile")

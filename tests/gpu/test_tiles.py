@@ -13,7 +13,7 @@ from tersor.kernels.codebook_linear import codebook_linear
 from tersor.kernels.conv8 import conv8
 from tersor.kernels.linear8 import linear8
 from tersor.kernels.narrow_block import narrow_block
-from tersor.kernels.tiles import choosing
+from tersor.kernels.tiles import Chosen, choosing
 from tests.unit.kernels import interpreted_narrow
 from tests.unit.kernels.interpreted_codebook import weight_of
 
@@ -68,7 +68,7 @@ def test_a_chosen_shape_is_not_computed_while_others_are_chosen(
         (codebook, "_CHOSEN"),
         (narrow_block_triton, "_CHOSEN"),
     ):
-        monkeypatch.setattr(home, name, {})
+        monkeypatch.setattr(home, name, {} if name == "CHOICES" else Chosen())
     call = made()
     with choosing():
         measured = call()

@@ -40,7 +40,7 @@ from tersor.kernels.codebook_launches import (
 )
 from tersor.kernels.codebook_mma_triton import codebook_mma_kernel
 from tersor.kernels.codebook_weight import WORD, codebook_linear_reference
-from tersor.kernels.tiles import choose, is_real, result, take_near
+from tersor.kernels.tiles import Chosen, choose, is_exact, is_real, result, take_near
 
 # What two launches may differ by, as a share of the result's norm: some roundings of bfloat16. Operands in
 # another order than the instruction takes them in are off by the norm itself.
@@ -54,7 +54,7 @@ _KERNELS = {"dot": codebook_dot_kernel, "mma": codebook_mma_kernel}
 # The interpreter that tests on CPUs use knows no assembly.
 _NATIVE = not knobs.runtime.interpret
 _Key = tuple[Any, ...]
-_CHOSEN: dict[_Key, Launch] = {}
+_CHOSEN: Chosen[_Key, Launch] = Chosen()
 
 
 class Weight(NamedTuple):
@@ -269,7 +269,8 @@ def codebook_linear_cuda(
         found: Tensor = call()
         return found
     key, is_measured = _key(x, weight), False
-    if key not in _CHOSEN and not take_near(_CHOSEN, key, _known(x, weight)):
+    is_known = key in _CHOSEN and not (is_exact() and key in _CHOSEN.taken)
+    if not is_known and not take_near(_CHOSEN, key, _known(x, weight)):
         turns = _in_turn(cycle(_copies(words)), x, weight, bias)
         is_measured = choose(_CHOSEN, key, _candidates(x, weight), turns)
     return result(call, is_measured=is_measured)

@@ -15,7 +15,7 @@ from torch.library import triton_op, wrap_triton
 from triton import knobs
 
 from tersor.kernels import conv8_kernels_triton as kernels
-from tersor.kernels.tiles import choose, is_real, result
+from tersor.kernels.tiles import Chosen, Size, choose, is_real, result
 
 
 class Tile(NamedTuple):
@@ -42,7 +42,7 @@ _FINISH = (16, 64, 4)  # pixels, channels, warps of the second kernel
 _HAS_ASSEMBLY = not knobs.runtime.interpret
 _FINITE = torch.finfo(torch.float32).max  # no compiler has to write an infinity
 _Key = tuple[Any, ...]
-_CHOSEN: dict[_Key, Tile] = {}
+_CHOSEN: Chosen[_Key, Tile] = Chosen()
 
 
 @cache
@@ -140,7 +140,13 @@ def choose_tile(key: _Key, candidates: Sequence[Tile], call: Any) -> bool:
     Raises:
         OutOfResources: The device has no room for any tile.
     """
-    return choose(_CHOSEN, key, candidates, call)
+    return choose(_CHOSEN, key, candidates, call, _alike)
+
+
+def _alike(measured: Tile, tile: Tile) -> bool:
+    """The same but for what channels give: outputs and the block of the inner dimension."""
+    same = measured.pixels == tile.pixels and measured.warps == tile.warps
+    return same and (measured.splits > 1) == (tile.splits > 1)
 
 
 @triton_op("tersor::conv8", mutates_args={})
@@ -265,9 +271,10 @@ def _key(
     inner: Sequence[float],
 ) -> _Key:
     other = None if residual is None else residual.dtype
+    out, down, across, inp = weight.shape
     return (
-        tuple(codes.shape), tuple(weight.shape), tuple(stride), tuple(padding), codes.dtype, dtype,
-        other, offset.shape[0] > 1, len(inner), str(codes.device),
+        tuple(map(Size, codes.shape)), Size(out), down, across, Size(inp), tuple(stride), tuple(padding), codes.dtype,
+        dtype, other, offset.shape[0] > 1, len(inner), str(codes.device),
     )  # fmt: skip
 
 

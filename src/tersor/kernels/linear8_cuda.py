@@ -25,7 +25,7 @@ from tersor.kernels.linear8_triton import (
     key_of,
     launch,
 )
-from tersor.kernels.tiles import is_real, result
+from tersor.kernels.tiles import is_exact, is_real, nearest, result
 
 _FUSED = "fused"  # the way of the Triton kernel
 _TRIES_MS = 4  # of device time a way, in each round
@@ -39,7 +39,8 @@ class Choice:
 
     Attributes:
         way: ``fused``, or a way of the library.
-        ms: Way -> median time of one call, the least of three rounds.
+        ms: Way -> median time of one call, the least of three rounds; empty where there is one way, or a near
+            shape's was taken.
         refused: Way -> what the library said.
     """
 
@@ -102,12 +103,31 @@ def choose_way(key: Key, ways: tuple[Way, ...], call: Callable[[], object]) -> b
     Raises:
         OutOfResources: The device has no room for any tile of the fused kernel.
     """
-    if key in CHOICES:
+    if key in CHOICES and (CHOICES[key].ms or not is_exact()):
         return False
+    CHOICES.pop(key, None)
     is_measured = choose_tile(key, call)  # no choice is known yet: it is the fused kernel's
-    if not ways:
-        CHOICES[key] = Choice(way=_FUSED)
+    taken = _FUSED if not ways else None if is_measured or is_exact() else _near_way(key, ways)
+    if taken is not None:
+        CHOICES[key] = Choice(way=taken)
         return is_measured
+    ms, refused = _measured(key, ways, call)
+    best = min(ms, key=lambda w: ms[w])
+    is_sure = ms[best] < _SURE * ms[_FUSED]
+    CHOICES[key] = Choice(way=best if is_sure else _FUSED, ms=ms, refused=refused)
+    return True
+
+
+def _near_way(key: Key, ways: tuple[Way, ...]) -> str | None:
+    """The way of the nearest measured shape that this one has as well."""
+    near = nearest([k for k, choice in CHOICES.items() if choice.ms], key)
+    return next((CHOICES[k].way for k in near if CHOICES[k].way in (_FUSED, *ways)), None)
+
+
+def _measured(
+    key: Key, ways: tuple[Way, ...], call: Callable[[], object]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The time of each way, and what the library said of those that it refused."""
     ms: dict[str, float] = {}
     refused: dict[str, str] = {}
     for way in (_FUSED, *ways) * _ROUNDS:
@@ -125,10 +145,7 @@ def choose_way(key: Key, ways: tuple[Way, ...], call: Callable[[], object]) -> b
             refused[way] = str(error)
         finally:
             del CHOICES[key]
-    best = min(ms, key=lambda w: ms[w])
-    is_sure = ms[best] < _SURE * ms[_FUSED]
-    CHOICES[key] = Choice(way=best if is_sure else _FUSED, ms=ms, refused=refused)
-    return True
+    return ms, refused
 
 
 def linear8_cuda(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton import knobs
 
-from tersor.kernels.tiles import choose
+from tersor.kernels.tiles import Chosen, choose
 
 ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 Tile = tuple[int, int, int, int, int]  # M, N, K, warps, stages
@@ -34,7 +34,7 @@ _HAS_ASSEMBLY = not knobs.runtime.interpret
 # Kernels are marked @no_type_check: a checker of types wraps functions, and Triton would look for their
 # names in the wrapper's module.
 Key = tuple[int, int, int, torch.dtype, torch.dtype, int, str]
-CHOSEN: dict[Key, Tile] = {}
+CHOSEN: Chosen[Key, Tile] = Chosen()
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from tersor.kernels.narrow_block_kernels_triton import (
     narrow_first_kernel,
     narrow_second_kernel,
 )
-from tersor.kernels.tiles import choose, is_real, result
+from tersor.kernels.tiles import Chosen, choose, is_real, result
 
 Form = Literal["images", "tiles"]
 
@@ -48,7 +48,7 @@ _LAUNCHES: dict[int, tuple[Launch, ...]] = {
     64: (Launch("tiles", 64), Launch("images", 128, 2), Launch("images", 128, 2, 8)),
 }
 _Key = tuple[Any, ...]
-_CHOSEN: dict[_Key, Launch] = {}
+_CHOSEN: Chosen[_Key, Launch] = Chosen()
 
 
 def run(

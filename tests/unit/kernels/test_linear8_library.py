@@ -111,7 +111,7 @@ def test_the_fastest_way_is_kept_and_refused_ones_are_told(monkeypatch: pytest.M
         return times[seen[-1]]
 
     monkeypatch.setattr(module, "CHOICES", {})
-    monkeypatch.setattr(module, "choose_tile", lambda _key, _call: None)
+    monkeypatch.setattr(module, "choose_tile", lambda _key, _call: False)
     monkeypatch.setattr(module.triton.testing, "do_bench_cudagraph", bench)
     for _ in range(2):  # measured once
         module.choose_way(key, ("tensorwise", "rowwise"), call)
@@ -126,6 +126,9 @@ def test_the_fastest_way_is_kept_and_refused_ones_are_told(monkeypatch: pytest.M
     monkeypatch.setattr(module, "CHOICES", {})
     module.choose_way(key, ("tensorwise", "rowwise"), call)
     assert module.CHOICES[key].way == "fused"
+    longer = (2 * key[0], *key[1:])
+    module.choose_way(longer, ("tensorwise", "rowwise"), call)  # as the measured one
+    assert module.CHOICES[longer] == module.Choice(way="fused")
     few = x[:4]
     module.choose_way(module.key_of(few, w, FLOAT8, 2), (), call)
     assert module._way_of(few, w, FLOAT8, 2) is None

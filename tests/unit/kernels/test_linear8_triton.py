@@ -120,10 +120,32 @@ def test_no_checker_of_types_wraps_a_kernel() -> None:
         assert kernel.fn.__globals__ is vars(module), kernel.fn.__name__  # type: ignore[attr-defined]
 
 
+def test_a_build_for_a_file_measures_what_prices_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tersor.kernels import linear8_triton as module
+    from tersor.kernels.tiles import Chosen, choosing
+
+    large, middle, small = module._TALL
+    rest = (torch.int8, torch.bfloat16, 0, "cuda:0")
+    key = (4000, 900, 64, *rest)
+    monkeypatch.setattr(module, "CHOSEN", Chosen({(4096, 192, 32, *rest): large}))
+    times = {large: 3.0, middle: 1.0, small: 2.0}
+    monkeypatch.setattr(
+        module.triton.testing, "do_bench_cudagraph", lambda _call, **_: times[module.CHOSEN[key]]
+    )
+    with choosing():
+        assert not module.choose_tile(key, print)
+    assert module.CHOSEN[key] == large
+    with choosing(exactly=True):
+        assert module.choose_tile(key, print)
+        assert not module.choose_tile(key, print)
+    assert module.CHOSEN[key] == middle
+
+
 def test_the_fastest_tile_of_a_shape_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
     from tersor.kernels import linear8_triton as module
+    from tersor.kernels.tiles import Chosen
 
     key = (4096, 64, 32, torch.int8, torch.bfloat16, 0, "cuda:0")
     calls: list[Any] = []
@@ -138,7 +160,7 @@ def test_the_fastest_tile_of_a_shape_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 
         return measured
 
-    monkeypatch.setattr(module, "CHOSEN", {})
+    monkeypatch.setattr(module, "CHOSEN", Chosen())
     large, middle, small = module._TALL
     codes, weight = torch.zeros(4096, 64, dtype=torch.int8), torch.zeros(32, 64, dtype=torch.int8)
     monkeypatch.setattr(module.triton.testing, "do_bench_cudagraph", bench({}))
@@ -153,14 +175,14 @@ def test_the_fastest_tile_of_a_shape_is_kept(monkeypatch: pytest.MonkeyPatch) ->
         module.choose_tile(key, print)
         assert len(calls) == 6
     assert {key: small} == module.CHOSEN
-    near, far = (4000, 50, 20, *key[3:]), (4000, 70, 20, *key[3:])
-    module.choose_tile(near, print)  # between the same powers of two
+    near, far = (4000, 50, 20, *key[3:]), (4000, 140, 20, *key[3:])
+    module.choose_tile(near, print)  # no more than twice as large or small
     assert len(calls) == 6
     assert module.CHOSEN[near] == small
     module.choose_tile(far, print)
     assert len(calls) == 9
     assert far in module.CHOSEN
-    monkeypatch.setattr(module, "CHOSEN", {(*key[:-1], "cpu"): small})
+    monkeypatch.setattr(module, "CHOSEN", Chosen({(*key[:-1], "cpu"): small}))
     assert module._tile_of(codes, weight, torch.bfloat16, 0) == small
     assert module._tile_of(codes[:100], weight, torch.bfloat16, 0) == large
     assert module._tile_of(codes[:5], weight, torch.bfloat16, 0) == module._FLAT[0]

@@ -59,19 +59,19 @@ def compile_module(
         return Compiled(call=module)
     with _quiet():
         if not is_open and any(n.target in _TUNED for n in module.graph.nodes):
-            _choose_tiles(module, example)
+            _choose_tiles(module, example, exactly=options.mode == "package")
         if options.mode == "package":
             return _packaged(module, example, is_open=is_open, is_tuned=options.tuned)
         return _just_in_time(module, example, options, is_open=is_open)
 
 
-def _choose_tiles(module: fx.GraphModule, example: Sequence[Tensor]) -> None:
+def _choose_tiles(module: fx.GraphModule, example: Sequence[Tensor], *, exactly: bool) -> None:
     """Kernels choose how they are launched for these shapes, which no compiler does."""
     if find_spec("triton") is None:
         return
     from tersor.kernels.tiles import choosing
 
-    with choosing():
+    with choosing(exactly=exactly):
         module(*example)
 
 
