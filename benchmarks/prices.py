@@ -150,6 +150,14 @@ def resnet20() -> tuple[nn.Module, Any]:
     return models.resnet20().model, torch.randn(40, 1, 28, 28)
 
 
+def encoder() -> tuple[nn.Module, Any]:
+    """MiniLM-L6 without the package of its architecture, random weights: for a card."""
+    from benchmarks.gpu_compress import LENGTH, WORDS, MiniLM
+
+    ids = torch.randint(1000, WORDS, (64, LENGTH))
+    return MiniLM(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "resnet18": resnet18,
     "mobilenet_v2": mobilenet_v2,
@@ -157,15 +165,19 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "vit_s": vit_s,
     "minilm": minilm,
     "resnet20": resnet20,
+    "encoder": encoder,
 }
+DEFAULT = [name for name in CASES if name != "encoder"]
 
 
-def opened(name: str, backend: str) -> Session:
+def opened(name: str, backend: str, device: str, batch: int) -> Session:
     """A session on a model with a few samples."""
     torch.manual_seed(SEED)
     model, inputs = CASES[name]()
     data = tersor.Data(inputs if isinstance(inputs, list) else [inputs], output="values")
-    settings = Settings(backend=backend, progress=False, cache_dir=STORE)
+    settings = Settings(
+        backend=backend, device=device, batch=batch, progress=False, cache_dir=STORE
+    )
     return open_session(model.eval(), data, settings)
 
 
@@ -315,16 +327,17 @@ def make_tools(session: Session, made: Simple, choice: BuildChoice) -> PriceTool
         backend = session.backends[choice.backend]
         return backend.build(graph, shapes_of(graph.signature, choice.batch), choice)
 
-    reference = session.caller(build(choice, {}), 1)
+    batch = choice.batch
+    reference = session.caller(build(choice, {}), batch)
     timing = measure_calls(session, {"reference": reference}, CAREFUL)["reference"]
     return PriceTools(
         build=build,
-        run=lambda executable: session.caller(executable, 1)(),
+        run=lambda executable: session.caller(executable, batch)(),
         measure=lambda calls: measure_calls(session, calls, PRICING),
         reference=reference,
         reference_ms=timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
-        facts=lambda assignment: facts_of(session, made.changes(assignment), 1),
+        facts=lambda assignment: facts_of(session, made.changes(assignment), batch),
         note=print,
     )
 
@@ -467,15 +480,17 @@ def prepare(name: str, backend: str, options: argparse.Namespace) -> Bench:
     """Draw everything: the tests by the seed of the run, the builds of the fit as ``compress`` does."""
     precision: Precision | None = options.precision
     seed: int = options.seed
-    session = opened(name, backend)
+    session = opened(name, backend, options.device, options.batch)
     info = session.infos[0]
+    how = dict(info.choices[0] if info.choices else {})
+    how |= dict(word.split("=") for word in options.build)
     choice = BuildChoice(
         backend=backend,
-        device="cpu",
+        device=options.device,
         precision=precision or info.precisions[-1],
         threads=options.threads,
-        batch=1,
-        options=dict(info.choices[0] if info.choices else {}),
+        batch=options.batch,
+        options={n: v == "True" if v in ("True", "False") else v for n, v in how.items()},
     )
     formats, grid = format_levels(session, choice), grid_levels(session)
     others = other_levels(grid, np.random.default_rng([seed, 5]))
@@ -554,7 +569,11 @@ def with_isolated(row: Row, sums: Sequence[float], every: Sequence[Observation])
 def main() -> None:
     """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", choices=sorted(CASES), default=list(CASES))
+    parser.add_argument("--case", nargs="*", choices=sorted(CASES), default=DEFAULT)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--build", nargs="*", default=[], help="options of the build: name=value")
+    parser.add_argument("--out", help="a folder for results, in place of benchmarks/results")
     parser.add_argument("--backend", nargs="*", default=["openvino", "onnxruntime"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", help="of what is not int8; default: bf16 where it computes")
@@ -575,7 +594,8 @@ def main() -> None:
                 flush=True,
             )
             if not options.dry:
-                record.append(NAME, [row], seed=options.seed, settings=vars(options))
+                where = {"folder": Path(options.out)} if options.out else {}
+                record.append(NAME, [row], seed=options.seed, settings=vars(options), **where)
             gc.collect()
 
 
