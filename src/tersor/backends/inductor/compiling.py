@@ -1,11 +1,12 @@
 """A lowered module -> something to call: torch's own kernels, torch.compile, or a package."""
 
+import copy
 import ctypes
 import importlib
 import inspect
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -60,9 +61,10 @@ def compile_module(
     with _quiet():
         if not is_open and any(n.target in _TUNED for n in module.graph.nodes):
             _choose_tiles(module, example, exactly=options.mode == "package")
-        if options.mode == "package":
-            return _packaged(module, example, is_open=is_open, is_tuned=options.tuned)
-        return _just_in_time(module, example, options, is_open=is_open)
+        with _analysed_once():
+            if options.mode == "package":
+                return _packaged(module, example, is_open=is_open, is_tuned=options.tuned)
+            return _just_in_time(module, example, options, is_open=is_open)
 
 
 def _choose_tiles(module: fx.GraphModule, example: Sequence[Tensor], *, exactly: bool) -> None:
@@ -89,6 +91,47 @@ def _quiet() -> Iterator[None]:
         finally:
             if prints is not None:
                 select_algorithm.PRINT_AUTOTUNE = prints
+
+
+_ANALYSES = (
+    "identify_accessed_tensors",
+    "identify_mutated_tensors",
+)  # as torch calls it by version
+_ANALYSED: dict[Hashable, Any] = {}
+
+
+@contextmanager
+def _analysed_once() -> Iterator[None]:
+    """Keep what torch finds out about which arguments a kernel of this package writes.
+
+    It translates a kernel anew for every call in a graph, several times each (torch 2.11 to 2.13): seconds a
+    build. The answer depends on the switches among a kernel's constants, and on no size.
+    """
+    home: Any = importlib.import_module("torch._higher_order_ops.triton_kernel_wrap")
+    found = {name: getattr(home, name) for name in _ANALYSES if hasattr(home, name)}
+
+    def remembered(analyse: Callable[..., Any]) -> Callable[..., Any]:
+        def analysis(kernel: Any, kwargs: Mapping[str, Any], *more: Any) -> Any:
+            function = getattr(kernel, "fn", kernel)  # of a kernel and its tiles
+            if not str(getattr(function, "__module__", "")).startswith("tersor."):
+                return analyse(kernel, kwargs, *more)
+            switches = tuple(
+                (n, v if isinstance(v, bool | None) else "") for n, v in kwargs.items()
+            )
+            key = (function.__module__, function.__name__, switches)
+            if key not in _ANALYSED:
+                _ANALYSED[key] = analyse(kernel, kwargs, *more)
+            return copy.deepcopy(_ANALYSED[key])
+
+        return analysis
+
+    for name, analyse in found.items():
+        setattr(home, name, remembered(analyse))
+    try:
+        yield
+    finally:
+        for name, analyse in found.items():
+            setattr(home, name, analyse)
 
 
 def _just_in_time(
