@@ -255,6 +255,8 @@ def _measurer(
             times = ratio(timings[str(i)], timings["reference"])
             found[i] = _Measured(ms=usual * times.value, least_ms=usual * times.low)
         for plan, ms in zip(plans, (m.ms for m in found), strict=True):
+            if not math.isfinite(ms):  # said above
+                continue
             se = "" if plan.predicted_ms_se is None else f" +- {plan.predicted_ms_se:.2f}"
             session.progress.note(
                 f"plan predicted {plan.predicted_ms:.2f}{se} ms, measured {ms:.2f} ms"

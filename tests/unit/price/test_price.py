@@ -1,6 +1,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_node_times_are_parts_of_the_latency_whenever_they_were_profiled(lab: Mo
 
 def test_drift_of_the_session_is_taken_out(lab: ModuleType) -> None:
     sites = lab.make_sites(9)
-    bench = lab.Bench({"linear": lab.Machine(sites)}, drift=lambda run: 1 + 0.1 * run)
+    bench = lab.Bench({"linear": lab.Machine(sites)}, drift=lambda run: 1 + 0.02 * run)
     table = price_choice(lab.CHOICE, sites, lab.all_levels(sites), bench.tools(), CONFIG)
     assert bench.runs == 5
     assert fit_error(table).p90 < 1e-9
@@ -131,6 +132,32 @@ def test_interleaved_times_speak_of_the_session_of_the_baseline(lab: ModuleType)
     bench = lab.Bench({}, drift=lambda _run: 1.25)
     times = measure_interleaved({"a": lambda: 2.0, "b": lambda: 3.0}, bench.tools())
     assert times == {"a": pytest.approx(2.0), "b": pytest.approx(3.0)}
+
+
+@pytest.mark.parametrize(
+    ("drifts", "taken"), [([1.6, 1.02], 1), ([1.6, 1.62], 1), ([1.6, 1.2, 1.4], 1), ([1.05], 0)]
+)
+def test_a_reference_that_a_neighbour_slowed_is_measured_again(
+    lab: ModuleType, drifts: list[float], taken: int
+) -> None:
+    bench, runs = lab.Bench({}), []
+    tools = bench.tools()
+
+    def measure(calls: Mapping[str, Any]) -> dict[str, Any]:
+        runs.append(drifts[len(runs)])
+        plain = tools.measure(calls)
+        # Only the reference is slower, by so much; the others show in which run they were measured.
+        return {
+            n: replace(
+                t,
+                median_ms=t.median_ms * (runs[-1] if n.startswith("reference") else len(runs)),
+            )
+            for n, t in plain.items()
+        }
+
+    times = measure_interleaved({"a": lambda: 2.0}, replace(tools, measure=measure))
+    assert len(runs) == len(drifts)
+    assert times["a"] == pytest.approx(2.0 * (taken + 1) / drifts[taken])
 
 
 @pytest.mark.parametrize("bad", [{"k": 1}, {"held_out": -1}, {"batch": 0}])
