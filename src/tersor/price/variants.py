@@ -27,7 +27,7 @@ PURE = 0.15
 OFF_GRID = 0.5  # of the counts that are drawn for the fit lie between those on offer, about
 # One mixture in so many has narrow widths everywhere, as plans of high speed have: what small ops cost
 # is seen among others of other sizes, not only where all are the least alike.
-NARROW = 5
+NARROW = 3
 BETWEEN = 4  # such counts a width, half of them whole blocks
 BLOCK = 8  # values of a vector register of the smallest kind that counts are padded to
 
