@@ -24,6 +24,13 @@ def ensure(graph: Graph) -> None:
     refresh(module)
 
 
+def sizes(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """The sizes of every node's tensor, symbols as text."""
+    ensure(graph)
+    values = ((n.name, n.meta.get("val")) for n in graph.module.graph.nodes)
+    return {name: tuple(map(str, v.shape)) for name, v in values if isinstance(v, Tensor)}
+
+
 def refresh(module: fx.GraphModule) -> None:
     """Compute the shape of every node from those of the inputs, without data."""
     holders = [n for n in module.graph.nodes if n.op == "placeholder"]

@@ -7,6 +7,7 @@ tested against. Compilers and exporters see one op, ``tersor::codebook_linear``.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,10 +50,10 @@ def codebook_linear(
     """
     _check_call(x, words, bias, bits, inputs)
     rows = x.reshape(-1, inputs)
+    call: Any = codebook_linear_op()
     if x.is_cuda and HAS_KERNEL:
-        found = codebook_linear_cuda(rows, words, tables, planes, scales, bias, bits, inputs, group)
-    else:
-        found = codebook_linear_op(rows, words, tables, planes, scales, bias, bits, inputs, group)
+        from tersor.kernels.codebook_linear_triton import codebook_linear_cuda as call
+    found: Tensor = call(rows, words, tables, planes, scales, bias, bits, inputs, group)
     return found.reshape(*x.shape[:-1], words.shape[0])
 
 
@@ -75,14 +76,21 @@ def _check_call(x: Tensor, words: Tensor, bias: Tensor | None, bits: int, inputs
         )
 
 
-if HAS_KERNEL:  # here, where no compiler traces it
-    from tersor.kernels.codebook_linear_triton import codebook_linear_cuda, codebook_linear_op
-else:
-    codebook_linear_op = torch.library.custom_op(
+def codebook_linear_op() -> Any:
+    """What compilers and exporters see; the kernels' module takes a second to import."""
+    if HAS_KERNEL:
+        from tersor.kernels.codebook_linear_triton import codebook_linear_op as found
+
+        return found
+    return _plain_op
+
+
+if not HAS_KERNEL:
+    _plain_op: Any = torch.library.custom_op(
         "tersor::codebook_linear", codebook_linear_reference, mutates_args=()
     )
 
-    @codebook_linear_op.register_fake
+    @_plain_op.register_fake
     def _shape_of(
         x: Tensor,
         words: Tensor,

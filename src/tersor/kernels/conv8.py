@@ -14,8 +14,6 @@ from torch import Tensor
 from tersor.core.errors import ConfigError, ShapeError
 
 HAS_KERNEL = find_spec("triton") is not None
-if HAS_KERNEL:  # here, where no compiler traces it
-    from tersor.kernels.conv8_triton import conv8_cuda
 
 CODES = (torch.int8, torch.float8_e4m3fn)
 _EXACT = 1 << 24  # float32 holds every integer up to here
@@ -83,6 +81,8 @@ def conv8(
     if not torch.compiler.is_compiling():
         _check(codes, weight, offset, stride, padding, dtype, residual, inner)
     if codes.is_cuda and HAS_KERNEL and codes.shape[0] > 0:
+        from tersor.kernels.conv8_triton import conv8_cuda
+
         return conv8_cuda(*arguments)
     return conv8_reference(*arguments)
 

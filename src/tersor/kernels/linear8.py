@@ -13,8 +13,6 @@ from torch import Tensor
 from tersor.kernels.epilogue import ACTIVATIONS, activated, finished
 
 HAS_KERNEL = find_spec("triton") is not None
-if HAS_KERNEL:  # here, where no compiler traces it
-    from tersor.kernels.linear8_cuda import linear8_cuda
 
 _INT8 = (-128, 127)
 
@@ -76,6 +74,8 @@ def linear8(
         [..., out].
     """
     if codes.is_cuda and HAS_KERNEL:
+        from tersor.kernels.linear8_cuda import linear8_cuda
+
         return linear8_cuda(
             codes, weight, scale, offset, dtype, activation, inverse, zero, low, high
         )

@@ -7,7 +7,7 @@ by ``block_weights``. Compilers and exporters see one op, ``tersor::narrow_block
 """
 
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,9 +133,10 @@ def narrow_block(
     """
     _check(x, first, second, short, stride)
     last = x.contiguous(memory_format=torch.channels_last)
+    call: Any = narrow_block_op()
     if x.is_cuda and HAS_KERNEL:
-        return narrow_block_cuda(last, first, first_bias, second, second_bias, short, stride)
-    found: Tensor = narrow_block_op(last, first, first_bias, second, second_bias, short, stride)
+        from tersor.kernels.narrow_block_triton import narrow_block_cuda as call
+    found: Tensor = call(last, first, first_bias, second, second_bias, short, stride)
     return found
 
 
@@ -187,14 +188,21 @@ def _kernel(rows: Tensor, side: int) -> Tensor:
     return rows.float().reshape(side, side, -1, rows.shape[1]).permute(3, 2, 0, 1)
 
 
-if HAS_KERNEL:  # here, where no compiler traces it
-    from tersor.kernels.narrow_block_triton import narrow_block_cuda, narrow_block_op
-else:
-    narrow_block_op = torch.library.custom_op(
+def narrow_block_op() -> Any:
+    """What compilers and exporters see; the kernels' module takes a second to import."""
+    if HAS_KERNEL:
+        from tersor.kernels.narrow_block_triton import narrow_block_op as found
+
+        return found
+    return _plain_op
+
+
+if not HAS_KERNEL:
+    _plain_op: Any = torch.library.custom_op(
         "tersor::narrow_block", narrow_block_reference, mutates_args=()
     )
 
-    @narrow_block_op.register_fake
+    @_plain_op.register_fake
     def _shape_of(
         x: Tensor,
         first: Tensor,

@@ -18,7 +18,6 @@ from typing import Generic, Literal, TypeVar
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 
 Key = TypeVar("Key", bound=Hashable)
@@ -73,6 +72,8 @@ def result(call: Callable[[], Tensor], *, is_measured: bool) -> Tensor:
     """
     if is_measured or _MODE.get() == "call":
         return call()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         like = call()
         shape, stride, dtype, device = tuple(like.shape), like.stride(), like.dtype, like.device

@@ -1,5 +1,8 @@
 """Inductor: what a driver may say, packages from elsewhere, lowering, compiled builds on the CPU."""
 
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tersor.api.session import pick_backends
-from tersor.backends.inductor import InductorBackend, compiling, executable, host
+from tersor.backends.inductor import InductorBackend, executable, host
 from tersor.backends.inductor.executable import InductorExecutable, RefusedNativeWarning, load
 from tersor.backends.inductor.host import Host, check_device, mismatch, problem, read_host
 from tersor.backends.inductor.lowering import lower
 from tersor.backends.inductor.options import float_choices, read_options
 from tersor.backends.inductor.profiling import Launch, attributed, launches, traced_names, with_rest
-from tersor.backends.inductor.sections import Native
+from tersor.backends.inductor.sections import Native, read
 from tersor.backends.inductor.trust import BuildCache
 from tersor.backends.inductor.work import Form
 from tersor.build.build import parity
@@ -319,6 +322,31 @@ def test_compiled_builds(
     assert loaded.native.used
     found = loaded.run(named(graph, inputs))
     assert all(np.array_equal(found[k], wanted[k]) for k in wanted)
+    given = tmp_path / "given.pkl"
+    given.write_bytes(pickle.dumps((sections, package._choice, named(graph, inputs))))
+    ran = subprocess.run(
+        [sys.executable, "-c", FRESH, str(given), str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    answered = dict(np.load(given.with_suffix(".npz")))
+    assert all(np.array_equal(answered[k], wanted[k]) for k in wanted)
+
+
+# A process of its own that loads a file and answers: no compiler is imported, which takes seconds.
+FRESH = """
+import pickle, sys
+from pathlib import Path
+import numpy, torch
+from tersor.backends.inductor.executable import load
+from tersor.backends.inductor.trust import BuildCache
+sections, choice, inputs = pickle.loads(Path(sys.argv[1]).read_bytes())
+loaded = load(sections, choice, BuildCache(Path(sys.argv[2])))
+assert loaded.native.used, loaded.native
+found = loaded.run(inputs)
+assert not {"torch._dynamo", "torch._inductor", "triton", "sympy"} & set(sys.modules)
+numpy.savez(Path(sys.argv[1]).with_suffix(".npz"), **found)
+"""
 
 
 def probed() -> None:
@@ -326,14 +354,18 @@ def probed() -> None:
     raise AssertionError("the processor was probed")
 
 
-def test_packages_open_without_probing_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import codecache
-
-    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", probed)
-    with compiling._without_probing():
-        assert codecache.get_device_information("cpu") == {}
-    with pytest.raises(AssertionError, match="was probed"):  # as it was
-        codecache.get_device_information("cpu")
+def test_sizes_of_a_package_are_read_again(
+    block: tuple[Graph, tuple[torch.Tensor, ...]],
+) -> None:
+    graph = block[0]
+    native = Native(package=b"code", host=read_host("cpu"), sizes={"linear": ("s0", "8")})
+    shapes = input_shapes(graph.signature, 4)
+    sections = executable.written(graph, shapes, native)
+    assert read(sections)[2] == native
+    older = {k: v for k, v in sections.items() if k != "native.sizes.json"}
+    assert read(older)[2] == replace(native, sizes={})
+    with pytest.raises(ArtifactError, match=r"native\.json"):
+        read({**sections, "native.sizes.json": b"[1]"})
 
 
 def test_a_search_of_a_package_is_for_packages() -> None:

@@ -116,6 +116,22 @@ def built(graph: Graph, cache: Path, precision: Any = "f32", **options: Any) -> 
     )
 
 
+def test_a_lowering_of_known_sizes_is_the_same(
+    residual: tuple[Graph, tuple[Tensor, ...]],
+) -> None:
+    graph = in_codes(residual[0])
+    once = lower(graph, Form())
+    assert once.sizes
+    for node in graph.module.graph.nodes:
+        node.meta.pop("val", None)
+    again = lower(graph, Form(), once.sizes)
+    assert not any("val" in n.meta for n in graph.module.graph.nodes)  # nothing was asked for
+    assert str(again.module.graph) == str(once.module.graph)
+    assert again.sizes == once.sizes
+    without = lower(graph, Form(), {"other": ("1",)})
+    assert str(without.module.graph) != str(once.module.graph)  # they make a difference
+
+
 def test_a_network_stays_in_codes(residual: tuple[Graph, tuple[Tensor, ...]]) -> None:
     graph = in_codes(residual[0])
     calls, convs = targets(graph)

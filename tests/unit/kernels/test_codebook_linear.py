@@ -92,7 +92,7 @@ def test_the_op_meets_what_torch_asks_of_one(uniform: bool) -> None:
     x = torch.randn(3, 40)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        codebook_linear_op, (x, *arguments(weight, torch.zeros(7))), test_utils=checks
+        codebook_linear_op(), (x, *arguments(weight, torch.zeros(7))), test_utils=checks
     )
     meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments(weight)]
     found = torch.ops.tersor.codebook_linear(x.to("meta"), *meta)

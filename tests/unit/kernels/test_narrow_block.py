@@ -78,9 +78,11 @@ def test_compilers_see_one_op(stride: int) -> None:
     _, made = drawn(4, 16, 32, stride, torch.float16)
     x = image(4, (2, 16, 5, 4), torch.float16)
     arguments = (x, *made, stride)
-    torch.library.opcheck(narrow_block_op, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        narrow_block_op(), arguments, test_utils=("test_schema", "test_faketensor")
+    )
     wanted = narrow_block_reference(*arguments)
-    assert torch.equal(narrow_block_op(*arguments), wanted)
+    assert torch.equal(narrow_block_op()(*arguments), wanted)
     program = torch.export.export(Layer(made, stride), (x,))
     assert torch.ops.tersor.narrow_block.default in [n.target for n in program.graph.nodes]
     assert torch.equal(program.module()(x), wanted)

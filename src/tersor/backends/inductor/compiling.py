@@ -3,7 +3,6 @@
 import copy
 import ctypes
 import importlib
-import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -200,24 +199,17 @@ def _share_cxx_runtime() -> None:
         ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
-@contextmanager
-def _without_probing() -> Iterator[None]:
-    """Keep torch from comparing the processors of a package and of this machine.
+def _opened(path: str) -> tuple[Any, Callable[[list[Tensor]], Sequence[Tensor]]]:
+    """A package's library, and the call of flat inputs, without importing a compiler.
 
-    It asks which vector instructions work, and to that end compiles and runs a program for each kind (torch
-    2.11 to 2.13: 3 to 40 s in every process), for a warning at most. A file's host was compared before
-    (``host.mismatch``).
+    ``torch._inductor.aoti_load_package`` is the documented way to the same: it imports torch's compilers,
+    which takes seconds, and compares the processors of a package and of this machine, to which end it
+    compiles and runs a program for each kind of vectors (torch 2.11 to 2.13: 3 to 40 s in every process), for
+    a warning at most. A file's host was compared before (``host.mismatch``).
     """
-    home: Any = importlib.import_module("torch._inductor.codecache")
-    asked = getattr(home, "get_device_information", None)
-    if asked is None:
-        yield
-        return
-    home.get_device_information = lambda _: {}
-    try:
-        yield
-    finally:
-        home.get_device_information = asked
+    # One call at a time needs no locks, which a recording could not hold.
+    model = torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, -1)  # noqa: SLF001
+    return model, model.boxed_run
 
 
 def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
@@ -231,19 +223,17 @@ def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         path.write_bytes(package)
-        # One call at a time needs no locks, which a recording could not hold.
-        with _without_probing():
-            model = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)  # noqa: SLF001
+        model, run = _opened(str(path))
     wanted = model.get_constant_fqns()
     known = {name: constants[name] for name in wanted if name in constants}
-    arguments: dict[str, Any] = {"check_full_update": False}
-    if "user_managed" in inspect.signature(model.load_constants).parameters:
-        arguments["user_managed"] = True
-    model.load_constants(known, **arguments)
+    # Not a full update, used where they lie: they stay this module's.
+    try:
+        model.load_constants(known, False, False, True)
+    except TypeError:  # a torch before that choice, which copies them
+        model.load_constants(known, False, False)
 
     def call(*inputs: Tensor) -> Sequence[Tensor]:
-        found = model(*inputs)
-        return (found,) if isinstance(found, Tensor) else tuple(found)
+        return tuple(run(list(inputs)))
 
     call.model = model  # type: ignore[attr-defined]  # lives as long as the call
     call.constants = known  # type: ignore[attr-defined]

@@ -104,7 +104,7 @@ class InductorExecutable:
                     self._has_images(graph),
                     is_open=self.is_dynamic,
                 )
-                self._lowered = lower(graph, form)
+                self._lowered = lower(graph, form, None if native is None else native.sizes)
                 self._example = self._ones()
                 self._compiled = self._made(native)
                 self._call = self._recorded()
@@ -261,7 +261,11 @@ class InductorExecutable:
         """The graph, its constants and where they lie; of a package also its native code."""
         native = None
         if self._compiled.package:
-            native = Native(package=self._compiled.package, host=read_host(self._choice.device))
+            native = Native(
+                package=self._compiled.package,
+                host=read_host(self._choice.device),
+                sizes=self._lowered.sizes,
+            )
         graph = self._graph
         if self._options.weights != "codes":  # whoever loads it needs the floats alone
             graph = replace(graph, packed={})

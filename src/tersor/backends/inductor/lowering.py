@@ -21,7 +21,6 @@ from tersor.backends.inductor.float8 import float8_linears
 from tersor.backends.inductor.lowering_conv import (
     conv_chains,
     convolutions,
-    shapes_of,
     shared_codes,
 )
 from tersor.backends.inductor.work import (
@@ -36,7 +35,7 @@ from tersor.backends.inductor.work import (
 )
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
-from tersor.graph.meta import ensure
+from tersor.graph.meta import sizes
 from tersor.kernels.linear8 import linear8, quantize_codes, quantize_floats
 
 _aten = torch.ops.aten
@@ -54,18 +53,24 @@ _FUSED = {  # ops that the kernel computes behind its product
 
 @dataclass(slots=True)
 class Lowered:
-    """The module, and the graph's node for every node of it that has another name."""
+    """The module, the graph's node for every node of it that has another name, and sizes of the graph's nodes."""
 
     module: fx.GraphModule
     sources: dict[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def lower(graph: Graph, form: Form) -> Lowered:
-    """The module of a form; takes the graph's flat inputs on the device, gives its outputs."""
-    if form.integers:
-        ensure(graph)
+def lower(graph: Graph, form: Form, known: Mapping[str, tuple[str, ...]] | None = None) -> Lowered:
+    """The module of a form; takes the graph's flat inputs on the device, gives its outputs.
+
+    Args:
+        graph: What to lower.
+        form: How.
+        known: The ``sizes`` of an earlier lowering of this graph: to find them again, torch's compilers are
+            imported, which takes seconds.
+    """
+    shapes = (known or sizes(graph)) if form.integers else {}
     copied, tensors = copy_graph(graph.module)
-    shapes = shapes_of(copied)
     for node in copied.nodes:
         node.meta = {}
     work = Work(copied, dict(tensors), form)
@@ -91,7 +96,7 @@ def lower(graph: Graph, form: Form) -> Lowered:
     steps.images()
     used = {str(n.target) for n in copied.nodes if n.op == "get_attr"}
     copied.lint()
-    return Lowered(rebuild(copied, steps.moved(used)), work.sources)
+    return Lowered(rebuild(copied, steps.moved(used)), work.sources, shapes)
 
 
 def floats_of(value: Tensor, step: float, zero: int, low: int, high: int) -> Tensor:

@@ -36,16 +36,6 @@ _WINDOW = 25  # pixels of a pool that is taken of codes
 Shapes = Mapping[str, tuple[str, ...]]  # node of the graph -> its sizes, symbols as text
 
 
-def shapes_of(graph: fx.Graph) -> Shapes:
-    """The sizes of a graph's tensors, from what its nodes know."""
-    found = {}
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            found[node.name] = tuple(str(size) for size in value.shape)
-    return found
-
-
 def floats_from(codes: Tensor, step: float, zero: int, dtype: torch.dtype) -> Tensor:
     """The values that codes stand for."""
     return ((codes.float() - zero) * step).to(dtype)

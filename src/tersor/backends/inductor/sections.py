@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,15 @@ _DTYPES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Native:
-    """Machine code of a build, and the host that it needs."""
+    """Machine code of a build, and the host that it needs.
+
+    Attributes:
+        sizes: Of every node's tensor, as text: what a lowering asks of shapes (``lowering.lower``).
+    """
 
     package: bytes
     host: Host
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def written(graph: Graph, shapes: Shapes, native: Native | None) -> dict[str, bytes]:
@@ -72,6 +77,7 @@ def written(graph: Graph, shapes: Shapes, native: Native | None) -> dict[str, by
     if native is not None:
         sections["native.pt2"] = native.package
         sections["native.json"] = dumps(to_json(native.host)).encode()
+        sections["native.sizes.json"] = dumps(to_json(native.sizes)).encode()
     return sections
 
 
@@ -177,8 +183,10 @@ def _native(sections: Mapping[str, bytes]) -> Native | None:
         return None
     try:
         host = from_json(Host, json.loads(sections.get("native.json", b"")), "native.json")
-    except (ValueError, TypeError) as error:
+        known = json.loads(sections.get("native.sizes.json", b"{}"))
+        sizes = {str(n): tuple(map(str, s)) for n, s in known.items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"inductor: native.json says of no host ({error}); write the artifact again"
         ) from error
-    return Native(package=sections["native.pt2"], host=host)
+    return Native(package=sections["native.pt2"], host=host, sizes=sizes)
