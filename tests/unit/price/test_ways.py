@@ -37,7 +37,7 @@ def chained(lab: ModuleType, *, fuses: bool, **fields: object):
     return Chained(**fields)
 
 
-def fitted(lab: ModuleType, net, k: int = 20) -> PriceTable:  # noqa: ANN001
+def fitted(lab: ModuleType, net, k: int = 26) -> PriceTable:  # noqa: ANN001
     drawn = draw_variants(net.sites, net.levels, "bf16", k=k, held_out=20, seed=net.seed)
     facts = learn_facts(net.facts, net.sites, net.levels, "bf16")
     seen = [net.observe(v.assignment, held_out=v.held_out) for v in drawn]
