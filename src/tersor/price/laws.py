@@ -24,9 +24,12 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 LANES = (8, 16, 32)  # elements of a vector, from f32 in AVX2 to bf16 in AVX-512
+DEPTH_SIDE = (
+    4  # the same of one channel at a time: some kernels want fours, and are slow on all else
+)
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
-_BLOCKS = slice(2 + 2 * len(RAGGED), 4 + 4 * len(RAGGED))
+_BLOCKS = slice(3 + 2 * len(RAGGED), 5 + 4 * len(RAGGED))
 _ADDED, _CHANGED = -2, -1
 _READ = slice(-2, None)  # of sizes: what reads a result
 # Of the squared error on builds left out that it must tell, and of a node's time that is no error.
@@ -196,7 +199,8 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """What a node's time may be made of, a column each.
 
     A call, MACs with both sides padded to whole tiles, MACs (or, without any, activations read and
-    written) where only inputs are not whole and where outputs are not, and over the blocks of outputs that are worked on at once,
+    written) where only inputs are not whole and where outputs are not, those of channels one by one where they are
+    no fours, and over the blocks of outputs that are worked on at once,
     MACs by passes over the inputs, windows read, activations written where outputs are not whole
     blocks, weights read, activations read and written, a call of code that is cold, scores of attention,
     ends of rows that fill no vector where elements are only moved, and activations written where an
@@ -227,6 +231,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             np.ones(len(sizes)),
             _padded(sizes, input_tile, output_tile),
             *ragged,
+            work * (channels == 1) * (read >= written) * _is_ragged(outputs, DEPTH_SIDE),
             *(work / _at_once(outputs, block) for block in RAGGED),
             *(work * _passes(outputs, block) for block in RAGGED),
             macs / np.maximum(outputs, 1),

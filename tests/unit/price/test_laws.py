@@ -111,3 +111,31 @@ def test_both_sides_off_a_block_cost_what_one_does() -> None:
     laws = fit_laws(rows)
     for pair in ((60, 100), (100, 60), (148, 148)):
         assert laws.ms("n", "f32", linear(*pair)) == pytest.approx(ms(*pair), rel=0.15)
+
+
+def test_depthwise_kernels_may_want_fours() -> None:
+    """As fast at 12 channels as eights are, and six times as slow at 13 (ONNX Runtime, f32)."""
+
+    def depthwise(channels: int, pixels: int = 196) -> NodeFacts:
+        return NodeFacts(
+            kind="depthwise",
+            macs=9 * pixels * channels,
+            weight_elements=9 * channels,
+            in_elements=pixels * channels,
+            out_elements=pixels * channels,
+            inputs=9,
+            outputs=channels,
+            window=9,
+        )
+
+    def ms(channels: int) -> float:
+        return channels * (0.001 if channels % 4 == 0 else 0.006)
+
+    seen = (16, 24, 32, 48, 64, 96, 44, 76, 13, 37, 54, 71)
+    rows = [
+        NodeTime(node="d", format="f32", build=i, facts=depthwise(n), ms=ms(n))
+        for i, n in enumerate(seen)
+    ]
+    laws = fit_laws(rows)
+    for n in (12, 20, 28, 40, 80, 92, 21, 58, 87):
+        assert laws.ms("d", "f32", depthwise(n)) == pytest.approx(ms(n), rel=0.1)
