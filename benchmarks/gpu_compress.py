@@ -4,8 +4,9 @@ resnet20: the checkpoint of ``tests/data`` at batch 512, accuracy on Fashion-MNI
 twice as fast as it may. vit: 192 wide, six layers, patches of four, trained here for a minute. minilm: MiniLM-L6's own
 weights on sentences padded to 128 tokens. Both at batch 64, mean cosine of the outputs at least .99.
 
-What a row calls the base is the fastest uncompressed build that was found, compiled and recorded as well. A card
-without the packages of MiniLM takes what ``--pack FILE`` wrote elsewhere (``--assets FILE``).
+What a row calls the base is the fastest uncompressed build that was found, compiled and recorded as well;
+``compiled_ms`` is what torch.compile alone makes of the model in bfloat16, recorded, in both layouts of images, measured
+in turn with the result. A card without the packages of MiniLM takes what ``--pack FILE`` wrote elsewhere (``--assets FILE``).
 """
 
 import argparse
@@ -26,8 +27,14 @@ import tersor
 from benchmarks import record
 from benchmarks.gpu_builds import Layer
 from benchmarks.prune import read
+from tersor.api.latency import measure_calls
+from tersor.backends.inductor import InductorBackend
+from tersor.build.build import shapes_of
 from tersor.core.data import Split
+from tersor.core.errors import BackendError
+from tersor.core.records import BuildChoice
 from tersor.core.target import Target
+from tersor.timing.protocol import Protocol, ratio
 from tests.data.zoo import load_resnet20
 
 NAME = "gpu_compress"
@@ -269,6 +276,7 @@ class CompressRow:
 
     Attributes:
         speedup: The base's median latency over the result's, with 95 % bounds.
+        compiled_ms, compiled_speedup: The faster of torch.compile's own builds, and its latency over the result's.
         score, base_score: Accuracy or mean cosine in percent, on data that no part of the run has seen.
         price_errors: |predicted / measured - 1| of builds that no fit saw, by build choice.
         first_answer_s: From ``load`` to the first answer, in a fresh process.
@@ -283,6 +291,8 @@ class CompressRow:
     base_ms: float
     ms: float
     speedup: tuple[float, float, float]
+    compiled_ms: float
+    compiled_speedup: tuple[float, float, float]
     size_bytes: int
     original_bytes: int
     score: float
@@ -336,6 +346,7 @@ def rows_of(
         seconds = time.time() - start
         verdict = result.verdict
         model = tersor.load(path, device=device)
+        anchor = against_compiled(result)
         levels: dict[str, int] = {}
         for level in result.plan.assignment.values():
             if isinstance(level, str):
@@ -355,6 +366,8 @@ def rows_of(
             base_ms=verdict.baseline_latency.median_ms,
             ms=verdict.latency.median_ms,
             speedup=(verdict.speedup, verdict.speedup_low, verdict.speedup_high),
+            compiled_ms=anchor[0],
+            compiled_speedup=anchor[1],
             size_bytes=verdict.size_bytes,
             original_bytes=verdict.original_bytes,
             score=subject.score(model),
@@ -372,6 +385,33 @@ def rows_of(
             notes=verdict.notes,
             stages=clock.stages if not number else {},
         )
+
+
+def against_compiled(result: Any) -> tuple[float, tuple[float, float, float]]:
+    """The faster of torch.compile's own builds beside a result: its latency, and the ratio with its bounds."""
+    session = result._run.session  # noqa: SLF001 - a benchmark of this package
+    backend = InductorBackend.for_device(session.settings.device)
+    batch = result.plan.choice.batch
+    is_cuda = session.settings.device.startswith("cuda")
+    calls = {"result": session.caller(result._final.built.executable, batch)}  # noqa: SLF001
+    for layout in ("contiguous", "channels_last"):
+        options = {"mode": "compile", "layout": layout, **({"graph": True} if is_cuda else {})}
+        choice = BuildChoice(
+            backend="inductor",
+            device=session.settings.device,
+            precision="bf16",
+            batch=batch,
+            options=options,
+        )
+        try:
+            build = backend.build(session.graph, shapes_of(session.graph.signature, batch), choice)
+        except BackendError:  # no images in it
+            continue
+        calls[layout] = session.caller(build, batch)
+    times = measure_calls(session, calls, Protocol(rounds=9, runs=15, max_seconds=20.0))
+    best = min((n for n in times if n != "result"), key=lambda n: times[n].median_ms)
+    found = ratio(times[best], times["result"])
+    return times[best].median_ms, (found.value, found.low, found.high)
 
 
 def as_given(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
