@@ -1,5 +1,6 @@
 """Weights of several calls: one order in which all of them run first, one fit for all."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -104,3 +105,55 @@ def test_a_cut_of_shared_layers_is_fitted_on_all_calls() -> None:
         output_error(g.run(held_out), wanted, "values").mean() for g in (fitted.graph, unfitted)
     ]
     assert errors[0] < errors[1]
+
+
+def test_each_call_has_its_say_in_a_fit() -> None:
+    """Inputs in other directions: a fit on the rows of one call alone is of no use to the other."""
+    torch.manual_seed(0)
+    flat = torch.ones(6)
+    flat[3:] = 0.02
+    model, inputs = Twins(), (_noise(128, 2) * flat, _noise(128, 3) * flat.flip(0))
+    graph = _graph(model, *inputs)
+    axes = analyse_axes(graph)
+    keep = {width_of(axes, site).name: list(range(site.units // 2)) for site in width_sites(axes)}
+    wanted = graph.run(inputs)
+    fitted = narrow(graph, axes, keep, [inputs])
+    rounds = []
+    for silent in (0, 1):  # one of the two calls says nothing
+        given = tuple(t * (i != silent) for i, t in enumerate(inputs))
+        alone = narrow(graph, axes, keep, [given])
+        rounds.append(float(output_error(alone.graph.run(inputs), wanted, "values").mean()))
+    both = float(output_error(fitted.graph.run(inputs), wanted, "values").mean())
+    assert both < 0.5 * min(rounds)
+
+
+class Shared(nn.Module):
+    """Calls of one weight that are no twins: its bias serves another layer, or another op reads the weight."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.inner, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+        if how == "bias":
+            self.other.bias = self.inner.bias
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y = self.inner(a).relu() + self.inner(b).relu()
+        if self.how == "bias":
+            return y + self.other(a)
+        if self.how == "weight":
+            return y @ self.inner.weight
+        if self.how == "two biases":
+            return y + nn.functional.linear(b, self.inner.weight, self.other.bias).relu()
+        return y
+
+
+@pytest.mark.parametrize(
+    ("how", "groups"), [("twins", 1), ("bias", 0), ("weight", 0), ("two biases", 0)]
+)
+def test_what_else_reads_a_weight_or_its_bias(how: str, groups: int) -> None:
+    graph = _graph(Shared(how), _noise(2, 0), _noise(2, 1))
+    order, found = _calls(graph)
+    assert len(found) == groups
+    if not groups:
+        assert order == [n.name for n in graph.module.graph.nodes]
