@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import tersor
+from tersor.backends.inductor import options
+from tersor.core.records import FloatChoice
 from tersor.price.price import PriceConfig
 from tests.data.zoo import load_fashion, load_lenet5
 from tests.e2e.helpers import Accuracy, Recorded, quick_runs
@@ -20,6 +22,20 @@ BRIEFLY = PriceConfig(k=3, k_mixed=4, held_out=1)
 def _card() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _few_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two uncompressed builds of eighteen: with all of them, a search for kernels among them, it takes minutes."""
+    every = options.float_choices
+
+    def few(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
+        found = every(device, can_compile=can_compile)
+        odd = ("tf32", "half", "blocks")
+        plain = [c for c in found if not set(odd) & set(c.options) and c.precision == "bf16"]
+        return tuple(c for c in plain if c.options["mode"] == "compile") or found
+
+    monkeypatch.setattr(options, "float_choices", few)
 
 
 class Wide(nn.Module):
