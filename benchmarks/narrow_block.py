@@ -82,7 +82,7 @@ class Fused(nn.Module):
         return kernels.run(x, *self.parts, self.stride, launch)  # type: ignore[arg-type]
 
     def key(self, x: Tensor) -> Any:
-        return kernels._key(x, self.out, self.stride, is_plain=self.parts[4] is None)  # noqa: SLF001
+        return kernels._key(x, (self.out, self.out), self.stride, is_plain=self.parts[4] is None)  # noqa: SLF001
 
     def launches(self) -> tuple[kernels.Launch, ...]:
         return kernels.launches(self.out)

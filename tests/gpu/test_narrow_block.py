@@ -24,7 +24,8 @@ HALF_PRECISION = 2e-4  # normalised squared error of a short chain in bf16
 # Images, inputs, height, width, outputs, stride: every number of channels, with and without a stride, and
 # sizes that divide by nothing. Each is four kernels to compile, seconds each.
 SHAPES = ((5, 16, 28, 28, 16, 1), (5, 64, 7, 7, 64, 1), (3, 16, 29, 31, 32, 2))
-CASES = [*((shape, torch.float16) for shape in SHAPES), (SHAPES[0], torch.bfloat16)]
+NARROWER = ((5, 64, 7, 7, 64, 1, 24), (3, 16, 29, 31, 64, 2, 16))  # and channels between
+CASES = [*((s, torch.float16) for s in (*SHAPES, *NARROWER)), (SHAPES[0], torch.bfloat16)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,8 +52,8 @@ def on_card(made: BlockWeights) -> list[Tensor | None]:
 def subject(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Block, list[Tensor | None], int]:
-    images, inp, height, width, out, stride = shape
-    block, made = drawn(sum(shape), inp, out, stride, dtype)
+    images, inp, height, width, out, stride, *between = shape
+    block, made = drawn(sum(shape), inp, out, stride, dtype, *between)
     x = image(sum(shape), (images, inp, height, width), dtype)
     return x, block, on_card(made), stride
 
@@ -88,7 +89,7 @@ def test_compilers_keep_the_chosen_launch_and_see_the_kernel() -> None:
     x, _, parts, stride = subject(SHAPES[0], torch.float16)
     x, layer = x.cuda(), Layer(parts, stride)
     wanted = layer(x)
-    assert module._key(x, 16, stride, is_plain=True) in module._CHOSEN
+    assert module._key(x, (16, 16), stride, is_plain=True) in module._CHOSEN
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, fullgraph=True)(x), wanted)
         recorded = torch.cuda.CUDAGraph()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 from tersor.core.errors import ShapeError
 
@@ -28,9 +28,9 @@ class BlockWeights(NamedTuple):
     """A block's weights as the kernels read them; norms are folded into them.
 
     Attributes:
-        first: [9 * inp, out]: taps in rows, then the channels of a tap.
-        first_bias: [out] float32.
-        second: [9 * out, out], likewise.
+        first: [9 * inp, between]: taps in rows, then the channels of a tap.
+        first_bias: [between] float32.
+        second: [9 * between, out], likewise.
         second_bias: [out] float32, with the bias of the shortcut.
         short: Of a 1x1 shortcut [inp, out]; None: x itself is added.
     """
@@ -55,9 +55,10 @@ def block_weights(
     """Lay out the weights of a block.
 
     Args:
-        first: [out, inp, 3, 3] of the convolution that may have a stride.
-        first_bias: [out]; None: zeros.
-        second: [out, out, 3, 3].
+        first: [between, inp, 3, 3] of the convolution that may have a stride; at most 64 channels between,
+            which are filled up with zeros to 16, 32 or 64.
+        first_bias: [between]; None: zeros.
+        second: [out, between, 3, 3].
         second_bias: [out]; None: zeros.
         dtype: float16 or bfloat16.
         short: [out, inp, 1, 1] where the shortcut is a convolution.
@@ -66,19 +67,25 @@ def block_weights(
     Raises:
         ShapeError: Other kernels, channels that are not 16, 32 or 64, or another type.
     """
-    out, inp = first.shape[:2]
+    between, inp = first.shape[:2]
+    out = second.shape[0]
     shapes = (tuple(first.shape), tuple(second.shape))
-    wanted = ((out, inp, *_KERNEL), (out, out, *_KERNEL))
+    wanted = ((between, inp, *_KERNEL), (out, between, *_KERNEL))
     short_shape = (out, inp, 1, 1) if short is None else tuple(short.shape)
     if shapes != wanted or short_shape != (out, inp, 1, 1):
         raise ShapeError(
             f"narrow block: found weights {shapes[0]}, {shapes[1]} and a shortcut {short_shape}, wanted "
-            "[out, inp, 3, 3], [out, out, 3, 3] and [out, inp, 1, 1]; other blocks stay convolutions"
+            "[between, inp, 3, 3], [out, between, 3, 3] and [out, inp, 1, 1]; other blocks stay convolutions"
         )
     if out not in CHANNELS or inp not in CHANNELS:
         raise ShapeError(
             f"narrow block: found {inp} channels to {out}, wanted each one of {CHANNELS}; pad the channels "
             "with zeros, or leave the block as convolutions"
+        )
+    if not 1 <= between <= CHANNELS[-1]:
+        raise ShapeError(
+            f"narrow block: found {between} channels between the convolutions, wanted 1 to {CHANNELS[-1]}; "
+            "leave the block as convolutions"
         )
     if dtype not in DTYPES:
         raise ShapeError(f"narrow block: found type {dtype}, wanted float16 or bfloat16")
@@ -87,13 +94,17 @@ def block_weights(
             f"narrow block: found {inp} channels to {out} without a shortcut's weight, wanted one: x has "
             "another shape than what it is added to"
         )
-    zeros = torch.zeros(out, dtype=torch.float32, device=first.device)
-    biases = [zeros if b is None else b.float() for b in (first_bias, second_bias, short_bias)]
+    zeros = torch.zeros(max(between, out), dtype=torch.float32, device=first.device)
+    own = zeros[:between] if first_bias is None else first_bias.float()
+    biases = [zeros[:out] if b is None else b.float() for b in (second_bias, short_bias)]
+    more = (
+        next(n for n in CHANNELS if n >= between) - between
+    )  # whose outputs are 0, which nothing reads
     return BlockWeights(
-        _rows(first, dtype),
-        biases[0],
-        _rows(second, dtype),
-        biases[1] + biases[2],
+        _rows(pad(first, (0, 0, 0, 0, 0, 0, 0, more)), dtype),
+        pad(own, (0, more)),
+        _rows(pad(second, (0, 0, 0, 0, 0, more)), dtype),
+        biases[0] + biases[1],
         None if short is None else _rows(short, dtype),
     )
 
@@ -141,7 +152,7 @@ def narrow_block(
 
 
 def _check(x: Tensor, first: Tensor, second: Tensor, short: Tensor | None, stride: int) -> None:
-    out = second.shape[1]
+    between, out = first.shape[1], second.shape[1]
     inp = first.shape[0] // _TAPS
     if x.dtype not in DTYPES or first.dtype != x.dtype or second.dtype != x.dtype:
         raise ShapeError(
@@ -158,7 +169,12 @@ def _check(x: Tensor, first: Tensor, second: Tensor, short: Tensor | None, strid
             f"narrow block: found x {tuple(x.shape)} for {inp} channels to {out}, wanted [b, {inp}, h, w] and "
             f"each one of {CHANNELS} channels"
         )
-    sizes = [x.numel(), x.shape[0] * out * x.shape[2] * x.shape[3]]
+    if between not in CHANNELS or second.shape[0] != _TAPS * between:
+        raise ShapeError(
+            f"narrow block: found weights {tuple(first.shape)} and {tuple(second.shape)}, wanted as many channels "
+            f"written by the first as the second reads, one of {CHANNELS}: what block_weights gives"
+        )
+    sizes = [x.numel(), x.shape[0] * max(between, out) * x.shape[2] * x.shape[3]]
     if any(isinstance(n, int) and n > MOST for n in sizes):
         raise ShapeError(
             f"narrow block: found x {tuple(x.shape)}, wanted at most {MOST} elements in x and in the "

@@ -7,7 +7,8 @@ second convolution of a block gets its input with its neighbours: a program comp
 what is between the convolutions, waits for its own threads, and reads it again, shifted, while it is still
 in a cache.
 
-Letters: H, W of the input, OH, OW of the result, CI, CO channels, S stride, BM pixels of a tile.
+Letters: H, W of the input, OH, OW of the result, CI, CM, CO channels read, between the convolutions and written, S
+stride, BM pixels of a tile.
 Kernels are marked @no_type_check: a checker of types wraps functions, and Triton would look for their names
 in the wrapper's module.
 """
@@ -114,7 +115,7 @@ def _first(  # noqa: ANN202
 def _second(  # noqa: ANN202
     y_ptr, weights, bias_ptr, x_ptr, short_ptr, z_ptr, start, end,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
-    CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
+    CI: tl.constexpr, CM: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
     BM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Pixels from ``start`` on, before ``end``: relu(conv(y) + bias + x), or a product of x in its place."""
@@ -130,7 +131,7 @@ def _second(  # noqa: ANN202
         pixel = (image * H + oy * S) * W + ox * S
         x = tl.load(x_ptr + (pixel * CI)[:, None] + k[None, :], mask=is_inside[:, None], other=0.0)
         total = tl.dot(x, tl.load(short_ptr + k[:, None] * CO + n[None, :]), total)
-    total = _taps(y_ptr, weights, total, image, oy, ox, is_inside, OH, OW, CO, CO, 1, KEEP)
+    total = _taps(y_ptr, weights, total, image, oy, ox, is_inside, OH, OW, CM, CO, 1, KEEP)
     z = total + tl.load(bias_ptr + n)[None, :]
     at = p[:, None] * CO + n[None, :]
     if not SHORT:
@@ -144,13 +145,13 @@ def _second(  # noqa: ANN202
 def narrow_first_kernel(  # noqa: ANN201
     x_ptr, w_ptr, bias_ptr, y_ptr, IMAGES,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
-    CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr,
+    CI: tl.constexpr, CM: tl.constexpr, S: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
     """One tile of the first convolution."""
     start = tl.program_id(0) * BM
     _first(
-        x_ptr, w_ptr, bias_ptr, y_ptr, start, IMAGES * (OH * OW), H, W, OH, OW, CI, CO, S,
+        x_ptr, w_ptr, bias_ptr, y_ptr, start, IMAGES * (OH * OW), H, W, OH, OW, CI, CM, S,
         BM, False,
     )  # fmt: skip
 
@@ -160,14 +161,14 @@ def narrow_first_kernel(  # noqa: ANN201
 def narrow_second_kernel(  # noqa: ANN201
     y_ptr, w_ptr, bias_ptr, x_ptr, short_ptr, z_ptr, IMAGES,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
-    CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
+    CI: tl.constexpr, CM: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
     """One tile of the second convolution, with what is added to it."""
     start = tl.program_id(0) * BM
     _second(
         y_ptr, w_ptr, bias_ptr, x_ptr, short_ptr, z_ptr, start, IMAGES * (OH * OW),
-        H, W, OH, OW, CI, CO, S, SHORT, BM, False,
+        H, W, OH, OW, CI, CM, CO, S, SHORT, BM, False,
     )  # fmt: skip
 
 
@@ -176,23 +177,23 @@ def narrow_second_kernel(  # noqa: ANN201
 def narrow_block_kernel(  # noqa: ANN201
     x_ptr, w1_ptr, bias1_ptr, y_ptr, w2_ptr, bias2_ptr, short_ptr, z_ptr, IMAGES,  # noqa: ANN001
     H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
-    CI: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
+    CI: tl.constexpr, CM: tl.constexpr, CO: tl.constexpr, S: tl.constexpr, SHORT: tl.constexpr,
     BM: tl.constexpr, G: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """G whole images: nothing that another program writes is read."""
     start = tl.program_id(0) * G * (OH * OW)
     end = tl.minimum(start + G * (OH * OW), IMAGES * (OH * OW))
-    weights = _weights(w1_ptr, CI, CO, KEEP)
+    weights = _weights(w1_ptr, CI, CM, KEEP)
     for tile in range((G * OH * OW + BM - 1) // BM):
         _first(
-            x_ptr, weights, bias1_ptr, y_ptr, start + tile * BM, end, H, W, OH, OW, CI, CO, S,
+            x_ptr, weights, bias1_ptr, y_ptr, start + tile * BM, end, H, W, OH, OW, CI, CM, S,
             BM, KEEP,
         )  # fmt: skip
     tl.debug_barrier()
-    others = _weights(w2_ptr, CO, CO, KEEP)
+    others = _weights(w2_ptr, CM, CO, KEEP)
     for tile in range((G * OH * OW + BM - 1) // BM):
         _second(
             y_ptr, others, bias2_ptr, x_ptr, short_ptr, z_ptr, start + tile * BM, end,
-            H, W, OH, OW, CI, CO, S, SHORT, BM, KEEP,
+            H, W, OH, OW, CI, CM, CO, S, SHORT, BM, KEEP,
         )  # fmt: skip

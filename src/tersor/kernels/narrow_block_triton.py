@@ -63,15 +63,15 @@ def run(
 ) -> Tensor:
     """The block as a launch has it; as ``narrow_block.narrow_block`` otherwise, of x with channels last."""
     images, inp, height, width = x.shape
-    out = second.shape[1]
+    between, out = first.shape[1], second.shape[1]
     sizes = (-(-height // stride), -(-width // stride))
     # Allocated as they lie, and turned at the end: compilers would copy a view that a kernel writes.
-    y, z = (x.new_empty(images, *sizes, out) for _ in range(2))
+    y, z = (x.new_empty(images, *sizes, n) for n in (between, out))
     if isinstance(images, int) and not images:
         return z.permute(0, 3, 1, 2)
-    shape = {"H": height, "W": width, "OH": sizes[0], "OW": sizes[1], "CI": inp, "CO": out}
+    shape = {"H": height, "W": width, "OH": sizes[0], "OW": sizes[1], "CI": inp, "CM": between}
     settings = {**shape, "S": stride}
-    branch = {"SHORT": short is not None}
+    branch = {"CO": out, "SHORT": short is not None}
     added = second if short is None else short  # a pointer that is not read
     if launch.form == "images":
         wrap_triton(_tiled(narrow_block_kernel, launch))[triton.cdiv(images, launch.images),](
@@ -105,18 +105,18 @@ def launches(out: int) -> tuple[Launch, ...]:
     return _LAUNCHES[out]
 
 
-def _key(x: Tensor, out: int, stride: int, *, is_plain: bool) -> _Key:
-    """Both 16-bit types are equally fast."""
-    return (*x.shape, out, stride, is_plain, str(x.device))
+def _key(x: Tensor, channels: tuple[int, int], stride: int, *, is_plain: bool) -> _Key:
+    """Both 16-bit types are equally fast; ``channels``: between the convolutions, and of the result."""
+    return (*x.shape, *channels, stride, is_plain, str(x.device))
 
 
-def launch_of(x: Tensor, out: int, stride: int, *, is_plain: bool) -> Launch:
+def launch_of(x: Tensor, channels: tuple[int, int], stride: int, *, is_plain: bool) -> Launch:
     """How a call is computed: as was chosen for its shape, or else as is to be expected."""
-    first = launches(out)[0]
+    first = launches(channels[1])[0]
     images: Any = x.shape[0]
     if not isinstance(images, int):  # open: any number of images
         return first
-    return _CHOSEN.get(_key(x, out, stride, is_plain=is_plain), first)
+    return _CHOSEN.get(_key(x, channels, stride, is_plain=is_plain), first)
 
 
 @triton_op("tersor::narrow_block", mutates_args={})
@@ -134,7 +134,8 @@ def narrow_block_op(
         from tersor.kernels.narrow_block import narrow_block_reference
 
         return narrow_block_reference(x, first, first_bias, second, second_bias, short, stride)
-    launch = launch_of(x, second.shape[1], stride, is_plain=short is None)
+    channels = first.shape[1], second.shape[1]
+    launch = launch_of(x, channels, stride, is_plain=short is None)
     return run(x, first, first_bias, second, second_bias, short, stride, launch)
 
 
@@ -150,8 +151,8 @@ def narrow_block_cuda(
     """As ``narrow_block.narrow_block``, by the kernels."""
     arguments = x, first, first_bias, second, second_bias, short, stride
     call: partial[Tensor] = partial(narrow_block_op, *arguments)
-    out = second.shape[1]
     if not is_real(x) or not x.shape[0]:
         return call()
-    key = _key(x, out, stride, is_plain=short is None)
-    return result(call, is_measured=choose(_CHOSEN, key, launches(out), call))
+    channels = first.shape[1], second.shape[1]
+    key = _key(x, channels, stride, is_plain=short is None)
+    return result(call, is_measured=choose(_CHOSEN, key, launches(channels[1]), call))

@@ -127,6 +127,34 @@ def test_channels(inp: int, out: int, count: int) -> None:
     assert not fused(graph, Form(dtype=torch.float16, channels_last=True))
 
 
+class Slim(nn.Module):
+    """A block with channels of its own between its convolutions."""
+
+    def __init__(self, inp: int, between: int, out: int) -> None:
+        super().__init__()
+        stride = 1 if inp == out else 2
+        self.first = nn.Conv2d(inp, between, 3, stride, 1)
+        self.second = nn.Conv2d(between, out, 3, 1, 1)
+        self.short = nn.Identity() if inp == out else nn.Conv2d(inp, out, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = (self.second(self.first(x).relu()) + self.short(x)).relu()
+        return y
+
+
+@pytest.mark.parametrize(
+    ("inp", "between", "out", "count"),
+    [(32, 16, 32, 1), (32, 21, 32, 1), (16, 40, 64, 1), (16, 64, 16, 1), (16, 65, 16, 0)],
+)
+def test_channels_between_are_filled_up(inp: int, between: int, out: int, count: int) -> None:
+    inputs = (random(4, inp, 6, 6),)
+    graph = graph_of(seeded(Slim(inp, between, out)), *inputs)
+    nodes = fused(graph)
+    assert len(nodes) == count
+    built = InductorBackend().build(graph, input_shapes(graph.signature, 4), choice(half="float16"))
+    assert parity(graph, built, 4, inputs) <= HALF
+
+
 def test_blocks_are_for_sixteen_bits_with_channels_last() -> None:
     for fields in ({"precision": "f32"}, {"options": {"blocks": "fused"}}):
         kept = {

@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
 
 def drawn(
-    seed: int, inp: int, out: int, stride: int, dtype: torch.dtype
+    seed: int, inp: int, out: int, stride: int, dtype: torch.dtype, between: int = 0
 ) -> tuple[Block, BlockWeights]:
     """Weights as trained ones are, about as large as keeps a signal's size."""
     generator = torch.Generator().manual_seed(seed)
@@ -42,8 +42,10 @@ def drawn(
     def some(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
-    first, second = (some(out, n, 3, 3, scale=(9 * n) ** -0.5) for n in (inp, out))
-    biases = [torch.randn(out, generator=generator) for _ in range(2)]
+    between = between or out
+    sides = (between, inp), (out, between)
+    first, second = (some(*side, 3, 3, scale=(9 * side[1]) ** -0.5) for side in sides)
+    biases = [torch.randn(n, generator=generator) for n in (between, out)]
     has_short = stride != 1 or inp != out
     short = some(out, inp, 1, 1, scale=inp**-0.5) if has_short else None
     made = block_weights(first, biases[0], second, biases[1], dtype=dtype, short=short)
@@ -89,6 +91,11 @@ SHAPES = (
     (3, 16, 5, 7, 16, 1), (2, 16, 7, 6, 32, 2), (1, 32, 1, 1, 32, 1), (2, 32, 4, 3, 16, 1),
     (0, 16, 4, 4, 16, 1), (2, 64, 3, 3, 64, 1), (1, 64, 5, 2, 64, 2),
 )  # fmt: skip
+# And channels between the convolutions: fewer, such as are filled up, and more.
+NARROWER = (
+    (2, 32, 5, 4, 32, 1, 16), (1, 16, 5, 7, 64, 2, 24), (2, 64, 3, 3, 64, 1, 40), (2, 16, 4, 4, 16, 1, 5),
+    (1, 16, 3, 5, 16, 1, 32),
+)  # fmt: skip
 LAUNCHES = (
     Launch("images", 16), Launch("images", 32, 2), Launch("images", 16, 2, keeps=True),
     Launch("tiles", 16), Launch("tiles", 64),
@@ -98,14 +105,15 @@ LAUNCHES = (
 def every_form() -> dict[str, float]:
     """All launches at all shapes, in float16: the interpreter multiplies the bits of bfloat16 as integers."""
     found = {}
-    for seed, (images, inp, height, width, out, stride) in enumerate(SHAPES):
-        block, made = drawn(seed, inp, out, stride, torch.float16)
+    for seed, shape in enumerate((*SHAPES, *NARROWER)):
+        images, inp, height, width, out, stride, *between = shape
+        block, made = drawn(seed, inp, out, stride, torch.float16, *between)
         x = image(seed, (images, inp, height, width), torch.float16)
         for launch in LAUNCHES:
             with set_wrap_triton_enabled(False):
                 result = run(x, *made, stride, launch)  # type: ignore[arg-type]
             assert result.is_contiguous(memory_format=torch.channels_last)
-            found[f"{SHAPES[seed]} {launch}"] = off(x, block, result)
+            found[f"{shape} {launch}"] = off(x, block, result)
     return found
 
 

@@ -17,16 +17,16 @@ from tersor.kernels.narrow_block import (
 )
 
 pytest.importorskip("triton")  # before what imports it
-from tests.unit.kernels.interpreted_narrow import SHAPES, drawn, image, off
+from tests.unit.kernels.interpreted_narrow import NARROWER, SHAPES, drawn, image, off
 
 DTYPES = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *NARROWER])
 def test_definition_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    images, inp, height, width, out, stride = shape
-    block, made = drawn(1, inp, out, stride, dtype)
+    images, inp, height, width, out, stride, *between = shape
+    block, made = drawn(1, inp, out, stride, dtype, *between)
     x = image(1, (images, inp, height, width), dtype)
     found = narrow_block(x, *made, stride)
     assert found.shape == (images, out, -(-height // stride), -(-width // stride))
@@ -112,6 +112,10 @@ def weights(out: int = 16, inp: int = 16, **changed: Any) -> dict[str, Any]:
         (weights(first=torch.zeros(16, 16, 5, 5)), r"found weights \(16, 16, 5, 5\)"),
         (weights(second=torch.zeros(16, 32, 3, 3)), r"\(16, 32, 3, 3\) and a shortcut"),
         (weights(32, 16, short=torch.zeros(32, 16, 3, 3)), r"shortcut \(32, 16, 3, 3\), wanted"),
+        (
+            weights(first=torch.zeros(72, 16, 3, 3), second=torch.zeros(16, 72, 3, 3)),
+            "found 72 channels between the convolutions, wanted 1 to 64",
+        ),
         (weights(32, 16), "found 16 channels to 32 without a shortcut's weight"),
         (weights(dtype=torch.float32), "found type torch.float32, wanted float16 or bfloat16"),
     ],
@@ -131,6 +135,10 @@ def test_weights_that_are_refused(fields: dict[str, Any], message: str) -> None:
         (lambda x, w, s: (x.bfloat16(), w, s), "found x in torch.bfloat16 and weights in"),
         (lambda x, w, s: (x[:, :8], w, s), r"found x \(2, 8, 5, 4\) for 16 channels to 32"),
         (lambda x, w, s: (x[0], w, s), r"found x \(16, 5, 4\) for 16 channels"),
+        (
+            lambda x, w, s: (x, w._replace(second=w.second[:-9]), s),
+            r"found weights \(144, 32\) and \(279, 32\), wanted as many channels written by the first",
+        ),
         (lambda x, w, _: (x, w, 3), "found stride 3 from 16 to 32 channels, wanted 1 or 2"),
         (
             lambda x, w, s: (x, w._replace(short=None), s),

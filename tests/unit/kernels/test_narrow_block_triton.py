@@ -62,11 +62,11 @@ def test_a_chosen_launch_is_that_of_its_shape_alone(monkeypatch: pytest.MonkeyPa
 
     x = torch.empty(8, 16, 28, 28, device="meta", dtype=torch.float16)
     known = module.launches(16)
-    monkeypatch.setattr(module, "_CHOSEN", {module._key(x, 16, 1, is_plain=True): known[1]})
-    assert module.launch_of(x, 16, 1, is_plain=True) == known[1]
-    assert module.launch_of(x.bfloat16(), 16, 1, is_plain=True) == known[1]  # as fast
-    assert module.launch_of(x[:4], 16, 1, is_plain=True) == known[0]
-    assert module.launch_of(x, 16, 1, is_plain=False) == known[0]
+    monkeypatch.setattr(module, "_CHOSEN", {module._key(x, (16, 16), 1, is_plain=True): known[1]})
+    assert module.launch_of(x, (16, 16), 1, is_plain=True) == known[1]
+    assert module.launch_of(x.bfloat16(), (16, 16), 1, is_plain=True) == known[1]  # as fast
+    assert module.launch_of(x[:4], (16, 16), 1, is_plain=True) == known[0]
+    assert module.launch_of(x, (16, 16), 1, is_plain=False) == known[0]
 
 
 def compiled(name: str, launch: Any, **settings: Any) -> str:
@@ -110,7 +110,7 @@ def test_whole_images() -> None:
     assert launch.form == "images"
     assert launch.keeps
     ptx = compiled(
-        "narrow_block_kernel", launch, **SAME, CI=16, CO=16, BM=launch.pixels, G=1, KEEP=True
+        "narrow_block_kernel", launch, **SAME, CI=16, CM=16, CO=16, BM=launch.pixels, G=1, KEEP=True
     )
     assert re.search(r"ld\.global\.v4\.b32", ptx)  # 16 bytes a thread
     assert "cp.async" not in ptx  # which would go around the first-level cache
@@ -125,6 +125,6 @@ def test_tiles() -> None:
     launch = module.launches(16)[0]
     assert launch.form == "tiles"
     for name in ("narrow_first_kernel", "narrow_second_kernel"):
-        ptx = compiled(name, launch, **SAME, CI=16, CO=16, BM=launch.pixels)
+        ptx = compiled(name, launch, **SAME, CI=16, CM=16, CO=16, BM=launch.pixels)
         assert "wgmma.mma_async" in ptx
         assert "st.local" not in ptx

@@ -1,7 +1,7 @@
 """Residual blocks of few channels as one op: ``kernels.narrow_block`` in place of their convolutions.
 
 A block is relu(conv(relu(conv(x))) + x), 3x3 and 3x3, or with a 1x1 convolution of x in place of x, and
-nothing else reads what is between. Blocks of other channels, and those whose weights are not constants,
+nothing else reads what is between, which may have fewer channels. Blocks of other channels, and those whose weights are not constants,
 stay convolutions.
 """
 
@@ -90,7 +90,7 @@ def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
         if first is None or not _fit(first, second):
             continue
         if other is first.source:
-            if first.stride == 1 and first.weight.shape[0] == first.weight.shape[1]:
+            if first.stride == 1 and second.weight.shape[0] == first.weight.shape[1]:
                 return _Block(first, second, None, last)
             continue
         short = _conv(other, tensors, _NARROW)
@@ -100,8 +100,10 @@ def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
 
 
 def _fit(first: _Conv, second: _Conv) -> bool:
-    sizes = {*first.weight.shape[:2], *second.weight.shape[:2]}
-    return sizes <= set(CHANNELS) and second.weight.shape[0] == second.weight.shape[1]
+    between, inp = first.weight.shape[:2]
+    out = second.weight.shape[0]
+    is_chain = second.weight.shape[1] == between and between <= CHANNELS[-1]
+    return is_chain and {inp, out} <= set(CHANNELS)
 
 
 def _conv(value: Any, tensors: Mapping[str, Tensor], kernel: tuple[int, int]) -> _Conv | None:
