@@ -24,7 +24,13 @@ HALF_PRECISION = 2e-4  # normalised squared error of a short chain in bf16
 # Images, inputs, height, width, outputs, stride: every number of channels, with and without a stride, and
 # sizes that divide by nothing. Each is four kernels to compile, seconds each.
 SHAPES = ((5, 16, 28, 28, 16, 1), (5, 64, 7, 7, 64, 1), (3, 16, 29, 31, 32, 2))
-NARROWER = ((5, 64, 7, 7, 64, 1, 24), (3, 16, 29, 31, 64, 2, 16))  # and channels between
+# And channels between; what is no power of two is filled up.
+NARROWER = (
+    (5, 64, 7, 7, 64, 1, 24),
+    (3, 16, 29, 31, 64, 2, 16),
+    (3, 24, 14, 14, 24, 1, 40),
+    (3, 8, 9, 7, 48, 2, 16),
+)
 CASES = [*((s, torch.float16) for s in (*SHAPES, *NARROWER)), (SHAPES[0], torch.bfloat16)]
 
 

@@ -27,11 +27,13 @@ _KERNEL = (3, 3)
 class BlockWeights(NamedTuple):
     """A block's weights as the kernels read them; norms are folded into them.
 
+    Channels are filled up with zeros to 16, 32 or 64, but for the last bias, which tells how many are written.
+
     Attributes:
         first: [9 * inp, between]: taps in rows, then the channels of a tap.
         first_bias: [between] float32.
         second: [9 * between, out], likewise.
-        second_bias: [out] float32, with the bias of the shortcut.
+        second_bias: [written] float32, with the bias of the shortcut.
         short: Of a 1x1 shortcut [inp, out]; None: x itself is added.
     """
 
@@ -55,8 +57,7 @@ def block_weights(
     """Lay out the weights of a block.
 
     Args:
-        first: [between, inp, 3, 3] of the convolution that may have a stride; at most 64 channels between,
-            which are filled up with zeros to 16, 32 or 64.
+        first: [between, inp, 3, 3] of the convolution that may have a stride.
         first_bias: [between]; None: zeros.
         second: [out, between, 3, 3].
         second_bias: [out]; None: zeros.
@@ -65,7 +66,7 @@ def block_weights(
         short_bias: [out]; None: zeros.
 
     Raises:
-        ShapeError: Other kernels, channels that are not 16, 32 or 64, or another type.
+        ShapeError: Other kernels, more than 64 channels, or another type.
     """
     between, inp = first.shape[:2]
     out = second.shape[0]
@@ -77,14 +78,9 @@ def block_weights(
             f"narrow block: found weights {shapes[0]}, {shapes[1]} and a shortcut {short_shape}, wanted "
             "[between, inp, 3, 3], [out, between, 3, 3] and [out, inp, 1, 1]; other blocks stay convolutions"
         )
-    if out not in CHANNELS or inp not in CHANNELS:
+    if not all(1 <= n <= CHANNELS[-1] for n in (inp, between, out)):
         raise ShapeError(
-            f"narrow block: found {inp} channels to {out}, wanted each one of {CHANNELS}; pad the channels "
-            "with zeros, or leave the block as convolutions"
-        )
-    if not 1 <= between <= CHANNELS[-1]:
-        raise ShapeError(
-            f"narrow block: found {between} channels between the convolutions, wanted 1 to {CHANNELS[-1]}; "
+            f"narrow block: found {inp} channels to {between} to {out}, wanted at most {CHANNELS[-1]} of each; "
             "leave the block as convolutions"
         )
     if dtype not in DTYPES:
@@ -97,21 +93,25 @@ def block_weights(
     zeros = torch.zeros(max(between, out), dtype=torch.float32, device=first.device)
     own = zeros[:between] if first_bias is None else first_bias.float()
     biases = [zeros[:out] if b is None else b.float() for b in (second_bias, short_bias)]
-    more = (
-        next(n for n in CHANNELS if n >= between) - between
-    )  # whose outputs are 0, which nothing reads
     return BlockWeights(
-        _rows(pad(first, (0, 0, 0, 0, 0, 0, 0, more)), dtype),
-        pad(own, (0, more)),
-        _rows(pad(second, (0, 0, 0, 0, 0, more)), dtype),
+        _rows(first, dtype),
+        pad(own, (0, _filled(between) - between)),
+        _rows(second, dtype),
         biases[0] + biases[1],
         None if short is None else _rows(short, dtype),
     )
 
 
+def _filled(channels: int) -> int:
+    """How many channels a product has."""
+    return next(n for n in CHANNELS if n >= channels)
+
+
 def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[out, inp, h, w] -> [h * w * inp, out]."""
-    return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]).to(dtype).contiguous()
+    """[out, inp, h, w] -> [h * w * inp, out], both filled up."""
+    more = [_filled(n) - n for n in weight.shape[:2]]
+    whole = pad(weight, (0, 0, 0, 0, 0, more[1], 0, more[0]))
+    return whole.permute(2, 3, 1, 0).reshape(-1, whole.shape[0]).to(dtype).contiguous()
 
 
 def narrow_block(
@@ -126,8 +126,8 @@ def narrow_block(
     """relu(conv(y) + second_bias + shortcut(x)), y = relu(conv(x) + first_bias); borders of one zero.
 
     Args:
-        x: [b, inp, h, w] float16 or bfloat16, any strides (channels last are read as they are), and no
-            images at all.
+        x: [b, channels, h, w] float16 or bfloat16, no more channels than the weights have, any strides (channels
+            last are read as they are), and no images at all.
         first: Of the weights, as all that follow: see ``BlockWeights``.
         first_bias: Added before the first ReLU.
         second: Of the convolution of y.
@@ -136,13 +136,13 @@ def narrow_block(
         stride: 1 or 2, of the first convolution and of the shortcut; 2 needs ``short``.
 
     Returns:
-        [b, out, ceil(h / stride), ceil(w / stride)], channels last. Sums are taken in float32; y is rounded
+        [b, written, ceil(h / stride), ceil(w / stride)], channels last. Sums are taken in float32; y is rounded
         to x's type.
 
     Raises:
         ShapeError: Tensors that do not fit together, another type or stride, or 2**31 elements or more.
     """
-    _check(x, first, second, short, stride)
+    _check(x, first, second, second_bias, short, stride)
     last = x.contiguous(memory_format=torch.channels_last)
     call: Any = narrow_block_op()
     if x.is_cuda and HAS_KERNEL:
@@ -151,30 +151,33 @@ def narrow_block(
     return found
 
 
-def _check(x: Tensor, first: Tensor, second: Tensor, short: Tensor | None, stride: int) -> None:
-    between, out = first.shape[1], second.shape[1]
-    inp = first.shape[0] // _TAPS
+def _check(
+    x: Tensor, first: Tensor, second: Tensor, last: Tensor, short: Tensor | None, stride: int
+) -> None:
+    inp, between = first.shape[0] // _TAPS, first.shape[1]
+    out, written = second.shape[1], last.shape[0]
     if x.dtype not in DTYPES or first.dtype != x.dtype or second.dtype != x.dtype:
         raise ShapeError(
             f"narrow block: found x in {x.dtype} and weights in {first.dtype} and {second.dtype}, wanted all "
             "in float16 or all in bfloat16"
         )
-    if stride not in STRIDES or (short is None and (stride != 1 or inp != out)):
+    fits = {inp, between, out} <= {*CHANNELS} and 1 <= written <= out
+    if not fits or first.shape[0] != _TAPS * inp or second.shape[0] != _TAPS * between:
         raise ShapeError(
-            f"narrow block: found stride {stride} from {inp} to {out} channels, wanted 1 or 2, and a "
+            f"narrow block: found weights {tuple(first.shape)} and {tuple(second.shape)} with a last bias of "
+            f"{written}, wanted [9 * inp, between] and [9 * between, out], each one of {CHANNELS}: what "
+            "block_weights gives"
+        )
+    if x.dim() != 4 or not 1 <= x.shape[1] <= inp:
+        raise ShapeError(
+            f"narrow block: found x {tuple(x.shape)} for {inp} channels to {out}, wanted [b, 1 to {inp}, h, w]"
+        )
+    if stride not in STRIDES or (short is None and (stride != 1 or x.shape[1] != written)):
+        raise ShapeError(
+            f"narrow block: found stride {stride} from {x.shape[1]} to {written} channels, wanted 1 or 2, and a "
             "shortcut's weight wherever x has another shape than the result"
         )
-    if x.dim() != 4 or x.shape[1] != inp or inp not in CHANNELS or out not in CHANNELS:
-        raise ShapeError(
-            f"narrow block: found x {tuple(x.shape)} for {inp} channels to {out}, wanted [b, {inp}, h, w] and "
-            f"each one of {CHANNELS} channels"
-        )
-    if between not in CHANNELS or second.shape[0] != _TAPS * between:
-        raise ShapeError(
-            f"narrow block: found weights {tuple(first.shape)} and {tuple(second.shape)}, wanted as many channels "
-            f"written by the first as the second reads, one of {CHANNELS}: what block_weights gives"
-        )
-    sizes = [x.numel(), x.shape[0] * max(between, out) * x.shape[2] * x.shape[3]]
+    sizes = [x.numel(), x.shape[0] * max(between, written) * x.shape[2] * x.shape[3]]
     if any(isinstance(n, int) and n > MOST for n in sizes):
         raise ShapeError(
             f"narrow block: found x {tuple(x.shape)}, wanted at most {MOST} elements in x and in the "
@@ -192,10 +195,12 @@ def narrow_block_reference(
     stride: int,
 ) -> Tensor:
     """As ``narrow_block``, in torch's own ops in float32."""
-    wide = x.float()
-    y = conv2d(wide, _kernel(first, 3), first_bias, stride, 1).relu().to(x.dtype).float()
-    z = conv2d(y, _kernel(second, 3), second_bias, 1, 1)
-    z = z + (wide if short is None else conv2d(wide, _kernel(short, 1), None, stride))
+    wide, read, written = x.float(), x.shape[1], second_bias.shape[0]
+    kernel = _kernel(first, 3)[:, :read]
+    y = conv2d(wide, kernel, first_bias, stride, 1).relu().to(x.dtype).float()
+    z = conv2d(y, _kernel(second, 3)[:written], second_bias, 1, 1)
+    branch = None if short is None else _kernel(short, 1)[:written, :read]
+    z = z + (wide if branch is None else conv2d(wide, branch, None, stride))
     return z.relu().to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -228,8 +233,8 @@ if not HAS_KERNEL:
         short: Tensor | None,
         stride: int,
     ) -> Tensor:
-        del first, first_bias, second_bias, short
+        del first, first_bias, second, short
         height, width = (-(-n // stride) for n in x.shape[2:])
-        return x.new_empty(x.shape[0], second.shape[1], height, width).contiguous(
+        return x.new_empty(x.shape[0], second_bias.shape[0], height, width).contiguous(
             memory_format=torch.channels_last
         )

@@ -62,16 +62,17 @@ def run(
     launch: Launch,
 ) -> Tensor:
     """The block as a launch has it; as ``narrow_block.narrow_block`` otherwise, of x with channels last."""
-    images, inp, height, width = x.shape
-    between, out = first.shape[1], second.shape[1]
+    images, real, height, width = x.shape
+    inp, between, out = first.shape[0] // 9, first.shape[1], second.shape[1]
+    written = second_bias.shape[0]
     sizes = (-(-height // stride), -(-width // stride))
     # Allocated as they lie, and turned at the end: compilers would copy a view that a kernel writes.
-    y, z = (x.new_empty(images, *sizes, n) for n in (between, out))
+    y, z = (x.new_empty(images, *sizes, n) for n in (between, written))
     if isinstance(images, int) and not images:
         return z.permute(0, 3, 1, 2)
-    shape = {"H": height, "W": width, "OH": sizes[0], "OW": sizes[1], "CI": inp, "CM": between}
-    settings = {**shape, "S": stride}
-    branch = {"CO": out, "SHORT": short is not None}
+    shape = {"H": height, "W": width, "OH": sizes[0], "OW": sizes[1], "NI": real, "CI": inp}
+    settings = {**shape, "CM": between, "S": stride}
+    branch = {"NO": written, "CO": out, "SHORT": short is not None}
     added = second if short is None else short  # a pointer that is not read
     if launch.form == "images":
         wrap_triton(_tiled(narrow_block_kernel, launch))[triton.cdiv(images, launch.images),](

@@ -119,7 +119,8 @@ def test_other_blocks_stay_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inp", "out", "count"), [(16, 16, 1), (16, 64, 1), (24, 24, 0), (16, 128, 0), (8, 16, 0)]
+    ("inp", "out", "count"),
+    [(16, 16, 1), (16, 64, 1), (24, 24, 1), (16, 128, 0), (8, 16, 1), (20, 20, 0)],
 )
 def test_channels(inp: int, out: int, count: int) -> None:
     graph = graph_of(trained(seeded(Block(inp, out, 2 if inp != out else 1))), random(2, inp, 6, 6))
@@ -144,9 +145,18 @@ class Slim(nn.Module):
 
 @pytest.mark.parametrize(
     ("inp", "between", "out", "count"),
-    [(32, 16, 32, 1), (32, 21, 32, 1), (16, 40, 64, 1), (16, 64, 16, 1), (16, 65, 16, 0)],
+    [
+        (32, 16, 32, 1),
+        (32, 21, 32, 1),
+        (16, 40, 64, 1),
+        (16, 64, 16, 1),
+        (24, 16, 24, 1),
+        (8, 20, 40, 1),
+        (16, 65, 16, 0),
+        (20, 16, 20, 0),
+    ],  # fmt: skip
 )
-def test_channels_between_are_filled_up(inp: int, between: int, out: int, count: int) -> None:
+def test_channels_are_filled_up(inp: int, between: int, out: int, count: int) -> None:
     inputs = (random(4, inp, 6, 6),)
     graph = graph_of(seeded(Slim(inp, between, out)), *inputs)
     nodes = fused(graph)

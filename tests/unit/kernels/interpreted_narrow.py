@@ -91,10 +91,11 @@ SHAPES = (
     (3, 16, 5, 7, 16, 1), (2, 16, 7, 6, 32, 2), (1, 32, 1, 1, 32, 1), (2, 32, 4, 3, 16, 1),
     (0, 16, 4, 4, 16, 1), (2, 64, 3, 3, 64, 1), (1, 64, 5, 2, 64, 2),
 )  # fmt: skip
-# And channels between the convolutions: fewer, such as are filled up, and more.
+# And channels between the convolutions: fewer, more, such as are filled up, here and at both ends.
 NARROWER = (
     (2, 32, 5, 4, 32, 1, 16), (1, 16, 5, 7, 64, 2, 24), (2, 64, 3, 3, 64, 1, 40), (2, 16, 4, 4, 16, 1, 5),
-    (1, 16, 3, 5, 16, 1, 32),
+    (1, 16, 3, 5, 16, 1, 32), (2, 24, 5, 4, 24, 1, 24), (1, 8, 4, 7, 40, 2, 16), (2, 48, 3, 3, 24, 1, 64),
+    (1, 3, 3, 4, 5, 2, 7), (1, 1, 2, 3, 1, 1, 1),
 )  # fmt: skip
 LAUNCHES = (
     Launch("images", 16), Launch("images", 32, 2), Launch("images", 16, 2, keeps=True),

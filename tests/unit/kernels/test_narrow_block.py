@@ -107,14 +107,14 @@ def weights(out: int = 16, inp: int = 16, **changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (weights(128, 128), r"found 128 channels to 128, wanted each one of \(16, 32, 64\)"),
-        (weights(24, 24), "found 24 channels to 24, wanted each one of .*pad the channels"),
+        (weights(128, 128), "found 128 channels to 128 to 128, wanted at most 64 of each"),
+        (weights(65, 16), "found 16 channels to 65 to 65, wanted at most 64"),
         (weights(first=torch.zeros(16, 16, 5, 5)), r"found weights \(16, 16, 5, 5\)"),
         (weights(second=torch.zeros(16, 32, 3, 3)), r"\(16, 32, 3, 3\) and a shortcut"),
         (weights(32, 16, short=torch.zeros(32, 16, 3, 3)), r"shortcut \(32, 16, 3, 3\), wanted"),
         (
             weights(first=torch.zeros(72, 16, 3, 3), second=torch.zeros(16, 72, 3, 3)),
-            "found 72 channels between the convolutions, wanted 1 to 64",
+            "found 16 channels to 72 to 16, wanted at most 64",
         ),
         (weights(32, 16), "found 16 channels to 32 without a shortcut's weight"),
         (weights(dtype=torch.float32), "found type torch.float32, wanted float16 or bfloat16"),
@@ -133,11 +133,14 @@ def test_weights_that_are_refused(fields: dict[str, Any], message: str) -> None:
             "found x in torch.float32 and weights in torch.float16",
         ),
         (lambda x, w, s: (x.bfloat16(), w, s), "found x in torch.bfloat16 and weights in"),
-        (lambda x, w, s: (x[:, :8], w, s), r"found x \(2, 8, 5, 4\) for 16 channels to 32"),
+        (
+            lambda x, w, s: (torch.cat([x, x], 1), w, s),
+            r"found x \(2, 32, 5, 4\) for 16 channels to 32",
+        ),
         (lambda x, w, s: (x[0], w, s), r"found x \(16, 5, 4\) for 16 channels"),
         (
             lambda x, w, s: (x, w._replace(second=w.second[:-9]), s),
-            r"found weights \(144, 32\) and \(279, 32\), wanted as many channels written by the first",
+            r"found weights \(144, 32\) and \(279, 32\) with a last bias of 32, wanted",
         ),
         (lambda x, w, _: (x, w, 3), "found stride 3 from 16 to 32 channels, wanted 1 or 2"),
         (

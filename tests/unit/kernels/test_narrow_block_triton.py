@@ -110,11 +110,32 @@ def test_whole_images() -> None:
     assert launch.form == "images"
     assert launch.keeps
     ptx = compiled(
-        "narrow_block_kernel", launch, **SAME, CI=16, CM=16, CO=16, BM=launch.pixels, G=1, KEEP=True
+        "narrow_block_kernel",
+        launch,
+        **SAME,
+        NI=16,
+        NO=16,
+        CI=16,
+        CM=16,
+        CO=16,
+        BM=launch.pixels,
+        G=1,
+        KEEP=True,
     )
     assert re.search(r"ld\.global\.v4\.b32", ptx)  # 16 bytes a thread
     assert "cp.async" not in ptx  # which would go around the first-level cache
     assert "wgmma.mma_async" in ptx
+    assert "st.local" not in ptx
+
+
+def test_channels_that_are_filled_up_are_read_eight_at_once() -> None:
+    from tersor.kernels import narrow_block_triton as module
+
+    sizes = {**SAME, "NI": 24, "NO": 24, "CI": 32, "CM": 16, "CO": 32}
+    ptx = compiled("narrow_second_kernel", module.launches(32)[0], **sizes, BM=128)
+    assert re.search(r"ld\.global\.v4\.b32", ptx)
+    assert re.search(r"st\.global\.v4", ptx)
+    assert not re.search(r"ld\.global\.b16", ptx)
     assert "st.local" not in ptx
 
 
@@ -125,6 +146,6 @@ def test_tiles() -> None:
     launch = module.launches(16)[0]
     assert launch.form == "tiles"
     for name in ("narrow_first_kernel", "narrow_second_kernel"):
-        ptx = compiled(name, launch, **SAME, CI=16, CM=16, CO=16, BM=launch.pixels)
+        ptx = compiled(name, launch, **SAME, NI=16, NO=16, CI=16, CM=16, CO=16, BM=launch.pixels)
         assert "wgmma.mma_async" in ptx
         assert "st.local" not in ptx

@@ -1,7 +1,7 @@
 """Residual blocks of few channels as one op: ``kernels.narrow_block`` in place of their convolutions.
 
 A block is relu(conv(relu(conv(x))) + x), 3x3 and 3x3, or with a 1x1 convolution of x in place of x, and
-nothing else reads what is between, which may have fewer channels. Blocks of other channels, and those whose weights are not constants,
+nothing else reads what is between. Blocks of more than 64 channels, those whose ends are no eights, and those whose weights are not constants,
 stay convolutions.
 """
 
@@ -16,6 +16,7 @@ from tersor.kernels.narrow_block import CHANNELS, STRIDES, block_weights, narrow
 _aten = torch.ops.aten
 _PREFIX = "tersor_block_"
 _WIDE, _NARROW = (3, 3), (1, 1)  # kernels
+_WHOLE = 8  # channels that are read at once
 _DEFAULTS: tuple[Any, ...] = (None, (1, 1), (0, 0), (1, 1), 1)  # of a convolution, from its bias on
 
 
@@ -102,8 +103,9 @@ def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
 def _fit(first: _Conv, second: _Conv) -> bool:
     between, inp = first.weight.shape[:2]
     out = second.weight.shape[0]
-    is_chain = second.weight.shape[1] == between and between <= CHANNELS[-1]
-    return is_chain and {inp, out} <= set(CHANNELS)
+    is_chain = second.weight.shape[1] == between
+    whole = inp % _WHOLE == 0 and out % _WHOLE == 0
+    return is_chain and whole and max(inp, between, out) <= CHANNELS[-1]
 
 
 def _conv(value: Any, tensors: Mapping[str, Tensor], kernel: tuple[int, int]) -> _Conv | None:
