@@ -154,7 +154,7 @@ class Slim(nn.Module):
         (8, 20, 40, 1),
         (16, 65, 16, 0),
         (20, 16, 20, 0),
-    ],  # fmt: skip
+    ],
 )
 def test_channels_are_filled_up(inp: int, between: int, out: int, count: int) -> None:
     inputs = (random(4, inp, 6, 6),)
