@@ -47,6 +47,7 @@ _LAUNCHES: dict[int, tuple[Launch, ...]] = {
     32: (Launch("tiles", 128), Launch("images", 128, keeps=True), Launch("images", 64, keeps=True)),
     64: (Launch("tiles", 64), Launch("images", 128, 2), Launch("images", 128, 2, 8)),
 }
+_TAPS = 9
 _Key = tuple[Any, ...]
 _CHOSEN: Chosen[_Key, Launch] = Chosen()
 
@@ -63,7 +64,7 @@ def run(
 ) -> Tensor:
     """The block as a launch has it; as ``narrow_block.narrow_block`` otherwise, of x with channels last."""
     images, real, height, width = x.shape
-    inp, between, out = first.shape[0] // 9, first.shape[1], second.shape[1]
+    inp, between, out = first.shape[0] // _TAPS, first.shape[1], second.shape[1]
     written = second_bias.shape[0]
     sizes = (-(-height // stride), -(-width // stride))
     # Allocated as they lie, and turned at the end: compilers would copy a view that a kernel writes.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.api.session import pick_backends
-from tersor.backends.inductor import InductorBackend, executable, host
+from tersor.backends.inductor import InductorBackend, compiling, executable, host
 from tersor.backends.inductor.executable import InductorExecutable, RefusedNativeWarning, load
 from tersor.backends.inductor.host import Host, check_device, mismatch, problem, read_host
 from tersor.backends.inductor.lowering import lower
@@ -352,6 +352,42 @@ numpy.savez(Path(sys.argv[1]).with_suffix(".npz"), **found)
 def probed() -> None:
     """What takes seconds: a program for each kind of vectors is compiled and run."""
     raise AssertionError("the processor was probed")
+
+
+class _Kernel:
+    """As torch sees one with its tiles; whose module it says."""
+
+    def __init__(self, home: str) -> None:
+        self.fn = type("Function", (), {"__module__": home, "__name__": "kernel"})()
+
+
+def test_what_a_kernel_writes_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._higher_order_ops import triton_kernel_wrap as home
+
+    name = next(n for n in compiling._ANALYSES if hasattr(home, n))
+    asked: list[dict[str, Any]] = []
+
+    def analyse(_kernel: Any, kwargs: dict[str, Any], _more: Any) -> list[str]:
+        asked.append(kwargs)
+        return ["y"]
+
+    monkeypatch.setattr(home, name, analyse)
+    monkeypatch.setattr(compiling, "_ANALYSED", {})
+    plain = {"y": torch.zeros(2), "N": 640, "IS_SHARE": False, "SCALE": 1, "BIAS": None}
+    with compiling._analysed_once():
+        ask = getattr(home, name)
+        first = ask(_Kernel("tersor.kernels.a"), plain, {})
+        first.append("changed by who asked")
+        assert ask(_Kernel("tersor.kernels.a"), {**plain, "N": 512}, {}) == ["y"]
+        assert len(asked) == 1  # sizes make no difference
+        for change in ({"IS_SHARE": True}, {"SCALE": 2}, {"BIAS": torch.zeros(2)}):
+            ask(_Kernel("tersor.kernels.a"), {**plain, **change}, {})
+        ask(_Kernel("tersor.kernels.b"), plain, {})
+        assert len(asked) == 5
+        for _ in range(2):  # others' kernels are theirs
+            ask(_Kernel("elsewhere"), plain, {})
+        assert len(asked) == 7
+    assert getattr(home, name) is analyse
 
 
 def test_sizes_of_a_package_are_read_again(

@@ -1,8 +1,8 @@
 """Residual blocks of few channels as one op: ``kernels.narrow_block`` in place of their convolutions.
 
 A block is relu(conv(relu(conv(x))) + x), 3x3 and 3x3, or with a 1x1 convolution of x in place of x, and
-nothing else reads what is between. Blocks of more than 64 channels, those whose ends are no eights, and those whose weights are not constants,
-stay convolutions.
+nothing else reads what is between. Blocks of more than 64 channels, those whose ends are no eights, and those
+whose weights are not constants, stay convolutions.
 """
 
 from collections.abc import Mapping

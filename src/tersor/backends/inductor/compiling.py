@@ -68,7 +68,7 @@ def compile_module(
 
 def _choose_tiles(module: fx.GraphModule, example: Sequence[Tensor], *, exactly: bool) -> None:
     """Kernels choose how they are launched for these shapes, which no compiler does."""
-    if find_spec("triton") is None:
+    if find_spec("triton") is None or not any(t.is_cuda for t in example):
         return
     from tersor.kernels.tiles import choosing
 
@@ -92,19 +92,18 @@ def _quiet() -> Iterator[None]:
                 select_algorithm.PRINT_AUTOTUNE = prints
 
 
-_ANALYSES = (
-    "identify_accessed_tensors",
-    "identify_mutated_tensors",
-)  # as torch calls it by version
+# As torch calls it, by version.
+_ANALYSES = ("identify_accessed_tensors", "identify_mutated_tensors")
+_KINDS = 8  # integers up to which a constant of a kernel may tell what it reads and writes; larger ones are sizes
 _ANALYSED: dict[Hashable, Any] = {}
 
 
 @contextmanager
 def _analysed_once() -> Iterator[None]:
-    """Keep what torch finds out about which arguments a kernel of this package writes.
+    """Keep what torch finds out about which arguments a kernel of this package reads and writes.
 
     It translates a kernel anew for every call in a graph, several times each (torch 2.11 to 2.13): seconds a
-    build. The answer depends on the switches among a kernel's constants, and on no size.
+    build. The answer depends on the switches and kinds among a kernel's constants, and on no size.
     """
     home: Any = importlib.import_module("torch._higher_order_ops.triton_kernel_wrap")
     found = {name: getattr(home, name) for name in _ANALYSES if hasattr(home, name)}
@@ -114,9 +113,7 @@ def _analysed_once() -> Iterator[None]:
             function = getattr(kernel, "fn", kernel)  # of a kernel and its tiles
             if not str(getattr(function, "__module__", "")).startswith("tersor."):
                 return analyse(kernel, kwargs, *more)
-            switches = tuple(
-                (n, v if isinstance(v, bool | None) else "") for n, v in kwargs.items()
-            )
+            switches = tuple((n, v if _is_switch(v) else "") for n, v in kwargs.items())
             key = (function.__module__, function.__name__, switches)
             if key not in _ANALYSED:
                 _ANALYSED[key] = analyse(kernel, kwargs, *more)
@@ -131,6 +128,10 @@ def _analysed_once() -> Iterator[None]:
     finally:
         for name, analyse in found.items():
             setattr(home, name, analyse)
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool | None) or (isinstance(value, int) and 0 <= value <= _KINDS)
 
 
 def _just_in_time(
@@ -199,21 +200,13 @@ def _share_cxx_runtime() -> None:
         ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
-def _opened(path: str) -> tuple[Any, Callable[[list[Tensor]], Sequence[Tensor]]]:
-    """A package's library, and the call of flat inputs, without importing a compiler.
+def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
+    """The call of a package; its native code is loaded into this process, without a compiler.
 
     ``torch._inductor.aoti_load_package`` is the documented way to the same: it imports torch's compilers,
     which takes seconds, and compares the processors of a package and of this machine, to which end it
     compiles and runs a program for each kind of vectors (torch 2.11 to 2.13: 3 to 40 s in every process), for
     a warning at most. A file's host was compared before (``host.mismatch``).
-    """
-    # One call at a time needs no locks, which a recording could not hold.
-    model = torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, -1)  # noqa: SLF001
-    return model, model.boxed_run
-
-
-def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
-    """The call of a package; its native code is loaded into this process.
 
     Args:
         package: The bytes of a ``.pt2``.
@@ -223,7 +216,8 @@ def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         path.write_bytes(package)
-        model, run = _opened(str(path))
+        # One call at a time needs no locks, which a recording could not hold.
+        model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)  # noqa: SLF001
     wanted = model.get_constant_fqns()
     known = {name: constants[name] for name in wanted if name in constants}
     # Not a full update, used where they lie: they stay this module's.
@@ -233,7 +227,7 @@ def open_package(package: bytes, constants: Mapping[str, Tensor]) -> Call:
         model.load_constants(known, False, False)
 
     def call(*inputs: Tensor) -> Sequence[Tensor]:
-        return tuple(run(list(inputs)))
+        return tuple(model.boxed_run(list(inputs)))
 
     call.model = model  # type: ignore[attr-defined]  # lives as long as the call
     call.constants = known  # type: ignore[attr-defined]
