@@ -70,8 +70,9 @@ def trained(folder: Path, target: tersor.Target, **options: Any) -> tuple[nn.Mod
 
 def test_a_speed_is_planned_from_measured_pairs_and_measured(store: Path) -> None:
     small, report = trained(store, tersor.Target(speedup=1.2))
-    assert report.ranks()  # half a million weights of rank 4, twice: a pair is faster anywhere
-    assert set(report.ranks()) <= {"up", "down"}
+    # Half a million weights of rank 4, twice: a pair is faster anywhere. Of the narrow layer's that
+    # is for the machine to say.
+    assert {"up", "down"} & set(report.ranks())
     assert report.predicted_ms is not None
     assert report.measured is not None
     assert report.measured.small_bytes < report.measured.dense_bytes

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.api import undoing
-from tersor.api.choosing import ChoiceRecord
+from tersor.api.choosing import ChoiceRecord, Room
 from tersor.api.files import artifact_size
 from tersor.api.final import Made, make_final
+from tersor.api.quality import Quality
 from tersor.api.result import Result
 from tersor.api.stages import build_for
 from tersor.core.errors import ConfigError, SiteNotFoundError, TersorError
@@ -437,6 +438,49 @@ def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(
     assert any("a smaller plan is chosen" in note for note in progress.notes)
     assert result.plan.predicted_bytes <= 0.9 * most + 1
     assert result.verdict.size_bytes <= most
+
+
+@pytest.mark.parametrize(
+    ("lost", "speeds", "n_searches", "taken"),
+    [
+        ((0.1, 0.4), (0.8,), 1, 1),  # quicker and within the loss, which is spent now
+        ((0.3, 0.35, 0.4), (0.8, 0.6), 2, 2),
+        ((0.3, 0.35, 0.6), (0.8, 0.6), 2, 1),  # the second loses more than is allowed
+        ((0.1, 0.6), (0.8,), 1, 0),
+        ((0.1,), (0.99,), 1, 0),  # not worth final weights of its own
+        ((0.4,), (), 0, 0),
+    ],
+)
+def test_final_weights_that_leave_room_get_a_faster_plan(
+    again: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: tuple[float, ...],
+    speeds: tuple[float, ...],
+    n_searches: int,
+    taken: int,
+) -> None:
+    """What searches see loses more than the final weights do: the rest of the loss buys speed."""
+    real, seen, shares = make_final, [], []
+
+    def made(session: Any, offered: Any, plan: Plan, quality: Any, key: str) -> Made:
+        seen.append(plan)
+        return replace(real(session, offered, plan, quality, key), loss=lost[len(seen) - 1])
+
+    def chosen(result: Any, room: Room) -> Any:
+        shares.append(room.share)
+        ms = seen[0].measured_ms * speeds[len(shares) - 1]
+        return replace(result._choice, plan=replace(seen[0], measured_ms=ms))
+
+    monkeypatch.setattr("tersor.api.result.make_final", made)
+    monkeypatch.setattr(Result, "_chosen", chosen)
+    monkeypatch.setattr(Quality, "has_errors", True)
+    monkeypatch.setattr(Quality, "limit", lambda _: 0.5)
+    progress = Recorded()
+    result = again(target=tersor.Target(size_ratio=3.0, min_agreement=0.5), progress=progress)
+    assert sum("a faster plan is tried" in note for note in progress.notes) == n_searches
+    assert shares == sorted(shares)
+    assert all(1.0 < share <= 2.0 for share in shares)
+    assert result.plan.measured_ms == seen[taken].measured_ms
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,9 @@ def test_units_go_where_formats_alone_are_too_large(pruned_run: Finished) -> Non
     assert set(levels) - {"f32", "bf16"}
     check = next(c for c in result.verdict.checks if c.name == "size_ratio")
     assert check.status == "pass"
-    assert result.verdict.size_bytes == pytest.approx(result.plan.predicted_bytes, rel=0.05)
+    # The report in the file grows with what there is to tell, whatever the weights take.
+    found, predicted = result.verdict.size_bytes, result.plan.predicted_bytes
+    assert found == pytest.approx(predicted, rel=0.05, abs=6_000)
     shapes = shapes_of(result.module)
     for site, (kept, _) in cut.items():
         layer = site.removeprefix("width:")

@@ -6,7 +6,7 @@ Times decide nothing here: which choice is faster is said by the tests.
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +47,18 @@ def choosing(mode: ShapeMode) -> Iterator[None]:
         fast = {"open": 3.0, "exact": 3.0, "padded": 3.0, mode: 2.0}
         return {name: flat_timing(fast[name]) for name in timings}
 
+    def curve(calls: Iterable[str], *args: Any) -> dict[str, Timing]:
+        """What a call takes by its size: a build for one size half as long, so that buckets pay."""
+        del args
+        costs = {"single": 0.5, "open": 1.0}
+        named = {name: name.split() for name in calls}
+        return {
+            n: flat_timing(costs[kind] * (1 + int(size) / 10)) for n, (kind, size) in named.items()
+        }
+
     with quick_runs(PriceConfig(k=3, k_mixed=6, held_out=1)), pytest.MonkeyPatch.context() as patch:
         patch.setattr(shaping, "measure_calls", lambda _, calls, *rest: rigged(calls, *rest))
+        patch.setattr(shaping, "measure", curve)
         yield
 
 

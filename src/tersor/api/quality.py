@@ -198,6 +198,11 @@ class Quality:
         return scale * float((one - other).std(ddof=1)) / math.sqrt(n)
 
     @property
+    def has_errors(self) -> bool:
+        """Whether losses are means of what each sample says, with one standard error on top."""
+        return not self._is_scored and self.session.kind != "logits"
+
+    @property
     def _is_scored(self) -> bool:
         """Whether the loss is the caller's metric's."""
         return self.metric is not None and "min_agreement" not in self._budgets()

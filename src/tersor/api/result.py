@@ -64,6 +64,9 @@ _STEPS_BACK = 2  # milder plans that are tried where the final weights lose too 
 _CAUTION = 0.9  # of what a plan that loses just enough would take
 _NEARLY = 0.9  # of a size budget, from where the file itself is looked at
 _WORTH = 0.02  # of a size budget that a file leaves free, from where a larger plan is tried
+_ROOMY = 0.75  # of a loss allowed: what loses less leaves room for a faster plan
+_FURTHEST = 2.0  # times the loss allowed, that a search may spend where final weights lose less
+_FASTER = 0.98  # of a measured latency, from where a plan is worth its own final weights
 _PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
 
 
@@ -205,11 +208,46 @@ class Result:
                 room = replace(room, spare_bytes=room.spare_bytes + over)
             elif limit is None:
                 return self._larger(made, room, free=-over)
+            elif room == Room():
+                return self._faster(made, limit)
             else:
                 break
             self._take(self._chosen(room))
             made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
         return made
+
+    def _faster(self, made: Made, limit: float) -> Made:
+        """The final graph of a faster plan, where final weights leave much of the loss allowed; or the same.
+
+        A search sees weights that were rounded one layer at a time; those of the final fit, each behind
+        the ones in front of it, lose less. Only where losses are means with their errors: accuracies of a
+        few hundred samples are met by luck once many plans are tried.
+        """
+        run, before, room = self._run, self._choice, Room()
+        best, lost = made, made.loss
+        for _ in range(_STEPS_BACK):
+            if not self._quality.has_errors or not 0 < lost <= _ROOMY * limit:
+                break
+            share = min(room.share * _CAUTION * limit / lost, _FURTHEST)
+            if share <= room.share:
+                break
+            room = replace(room, share=share)
+            run.session.progress.note(
+                f"the final weights lose {lost:.4g} on the search part, allowed were {limit:.4g}: "
+                "a faster plan is tried"
+            )
+            ms = self._choice.plan.measured_ms
+            self._take(found := self._chosen(room))
+            faster = found.plan.measured_ms
+            if found.is_baseline or ms is None or faster is None or faster > ms * _FASTER:
+                break
+            tried = make_final(run.session, run.offered, self._plan, self._quality, self._key)
+            lost = tried.loss
+            if lost > limit or self._bytes_over(tried) > 0:
+                break
+            best, before = tried, found
+        self._take(before)
+        return best
 
     @property
     def _is_to_fit(self) -> bool:
