@@ -69,6 +69,11 @@ class _Measured:
     least_ms: float | None = None  # lower bound, 95 %, beside the baseline
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Beside:
+    times: float  # the latency of a plan in that of another, of one interleaved run
+
+
 def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes: int) -> Limits:
     """The target's budgets in the plan's units."""
     times = [target.latency_ms]
@@ -194,6 +199,7 @@ def choose_plan(
         peak=_peaks(session, offered),
         measure=remembered.measure,
         least_ms=remembered.least_ms,
+        beside=remembered.beside,
         correct=correct,
     )
     found = choose(task, tools, known)
@@ -321,6 +327,18 @@ class _Remembered:
                 self._store.put("measured", key, time)
                 self._found[key] = time
         return [self._found[key].ms if key in self._found else math.inf for key in keys]
+
+    def beside(self, plan: Plan, other: Plan) -> float:
+        """See ``Tools.beside``: kept for the pair."""
+        key = digest(self._key(plan), self._key(other))
+        kept = self._store.get(_Beside, "beside", key)
+        if kept is None:
+            mine, others = self._measure_new([plan, other])
+            if not (math.isfinite(mine.ms) and math.isfinite(others.ms)):  # tried again next time
+                return math.inf
+            kept = _Beside(times=mine.ms / others.ms)
+            self._store.put("beside", key, kept)
+        return kept.times
 
     def least_ms(self, plan: Plan) -> float:
         """See ``Tools.least_ms``."""

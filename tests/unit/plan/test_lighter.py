@@ -58,19 +58,29 @@ def test_the_fastest_plan_has_what_gains_no_speed_in_fewer_bytes(lab: ModuleType
     assert dict(plan.assignment) == wanted
 
 
-@pytest.mark.parametrize(("factor", "is_taken"), [(1.0, True), (1.04, True), (1.1, False)])
+@pytest.mark.parametrize(("factor", "is_taken"), [(1.0, True), (1.02, True), (1.1, False)])
+@pytest.mark.parametrize("is_beside", [False, True])
 def test_what_is_measured_slower_is_not_taken(
-    lab: ModuleType, factor: float, is_taken: bool
+    lab: ModuleType, factor: float, is_taken: bool, is_beside: bool
 ) -> None:
+    """Beside the plan itself where the tools can: at another moment the machine has another speed."""
     world = lab.make_world(3, n=7)
 
     def measure(plans):  # noqa: ANN001, ANN202 - a tool of this test
         stored = ["int8_weight" in p.assignment.values() for p in plans]
         times = zip(world.measure(plans), stored, strict=True)
-        return [ms * (factor if is_stored else 1.0) for ms, is_stored in times]
+        moment = 5.0 if is_beside and all(stored) else 1.0
+        return [ms * moment * (factor if is_stored else 1.0) for ms, is_stored in times]
 
-    tools = replace(world.tools(), measure=measure)
+    def beside(plan, other):  # noqa: ANN001, ANN202 - a tool of this test
+        mine, others = measure([plan, other])
+        return mine / others
+
+    tools = replace(world.tools(), measure=measure, beside=beside if is_beside else None)
     ledger = Ledger(world.task(Limits(max_loss=1e9)), tools)
     native = draft_of(0, ledger.problem(0).native_assignment())
     ledger.measure([native])
-    assert (search._lighter(ledger, native) != native) == is_taken
+    found = search._lighter(ledger, native)
+    assert (found != native) == is_taken
+    if is_taken:
+        assert ledger.measured[found] == pytest.approx(factor * ledger.measured[native], rel=0.05)
