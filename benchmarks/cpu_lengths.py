@@ -96,8 +96,8 @@ def data_of(drawn: dict[Split, list[Item]]) -> tersor.Data:
 
 def cosines(predict: Callable[..., Any], wanted: Sequence[Tensor], test: Sequence[Item]) -> Tensor:
     """Of every test sentence."""
-    found = [predict(**item) for item in test]
-    return sample_agreement(found, wanted, "embedding")
+    each = zip((predict(**item) for item in test), wanted, strict=True)
+    return torch.cat([sample_agreement([found], [one], "embedding") for found, one in each])
 
 
 def peers(graph: Graph, calibration: Sequence[Item], choice: BuildChoice) -> dict[str, Any]:
@@ -109,9 +109,13 @@ def peers(graph: Graph, calibration: Sequence[Item], choice: BuildChoice) -> dic
 
 
 def compressed(
-    drawn: dict[Split, list[Item]], model: nn.Module, agreement: float, seed: int
+    drawn: dict[Split, list[Item]],
+    model: nn.Module,
+    agreement: float,
+    seed: int,
+    folder: str | None,
 ) -> Any:
-    """Our result."""
+    """Our result; with a folder an interrupted run goes on there."""
     console = Console(highlight=False, markup=False, width=PIPE_WIDTH)
     with tempfile.TemporaryDirectory() as fresh, closing(make_progress(console)) as progress:
         result = tersor.compress(
@@ -119,7 +123,7 @@ def compressed(
             data_of(drawn),
             target=Target(min_agreement=agreement),
             backend="openvino",
-            cache_dir=fresh,
+            cache_dir=folder or fresh,
             seed=seed,
             progress=progress,
         )
@@ -190,12 +194,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--agreement", type=float, default=0.995)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-dir", help="where finished stages are kept; default: nowhere")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     counts = {**SENTENCES, "search": SEARCH}
     drawn = {part: items(lines) for part, lines in split_sentences(counts, options.seed).items()}
     model = minilm({"calibration": 1, "search": 1, "test": 1}).model
-    result = compressed(drawn, model, options.agreement, options.seed)
+    result = compressed(drawn, model, options.agreement, options.seed, options.cache_dir)
     graph, builds = all_builds(drawn, model, result, options.seed)
     found = rows_of(graph, builds, model, drawn["test"], options.seed)
     for row in found:

@@ -44,6 +44,7 @@ from tersor.observe.ranks import ALONE, Parcel, RankGroup
 from tersor.price.grid import kept_counts
 from tersor.runtime.runner import Runner
 from tersor.timing.device import InTurn
+from tersor.transform.prefixes import Prefixes
 
 _REFERENCE_BATCH = 16  # of graphs that torch runs
 _LEAST_SHARE = 0.002  # of the multiply-accumulates that widths reach: a smaller one saves nothing
@@ -127,6 +128,7 @@ class Session:
     answers: dict[str, list[Tensor]] = field(default_factory=dict)  # its classes, by metric
     ranges: dict[str, Ranges] = field(default_factory=dict)  # of the original: one, once known
     fits: dict[str, Graph] = field(default_factory=dict)  # graphs of cut widths, lightly fitted
+    prefixes: Prefixes = field(default_factory=Prefixes)  # where those fits may begin
     heads: dict[str, Heads | None] = field(default_factory=dict)  # width -> how its heads lie
     detector: Detector | None = None  # whose core the captured model is
     ranks: RankGroup = ALONE  # who shares the work

@@ -285,6 +285,7 @@ def evaluated(session: Session, changes: Changes) -> Graph:
             batches,
             config,
             base=_turned(session, axes.graph, changes),
+            prefixes=session.prefixes,
         )
         session.fits[changes.key] = fitted.graph
     return _formatted(session, changes, session.fits[changes.key])

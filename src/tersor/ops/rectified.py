@@ -113,11 +113,12 @@ def fit_rectified(
     weight, bias = _solved(system, products, target)
     fits, losses, bounds = [], [], []
     for step in range(iterations + 1):
-        sums = _pass(rows(), (weight, bias), system.mean, ceiling)
+        is_last = step == iterations
+        sums = _pass(rows(), (weight, bias), None if is_last else system.mean, ceiling)
         fits.append((weight, bias))
         losses.append(sums.loss / system.count)
         bounds.append(sums.bound / system.count)
-        if step < iterations:
+        if not is_last:
             weight, bias = _solved(system, sums.products / system.count, sums.target / system.count)
     best = min(range(len(losses)), key=losses.__getitem__)
     return RectifiedFit(
@@ -182,10 +183,10 @@ def _solved(
 def _pass(
     rows: Iterable[RectifiedRows],
     fit: tuple[Float64[Tensor, "g m n"], Float64[Tensor, "g m"]],
-    mean: Float64[Tensor, "g n"],
+    mean: Float64[Tensor, "g n"] | None,
     ceiling: float,
 ) -> _Sums:
-    """Losses of a weight and bias, and the sums that the next ones are solved from."""
+    """Losses of a weight and bias, and the sums that the next ones are solved from where a mean is given."""
     weight, bias = fit
     sums = _Sums(target=torch.zeros_like(bias), products=torch.zeros_like(weight))
     for inputs, wanted, offset in (part for whole in rows for part in _parts(whole)):
@@ -196,6 +197,8 @@ def _pass(
         sums.bound += float((predicted - target).square().sum())
         shown = predicted.clamp(0, ceiling) - wanted.clamp(0, ceiling)
         sums.loss += float(shown.square().sum())
+        if mean is None:
+            continue
         target -= offset
         sums.target += target.sum(1)
         sums.products += target.mT @ (inputs - mean.unsqueeze(1))

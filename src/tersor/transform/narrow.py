@@ -33,6 +33,7 @@ from tersor.graph.edit import (
     stored_uses,
 )
 from tersor.graph.meta import refresh
+from tersor.graph.mutation import has_mutation
 from tersor.graph.operators import (
     WeightedOp,
     as_rows,
@@ -45,6 +46,7 @@ from tersor.observe.statistics import token_mask
 from tersor.ops.rectified import RectifiedRows, fit_rectified
 from tersor.ops.softmax import fit_softmax
 from tersor.transform.calls import Calls, Step, in_step, merged, others_of, shared_calls
+from tersor.transform.prefixes import Chain, Fitted, Prefixes, Segments, State, storages
 
 # Of the fit of a classifier: it is flat after so many steps, and takes half a minute at most.
 _SOFTMAX_STEPS, _SOFTMAX_MACS, _SOFTMAX_ROWS = 100, 1e11, 64
@@ -111,6 +113,7 @@ def narrow(  # noqa: PLR0913 - the stage's inputs
     advance: Callable[[], None] = lambda: None,
     *,
     base: Graph | None = None,
+    prefixes: Prefixes | None = None,
 ) -> Narrowed:
     """Cut a graph and fit what is left.
 
@@ -123,6 +126,8 @@ def narrow(  # noqa: PLR0913 - the stage's inputs
         advance: Called once for each op that was fitted.
         base: What is cut in place of the graph of ``axes``: the same nodes with other weights, as
             where heads were turned, in ``graph`` as well.
+        prefixes: Of earlier fits of this model on these batches: what they have in common with this one is not
+            done again. Gets this one's; the result is the same, to the bit.
 
     Raises:
         ShapeError: A width that would lose all its units.
@@ -131,12 +136,17 @@ def narrow(  # noqa: PLR0913 - the stage's inputs
     removed = axes.removed(gone_from(axes, keep))
     small = cut(base or axes.graph, axes, removed)
     run = _Run(graph, axes, removed, (small, batches), config)
+    is_pure = not has_mutation(graph.module.graph) and not has_mutation(small.module.graph)
     with torch.no_grad():
-        for i, step in enumerate(run.steps):
+        start = run.resume(prefixes) if prefixes is not None and is_pure else 0
+        for _ in run.losses:  # fitted by the run whose beginning this is
+            advance()
+        for i, step in enumerate(run.steps[start:], start):
             run.step(step)
             if step.is_new and run.fit(step.node):
                 advance()
             run.forget(i)
+            run.keep(i)
     return Narrowed(run.result(), run.losses)
 
 
@@ -163,14 +173,22 @@ class _Run:
         self.cut_ops = {op.node.name: op for op in weighted_ops(self.module)}
         self.dirty: set[str] = set()
         self.losses: dict[str, float] = {}
+        self.fitted: list[Fitted] = []
+        self._segments: Segments | None = None
         self.inputs = batches
         self.batches = [_Batch({}, {}, token_mask(graph.signature, flat)) for flat in batches]
         self.left = counterparts(axes, removed)
+        nodes = (*graph.module.graph.nodes, *self.module.graph.nodes)
+        self._held = {node.name for node in nodes if node.op == "get_attr"}
+        self._own = {t.untyped_storage().data_ptr() for t in self.tensors.values()}
         self._uses = stored_uses(self.module)
         order, self.calls = shared_calls(self.cut_ops, self._uses, list(self.module.graph.nodes))
         before = in_step(list(graph.module.graph.nodes), self.calls)
         self.steps = merged(before, order, self.calls)
-        self._done = self._last_uses()
+        self._last = self._last_uses()
+        self._done: dict[int, list[tuple[bool, str]]] = {}
+        for value, i in self._last.items():
+            self._done.setdefault(i, []).append(value)
 
     def step(self, step: Step) -> None:
         """Run a node; one of the new graph is dirty once it differs from the original."""
@@ -185,6 +203,9 @@ class _Run:
                 )
             return
         is_dirty = self._is_dirty(node)
+        if is_dirty and self.calls.get(name, (name,)) == (name,) and self._fitted_at(node):
+            self.dirty.add(name)  # its fit runs it
+            return
         is_own = is_dirty or node.op == "get_attr"  # a fit may write to it
         for batch in self.batches:
             batch.new[name] = (
@@ -202,8 +223,8 @@ class _Run:
         mine, whole = self.tensors[str(node.target)], self.stored.get(str(node.target))
         return whole is None or mine.shape != whole.shape or not torch.equal(mine, whole)
 
-    def _last_uses(self) -> dict[int, list[tuple[bool, str]]]:
-        """For each step the values that nothing needs after it: (of the new graph, name)."""
+    def _last_uses(self) -> dict[tuple[bool, str], int]:
+        """The last step that needs a value: (of the new graph, name) -> its place."""
         last: dict[tuple[bool, str], int] = {}
         for i, step in enumerate(self.steps):
             used = [(step.is_new, source.name) for source in step.node.all_input_nodes]
@@ -213,10 +234,93 @@ class _Run:
                 for old in [self.before[name] for name in calls if name in self.before]:
                     used += [(False, old.name), *((False, other.name) for other in others_of(old))]
             last |= dict.fromkeys(used, i)
-        found: dict[int, list[tuple[bool, str]]] = {}
-        for value, i in last.items():
-            found.setdefault(i, []).append(value)
-        return found
+        return last
+
+    def resume(self, prefixes: Prefixes) -> int:
+        """Take over the longest beginning that a run before had in common; the first step that is left."""
+        keys = self._keys()
+        self._segments = Segments(prefixes, keys)
+        found = prefixes.latest(keys, self._suits)
+        if found is None:
+            return 0
+        place, state = found
+        for batch, original, new in zip(self.batches, state.original, state.new, strict=True):
+            batch.original, batch.new = dict(original), dict(new)
+        self.dirty = set(state.dirty)
+        for step in self.steps[: place + 1]:  # stored tensors, which a graph may have all in front
+            if step.node.op == "get_attr":
+                self.step(step)
+        for each in state.fitted:
+            self._store([self.cut_ops[name] for name in each.calls], each.weight, each.bias)
+            self._note(each)
+        return place + 1
+
+    def _keys(self) -> list[str]:
+        chain = Chain(self.config)
+        for i, step in enumerate(self.steps):
+            node, name = step.node, step.node.name
+            read: list[object] = [step.is_new, step.place, name, node.op, literals(node)]
+            stored = self.tensors if step.is_new else self.stored
+            targets = [str(s.target) for s in node.all_input_nodes if s.op == "get_attr"]
+            for target in targets:  # here and not where they stand, so that only readers differ
+                read += [stored[target], self._uses.get(target)]
+            if step.is_new and name in self.cut_ops and name in self.ops:
+                read += self._read_by_fit(i, self.ops[name])
+            chain.add(*read)
+        return chain.keys
+
+    def _read_by_fit(self, place: int, op: WeightedOp) -> list[object]:
+        """What a fit reads beside values and tensors: what stays, and what goes on with its result."""
+        others = [other.name for other in others_of(op.node)]
+        users = [user.name for user in op.node.users]
+        fit = self._plan(op)
+        return [
+            self.calls.get(op.node.name),
+            fit.kept,
+            *(part for row in fit.rows for part in row),
+            others,
+            [
+                self._last.get((is_new, name), -1) >= place
+                for is_new in (False, True)
+                for name in others
+            ],
+            [name in self.after for name in (*others, *users)],
+        ]
+
+    def _suits(self, place: int, state: State) -> bool:
+        """Whether a state has every value that a step behind it reads."""
+        for step in self.steps[: place + 1]:
+            name = step.node.name
+            is_read = self._last.get((step.is_new, name), -1) > place
+            values = state.new if step.is_new else state.original
+            if is_read and step.node.op != "get_attr" and name not in values[0]:
+                return False
+        return True
+
+    def keep(self, place: int) -> None:
+        """Offer the state behind a step to later runs."""
+        if self._segments is None:
+            return
+        first = self.batches[0]  # tells which state holds the least
+        live = self._live(first.original), self._live(first.new)
+        if self._own.isdisjoint(storages(live)):  # a fit writes to stored tensors
+            self._segments.offer(place, live, self._state)
+
+    def _live(self, values: dict[str, Any]) -> dict[str, Any]:
+        """What is there beside stored tensors, which belong to a run."""
+        return {name: value for name, value in values.items() if name not in self._held}
+
+    def _state(self) -> State:
+        return State(
+            original=tuple(self._live(b.original) for b in self.batches),
+            new=tuple(self._live(b.new) for b in self.batches),
+            dirty=frozenset(self.dirty - self._held),
+            fitted=tuple(self.fitted),
+        )
+
+    def _note(self, found: Fitted) -> None:
+        self.fitted.append(found)
+        self.losses |= dict.fromkeys(found.calls, found.loss)
 
     def forget(self, place: int) -> None:
         """Let go of what nothing needs after a step."""
@@ -249,8 +353,12 @@ class _Run:
         if not bool(torch.isfinite(solved[0]).all()):
             raise NumericalError(f"{node.name}: the refit is not finite; raise the damping")
         self._store([each.cut_op for each in fits], *solved)
+        loss = found.losses[found.step]
+        dtype = weight.dtype
+        self._note(
+            Fitted(calls=calls, weight=solved[0].to(dtype), bias=solved[1].to(dtype), loss=loss)
+        )
         for name in calls:
-            self.losses[name] = found.losses[found.step]
             self.dirty.add(name)
             for batch in self.batches:
                 batch.new[name] = execute(self.module, self.after[name], batch.new)
@@ -373,6 +481,7 @@ class _Run:
             op.node.args = tuple(args)
             for batch in self.batches:
                 batch.new[node.name] = self.tensors[fresh]
+            self._held.add(node.name)
 
     def result(self) -> Graph:
         fresh, tensors = copy_graph(self.module)
