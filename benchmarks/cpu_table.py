@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--case", nargs="*", choices=sorted(CASES), default=list(CASES))
     parser.add_argument("--quick", action="store_true", help="fewer sentences and rounds")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-dir", help="where finished stages are kept; default: nowhere")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     console = Console(highlight=False, markup=False)
@@ -295,7 +296,7 @@ def main() -> None:
         ):
             settings = Settings(
                 seed=options.seed,
-                cache_dir=fresh,
+                cache_dir=options.cache_dir or fresh,
                 protocol=QUICK if options.quick else CAREFUL,
             )
             found = Table(case, settings, progress).rows()

@@ -419,6 +419,34 @@ def test_final_weights_that_lose_too_much_are_not_returned(
     assert any("a milder plan is chosen" in note for note in progress.notes)
 
 
+def test_a_measured_plan_that_errs_less_comes_before_another_search(
+    again: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = again(target=tersor.Target(size_ratio=3.0, drop_points=10.0))
+    plan, error = result.plan, result.plan.predicted_error
+    assert error > 0
+
+    def other(share: float, ms: float, lost: float) -> Plan:
+        return replace(plan, predicted_error=share * error, measured_ms=ms, measured_error=lost)
+
+    alike, lossy, slow, quick = (
+        other(0.99, 1.0, 0.0), other(0.5, 2.0, 99.0), other(0.2, 4.0, 1.0), other(0.3, 3.0, 1.0)
+    )  # fmt: skip
+    seen, lost = [], [20.0, 20.0, 1.0]
+
+    def made(session: Any, offered: Any, plan: Plan, quality: Any, key: str) -> Made:
+        del offered, quality, key
+        seen.append(plan)
+        return Made(session.graph, loss=lost[len(seen) - 1])
+
+    monkeypatch.setattr("tersor.api.result.make_final", made)
+    choice = replace(result._choice, plan=plan, finalists=(plan, alike, lossy, slow, quick))
+    fresh = Result(result._run, result.target, choice)
+    assert fresh._made.loss == 1.0
+    assert seen == [plan, quick, slow]
+    assert fresh.plan == slow
+
+
 def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(
     again: Callable[..., Result], lenet_run: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:

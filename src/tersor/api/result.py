@@ -191,15 +191,18 @@ class Result:
         """
         run, limit, room = self._run, self._quality.limit(), Room()
         made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
-        for _ in range(_STEPS_BACK):
-            if not self._choice.tables or self._is_baseline:  # it was given
-                break
+        steps = _STEPS_BACK
+        while steps and self._choice.tables and not self._is_baseline:  # else it was given
             over = 0
             if limit is not None and made.loss > limit:
                 run.session.progress.note(
                     f"the final weights lose {made.loss:.4g} on the search part, allowed were "
                     f"{limit:.4g}: a milder plan is chosen"
                 )
+                if (known := self._milder(limit)) is not None:  # each errs less than the one before
+                    self._take(replace(self._choice, plan=known))
+                    made = make_final(run.session, run.offered, known, self._quality, self._key)
+                    continue
                 room = replace(room, share=room.share * _CAUTION * limit / made.loss)
             elif self._is_to_fit and (over := self._bytes_over(made)) > 0:
                 run.session.progress.note(
@@ -208,13 +211,30 @@ class Result:
                 room = replace(room, spare_bytes=room.spare_bytes + over)
             elif limit is None:
                 return self._larger(made, room, free=-over)
-            elif room == Room():
+            elif room == Room() and self._plan == self._choice.finalists[0]:
                 return self._faster(made, limit)
             else:
                 break
+            steps -= 1
             self._take(self._chosen(room))
             made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
         return made
+
+    def _milder(self, limit: float) -> Plan | None:
+        """The fastest finalist that errs less than the plan in hand, and whose own loss holds.
+
+        Sharper cuts lose more in their final weights than looks at them say; what was measured beside them,
+        such as all in 8 bits, mostly does not.
+        """
+        here = self._plan.predicted_error * _CAUTION
+        known = [p for p in self._choice.finalists if p.predicted_error < here]
+        holding = [
+            (p.measured_ms, i)
+            for i, p in enumerate(known)
+            if p.measured_ms is not None and p.measured_error is not None
+            if p.measured_error <= limit and math.isfinite(p.measured_ms)
+        ]
+        return known[min(holding)[1]] if holding else None
 
     def _faster(self, made: Made, limit: float) -> Made:
         """The final graph of a faster plan, where final weights leave much of the loss allowed; or the same.

@@ -191,7 +191,12 @@ def _fastest(ledger: Ledger, drafts: list[Draft]) -> Draft:
 
 
 def _finalists(ledger: Ledger, best: Draft, proposal: Proposal) -> list[Draft]:
+    """The best, and what comes next; under a quality budget what holds it, whoever proposed it."""
+    limit = ledger.task.limits.max_loss
     others = [d for d in dict.fromkeys(proposal.drafts) if d in ledger.measured and d != best]
+    if limit is not None:
+        known = [d for d in ledger.measured if d != best and not ledger.is_baseline(d)]
+        others = [d for d in known if ledger.is_evaluated(d) and ledger.loss(d) <= limit] or others
     others.sort(key=lambda d: (ledger.measured[d], d))
     return [best, *others[: FINALISTS - 1]]
 

@@ -122,6 +122,22 @@ def test_a_machine_on_which_int8_is_slower_gets_the_baseline(lab: ModuleType) ->
         assert len(choice.finalists) > 1
 
 
+def test_what_comes_next_holds_the_quality_too(lab: ModuleType) -> None:
+    """Another plan may have to take the place of the best: of those measured, what may."""
+    for seed in range(4):
+        world = lab.make_world(seed, n=7)
+        top = choose(world.task(Limits(max_loss=1e9)), world.tools())
+        most = max(e.loss for e in top.evaluations)
+        world = lab.make_world(seed, n=7)
+        choice = choose(world.task(Limits(max_loss=0.5 * most)), world.tools())
+        if choice.is_baseline:
+            continue
+        losses = [p.measured_error for p in choice.finalists]
+        assert all(loss is not None and loss <= 0.5 * most for loss in losses)
+        times = [p.measured_ms for p in choice.finalists[1:]]
+        assert times == sorted(times)
+
+
 def test_a_tie_with_the_baseline_is_no_gain(lab: ModuleType) -> None:
     world = lab.make_world(2)
     fastest = min(
