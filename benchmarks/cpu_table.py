@@ -303,7 +303,11 @@ def main() -> None:
         console.print(comparison_table(case.description, [each.row for each in found]))
         show(found, console)
         if not options.dry:
-            about = {"quick": options.quick, "protocol": settings.protocol}
+            about = {
+                "quick": options.quick,
+                "protocol": settings.protocol,
+                "warm": options.cache_dir is not None,  # then seconds are of what was left to do
+            }
             record.append(NAME, found, seed=options.seed, settings=about)
 
 
