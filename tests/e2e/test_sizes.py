@@ -1,5 +1,6 @@
 """Inputs of several sizes, and detectors: compressed, saved and loaded through the public API."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,8 @@ def suppressed(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 @pytest.fixture
 def make_detector(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Detectors of torchvision by name, with heads that answer something."""
+    if find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
     detection = import_torchvision().models.detection
     boxes = import_torchvision().ops.boxes
     monkeypatch.setattr(boxes, "_assert_has_ops", lambda: None)
