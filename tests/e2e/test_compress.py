@@ -426,12 +426,14 @@ def test_a_measured_plan_that_errs_less_comes_before_another_search(
     plan, error = result.plan, result.plan.predicted_error
     assert error > 0
 
-    def other(share: float, ms: float, lost: float) -> Plan:
+    base_ms = result._run.prices.baseline.timing.median_ms
+
+    def other(share: float, speed: float, lost: float) -> Plan:
+        ms = speed * base_ms
         return replace(plan, predicted_error=share * error, measured_ms=ms, measured_error=lost)
 
-    alike, lossy, slow, quick = (
-        other(0.99, 1.0, 0.0), other(0.5, 2.0, 99.0), other(0.2, 4.0, 1.0), other(0.3, 3.0, 1.0)
-    )  # fmt: skip
+    alike, lossy, late = other(0.99, 0.1, 0.0), other(0.5, 0.2, 99.0), other(0.1, 1.1, 0.0)
+    slow, quick = other(0.2, 0.4, 1.0), other(0.3, 0.3, 1.0)
     seen, lost = [], [20.0, 20.0, 1.0]
 
     def made(session: Any, offered: Any, plan: Plan, quality: Any, key: str) -> Made:
@@ -440,7 +442,7 @@ def test_a_measured_plan_that_errs_less_comes_before_another_search(
         return Made(session.graph, loss=lost[len(seen) - 1])
 
     monkeypatch.setattr("tersor.api.result.make_final", made)
-    choice = replace(result._choice, plan=plan, finalists=(plan, alike, lossy, slow, quick))
+    choice = replace(result._choice, plan=plan, finalists=(plan, alike, late, lossy, slow, quick))
     fresh = Result(result._run, result.target, choice)
     assert fresh._made.loss == 1.0
     assert seen == [plan, quick, slow]

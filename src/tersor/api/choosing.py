@@ -203,6 +203,7 @@ def choose_plan(
         correct=correct,
     )
     found = choose(task, tools, known)
+    session.prefixes.clear()  # up to a gigabyte, which nothing after a search reads
     record = ChoiceRecord(
         plan=found.plan,
         finalists=found.finalists,

@@ -17,6 +17,7 @@ from tersor.api.choosing import (
     Room,
     budget_bytes,
     choose_plan,
+    limits_for,
     metric_stamp,
     plan_key,
     task_for,
@@ -221,20 +222,23 @@ class Result:
         return made
 
     def _milder(self, limit: float) -> Plan | None:
-        """The fastest finalist that errs less than the plan in hand, and whose own loss holds.
+        """The fastest finalist that errs less than the plan in hand, and holds its loss and the latency.
 
         Sharper cuts lose more in their final weights than looks at them say; what was measured beside them,
         such as all in 8 bits, mostly does not.
         """
+        run = self._run
+        limits = limits_for(self.target, run.prices, self._quality, run.session.original_bytes)
+        most = min(limits.max_ms or math.inf, run.prices.baseline.timing.median_ms)
         here = self._plan.predicted_error * _CAUTION
-        known = [p for p in self._choice.finalists if p.predicted_error < here]
         holding = [
-            (p.measured_ms, i)
-            for i, p in enumerate(known)
-            if p.measured_ms is not None and p.measured_error is not None
-            if p.measured_error <= limit and math.isfinite(p.measured_ms)
+            p
+            for p in self._choice.finalists
+            if p.predicted_error < here
+            if p.measured_error is not None and p.measured_error <= limit
+            if p.measured_ms is not None and p.measured_ms < most
         ]
-        return known[min(holding)[1]] if holding else None
+        return min(holding, key=lambda p: p.measured_ms or math.inf, default=None)
 
     def _faster(self, made: Made, limit: float) -> Made:
         """The final graph of a faster plan, where final weights leave much of the loss allowed; or the same.

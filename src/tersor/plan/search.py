@@ -196,7 +196,8 @@ def _finalists(ledger: Ledger, best: Draft, proposal: Proposal) -> list[Draft]:
     others = [d for d in dict.fromkeys(proposal.drafts) if d in ledger.measured and d != best]
     if limit is not None:
         known = [d for d in ledger.measured if d != best and not ledger.is_baseline(d)]
-        others = [d for d in known if ledger.is_evaluated(d) and ledger.loss(d) <= limit] or others
+        known = [d for d in known if ledger.is_evaluated(d) and ledger.loss(d) <= limit]
+        others = [d for d in known if _peak_holds(ledger, d)] or others
     others.sort(key=lambda d: (ledger.measured[d], d))
     return [best, *others[: FINALISTS - 1]]
 

@@ -85,6 +85,10 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Let go of all of them."""
+        self._kept.clear()
+
     def latest(
         self, keys: Sequence[str], suits: Callable[[int, State], bool]
     ) -> tuple[int, State] | None:
@@ -143,9 +147,9 @@ class Chain:
         self.keys.append(self._running.hexdigest())
 
     def _of_tensor(self, tensor: Tensor) -> bytes:
-        key = tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+        key = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
         if key not in self._known:
-            data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             found = hashlib.sha1(data, usedforsecurity=False)
             found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             self._known[key] = found.digest(), tensor
