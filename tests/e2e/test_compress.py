@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import tersor
 from tersor.api import undoing
-from tersor.api.choosing import ChoiceRecord, Room
+from tersor.api.choosing import ChoiceRecord
 from tersor.api.files import artifact_size
 from tersor.api.final import Made, make_final
 from tersor.api.quality import Quality
 from tersor.api.result import Result
+from tersor.api.settling import Settling
 from tersor.api.stages import build_for
 from tersor.core.errors import ConfigError, SiteNotFoundError, TersorError
 from tersor.core.jsonable import dumps, from_json, read_record
@@ -409,7 +410,7 @@ def test_final_weights_that_lose_too_much_are_not_returned(
         seen.append(plan)
         return made if len(seen) > 1 else replace(made, loss=2 * quality.limit())
 
-    monkeypatch.setattr("tersor.api.result.make_final", worse)
+    monkeypatch.setattr("tersor.api.settling.make_final", worse)
     progress = Recorded()
     # A size that floats don't meet: whatever is measured, the plan is not the baseline.
     result = again(target=tersor.Target(size_ratio=3.0, drop_points=10.0), progress=progress)
@@ -441,7 +442,7 @@ def test_a_measured_plan_that_errs_less_comes_before_another_search(
         seen.append(plan)
         return Made(session.graph, loss=lost[len(seen) - 1])
 
-    monkeypatch.setattr("tersor.api.result.make_final", made)
+    monkeypatch.setattr("tersor.api.settling.make_final", made)
     choice = replace(result._choice, plan=plan, finalists=(plan, alike, late, lossy, slow, quick))
     fresh = Result(result._run, result.target, choice)
     assert fresh._made.loss == 1.0
@@ -459,10 +460,10 @@ def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(
         sizes.append(real(*args))
         return sizes[-1] if len(sizes) > 1 else round(1.1 * most)
 
-    monkeypatch.setattr("tersor.api.result.artifact_size", larger)
-    monkeypatch.setattr("tersor.api.result.carried_size", lambda *_, **_named: 0)
-    monkeypatch.setattr("tersor.api.result._NEARLY", 0.0)
-    monkeypatch.setattr("tersor.api.result._WORTH", 1.0)
+    monkeypatch.setattr("tersor.api.settling.artifact_size", larger)
+    monkeypatch.setattr("tersor.api.settling.carried_size", lambda *_, **_named: 0)
+    monkeypatch.setattr("tersor.api.settling._NEARLY", 0.0)
+    monkeypatch.setattr("tersor.api.settling._WORTH", 1.0)
     progress = Recorded()
     result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
     assert any("a smaller plan is chosen" in note for note in progress.notes)
@@ -496,13 +497,13 @@ def test_final_weights_that_leave_room_get_a_faster_plan(
         seen.append(plan)
         return replace(real(session, offered, plan, quality, key), loss=lost[len(seen) - 1])
 
-    def chosen(result: Any, room: Room) -> Any:
-        shares.append(room.share)
+    def chosen(settling: Settling) -> Any:
+        shares.append(settling._room.share)
         ms = seen[0].measured_ms * speeds[len(shares) - 1]
-        return replace(result._choice, plan=replace(seen[0], measured_ms=ms))
+        return replace(settling.choice, plan=replace(seen[0], measured_ms=ms))
 
-    monkeypatch.setattr("tersor.api.result.make_final", made)
-    monkeypatch.setattr(Result, "_chosen", chosen)
+    monkeypatch.setattr("tersor.api.settling.make_final", made)
+    monkeypatch.setattr(Settling, "_chosen", chosen)
     monkeypatch.setattr(Quality, "has_errors", True)
     monkeypatch.setattr(Quality, "limit", lambda _: 0.5)
     progress = Recorded()
@@ -533,13 +534,13 @@ def test_a_file_that_leaves_room_gets_a_larger_plan_that_fits_and_loses_less(
         known = real(session, offered, plan, quality, key)
         return replace(known, loss=0.5 if len(seen) == 1 else loss)
 
-    monkeypatch.setattr("tersor.api.result.make_final", made)
+    monkeypatch.setattr("tersor.api.settling.make_final", made)
     monkeypatch.setattr(
-        "tersor.api.result.artifact_size",
+        "tersor.api.settling.artifact_size",
         lambda *_: round(most * (0.8 if len(seen) == 1 else share)),
     )
-    monkeypatch.setattr("tersor.api.result.carried_size", lambda *_, **_named: 0)
-    monkeypatch.setattr("tersor.api.result._NEARLY", 0.0)
+    monkeypatch.setattr("tersor.api.settling.carried_size", lambda *_, **_named: 0)
+    monkeypatch.setattr("tersor.api.settling._NEARLY", 0.0)
     progress = Recorded()
     result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
     assert any("a larger plan is tried" in note for note in progress.notes)

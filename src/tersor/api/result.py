@@ -1,7 +1,6 @@
 """What ``compress`` returns: the plan, the model, the verdict, and ways to ask for more."""
 
 import datetime as dt
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,15 +13,13 @@ from torch import nn
 from tersor._version import __version__
 from tersor.api.choosing import (
     ChoiceRecord,
-    Room,
     budget_bytes,
     choose_plan,
-    limits_for,
     metric_stamp,
     plan_key,
     task_for,
 )
-from tersor.api.files import Facts, artifact_size, carried_size, final_bytes, is_brief
+from tersor.api.files import Facts, artifact_size, final_bytes, is_brief
 from tersor.api.final import (
     Final,
     Made,
@@ -38,7 +35,7 @@ from tersor.api.proposing import Offers
 from tersor.api.quality import Quality
 from tersor.api.recovering import recovery_key
 from tersor.api.session import Session
-from tersor.api.stages import build_for
+from tersor.api.settling import Settling, final_key
 from tersor.api.undoing import measure_undone
 from tersor.capture.detector import Attached
 from tersor.core.errors import BackendError, ConfigError, ParityError
@@ -61,13 +58,6 @@ from tersor.runtime.runner import Runner
 from tersor.verify.verify import BUSY, is_slower
 
 _CURVE_POINTS = 12
-_STEPS_BACK = 2  # milder plans that are tried where the final weights lose too much
-_CAUTION = 0.9  # of what a plan that loses just enough would take
-_NEARLY = 0.9  # of a size budget, from where the file itself is looked at
-_WORTH = 0.02  # of a size budget that a file leaves free, from where a larger plan is tried
-_ROOMY = 0.75  # of a loss allowed: what loses less leaves room for a faster plan
-_FURTHEST = 2.0  # times the loss allowed, that a search may spend where final weights lose less
-_FASTER = 0.98  # of a measured latency, from where a plan is worth its own final weights
 _PACKAGES = ("torch", "openvino", "onnxruntime", "numpy", "scipy", "safetensors")
 
 
@@ -161,9 +151,7 @@ class Result:
     @property
     def _key(self) -> str:
         """Of everything after the plan: the plan's own content."""
-        unmeasured = replace(self._plan, measured_ms=None, measured_error=None)
-        base = plan_key(self._run.session, self._run.prices, self.target)
-        return digest(base, unmeasured)
+        return final_key(self._run.session, self._run.prices, self.target, self._plan)
 
     @cached_property
     def _final(self) -> Final:
@@ -185,144 +173,15 @@ class Result:
 
     @cached_property
     def _made(self) -> Made:
-        """The final graph; where it loses more or is larger than was allowed, that of another plan.
-
-        Evaluations read fewer samples than the final fit, and the best of many is the luckiest. What ops of 8
-        bits add to the graph and its build is known once they are there.
-        """
-        run, limit, room = self._run, self._quality.limit(), Room()
-        made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
-        steps = _STEPS_BACK
-        while steps and self._choice.tables and not self._is_baseline:  # else it was given
-            over = 0
-            if limit is not None and made.loss > limit:
-                run.session.progress.note(
-                    f"the final weights lose {made.loss:.4g} on the search part, allowed were "
-                    f"{limit:.4g}: a milder plan is chosen"
-                )
-                if (known := self._milder(limit)) is not None:  # each errs less than the one before
-                    self._take(replace(self._choice, plan=known))
-                    made = make_final(run.session, run.offered, known, self._quality, self._key)
-                    continue
-                room = replace(room, share=room.share * _CAUTION * limit / made.loss)
-            elif self._is_to_fit and (over := self._bytes_over(made)) > 0:
-                run.session.progress.note(
-                    f"the file would take about {over} bytes more than asked for: a smaller plan is chosen"
-                )
-                room = replace(room, spare_bytes=room.spare_bytes + over)
-            elif limit is None:
-                return self._larger(made, room, free=-over)
-            elif room == Room() and self._plan == self._choice.finalists[0]:
-                return self._faster(made, limit)
-            else:
-                break
-            steps -= 1
-            self._take(self._chosen(room))
-            made = make_final(run.session, run.offered, self._plan, self._quality, self._key)
+        """The final graph; where it loses more or is larger than was allowed, that of another plan."""
+        run, choice = self._run, self._choice
+        if not choice.tables or self._is_baseline:  # it was given
+            return make_final(run.session, run.offered, self._plan, self._quality, self._key)
+        settled = Settling(run.session, run.offered, run.prices, self._quality, choice)
+        made = settled.made()
+        self._choice = choice = settled.choice
+        self._plan, self._is_baseline, self._reason = choice.plan, choice.is_baseline, choice.reason
         return made
-
-    def _milder(self, limit: float) -> Plan | None:
-        """The fastest finalist that errs less than the plan in hand, and holds its loss and the latency.
-
-        Sharper cuts lose more in their final weights than looks at them say; what was measured beside them,
-        such as all in 8 bits, mostly does not.
-        """
-        run = self._run
-        limits = limits_for(self.target, run.prices, self._quality, run.session.original_bytes)
-        most = min(limits.max_ms or math.inf, run.prices.baseline.timing.median_ms)
-        here = self._plan.predicted_error * _CAUTION
-        holding = [
-            p
-            for p in self._choice.finalists
-            if p.predicted_error < here
-            if p.measured_error is not None and p.measured_error <= limit
-            if p.measured_ms is not None and p.measured_ms < most
-        ]
-        return min(holding, key=lambda p: p.measured_ms or math.inf, default=None)
-
-    def _faster(self, made: Made, limit: float) -> Made:
-        """The final graph of a faster plan, where final weights leave much of the loss allowed; or the same.
-
-        A search sees weights that were rounded one layer at a time; those of the final fit, each behind
-        the ones in front of it, lose less. Only where losses are means with their errors: accuracies of a
-        few hundred samples are met by luck once many plans are tried.
-        """
-        run, before, room = self._run, self._choice, Room()
-        best, lost = made, made.loss
-        for _ in range(_STEPS_BACK):
-            if not self._quality.has_errors or not 0 < lost <= _ROOMY * limit:
-                break
-            share = min(room.share * _CAUTION * limit / lost, _FURTHEST)
-            if share <= room.share:
-                break
-            room = replace(room, share=share)
-            run.session.progress.note(
-                f"the final weights lose {lost:.4g} on the search part, allowed were {limit:.4g}: "
-                "a faster plan is tried"
-            )
-            ms = self._choice.plan.measured_ms
-            self._take(found := self._chosen(room))
-            faster = found.plan.measured_ms
-            if found.is_baseline or ms is None or faster is None or faster > ms * _FASTER:
-                break
-            tried = make_final(run.session, run.offered, self._plan, self._quality, self._key)
-            lost = tried.loss
-            if lost > limit or self._bytes_over(tried) > 0:
-                break
-            best, before = tried, found
-        self._take(before)
-        return best
-
-    @property
-    def _is_to_fit(self) -> bool:
-        """Whether the plan's file was predicted to be as small as was asked for."""
-        most = budget_bytes(self.target, self._run.session.original_bytes)
-        return most is not None and self._plan.predicted_bytes <= most
-
-    def _chosen(self, room: Room) -> ChoiceRecord:
-        """A plan that leaves so much of the target, knowing what was evaluated for the one before."""
-        run, known = self._run, self._choice.evaluations
-        return choose_plan(
-            run.session, run.offered, run.prices, self._quality, room=room, known=known
-        )
-
-    def _take(self, choice: ChoiceRecord) -> None:
-        self._choice, self._plan = choice, choice.plan
-        self._is_baseline, self._reason = choice.is_baseline, choice.reason
-
-    def _larger(self, made: Made, room: Room, free: int) -> Made:
-        """The final graph of a larger plan, where the file leaves bytes free and that one loses less; or the same."""
-        run, before = self._run, self._choice
-        most = budget_bytes(self.target, run.session.original_bytes)
-        if most is None or free < _WORTH * most:
-            return made
-        run.session.progress.note(
-            f"the file would leave {free} bytes of those allowed: a larger plan is tried"
-        )
-        room = replace(room, spare_bytes=room.spare_bytes - int(free * _CAUTION))
-        self._take(self._chosen(room))
-        if not self._is_baseline:
-            larger = make_final(run.session, run.offered, self._plan, self._quality, self._key)
-            if larger.loss < made.loss and self._bytes_over(larger) <= 0:
-                return larger
-        self._take(before)
-        return made
-
-    def _bytes_over(self, made: Made) -> int:
-        """By how much the file is larger than was asked for, less than 0: smaller; 0 where that is not at stake."""
-        run, plan = self._run, self._plan
-        most = budget_bytes(self.target, run.session.original_bytes)
-        if most is None or plan.predicted_bytes <= _NEARLY * most:
-            return 0
-        try:
-            built = build_for(run.session, made.graph, plan.choice)
-        except (BackendError, ParityError):  # said where it is built for good
-            return 0
-        size = artifact_size(run.session, made.graph, built)
-        size += carried_size(
-            run.offered, run.prices, run.session.sites, most, assignment=plan.assignment
-        )
-        return math.ceil(size - most)
 
     def _fall_back(self, reason: str) -> None:
         run = self._run

@@ -1,0 +1,199 @@
+"""From a chosen plan to final weights that hold the target, over other plans where they don't.
+
+Searches see weights that were rounded one layer at a time and fitted on few samples; what the final ones lose, and how many
+bytes their file takes, is known once they are there.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from tersor.api.choosing import (
+    ChoiceRecord,
+    Room,
+    budget_bytes,
+    choose_plan,
+    limits_for,
+    plan_key,
+)
+from tersor.api.files import artifact_size, carried_size
+from tersor.api.final import Made, make_final
+from tersor.api.proposing import Offers
+from tersor.api.quality import Quality
+from tersor.api.session import Session
+from tersor.api.stages import build_for
+from tersor.core.errors import BackendError, ParityError
+from tersor.core.jsonable import digest
+from tersor.core.records import Plan, Prices
+from tersor.core.target import Target
+
+_STEPS_BACK = 2  # milder plans that are tried where the final weights lose too much
+_STEPS_ON = 2  # faster plans that are tried where they lose little
+_CAUTION = 0.9  # of what a plan that loses just enough would take
+_NEARLY = 0.9  # of a size budget, from where the file itself is looked at
+_WORTH = 0.02  # of a size budget that a file leaves free, from where a larger plan is tried
+_ROOMY = 0.75  # of a loss allowed: what loses less leaves room for a faster plan
+_FURTHEST = 2.0  # times the loss allowed, that a search may spend where final weights lose less
+_FASTER = 0.98  # of a measured latency, from where a plan is worth its own final weights
+
+
+def final_key(session: Session, prices: Prices, target: Target, plan: Plan) -> str:
+    """The key of everything after a plan: the plan's own content."""
+    unmeasured = replace(plan, measured_ms=None, measured_error=None)
+    return digest(plan_key(session, prices, target), unmeasured)
+
+
+@dataclass
+class Settling:
+    """Final weights of a choice, and the choice that they belong to in the end.
+
+    Attributes:
+        choice: The first one; once ``made`` was asked, that of the graph, the best uncompressed build's
+            where no other plan holds.
+    """
+
+    session: Session
+    offered: Offers
+    prices: Prices
+    quality: Quality
+    choice: ChoiceRecord
+    _room: Room = field(default_factory=Room)
+
+    def made(self) -> Made:
+        """The final graph; where it loses more or is larger than was allowed, that of another plan."""
+        first, limit = self.choice, self.quality.limit()
+        made, steps = self._make(), _STEPS_BACK
+        while steps and not self.choice.is_baseline:
+            over = 0
+            if limit is not None and made.loss > limit:
+                self.session.progress.note(
+                    f"the final weights lose {made.loss:.4g} on the search part, allowed were "
+                    f"{limit:.4g}: a milder plan is chosen"
+                )
+                if (known := self._milder(limit)) is not None:  # each errs less than the one before
+                    self.choice = replace(self.choice, plan=known)
+                    made = self._make()
+                    continue
+                share = self._room.share * _CAUTION * limit / made.loss
+                self._room = replace(self._room, share=share)
+            elif self._is_to_fit and (over := self._bytes_over(made)) > 0:
+                self.session.progress.note(
+                    f"the file would take about {over} bytes more than asked for: a smaller plan is chosen"
+                )
+                self._room = replace(self._room, spare_bytes=self._room.spare_bytes + over)
+            elif limit is None:
+                return self._larger(made, free=-over)
+            else:
+                return self._faster(made, limit) if self.choice is first else made
+            steps -= 1
+            self.choice = self._chosen()
+            made = self._make()
+        return made
+
+    def _make(self) -> Made:
+        plan, target = self.choice.plan, self.quality.target
+        key = final_key(self.session, self.prices, target, plan)
+        return make_final(self.session, self.offered, plan, self.quality, key)
+
+    def _chosen(self) -> ChoiceRecord:
+        """A plan that leaves so much of the target, knowing what was evaluated for the one before."""
+        known = self.choice.evaluations
+        return choose_plan(
+            self.session, self.offered, self.prices, self.quality, room=self._room, known=known
+        )
+
+    def _milder(self, limit: float) -> Plan | None:
+        """The fastest finalist that errs less than the plan in hand, and holds its loss and the latency.
+
+        Sharper cuts lose more in their final weights than looks at them say; what was measured beside them,
+        such as all in 8 bits, mostly does not.
+        """
+        target, bytes_before = self.quality.target, self.session.original_bytes
+        limits = limits_for(target, self.prices, self.quality, bytes_before)
+        most = min(limits.max_ms or math.inf, self.prices.baseline.timing.median_ms)
+        here = self.choice.plan.predicted_error * _CAUTION
+        holding = [
+            p
+            for p in self.choice.finalists
+            if p.predicted_error < here
+            if p.measured_error is not None and p.measured_error <= limit
+            if p.measured_ms is not None and p.measured_ms < most
+        ]
+        return min(holding, key=lambda p: p.measured_ms or math.inf, default=None)
+
+    def _faster(self, made: Made, limit: float) -> Made:
+        """The final graph of a faster plan, where final weights leave much of the loss allowed; or the same.
+
+        Only where losses are means with their errors: accuracies of a few hundred samples are met by luck once
+        many plans are tried.
+        """
+        if not self.quality.has_errors:
+            return made
+        best, kept = made, self.choice
+        for _ in range(_STEPS_ON):
+            if not 0 < best.loss <= _ROOMY * limit:
+                break
+            share = min(self._room.share * _CAUTION * limit / best.loss, _FURTHEST)
+            if share <= self._room.share:
+                break
+            self._room = replace(self._room, share=share)
+            self.session.progress.note(
+                f"the final weights lose {best.loss:.4g} on the search part, allowed were {limit:.4g}: "
+                "a faster plan is tried"
+            )
+            self.choice = self._chosen()
+            if self.choice.is_baseline or not _is_faster(self.choice.plan, kept.plan):
+                break
+            tried = self._make()
+            if tried.loss > limit or self._bytes_over(tried) > 0:
+                break
+            best, kept = tried, self.choice
+        self.choice = kept
+        return best
+
+    def _larger(self, made: Made, free: int) -> Made:
+        """The final graph of a larger plan, where the file leaves bytes free and that one loses less; or the same."""
+        kept = self.choice
+        most = budget_bytes(self.quality.target, self.session.original_bytes)
+        if most is None or free < _WORTH * most:
+            return made
+        self.session.progress.note(
+            f"the file would leave {free} bytes of those allowed: a larger plan is tried"
+        )
+        spare = self._room.spare_bytes - int(free * _CAUTION)
+        self._room = replace(self._room, spare_bytes=spare)
+        self.choice = self._chosen()
+        if not self.choice.is_baseline:
+            larger = self._make()
+            if larger.loss < made.loss and self._bytes_over(larger) <= 0:
+                return larger
+        self.choice = kept
+        return made
+
+    @property
+    def _is_to_fit(self) -> bool:
+        """Whether the plan's file was predicted to be as small as was asked for."""
+        most = budget_bytes(self.quality.target, self.session.original_bytes)
+        return most is not None and self.choice.plan.predicted_bytes <= most
+
+    def _bytes_over(self, made: Made) -> int:
+        """By how much the file is larger than was asked for, less than 0: smaller; 0 where that is not at stake."""
+        plan = self.choice.plan
+        most = budget_bytes(self.quality.target, self.session.original_bytes)
+        if most is None or plan.predicted_bytes <= _NEARLY * most:
+            return 0
+        try:
+            built = build_for(self.session, made.graph, plan.choice)
+        except (BackendError, ParityError):  # said where it is built for good
+            return 0
+        size = artifact_size(self.session, made.graph, built)
+        size += carried_size(
+            self.offered, self.prices, self.session.sites, most, assignment=plan.assignment
+        )
+        return math.ceil(size - most)
+
+
+def _is_faster(plan: Plan, other: Plan) -> bool:
+    """Whether a plan was measured faster than another by what is worth final weights of its own."""
+    if plan.measured_ms is None or other.measured_ms is None:
+        return False
+    return plan.measured_ms <= other.measured_ms * _FASTER
