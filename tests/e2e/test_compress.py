@@ -435,7 +435,8 @@ def test_a_measured_plan_that_errs_less_comes_before_another_search(
 
     alike, lossy, late = other(0.99, 0.1, 0.0), other(0.5, 0.2, 99.0), other(0.1, 1.1, 0.0)
     slow, quick = other(0.2, 0.4, 1.0), other(0.3, 0.3, 1.0)
-    seen, lost = [], [20.0, 20.0, 1.0]
+    found = replace(plan, predicted_ms=2 * plan.predicted_ms)
+    seen, lost = [], [20.0, 20.0, 20.0, 1.0]
 
     def made(session: Any, offered: Any, plan: Plan, quality: Any, key: str) -> Made:
         del offered, quality, key
@@ -443,11 +444,12 @@ def test_a_measured_plan_that_errs_less_comes_before_another_search(
         return Made(session.graph, loss=lost[len(seen) - 1])
 
     monkeypatch.setattr("tersor.api.settling.make_final", made)
+    monkeypatch.setattr(Settling, "_chosen", lambda s: replace(s.choice, plan=found))
     choice = replace(result._choice, plan=plan, finalists=(plan, alike, late, lossy, slow, quick))
     fresh = Result(result._run, result.target, choice)
     assert fresh._made.loss == 1.0
-    assert seen == [plan, quick, slow]
-    assert fresh.plan == slow
+    assert seen == [plan, quick, slow, found]  # and not what is slower than the baseline
+    assert fresh.plan == found
 
 
 def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(

@@ -46,7 +46,7 @@ from tersor.observe.statistics import token_mask
 from tersor.ops.rectified import RectifiedRows, fit_rectified
 from tersor.ops.softmax import fit_softmax
 from tersor.transform.calls import Calls, Step, in_step, merged, others_of, shared_calls
-from tersor.transform.prefixes import Chain, Fitted, Prefixes, Segments, State, storages
+from tersor.transform.prefixes import Chain, Fitted, Prefixes, Segments, State
 
 # Of the fit of a classifier: it is flat after so many steps, and takes half a minute at most.
 _SOFTMAX_STEPS, _SOFTMAX_MACS, _SOFTMAX_ROWS = 100, 1e11, 64
@@ -180,7 +180,6 @@ class _Run:
         self.left = counterparts(axes, removed)
         nodes = (*graph.module.graph.nodes, *self.module.graph.nodes)
         self._held = {node.name for node in nodes if node.op == "get_attr"}
-        self._own = {t.untyped_storage().data_ptr() for t in self.tensors.values()}
         self._uses = stored_uses(self.module)
         order, self.calls = shared_calls(self.cut_ops, self._uses, list(self.module.graph.nodes))
         before = in_step(list(graph.module.graph.nodes), self.calls)
@@ -303,11 +302,10 @@ class _Run:
             return
         first = self.batches[0]  # tells which state holds the least
         live = self._live(first.original), self._live(first.new)
-        if self._own.isdisjoint(storages(live)):  # a fit writes to stored tensors
-            self._segments.offer(place, live, self._state)
+        self._segments.offer(place, live, self._state)
 
     def _live(self, values: dict[str, Any]) -> dict[str, Any]:
-        """What is there beside stored tensors, which belong to a run."""
+        """What is there beside stored tensors, which belong to a run: a fit writes to those that only ops read."""
         return {name: value for name, value in values.items() if name not in self._held}
 
     def _state(self) -> State:

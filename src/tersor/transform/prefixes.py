@@ -60,11 +60,6 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in found}.values())
 
 
-def storages(live: Iterable[Values]) -> set[int]:
-    """Addresses of all values."""
-    return {t.untyped_storage().data_ptr() for values in live for t in _tensors(values)}
-
-
 def _tensors(values: Values) -> Iterator[Tensor]:
     for value in values.values():
         parts = value if isinstance(value, tuple | list) else (value,)

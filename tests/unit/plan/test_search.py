@@ -122,20 +122,33 @@ def test_a_machine_on_which_int8_is_slower_gets_the_baseline(lab: ModuleType) ->
         assert len(choice.finalists) > 1
 
 
-def test_what_comes_next_holds_the_quality_too(lab: ModuleType) -> None:
-    """Another plan may have to take the place of the best: of those measured, what may."""
-    for seed in range(4):
+def _int8_loss(world) -> float:  # noqa: ANN001 - a helper of this file
+    return world.loss(dict.fromkeys(world.problem.candidates, "int8"))
+
+
+def test_what_comes_next_is_the_fastest_that_holds_the_quality(lab: ModuleType) -> None:
+    """Another plan may have to take the place of the best: whoever proposed it, all of int8 among them."""
+    judged = 0
+    for seed in range(6):
+        most = 0.7 * _int8_loss(lab.make_world(seed, n=7))
         world = lab.make_world(seed, n=7)
-        top = choose(world.task(Limits(max_loss=1e9)), world.tools())
-        most = max(e.loss for e in top.evaluations)
-        world = lab.make_world(seed, n=7)
-        choice = choose(world.task(Limits(max_loss=0.5 * most)), world.tools())
+        choice = choose(world.task(Limits(max_loss=most)), world.tools())
         if choice.is_baseline:
             continue
-        losses = [p.measured_error for p in choice.finalists]
-        assert all(loss is not None and loss <= 0.5 * most for loss in losses)
-        times = [p.measured_ms for p in choice.finalists[1:]]
-        assert times == sorted(times)
+        native = world.problem.native_assignment()
+        holding = {
+            tuple(sorted(p.assignment.items())): world.truth.predict_ms(
+                p.assignment, world.problem.tensors
+            )
+            for p in world.measured
+            if world.loss(p.assignment) <= most
+            and p.assignment not in (choice.plan.assignment, native)
+        }
+        if holding:
+            found = [p.measured_ms for p in choice.finalists[1:]]
+            assert found == pytest.approx(sorted(holding.values())[:2])
+            judged += 1
+    assert judged > 2
 
 
 def test_a_tie_with_the_baseline_is_no_gain(lab: ModuleType) -> None:
@@ -466,6 +479,7 @@ def test_memory_decides_between_builds_and_is_named(lab: ModuleType) -> None:
     )
     held = choose(world.task(replace(limits, max_peak=6e6)), tools)
     assert held.plan.assignment != free.plan.assignment
+    assert free.plan.assignment not in [p.assignment for p in held.finalists]
     assert held.target_met_on_search
     assert held.plan.measured_ms >= free.plan.measured_ms
     # Nothing holds it: the least peak, and the budget by name.

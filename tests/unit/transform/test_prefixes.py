@@ -1,22 +1,27 @@
 """Fits that begin where an earlier one left the same way: fewer steps, the same result to the bit."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.analyse.branches import branch_sites, branch_statistics
 from tersor.analyse.widths import width_of, width_sites
 from tersor.capture.module import capture
 from tersor.capture.samples import Samples, flatten_item
 from tersor.graph.axes import Axes, analyse_axes
+from tersor.graph.branches import replace_branches
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import parameters_by_name
+from tersor.methods.depth import Depth
 from tersor.transform import narrow as narrow_file
 from tersor.transform.narrow import Narrowed, narrow
 from tersor.transform.prefixes import Chain, Prefixes, State
 from tests.data.zoo import load_resnet20
+from tests.unit.branching import Pictures
 
 Keep = dict[str, list[int]]
 
@@ -143,6 +148,39 @@ def test_other_weights_are_another_way() -> None:
         keep = some_cuts(axes, 0)[0]
         found = narrow(graph, axes, keep, [(x,)], prefixes=prefixes)
         assert is_same(found, narrow(graph, axes, keep, [(x,)]))
+
+
+def test_a_branch_that_goes_later_reads_other_values() -> None:
+    """What stands in front of it is the same, and is not all that is read behind it."""
+    images = noise(24, 2, 8, 8)
+    graph, whole = analysed(Pictures(), images)
+    batches, prefixes = [(images,)], Prefixes()
+    keep = {"blocks.0.a": [0, 2, 3]}
+    method = Depth()
+    bases = [whole]
+    for site in branch_sites(graph):
+        known = branch_statistics(graph, [site], batches)[site.name]
+        bases += [
+            analyse_axes(replace_branches(graph, [method.apply(site, candidate, known)]))
+            for candidate in method.propose(site, known)
+            if candidate.level in {0, 1}
+        ]
+    assert len(bases) > 3
+    for axes in (*bases, *reversed(bases)):
+        cut = keep if any(w.name in keep for w in axes.widths) else {}  # it may have gone, too
+        found = narrow(graph, axes, cut, batches, prefixes=prefixes)
+        assert is_same(found, narrow(graph, axes, cut, batches))
+
+
+@pytest.mark.parametrize("side", ["original", "new"])
+def test_a_state_without_what_is_read_behind_it_is_passed_over(side: str) -> None:
+    images = noise(24, 2, 8, 8)
+    graph, axes = analysed(Pictures(), images)
+    prefixes, keep = Prefixes(), {"blocks.0.a": [0, 2, 3]}
+    found = narrow(graph, axes, keep, [(images,)], prefixes=prefixes)
+    for key, kept in prefixes._kept.items():
+        prefixes._kept[key] = replace(kept, **{side: ({},)})
+    assert is_same(narrow(graph, axes, keep, [(images,)], prefixes=prefixes), found)
 
 
 def state(size: int) -> State:
