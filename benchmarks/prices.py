@@ -332,7 +332,7 @@ def make_tools(session: Session, made: Simple, choice: BuildChoice) -> PriceTool
     timing = measure_calls(session, {"reference": reference}, CAREFUL)["reference"]
     return PriceTools(
         build=build,
-        run=lambda executable: session.caller(executable, batch)(),
+        caller=lambda executable: session.caller(executable, batch),
         measure=lambda calls: measure_calls(session, calls, PRICING),
         reference=reference,
         reference_ms=timing.median_ms,

@@ -14,6 +14,7 @@ from tersor.graph.serial import structure_text
 from tersor.price.memory import PriceMemory
 
 _PROTOCOL = 1  # to be raised where builds are profiled or measured in another way
+_ON_DEVICE = 2  # likewise, of devices with a clock of their own
 
 
 def price_memory(
@@ -45,6 +46,7 @@ def price_memory(
                 for example in session.examples(session.settings.batch)
             ],
             session.settings.device,
+            *([] if session.settings.device == "cpu" else [_ON_DEVICE]),
             describe_machine().fingerprint(),
         ),
         versions={info.name: info.version for info in session.infos},

@@ -43,7 +43,7 @@ from tersor.graph.serial import structure_text
 from tersor.observe.ranks import ALONE, Parcel, RankGroup
 from tersor.price.grid import kept_counts
 from tersor.runtime.runner import Runner
-from tersor.timing.device import InTurn
+from tersor.timing.device import InTurn, SelfTimed, call_of
 from tersor.transform.prefixes import Prefixes
 
 _REFERENCE_BATCH = 16  # of graphs that torch runs
@@ -200,12 +200,9 @@ class Session:
         """A call of a build on each of the examples."""
         examples = self.examples(batch, mix)
 
-        def run() -> object:
-            return [executable.run(inputs) for inputs in examples]
-
-        if getattr(executable, "is_resident", False):  # inputs that lie on the device
-            return InTurn([executable.resident(inputs) for inputs in examples])  # type: ignore[attr-defined]
-        return run
+        calls = [call_of(executable, inputs) for inputs in examples]
+        timed = [call for call in calls if isinstance(call, SelfTimed)]
+        return InTurn(timed) if timed else lambda: [call() for call in calls]
 
     def as_given(self, predict: Callable[..., Any]) -> Callable[..., Any]:
         """A function of what was captured as one of the model as given."""

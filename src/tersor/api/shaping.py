@@ -21,6 +21,7 @@ from tersor.graph.contracts import Executable, Reshapable
 from tersor.graph.routed import unpaddable
 from tersor.graph.shapes import Sizes, built_sizes, input_shapes, limits_of, sizes_of
 from tersor.price.buckets import as_buckets, fit_curve, worthwhile
+from tersor.timing.device import call_of
 from tersor.timing.protocol import Protocol, measure, ratio
 
 MOST_BUILDS = 6  # beside the open one: each is compiled whenever the model is built or loaded
@@ -231,8 +232,8 @@ def _curves(
         size = group.sizes[symbol]
         inputs = session.named([t[torch.arange(base.batch) % len(t)] for t in group.flat])
         build = opened.at(input_shapes(signature, base.batch, group.sizes))
-        calls[f"single {size}"] = lambda build=build, inputs=inputs: build.run(inputs)  # type: ignore[misc]
-        calls[f"open {size}"] = lambda inputs=inputs: opened.run(inputs)  # type: ignore[misc,attr-defined]
+        calls[f"single {size}"] = call_of(build, inputs)
+        calls[f"open {size}"] = call_of(opened, inputs)
     times = measure(calls, _CURVE)
     sizes = [ordered[place].sizes[symbol] for place in sorted(places)]
     return (

@@ -14,7 +14,7 @@ from tersor.api.shaping import open_baseline, reshaped, with_shapes
 from tersor.api.shrink import evaluated, facts_of, sketched
 from tersor.build.build import Built, build, shapes_of
 from tersor.core.errors import BackendError, ParityError
-from tersor.core.formats import PACKED
+from tersor.core.formats import PACKED, STORED
 from tersor.core.jsonable import digest
 from tersor.core.levels import settled
 from tersor.core.machine import describe_machine, usable_cores
@@ -26,10 +26,11 @@ from tersor.core.records import (
     Level,
     Prices,
     PriceTable,
+    Site,
     Term,
 )
 from tersor.graph.apply import quantize_node_name
-from tersor.graph.contracts import Graph
+from tersor.graph.contracts import Backend, Graph, Joining
 from tersor.graph.facts import stored_elsewhere
 from tersor.price.baseline import BaselineTools, baseline_choices, measure_baselines
 from tersor.price.price import PriceConfig, price_all
@@ -196,12 +197,12 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
     reference = build_for(session, session.graph, base)
     tools = PriceTools(
         build=lambda choice, assignment: _priced_build(session, offered, choice, assignment),
-        run=lambda executable: session.caller(executable, base.batch)(),
+        caller=lambda executable: session.caller(executable, base.batch),
         measure=lambda calls: measure_calls(session, calls, PRICING),
         reference=session.caller(reference.executable, base.batch),
         reference_ms=baseline.timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
-        runs=lambda choice, site, level: _runs(session, choice, site, level),
+        runs=_Runs(session.backends, session.graph, session.sites),
         facts=lambda assignment: facts_of(session, offered.chosen(assignment), base.batch),
         settle=lambda assignment: settled(assignment, session.inside, native),
         note=session.progress.note,
@@ -238,12 +239,36 @@ def _packed_bytes(offered: Offers) -> PackedBytes:
     return found
 
 
-def _runs(session: Session, choice: BuildChoice, site: str, level: Level) -> bool:
-    """Whether a way to build takes a level at all; one that it ignores has no price of its own."""
-    if isinstance(level, int) or level in NATIVE:
-        return True
-    wanted = Candidate(site=site, level=level, method="", size_bytes=0)
-    return session.backends[choice.backend].supports(wanted).ok
+class _Runs:
+    """Whether a way to build takes a level at all; one that it ignores has no price of its own.
+
+    Nor has one that would take apart what is one kernel in floats.
+    """
+
+    def __init__(
+        self, backends: Mapping[str, Backend], graph: Graph, sites: Sequence[Site]
+    ) -> None:
+        self._backends, self._graph, self._all = backends, graph, sites
+        self._joined: dict[str, frozenset[str]] = {}
+
+    def __call__(self, choice: BuildChoice, site: str, level: Level) -> bool:
+        if isinstance(level, int) or level in NATIVE:
+            return True
+        wanted = Candidate(site=site, level=level, method="", size_bytes=0)
+        is_there = self._backends[choice.backend].supports(wanted).ok
+        return is_there and (level in STORED or site not in self._sites(choice))
+
+    def _sites(self, choice: BuildChoice) -> frozenset[str]:
+        """The sites whose ops are parts of such a kernel."""
+        key = choice.describe()
+        if key not in self._joined:
+            backend = self._backends[choice.backend]
+            ops = (
+                backend.joined(self._graph, choice) if isinstance(backend, Joining) else frozenset()
+            )
+            sites = [s.name for s in self._all if ops & {*s.ops}]
+            self._joined[key] = frozenset(sites)
+        return self._joined[key]
 
 
 def _ways(

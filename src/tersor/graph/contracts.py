@@ -369,6 +369,15 @@ class Packaging(Protocol):
 
 
 @runtime_checkable
+class Joining(Protocol):
+    """What a backend offers that has kernels for several ops at once, in floats alone."""
+
+    def joined(self, graph: Graph, choice: BuildChoice) -> frozenset[str]:
+        """Nodes that builds of a choice compute so; no price is asked for other formats of theirs."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A compiler or runtime on a device."""
 

@@ -124,14 +124,9 @@ def measure_builds(
 ) -> dict[int, float]:
     """Latencies alone; what can't be built is left out."""
     builds = _built(choice, variants, tools)
-    calls = {str(i): caller(tools, build) for i, build in builds.items()}
+    calls = {str(i): tools.caller(build) for i, build in builds.items()}
     times = measure_interleaved(calls, tools) if calls else {}
     return {i: times[str(i)] for i in builds}
-
-
-def caller(tools: PriceTools, build: Executable) -> Call:
-    """A call of a build."""
-    return lambda: tools.run(build)
 
 
 def _recalled(
@@ -201,7 +196,7 @@ def _observe(
     if not builds:
         return {}
     profiles = {i: build.profile() for i, build in builds.items()}
-    times = measure_interleaved({str(i): caller(tools, b) for i, b in builds.items()}, tools)
+    times = measure_interleaved({str(i): tools.caller(b) for i, b in builds.items()}, tools)
     return {
         i: Observation(
             assignment=variants[i].assignment,

@@ -19,7 +19,7 @@ from tersor.price.chains import ranked
 from tersor.price.facts import WidthFacts, learn_facts
 from tersor.price.memory import KeptTable, covers, drift, narrowed
 from tersor.price.observation import Observation
-from tersor.price.observing import caller, measure_builds, measure_interleaved, observe_builds
+from tersor.price.observing import measure_builds, measure_interleaved, observe_builds
 from tersor.price.table import fit_table
 from tersor.price.terms import size_terms
 from tersor.price.tools import PriceTools
@@ -346,7 +346,7 @@ def _probe(
         try:
             own = _taken(choice, levels, tools)
             build = tools.build(choice, full_assignment(sites, own, choice.precision))
-            calls[str(i)] = caller(tools, build)
+            calls[str(i)] = tools.caller(build)
         except BackendError as error:
             failures[str(i)] = str(error)
     if not calls:

@@ -18,7 +18,7 @@ class PriceTools:
 
     Args:
         build: Makes the build of an assignment (site -> level) on a choice.
-        run: One call of a build on example inputs, at the built shapes.
+        caller: A build -> a call of it on example inputs, at the built shapes; on a card one that times itself.
         measure: Measures callables interleaved.
         reference: The best uncompressed build, ready to call.
         reference_ms: Its median when it was chosen.
@@ -36,7 +36,7 @@ class PriceTools:
     """
 
     build: Callable[[BuildChoice, Mapping[str, Level]], Executable]
-    run: Callable[[Executable], object]
+    caller: Callable[[Executable], Call]
     measure: Meter
     reference: Call
     reference_ms: float

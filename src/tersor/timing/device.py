@@ -1,7 +1,7 @@
 """Calls that read their own time, off a device's clock: on a GPU that of two events on its stream."""
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -15,6 +15,14 @@ class SelfTimed(Protocol):
     def timed_ms(self) -> float:
         """One call, and the milliseconds that the device took for it."""
         ...
+
+
+def call_of(executable: Any, inputs: Mapping[str, Any]) -> Callable[[], object]:
+    """One call of a build; where inputs can lie on its device they do, and the call times itself."""
+    if getattr(executable, "is_resident", False):
+        found: SelfTimed = executable.resident(inputs)
+        return found
+    return lambda: executable.run(inputs)
 
 
 class InTurn:

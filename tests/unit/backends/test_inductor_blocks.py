@@ -199,3 +199,17 @@ def call(args):
     wanted = [n.name for n in lowered.module.graph.nodes if n.target is narrow_block]
     traced = [(name, "tersor.narrow_block.default") for name in "abcdef"]
     assert [traced_names(lowered.module, traced)[name] for name in "abcdef"] == wanted
+
+
+def test_what_blocks_take_in_is_named(resnet: tuple[Graph, tuple[Tensor, ...]]) -> None:
+    graph, backend = resnet[0], InductorBackend()
+    nodes = [n for n in graph.module.graph.nodes if n.op == "call_function"]
+    convs = {n.name for n in nodes if n.target is torch.ops.aten.conv2d.default}
+    adds = {n.name for n in nodes if n.target is torch.ops.aten.add.Tensor}
+    assert len(convs) == 15
+    assert (
+        backend.joined(graph, choice()) == convs | adds
+    )  # the stem writes what the first one reads
+    assert not backend.joined(graph, choice(blocks="ops"))
+    wide = graph_of(trained(seeded(Block(16, 128, 2))), random(2, 16, 6, 6))
+    assert not backend.joined(wide, choice())

@@ -156,7 +156,7 @@ class Bench:
     ) -> PriceTools:
         return PriceTools(
             build=self.build,
-            run=lambda b: b.machine.total(b.assignment),  # type: ignore[attr-defined]
+            caller=lambda b: lambda: b.machine.total(b.assignment),  # type: ignore[attr-defined]
             measure=self.measure,
             reference=lambda: reference_ms,
             reference_ms=reference_ms,

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from tersor.core.errors import BackendError, ConfigError
-from tersor.core.records import BuildChoice, Level
+from tersor.core.records import BuildChoice, Level, Timing
 from tersor.price.observing import measure_interleaved, observe_builds
 from tersor.price.price import PriceConfig, price_all, price_choice
 from tersor.price.table import fit_error
 from tersor.price.variants import draw_variants
+from tersor.timing.device import SelfTimed
 
 CONFIG = PriceConfig(k=10, held_out=4, batch=3, seed=0)
 
@@ -35,6 +36,32 @@ def test_a_table_of_whole_builds(lab: ModuleType) -> None:
     assert len(bench.built) == 14
     assert [b.held_out for b in table.builds] == [False] * 10 + [True] * 4
     assert fit_error(table).p90 < 1e-9
+    for build in table.builds:
+        assert build.measured_ms == pytest.approx(machine.total(build.assignment))
+
+
+def test_a_build_that_times_itself_is_measured_by_its_own_clock(lab: ModuleType) -> None:
+    """On a card the clock of this process would count uploads, which prices must not."""
+    sites = lab.make_sites(5)
+    machine = lab.Machine(sites)
+    bench = lab.Bench({"linear": machine})
+
+    class Timed:
+        def __init__(self, build: Any) -> None:
+            self.build = build
+
+        def __call__(self) -> object:
+            return machine.total(self.build.assignment) + 100.0
+
+        def timed_ms(self) -> float:
+            return float(machine.total(self.build.assignment))
+
+    def measure(calls: Mapping[str, Any]) -> dict[str, Timing]:
+        own = {n: c.timed_ms() if isinstance(c, SelfTimed) else c() for n, c in calls.items()}
+        return {name: lab.timing(float(ms)) for name, ms in own.items()}
+
+    tools = replace(bench.tools(), caller=Timed, measure=measure)
+    table = price_choice(lab.CHOICE, sites, lab.all_levels(sites), tools, CONFIG)
     for build in table.builds:
         assert build.measured_ms == pytest.approx(machine.total(build.assignment))
 

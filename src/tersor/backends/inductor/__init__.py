@@ -135,6 +135,14 @@ class InductorBackend:
             return (plain,)
         return (plain, replace(plain, options={**plain.options, "tuned": True}))
 
+    def joined(self, graph: "tersor.graph.contracts.Graph", choice: BuildChoice) -> frozenset[str]:
+        """What residual blocks that are one op each take in: 8 bits would take them apart again."""
+        if choice.options.get("blocks") != "fused":
+            return frozenset()
+        from tersor.backends.inductor.blocks import block_ops
+
+        return block_ops(graph.module)
+
     def build(
         self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice
     ) -> "tersor.backends.inductor.executable.InductorExecutable":

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from tersor.backends.inductor.filling import writers
 from tersor.kernels.narrow_block import CHANNELS, STRIDES, block_weights, narrow_block
 
 _aten = torch.ops.aten
@@ -34,6 +35,7 @@ class _Block(NamedTuple):
     second: _Conv
     short: _Conv | None
     last: fx.Node  # its second convolution
+    parts: tuple[fx.Node, ...]  # its convolutions and its addition
 
 
 def fuse_blocks(
@@ -79,6 +81,14 @@ def fuse_blocks(
     return sources, added
 
 
+def block_ops(module: fx.GraphModule) -> frozenset[str]:
+    """The names of the convolutions and additions that blocks take in, and of those that write what they read."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    blocks = [_block(node, tensors) for node in module.graph.nodes]
+    parts = {part for block in blocks if block is not None for part in block.parts}
+    return frozenset({part.name for part in parts} | writers(module.graph, tensors, parts))
+
+
 def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
     total: Any = node.args[0] if _is_call(node, _aten.relu.default) else None
     if not _is_inner(total, _aten.add.Tensor) or total.kwargs:
@@ -87,16 +97,17 @@ def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
         second = _conv(last, tensors, _WIDE)
         if second is None or second.stride != 1 or not _is_inner(second.source, _aten.relu.default):
             continue
-        first = _conv(second.source.args[0], tensors, _WIDE)
+        inner = second.source.args[0]
+        first = _conv(inner, tensors, _WIDE)
         if first is None or not _fit(first, second):
             continue
         if other is first.source:
             if first.stride == 1 and second.weight.shape[0] == first.weight.shape[1]:
-                return _Block(first, second, None, last)
+                return _Block(first, second, None, last, (inner, last, total))
             continue
         short = _conv(other, tensors, _NARROW)
         if short is not None and short.source is first.source and short.stride == first.stride:
-            return _Block(first, second, short, last)
+            return _Block(first, second, short, last, (inner, last, other, total))
     return None
 
 

@@ -327,14 +327,15 @@ def _full(graph: Graph, shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 def _form(choice: BuildChoice, options: Options, channels_last: bool, *, is_open: bool) -> Form:
     dtype = torch.float32 if choice.precision == "f32" else _HALF[options.half]
-    joins = family(choice.device) == "cuda"
+    on_card = family(choice.device) == "cuda"
     return Form(
         dtype=dtype,
         device=choice.device,
         channels_last=channels_last,
-        joins=joins,
+        joins=on_card,
         codes=options.weights == "codes",
         blocks=options.blocks == "fused" and not is_open,  # its kernels are made for one image size
+        eights=on_card and dtype != torch.float32,
     )
 
 

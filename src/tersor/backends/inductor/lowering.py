@@ -17,6 +17,8 @@ from torch import Tensor, fx
 
 from tersor.backends.inductor.blocks import fuse_blocks
 from tersor.backends.inductor.coding import code_linears, own_tensors
+from tersor.backends.inductor.filling import fill_channels
+from tersor.backends.inductor.filling_heads import fill_heads
 from tersor.backends.inductor.float8 import float8_linears
 from tersor.backends.inductor.lowering_conv import (
     conv_chains,
@@ -87,6 +89,9 @@ def lower(graph: Graph, form: Form, known: Mapping[str, tuple[str, ...]] | None 
     steps.chains()
     conv_chains(work, shapes)
     copied.eliminate_dead_code()
+    if form.eights:
+        fill_channels(copied, work.tensors)
+        fill_heads(work)
     if form.blocks:
         steps.blocks()
     if form.joins:

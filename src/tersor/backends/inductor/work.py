@@ -30,6 +30,7 @@ class Form:
         joins: Linears that read one tensor become one product.
         codes: Weights that are stored as codes stay codes where a kernel reads them.
         blocks: Residual blocks of few channels become one op each; for 16-bit floats.
+        eights: Channels of images in floats, and sizes of heads, are filled up to eights.
     """
 
     dtype: torch.dtype = torch.float32
@@ -39,6 +40,7 @@ class Form:
     joins: bool = False
     codes: bool = False
     blocks: bool = False
+    eights: bool = False
 
 
 @dataclass(frozen=True, slots=True)
