@@ -34,6 +34,7 @@ from tersor.verify.memory import peak_bytes
 _NAME_BYTES = 64
 _AGAIN = 0.25  # of the seconds of a search, for each that follows it with a part of the budget
 _FINALISTS = Protocol(rounds=5, runs=9, max_seconds=20.0, one_speed=True)
+_PAIR = Protocol(rounds=9, runs=11, max_seconds=20.0, one_speed=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,10 @@ class _Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Beside:
-    times: float  # the latency of a plan in that of another, of one interleaved run
+    """The latency of a plan in that of another, of one interleaved run, and its lower 95 % bound."""
+
+    times: float
+    least: float = 0.0
 
 
 def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes: int) -> Limits:
@@ -190,7 +194,7 @@ def choose_plan(
 
     stamp = digest(quality.target.budgets(), metric_stamp(session, "metric"))
     looks = Looks(session, offered, quality, stamp)
-    remembered = _Remembered(session, prices, _measurer(session, offered, prices))
+    remembered = _Remembered(session, prices, _Meter(session, offered, prices))
     tools = Tools(
         evaluate=looks.evaluate,
         changes=looks.changes,
@@ -235,34 +239,29 @@ def metric_stamp(session: Session, name: str) -> str:
     return digest(known, text, metric.points, original_score(session, name))
 
 
-def _measurer(
-    session: Session, offered: Offers, prices: Prices
-) -> Callable[[Sequence[Plan]], list[_Measured]]:
-    base = prices.baseline.choice
-    assert base is not None
-    reference: list[Callable[[], object]] = []
+class _Meter:
+    """Builds plans and measures them, beside the best uncompressed build or beside each other."""
 
-    def measure_plans(plans: Sequence[Plan]) -> list[_Measured]:
-        if not reference:
+    def __init__(self, session: Session, offered: Offers, prices: Prices) -> None:
+        self._session, self._offered, self._prices = session, offered, prices
+        self._reference: Callable[[], object] | None = None
+
+    def plans(self, plans: Sequence[Plan]) -> list[_Measured]:
+        """At the speed that the machine had when the best uncompressed build was chosen."""
+        session, base = self._session, self._prices.baseline.choice
+        assert base is not None
+        if self._reference is None:
             built = build_for(session, session.graph, base)
-            reference.append(session.caller(built.executable, base.batch))
-        calls: dict[str, Callable[[], object]] = {"reference": reference[0]}
-        for i, plan in enumerate(plans):
-            try:
-                graph = stitched(session, offered, plan.assignment)
-                built = build_for(session, graph, plan.choice)
-            except (BackendError, ParityError) as error:
-                session.progress.note(f"a plan was dropped: {error}")
-                continue
-            calls[str(i)] = session.caller(built.executable, plan.choice.batch)
+            self._reference = session.caller(built.executable, base.batch)
+        calls = {"reference": self._reference, **self._calls(plans)}
         timings = measure_calls(session, calls, _FINALISTS)
-        usual = prices.baseline.timing.median_ms
+        usual = self._prices.baseline.timing.median_ms
         found = [_Measured(ms=math.inf)] * len(plans)
         for i in (int(name) for name in timings if name != "reference"):
             times = ratio(timings[str(i)], timings["reference"])
             found[i] = _Measured(ms=usual * times.value, least_ms=usual * times.low)
         for plan, ms in zip(plans, (m.ms for m in found), strict=True):
-            if not math.isfinite(ms):  # said above
+            if not math.isfinite(ms):  # said where it was dropped
                 continue
             se = "" if plan.predicted_ms_se is None else f" +- {plan.predicted_ms_se:.2f}"
             session.progress.note(
@@ -270,7 +269,31 @@ def _measurer(
             )
         return found
 
-    return measure_plans
+    def pair(self, plan: Plan, other: Plan) -> _Beside | None:
+        """One beside the other; None where one of them can't be built."""
+        calls = self._calls([plan, other])
+        if len(calls) < len((plan, other)):
+            return None
+        timings = measure_calls(self._session, calls, _PAIR)
+        times = ratio(timings["0"], timings["1"])
+        self._session.progress.note(
+            f"the same plan in fewer bytes: {times.value:.3f} [{times.low:.3f}, {times.high:.3f}] "
+            "times the latency"
+        )
+        return _Beside(times=times.value, least=times.low)
+
+    def _calls(self, plans: Sequence[Plan]) -> dict[str, Callable[[], object]]:
+        """A call of each plan's build by its place; what can't be built is dropped."""
+        session, calls = self._session, {}
+        for i, plan in enumerate(plans):
+            try:
+                graph = stitched(session, self._offered, plan.assignment)
+                built = build_for(session, graph, plan.choice)
+            except (BackendError, ParityError) as error:
+                session.progress.note(f"a plan was dropped: {error}")
+                continue
+            calls[str(i)] = session.caller(built.executable, plan.choice.batch)
+        return calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,9 +331,9 @@ class _Remembered:
         self,
         session: Session,
         prices: Prices,
-        measure_new: Callable[[Sequence[Plan]], list[_Measured]],
+        meter: _Meter,
     ) -> None:
-        self._store, self._measure_new = session.store, measure_new
+        self._store, self._meter = session.store, meter
         self._stamp = digest(session.key, prices)
         self._found: dict[str, _Measured] = {}
 
@@ -322,24 +345,23 @@ class _Remembered:
             if kept is not None:
                 self._found[key] = kept
         new = {k: p for k, p in zip(keys, plans, strict=True) if k not in self._found}
-        times = self._measure_new(list(new.values())) if new else []
+        times = self._meter.plans(list(new.values())) if new else []
         for key, time in zip(new, times, strict=True):
             if math.isfinite(time.ms):  # what could not be built is tried again
                 self._store.put("measured", key, time)
                 self._found[key] = time
         return [self._found[key].ms if key in self._found else math.inf for key in keys]
 
-    def beside(self, plan: Plan, other: Plan) -> float:
+    def beside(self, plan: Plan, other: Plan) -> tuple[float, float]:
         """See ``Tools.beside``: kept for the pair."""
         key = digest(self._key(plan), self._key(other))
         kept = self._store.get(_Beside, "beside", key)
-        if kept is None:
-            mine, others = self._measure_new([plan, other])
-            if not (math.isfinite(mine.ms) and math.isfinite(others.ms)):  # tried again next time
-                return math.inf
-            kept = _Beside(times=mine.ms / others.ms)
+        if kept is None or not kept.least:  # of a store from before bounds were kept
+            kept = self._meter.pair(plan, other)
+            if kept is None:  # tried again next time
+                return math.inf, math.inf
             self._store.put("beside", key, kept)
-        return kept.times
+        return kept.times, kept.least
 
     def least_ms(self, plan: Plan) -> float:
         """See ``Tools.least_ms``."""

@@ -194,15 +194,16 @@ class Ledger:
         return True
 
     def measure_beside(self, draft: Draft, other: Draft) -> float:
-        """How many times the latency of a measured draft is another's; infinite if that can't be built.
+        """How many times the latency of a measured draft another surely takes; infinite if that can't be built.
 
         The other counts as measured then, at the speed that the machine had for the first.
         """
         if self._tools.beside is None:
             self.measure([other])
         elif other not in self.measured:
-            times = self._tools.beside(self.plan(other), self.plan(draft))
+            times, least = self._tools.beside(self.plan(other), self.plan(draft))
             self.measured[other] = self.measured[draft] * times
+            return least
         return self.measured[other] / self.measured[draft]
 
     def ms(self, draft: Draft) -> float:

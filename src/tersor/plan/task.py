@@ -155,7 +155,8 @@ class Tools:
         least_ms: What a measured plan takes at the least: the lower 95 % bound beside the baseline,
             normalised as ``measure`` is. None: its median.
         beside: How many times the latency of a plan is that of another one, both measured in one
-            interleaved run. None: each as it was measured at its own moment.
+            interleaved run, and the lower 95 % bound of that. None: each as it was measured at its own
+            moment.
     """
 
     evaluate: Callable[[Assignment], float]
@@ -166,7 +167,7 @@ class Tools:
     clock: Callable[[], float] = _no_clock
     peak: Callable[[Plan], int | None] | None = None
     least_ms: Callable[[Plan], float] | None = None
-    beside: Callable[[Plan, Plan], float] | None = None
+    beside: Callable[[Plan, Plan], tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)

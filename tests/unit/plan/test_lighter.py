@@ -58,12 +58,22 @@ def test_the_fastest_plan_has_what_gains_no_speed_in_fewer_bytes(lab: ModuleType
     assert dict(plan.assignment) == wanted
 
 
-@pytest.mark.parametrize(("factor", "is_taken"), [(1.0, True), (1.02, True), (1.1, False)])
-@pytest.mark.parametrize("is_beside", [False, True])
-def test_what_is_measured_slower_is_not_taken(
-    lab: ModuleType, factor: float, is_taken: bool, is_beside: bool
+@pytest.mark.parametrize(
+    ("factor", "least", "is_taken"),
+    [
+        (1.0, None, True),
+        (1.015, None, True),
+        (1.1, None, False),
+        (1.0, 0.98, True),
+        (1.1, 1.05, False),
+        (1.1, 1.01, True),  # it may well be as fast
+    ],
+)
+def test_what_is_surely_slower_is_not_taken(
+    lab: ModuleType, factor: float, least: float | None, is_taken: bool
 ) -> None:
     """Beside the plan itself where the tools can: at another moment the machine has another speed."""
+    is_beside = least is not None
     world = lab.make_world(3, n=7)
 
     def measure(plans):  # noqa: ANN001, ANN202 - a tool of this test
@@ -74,7 +84,7 @@ def test_what_is_measured_slower_is_not_taken(
 
     def beside(plan, other):  # noqa: ANN001, ANN202 - a tool of this test
         mine, others = measure([plan, other])
-        return mine / others
+        return mine / others, least
 
     tools = replace(world.tools(), measure=measure, beside=beside if is_beside else None)
     ledger = Ledger(world.task(Limits(max_loss=1e9)), tools)
@@ -84,3 +94,18 @@ def test_what_is_measured_slower_is_not_taken(
     assert (found != native) == is_taken
     if is_taken:
         assert ledger.measured[found] == pytest.approx(factor * ledger.measured[native], rel=0.05)
+
+
+@pytest.mark.parametrize(("budget", "is_taken"), [(1.005, False), (1.1, True)])
+def test_fewer_bytes_cost_no_latency_that_was_asked_for(
+    lab: ModuleType, budget: float, is_taken: bool
+) -> None:
+    world = lab.make_world(3, n=7)
+    tools = replace(world.tools(), beside=lambda _plan, _other: (1.02, 0.99))
+    plain = Ledger(world.task(Limits(max_loss=1e9)), tools)
+    native = draft_of(0, plain.problem(0).native_assignment())
+    (native_ms,) = world.measure([plain.plan(native)])
+    limits = Limits(max_loss=1e9, max_ms=budget * native_ms)
+    ledger = Ledger(world.task(limits), tools)
+    ledger.measure([native])
+    assert (search._lighter(ledger, native) != native) == is_taken
