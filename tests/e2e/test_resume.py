@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import tersor
+from tersor.core.records import BuildChoice, Plan
 from tests.data.zoo import load_lenet5
 from tests.e2e.helpers import (
     MEMORY,
@@ -197,3 +199,56 @@ def test_interrupted_inside_a_stage(
     assert partial_files(store) == []
     assert kept_all(before, records(store))
     assert compress(Recorded()).plan.assignment
+
+
+class Residual(nn.Module):
+    """Two blocks on one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(1, 16, 3, padding=1), nn.Linear(16, 4)
+        self.first = nn.ModuleList(nn.Conv2d(16, 32, 3, padding=1) for _ in range(2))
+        self.second = nn.ModuleList(nn.Conv2d(32, 16, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        for first, second in zip(self.first, self.second, strict=True):
+            x = (x + second(first(x).relu())).relu()
+        found: Tensor = self.head(x.mean((2, 3)))
+        return found
+
+
+def test_a_cut_network_whose_additions_are_in_eight_bits_goes_on(tmp_path: Path) -> None:
+    """Killed between its cut and its formats: the graph comes back from the store, with its shapes."""
+    layers = ["stem", *(f"{part}.{i}" for i in range(2) for part in ("first", "second"))]
+    plan = Plan(
+        assignment={
+            **dict.fromkeys([*layers, "add:add", "add:add_1"], "int8"),
+            "width:first.0": 16,
+        },
+        methods={
+            **dict.fromkeys([*layers, "add:add", "add:add_1"], "quantize"),
+            "width:first.0": "prune",
+        },
+        choice=BuildChoice(backend="openvino", precision="f32"),
+        predicted_ms=1.0,
+        predicted_bytes=1,
+        predicted_error=0.0,
+        target={"min_agreement": 0.5},
+    )
+    rows = torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    data = tersor.Data([rows], output="embedding")
+    store = tmp_path / "store"
+
+    def run() -> dict[str, bytes]:
+        """What the store has of the formats; which build wins in the end goes by the clock."""
+        tersor.apply_plan(Residual(), data, plan, cache_dir=store, progress=False)
+        return {p.name: p.read_bytes() for p in (store / "transform").glob("*/*")}
+
+    first = run()
+    for stage in ("transform", "verdict"):
+        shutil.rmtree(store / stage, ignore_errors=True)
+    assert any((store / "narrow").iterdir())
+    assert run() == first
+    assert {"record.json", "arrays.safetensors"} <= first.keys()

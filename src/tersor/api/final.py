@@ -32,6 +32,7 @@ from tersor.graph.apply import apply
 from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph, Packaging, SiteChange
 from tersor.graph.edit import attribute
+from tersor.graph.meta import read_back
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tersor.propose.propose import NATIVE
 from tersor.timing.protocol import Protocol, ratio
@@ -154,7 +155,7 @@ def _narrowed(session: Session, changed: Changes, key: str) -> Graph:
     if kept is not None:
         arrays = session.store.arrays("narrow", key)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return replace(graph_from_json(kept.graph, tensors), example=session.graph.example)
+        return read_back(graph_from_json(kept.graph, tensors), session.graph)
     graph = narrowed(session, changed)
     arrays = {name: t.contiguous().numpy() for name, t in graph_tensors(graph).items()}
     session.store.put("narrow", key, NarrowRecord(graph=graph_to_json(graph)), arrays)

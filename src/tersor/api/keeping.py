@@ -1,7 +1,7 @@
 """A final graph as a record and tensors, and back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from tersor.api.proposing import as_arrays, as_tensors
 from tersor.api.session import Session
 from tersor.core.recovery import Recovery
 from tersor.graph.changes import ChangeRecords, pack, unpack
+from tersor.graph.meta import read_back
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 
 _GRAPH, _CHANGES = "graph/", "changes/"
@@ -48,8 +49,7 @@ def unpack_made(session: Session, record: MadeRecord, tensors: Mapping[str, Tens
     """The final graph again."""
     graph = session.graph
     if record.graph is not None:
-        found = graph_from_json(record.graph, _named(tensors, _GRAPH))
-        graph = replace(found, example=session.graph.example)
+        graph = read_back(graph_from_json(record.graph, _named(tensors, _GRAPH)), session.graph)
     arrays = as_arrays(_named(tensors, _CHANGES))
     return Made(
         graph=graph,

@@ -17,7 +17,7 @@ from tersor.core.recovery import PartRecovery, Recover, Recovery
 from tersor.graph.changes import ChangeRecords, pack, unpack
 from tersor.graph.contracts import Graph
 from tersor.graph.edit import copy_graph, rebuild
-from tersor.graph.meta import refresh
+from tersor.graph.meta import read_back, refresh
 from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tersor.observe.ranks import Parcel
 from tersor.recover.blocks import (
@@ -187,8 +187,7 @@ def recover_along(session: Session, body: Any, tensors: Mapping[str, Tensor]) ->
         kind: tuple(unpack(records, as_arrays(own[kind]), session.site_by_name))
         for kind, records in (("branches", record.branches), ("widths", record.widths))
     }
-    graph = graph_from_json(record.graph, own["graph"])
-    graph = replace(graph, example=session.graph.example)
+    graph = read_back(graph_from_json(record.graph, own["graph"]), session.graph)
     changed = Changes(branches=cuts["branches"], widths=cuts["widths"])
     teacher = Teacher(
         graph=session.graph, kind=session.kind, counterparts=counterparts_of(session, changed)

@@ -1,5 +1,6 @@
 """Shapes of nodes: what tracing knew, computed again after an edit."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,22 @@ def ensure(graph: Graph) -> None:
         for node, tensor in zip(holders, graph.example, strict=True):
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
     refresh(module)
+
+
+def read_back(graph: Graph, original: Graph) -> Graph:
+    """A graph that was written and read again, with the example inputs and the shapes that it had.
+
+    Args:
+        graph: Without either.
+        original: What it was made of; its inputs are the same, open sizes among them.
+    """
+    known = {n.name: n for n in original.module.graph.nodes if n.op == "placeholder"}
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder" and "val" in known[node.name].meta:
+            node.meta["val"] = known[node.name].meta["val"]
+    found = replace(graph, example=original.example)
+    ensure(found)
+    return found
 
 
 def sizes(graph: Graph) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,8 @@ from torch.nn import functional
 from tersor.graph.axes import analyse_axes
 from tersor.graph.axes.gate import check
 from tersor.graph.axes.slicing import cut
-from tersor.graph.meta import refresh
+from tersor.graph.meta import read_back, refresh, sizes
+from tersor.graph.serial import graph_from_json, graph_tensors, graph_to_json
 from tests.unit.capturing import graph_of, random, targets, trained
 
 # Ops whose kernels in C++ want numbers where a traced graph has the batch's symbol.
@@ -59,3 +60,15 @@ def test_shapes_need_no_data() -> None:
     refresh(module)
     found = {n.name: n.meta["val"].shape for n in module.graph.nodes if n.op == "call_function"}
     assert {k: str(v) for k, v in found.items()} == {k: str(v) for k, v in wanted.items()}
+
+
+def test_a_graph_that_was_written_knows_the_shapes_that_it_had() -> None:
+    graph = graph_of(trained(Between(OPS["pad"])), random(2, 3, 4, 4))
+    written = graph_from_json(graph_to_json(graph), graph_tensors(graph))
+    found = read_back(written, graph)
+    assert sizes(found) == {name: sizes(graph)[name] for name in sizes(found)}
+    assert {n.name for n in graph.module.graph.nodes if n.op == "call_function"} <= set(
+        sizes(found)
+    )
+    assert any(not size.isdigit() for size in sizes(found)["x"])  # the batch stays open
+    assert found.example is graph.example
