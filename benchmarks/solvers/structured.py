@@ -395,8 +395,9 @@ def ours(case: Case, settings: Mapping[str, float]) -> None:
             if case.lacks(setting, name):
                 _judge(case, setting, name, _pruned(case, pruner, name, share))
         if RECONSTRUCTED in wanted and case.lacks(setting, RECONSTRUCTED):
-            small = _pruned(case, pruner, ways[0], share)
-            _judge(case, setting, RECONSTRUCTED, reconstructed(pruner, small, calibration))
+            keep = _keep(case, pruner, ways[0], share)
+            found = reconstructed(pruner, keep, pruner.pruned(keep), calibration)
+            _judge(case, setting, RECONSTRUCTED, found)
 
 
 def _has_reconstruction() -> bool:
@@ -429,14 +430,19 @@ def _judge(case: Case, setting: str, name: str, graph: Graph) -> None:
     case.add(setting, name, lambda x: graph.run([x])[0], float(total_macs(graph)), "tersor")
 
 
-def reconstructed(pruner: Pruner, small: Graph, images: Tensor) -> Graph:
+def reconstructed(
+    pruner: Pruner, keep: Mapping[str, Sequence[int]], small: Graph, images: Tensor
+) -> Graph:
     """Label-free block reconstruction, where this version has it."""
     from tersor.core.recovery import Recover
+    from tersor.graph.axes.matching import counterparts
+    from tersor.graph.axes.slicing import gone_from
     from tersor.recover.blocks import Teacher, reconstruct
 
+    known = counterparts(pruner.axes, pruner.axes.removed(gone_from(pruner.axes, keep)))
     batches = [(part,) for part in images.split(BATCH)]
     done = reconstruct(
-        Teacher(pruner.graph, "logits"),
+        Teacher(graph=pruner.graph, kind="logits", counterparts=known),
         small,
         batches,
         Recover(seconds=RECOVERY_SECONDS),
