@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tersor.backends.inductor.executable import _form
 from tersor.backends.inductor.lowering import Form, lower
+from tersor.backends.inductor.options import read_options
+from tersor.core.records import BuildChoice, Precision
 from tersor.graph.contracts import Graph
 from tersor.kernels.narrow_block import narrow_block
 from tests.conformance.test_backends import graph_of, random, seeded
@@ -162,3 +165,18 @@ def test_cut_streams_stay_blocks() -> None:
         form = Form(dtype=torch.float16, channels_last=True, blocks=True, eights=eights)
         nodes = [n for n in lower(graph, form).module.graph.nodes if n.target is narrow_block]
         assert len(nodes) == count
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "eights"),
+    [
+        ("cuda", "bf16", True),
+        ("cuda:1", "bf16", True),
+        ("cuda", "f32", False),
+        ("cpu", "bf16", False),
+    ],
+)
+def test_sixteen_bits_on_a_card_are_filled(device: str, precision: Precision, eights: bool) -> None:
+    choice = BuildChoice(backend="inductor", device=device, precision=precision)
+    form = _form(choice, read_options(choice), channels_last=False, is_open=False)
+    assert form.eights == eights

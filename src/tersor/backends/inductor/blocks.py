@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.backends.inductor.filling import writers
+from tersor.backends.inductor.work import is_call, is_inner
 from tersor.kernels.narrow_block import CHANNELS, STRIDES, block_weights, narrow_block
 
 _aten = torch.ops.aten
@@ -90,12 +91,12 @@ def block_ops(module: fx.GraphModule) -> frozenset[str]:
 
 
 def _block(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Block | None:
-    total: Any = node.args[0] if _is_call(node, _aten.relu.default) else None
-    if not _is_inner(total, _aten.add.Tensor) or total.kwargs:
+    total: Any = node.args[0] if is_call(node, _aten.relu.default) else None
+    if not is_inner(total, _aten.add.Tensor) or total.kwargs:
         return None
     for last, other in (total.args, total.args[::-1]):
         second = _conv(last, tensors, _WIDE)
-        if second is None or second.stride != 1 or not _is_inner(second.source, _aten.relu.default):
+        if second is None or second.stride != 1 or not is_inner(second.source, _aten.relu.default):
             continue
         inner = second.source.args[0]
         first = _conv(inner, tensors, _WIDE)
@@ -121,7 +122,7 @@ def _fit(first: _Conv, second: _Conv) -> bool:
 
 def _conv(value: Any, tensors: Mapping[str, Tensor], kernel: tuple[int, int]) -> _Conv | None:
     """A convolution that one node reads, with a border of half its kernel."""
-    if not _is_inner(value, _aten.conv2d.default) or value.kwargs:
+    if not is_inner(value, _aten.conv2d.default) or value.kwargs:
         return None
     source, weight, *rest = value.args
     options: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
@@ -142,12 +143,3 @@ def _constant(value: Any, tensors: Mapping[str, Tensor]) -> Tensor | None:
     is_constant = isinstance(value, fx.Node) and value.op == "get_attr"
     found = tensors[str(value.target)].detach() if is_constant else None
     return found if found is not None and found.dtype == torch.float32 else None
-
-
-def _is_call(value: Any, target: Any) -> bool:
-    return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
-
-
-def _is_inner(value: Any, target: Any) -> bool:
-    """Whether it is a call that one node reads."""
-    return _is_call(value, target) and len(value.users) == 1

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn.functional import pad
 
 from tersor.backends.inductor.filling import EIGHT
-from tersor.backends.inductor.work import Work, is_call
+from tersor.backends.inductor.work import Work, is_call, is_inner
 from tersor.kernels.linear8 import linear8, quantize_codes, quantize_floats
 
 _aten = torch.ops.aten
@@ -55,13 +55,13 @@ def fill_heads(work: Work) -> None:
 
 def _read(work: Work, value: Any) -> _Read | None:
     """What attention reads, where nobody else does."""
-    if not _is_inner(value, _TRANSPOSE) or tuple(value.args[1:]) != (1, 2):
+    if not is_inner(value, _TRANSPOSE) or tuple(value.args[1:]) != (1, 2):
         return None
     view: Any = value.args[0]
-    if not any(_is_inner(view, v) for v in _VIEWS) or len(view.args[1]) != _SIZES:
+    if not any(is_inner(view, v) for v in _VIEWS) or len(view.args[1]) != _SIZES:
         return None
     product = view.args[0]
-    if not (_is_inner(product, _LINEAR) or _is_inner(product, linear8)) or product.kwargs:
+    if not (is_inner(product, _LINEAR) or is_inner(product, linear8)) or product.kwargs:
         return None
     if product.target is linear8 and len(product.args) != _UNFUSED:
         return None
@@ -92,7 +92,7 @@ def _constants(product: fx.Node) -> tuple[Any, ...]:
 def _behind(work: Work, node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     """The view of what comes out as tokens, and the products that read it, where nobody else does."""
     turned = next(iter(node.users)) if len(node.users) == 1 else None
-    if not _is_inner(turned, _TRANSPOSE) or tuple(turned.args[1:]) != (1, 2):  # type: ignore[union-attr]
+    if not is_inner(turned, _TRANSPOSE) or tuple(turned.args[1:]) != (1, 2):  # type: ignore[union-attr]
         return None
     flat = next(iter(turned.users))  # type: ignore[union-attr]
     if not any(is_call(flat, v) for v in _VIEWS) or len(flat.args[1]) != _SIZES - 1:  # type: ignore[arg-type]
@@ -161,8 +161,3 @@ def _put(
     work.tensors[name] = filled.view(old.dtype) if is_float8 else filled
     with work.graph.inserting_before(node):
         node.update_arg(place, work.graph.get_attr(name))
-
-
-def _is_inner(value: Any, target: Any) -> bool:
-    """Whether it is a call that one node reads."""
-    return is_call(value, target) and len(value.users) == 1

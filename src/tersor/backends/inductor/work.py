@@ -116,6 +116,11 @@ def quantizer(value: Any) -> Grid | None:
     return Grid(node, node.args[0], float(step), int(zero) - shift, low - shift, high - shift)
 
 
+def is_inner(value: Any, target: Callable[..., Any]) -> bool:
+    """Whether a value is a call of one function that one node reads."""
+    return is_call(value, target) and len(value.users) == 1
+
+
 def is_call(value: Any, target: Callable[..., Any]) -> bool:
     """Whether a value is a call of one function."""
     return isinstance(value, fx.Node) and value.op == "call_function" and value.target is target
