@@ -75,7 +75,7 @@ class _Beside:
     """The latency of a plan in that of another, of one interleaved run, and its lower 95 % bound."""
 
     times: float
-    least: float = 0.0
+    least: float
 
 
 def limits_for(target: Target, prices: Prices, quality: Quality, original_bytes: int) -> Limits:
@@ -356,7 +356,7 @@ class _Remembered:
         """See ``Tools.beside``: kept for the pair."""
         key = digest(self._key(plan), self._key(other))
         kept = self._store.get(_Beside, "beside", key)
-        if kept is None or not kept.least:  # of a store from before bounds were kept
+        if kept is None:
             kept = self._meter.pair(plan, other)
             if kept is None:  # tried again next time
                 return math.inf, math.inf

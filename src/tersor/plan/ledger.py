@@ -196,15 +196,15 @@ class Ledger:
     def measure_beside(self, draft: Draft, other: Draft) -> float:
         """How many times the latency of a measured draft another surely takes; infinite if that can't be built.
 
-        The other counts as measured then, at the speed that the machine had for the first.
+        The other counts as measured then, at the speed that the machine had for the first, also where it was
+        measured before, at a moment of its own.
         """
         if self._tools.beside is None:
             self.measure([other])
-        elif other not in self.measured:
-            times, least = self._tools.beside(self.plan(other), self.plan(draft))
-            self.measured[other] = self.measured[draft] * times
-            return least
-        return self.measured[other] / self.measured[draft]
+            return self.measured[other] / self.measured[draft]
+        times, least = self._tools.beside(self.plan(other), self.plan(draft))
+        self.measured[other] = self.measured[draft] * times
+        return least
 
     def ms(self, draft: Draft) -> float:
         """Measured latency of a draft, or the predicted one."""

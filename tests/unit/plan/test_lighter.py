@@ -109,3 +109,17 @@ def test_fewer_bytes_cost_no_latency_that_was_asked_for(
     ledger = Ledger(world.task(limits), tools)
     ledger.measure([native])
     assert (search._lighter(ledger, native) != native) == is_taken
+
+
+def test_a_pair_is_measured_anew_where_one_of_it_was_slow_at_a_moment_of_its_own(
+    lab: ModuleType,
+) -> None:
+    world = lab.make_world(3, n=7)
+    tools = replace(world.tools(), beside=lambda _plan, _other: (1.0, 0.99))
+    ledger = Ledger(world.task(Limits(max_loss=1e9)), tools)
+    native = draft_of(0, ledger.problem(0).native_assignment())
+    ledger.measure([native])
+    small = lighter(ledger, native)
+    ledger.measured[small] = 2 * ledger.measured[native]
+    assert search._lighter(ledger, native) == small
+    assert ledger.measured[small] == ledger.measured[native]
