@@ -136,3 +136,14 @@ def test_products_of_codes(names: tuple[str, ...]) -> None:
     assert sizes_of(coded) == [8] * 3
     nodes = lower(coded, EIGHTS).module.graph.nodes
     assert sum("linear8" in n.name for n in nodes if n.op == "call_function") == len(names)
+
+
+def test_a_scale_that_goes_without_saying_is_that_of_the_size_before() -> None:
+    """A capture says it; a graph that was written elsewhere need not."""
+    x = random(2, TOKENS, WIDTH)
+    graph = graph_of(seeded(Attention(5, 7, scale=None)).eval(), x)
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    (node,) = [n for n in graph.module.graph.nodes if n.target is target]
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "scale"}
+    check(graph, x)
+    assert sizes_of(graph) == [8] * 3
