@@ -20,6 +20,9 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from tersor.kernels.assembler import use_sound_assembler
+
+use_sound_assembler()  # every kernel that chooses its launch imports this, before it is compiled
 Key = TypeVar("Key", bound=Hashable)
 Tile = TypeVar("Tile")
 _TRIES_MS = 4  # of device time a tile

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.backends.inductor.options import Options
+from tersor.kernels.assembler import use_sound_assembler
 from tersor.kernels.codebook_linear import codebook_linear
 from tersor.kernels.conv8 import conv8
 from tersor.kernels.linear8 import linear8
@@ -57,6 +58,8 @@ def compile_module(
     """
     if options.mode == "eager":
         return Compiled(call=module)
+    if any(t.is_cuda for t in example):
+        use_sound_assembler()
     with _quiet():
         if not is_open and any(n.target in _TUNED for n in module.graph.nodes):
             _choose_tiles(module, example, exactly=options.mode == "package")

@@ -1,0 +1,43 @@
+"""Which of Triton's assemblers (ptxas) kernels for NVIDIA cards go through.
+
+ptxas 12.8, which Triton 3.6 carries, miscompiles some products on cards of capability 9.0: it reads a uniform
+register that nothing wrote, and with it the descriptor of an operand of a warp group's product in shared memory
+(seen in ``narrow_block``: 12.8.93 leaves out the zero that 12.9.86 and 13.0.88 write, of the same PTX). What comes of
+it depends on what ran before: the right result, a wrong one, an illegal memory access. Triton carries a newer one
+beside it, for newer cards, that knows the older ones as well.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_SOUND = (12, 9)
+
+
+def use_sound_assembler() -> None:
+    """Point Triton to the newer assembler of its own where the usual one is older than 12.9.
+
+    Processes that compile for torch inherit it, as Triton writes what is set here into the environment. What the user
+    has set (``TRITON_PTXAS_PATH``) stays. Without Triton, or a newer assembler, nothing changes.
+    """
+    if find_spec("triton") is None:
+        return
+    from triton import knobs
+
+    usual, newer = _tool(knobs.nvidia, "ptxas"), _tool(knobs.nvidia, "ptxas_blackwell")
+    if usual is None or newer is None or Path(usual.path).parent != Path(newer.path).parent:
+        return
+    if _number(usual) < _SOUND <= _number(newer):
+        knobs.nvidia.ptxas = newer.path
+
+
+def _tool(offered: Any, name: str) -> Any:
+    """Path and version; None where this Triton has none of the name, or its file is missing."""
+    try:
+        return getattr(offered, name, None)
+    except RuntimeError:
+        return None
+
+
+def _number(tool: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in tool.version.split("."))
