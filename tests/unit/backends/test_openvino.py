@@ -328,6 +328,27 @@ def test_the_probed_limit_is_exact_and_is_one_of_two() -> None:
     assert bool(info.note) == (weight_limit() == SAFE_LIMIT)
 
 
+def test_rounding_to_bfloat16_is_not_taken_for_saturation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with both gave results that were off in the third digit: codes had 7 bits for nothing."""
+    from tersor.backends.openvino import probe
+    from tersor.core.machine import describe_machine
+
+    asked: list[dict[str, object]] = []
+    real = probe.core()
+
+    class Core:
+        def compile_model(self, model: object, device: str, settings: dict[str, object]) -> object:
+            asked.append(settings)
+            return real.compile_model(model, device, settings)
+
+    monkeypatch.setattr(probe, "core", Core)
+    limit = weight_limit.__wrapped__()
+    assert asked
+    assert all(settings["INFERENCE_PRECISION_HINT"] == "f32" for settings in asked)
+    if {"avx512_vnni", "avx_vnni", "amx_int8"} & set(describe_machine().features):
+        assert limit == FULL_LIMIT
+
+
 def test_profile_names_a_quantiser_that_stands_alone() -> None:
     graph = quantized(graph_of(nn.Linear(256, 64), random(8, 64, 256)))
     quantizer = next(

@@ -25,6 +25,7 @@ from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_n
 from torch import Tensor, fx
 from torch.export.decomp_utils import CustomDecompTable
 
+from tersor.backends.openvino.attention import spell_out
 from tersor.backends.openvino.failures import conversion_failed
 from tersor.backends.openvino.recurrent import cut, join
 from tersor.graph.contracts import Graph
@@ -100,6 +101,7 @@ def _convert(graph: Graph, parts: Split) -> Skeleton:
         raise conversion_failed(error) from error
     join(model, cuts)
     _name_by_source(model, sources)
+    spell_out(model)
     _forget_hints(model)
     wanted = [s.name for s in graph.signature.inputs]
     between = {name for one in cuts for name in one.gives.values()}
