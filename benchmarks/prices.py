@@ -349,7 +349,7 @@ def noise_floor(
     offs: list[float] = []
     for variant in variants:
         builds = [tools.build(choice, variant.assignment) for _ in range(COMPILES)]
-        calls = {str(i): partial(tools.run, b) for i, b in enumerate(builds)}
+        calls = {str(i): tools.caller(b) for i, b in enumerate(builds)}
         times = [t.median_ms for t in tools.measure(calls).values()]
         offs += [abs(a / b - 1) for i, a in enumerate(times) for b in times[i + 1 :]]
     return float(np.median(offs)), float(np.max(offs))
