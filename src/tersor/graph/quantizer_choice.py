@@ -6,7 +6,7 @@ error, or that of another rule (largest value, percentile, entropy) where one is
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ SIGNED, UNSIGNED = (-128, 127), (0, 255)
 SHIFT_SHARE = 0.25
 # Ranges to choose from, as fractions of the largest value.
 RANGE_FRACTIONS = (1.0, 0.8, 0.64, 0.5, 0.4, 0.3)
+_FLOORS = (0.5, 1.0)  # of channels' largest magnitudes, in units of the middle channel's
+_EXACT = 24  # grids whose errors are computed as the readers see them
 SURE = 2.0  # standard errors by which another range has to be better
 _COST_ROWS = 384  # of the sample, to compare grids
 # Error feedback leaves about half of the error of rounding to nearest (ALGORITHMS 9).
@@ -65,27 +67,43 @@ def _least_cost(
     alphas: Sequence[float | None],
     weight_limit: int,
 ) -> tuple[Quantizer, float | None]:
-    """The grid and the smoothing exponent of the least expected error."""
+    """The grid and the smoothing exponent of the least expected error.
+
+    All are ranked as if errors of channels were independent; of the best few it is computed what readers make of them.
+    """
     assert readers.weight is not None
-    best: tuple[float, Quantizer, float | None] | None = None
     sample = statistics.channels.float()
-    amax = torch.quantile(sample.abs(), 0.999, dim=0).clamp_min(1e-6)
     rows = sample[:: max(1, len(sample) // _COST_ROWS)]
-    # |W e|^2 = e (W^T W) e: the smaller of the two products.
-    is_tall = readers.weight.shape[0] > readers.weight.shape[1]
-    gram = readers.weight.mT @ readers.weight if is_tall else None
+    expected = _Expected(rows, readers.weight, weight_limit)
+    ranked: list[tuple[float, int, _Smoothed, Quantizer]] = []
     for alpha in alphas:
-        scale = None if alpha is None else smoothing_scale(amax, readers.amax, alpha).float()
-        values = rows if scale is None else rows / scale
-        weight = readers.weight if scale is None else readers.weight * scale
-        form = gram if gram is None or scale is None else gram * torch.outer(scale, scale)
-        expected = _Expected(values, weight, form, weight_limit)
-        for quantizer in _grids(statistics, sample, scale):
-            cost = expected.cost(quantizer)
-            if best is None or cost < best[0]:
-                best = (cost, quantizer, alpha)
-    assert best is not None
-    return best[1], best[2]
+        for amax in (None,) if alpha is None else _largest(sample):
+            scale = None
+            if alpha is not None and amax is not None:
+                scale = smoothing_scale(amax, readers.amax, alpha).float()
+            smoothed = _Smoothed(alpha, scale)
+            own = expected.of_weights(smoothed)
+            for quantizer in _grids(statistics, sample, scale):
+                cost = expected.rough(smoothed, quantizer, own)
+                ranked.append((cost, len(ranked), smoothed, quantizer))
+    nearest = sorted(ranked, key=lambda r: r[:2])[:_EXACT]
+    costs = [expected.cost(smoothed, quantizer) for _, _, smoothed, quantizer in nearest]
+    _, _, smoothed, quantizer = nearest[min(range(len(costs)), key=costs.__getitem__)]
+    return quantizer, smoothed.alpha
+
+
+def _largest(sample: Tensor) -> Iterator[Tensor]:
+    """What may stand for the largest magnitude of each channel [n].
+
+    A quantile where a few values are worth clipping; or the largest, that of quiet channels raised to a share of the
+    middle channel's. The short side of a function such as GELU is as long in a quiet channel as in a loud one: divided by
+    little it would take most of a grid that is shifted for it.
+    """
+    yield torch.quantile(sample.abs(), 0.999, dim=0).clamp_min(1e-6)
+    largest = sample.abs().amax(0).clamp_min(1e-6)
+    middle = float(largest.median())
+    for share in _FLOORS:
+        yield largest.clamp_min(share * middle)
 
 
 def range_steps(statistics: SiteStatistics) -> dict[str, float]:
@@ -158,37 +176,67 @@ def _grids(statistics: SiteStatistics, sample: Tensor, scale: Tensor | None) -> 
             )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Smoothed:
+    """A smoothing exponent, and the factors of channels that come of it."""
+
+    alpha: float | None
+    scale: Tensor | None
+
+    def values(self, rows: Tensor) -> Tensor:
+        return rows if self.scale is None else rows / self.scale
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight if self.scale is None else weight * self.scale
+
+
 class _Expected:
     """Expected error of the readers' outputs: activations' rounding plus the weights' own.
 
-    Each row counts relative to its own output (plus the average one), or the few rows with
-    massive activations would own the choice.
+    Each row counts relative to its own output (plus the middle one: the mean is that of the few rows
+    with massive activations, which would own the choice).
 
     Args:
-        values: Rows of the tensor [t, n].
+        rows: Of the tensor [t, n].
         weight: All rows of all readers [m, n].
-        gram: Their W^T W [n, n], or None to multiply by the weight itself.
         limit: Largest absolute code of the weights.
     """
 
-    def __init__(self, values: Tensor, weight: Tensor, gram: Tensor | None, limit: int) -> None:
-        self.values, self.weight, self.gram = values, weight, gram
-        energy = self._outputs(values)
-        self.scale = energy + energy.mean() + 1e-30
-        steps = weight.abs().amax(1) / limit
-        self.weights = values.square().sum(1) * (steps.square().sum() / 12 * FEEDBACK_GAIN)
+    def __init__(self, rows: Tensor, weight: Tensor, limit: int) -> None:
+        self.rows, self.readers, self.limit = rows, weight, limit
+        # |W e|^2 = e (W^T W) e: the smaller of the two products.
+        self.gram = weight.mT @ weight if weight.shape[0] > weight.shape[1] else None
+        self.columns = weight.square().sum(0)
+        energy = self._outputs(rows, None)
+        self.scale = energy + energy.median() + 1e-30
 
-    def cost(self, quantizer: Quantizer) -> float:
+    def of_weights(self, smoothed: _Smoothed) -> Tensor:
+        """What rounding the weights adds [t]."""
+        steps = smoothed.weight(self.readers).abs().amax(1) / self.limit
+        energy = smoothed.values(self.rows).square().sum(1)
+        return energy * (steps.square().sum() / 12 * FEEDBACK_GAIN)
+
+    def rough(self, smoothed: _Smoothed, quantizer: Quantizer, own: Tensor) -> float:
+        """With the tensor on a grid, and errors of channels that have nothing to do with each other."""
+        columns = self.columns if smoothed.scale is None else self.columns * smoothed.scale.square()
+        error = self._error(smoothed, quantizer).square() @ columns
+        return float(((error + own) / self.scale).mean())
+
+    def cost(self, smoothed: _Smoothed, quantizer: Quantizer) -> float:
         """With the tensor on a grid."""
-        shifted = self.values + quantizer.shift
-        error = fake_quantize(shifted, quantizer.step, quantizer.low, quantizer.high) - shifted
-        return float(((self._outputs(error) + self.weights) / self.scale).mean())
+        error = self._outputs(self._error(smoothed, quantizer), smoothed.scale)
+        return float(((error + self.of_weights(smoothed)) / self.scale).mean())
 
-    def _outputs(self, rows: Tensor) -> Tensor:
-        """Squared norms of the outputs [t]."""
+    def _error(self, smoothed: _Smoothed, quantizer: Quantizer) -> Tensor:
+        shifted = smoothed.values(self.rows) + quantizer.shift
+        return fake_quantize(shifted, quantizer.step, quantizer.low, quantizer.high) - shifted
+
+    def _outputs(self, rows: Tensor, scale: Tensor | None) -> Tensor:
+        """Squared norms of the outputs [t], of rows that channels were divided by ``scale`` in."""
+        whole = rows if scale is None else rows * scale
         if self.gram is None:
-            return (rows @ self.weight.mT).square().sum(1)
-        return (rows @ self.gram).mul_(rows).sum(1).clamp_min(0.0)
+            return (whole @ self.readers.mT).square().sum(1)
+        return (whole @ self.gram).mul_(whole).sum(1).clamp_min(0.0)
 
 
 def expected_moments(statistics: SiteStatistics, quantizer: Quantizer) -> Moments:

@@ -20,6 +20,9 @@ JOINT_GAP = 2e-3
 # The node limit keeps solutions reproducible; the time limit is the last resort of resolve().
 NODE_LIMIT = 20_000
 TIME_LIMIT_S = 10.0
+# Of a point of a curve, of which there are dozens.
+ROUGH_GAP = 1e-2
+ROUGH_LIMIT_S = 2.0
 # HiGHS holds rows to 1e-7 of the scaled budget and integers to 1e-6.
 TOLERANCE = 1e-6
 NOTHING = Totals(0.0, 0, 0.0)
@@ -81,8 +84,16 @@ def allowance(*solutions: Solution) -> float:
     return max(TOLERANCE, *(solution.gap for solution in solutions))
 
 
-def optimise(problem: Problem) -> Solution:
-    """Solve a problem without saying what stops it: one run of HiGHS."""
+def optimise(problem: Problem, *, is_rough: bool = False) -> Solution:
+    """Solve a problem without saying what stops it: one run of HiGHS.
+
+    Args:
+        problem: To solve.
+        is_rough: To one per cent, which prices do not tell apart, and two seconds.
+
+    Raises:
+        NumericalError: HiGHS gave up before it found any plan.
+    """
     model = Model.of(problem)
     budgets = problem.budgets()
     if not model.columns:
@@ -94,9 +105,9 @@ def optimise(problem: Problem) -> Solution:
         [model.structure(), *(model.budget_row(n, b) for n, b in budgets.items())],
         model.is_choice,
         {
-            "mip_rel_gap": JOINT_GAP if model.blocks else RELATIVE_GAP,
+            "mip_rel_gap": _gap(model, is_rough=is_rough),
             "node_limit": NODE_LIMIT,
-            "time_limit": TIME_LIMIT_S,
+            "time_limit": ROUGH_LIMIT_S if is_rough else TIME_LIMIT_S,
         },
     )
     if x is None:
@@ -111,6 +122,13 @@ def optimise(problem: Problem) -> Solution:
         gap=gap,
         slack={n: _slack(totals.of(CONSTRAINTS[n][0]), b) for n, b in budgets.items()},
     )
+
+
+def _gap(model: Model, *, is_rough: bool) -> float:
+    """Small programs are solved at once to the end, whatever is asked for."""
+    if not model.blocks:
+        return RELATIVE_GAP
+    return ROUGH_GAP if is_rough else JOINT_GAP
 
 
 def _slack(used: float, budget: float) -> float:

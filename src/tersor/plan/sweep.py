@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tersor.core.errors import NumericalError
 from tersor.plan.problem import Problem, Totals
 from tersor.plan.solve import Solution, optimise
 
@@ -16,7 +17,7 @@ def pareto(problem: Problem, n_points: int) -> tuple[Solution, ...]:
     """Plans of which none is at least as good as another in latency, size and error.
 
     Sweeps the error budget for the least latency and for the least size, and the latency budget
-    for the least error. The problem's own budgets hold all along; its objective is ignored.
+    for the least error, each point to one per cent. The problem's own budgets hold all along; its objective is ignored.
 
     Args:
         problem: Candidates, table and budgets.
@@ -34,9 +35,9 @@ def pareto(problem: Problem, n_points: int) -> tuple[Solution, ...]:
     found += sweep_error(problem, n_points, fastest=fastest, mildest=mildest)
     top = max(smallest.totals.error, mildest.totals.error)
     for error in error_grid(mildest.totals.error, top, n_points):
-        found.append(optimise(replace(problem, objective="size", max_error=error)))
+        found += _point(replace(problem, objective="size", max_error=error))
     for ms in np.linspace(fastest.totals.ms, mildest.totals.ms, n_points)[1:-1]:
-        found.append(optimise(replace(problem, objective="error", max_ms=float(ms))))
+        found += _point(replace(problem, objective="error", max_ms=float(ms)))
     by_totals = {s.totals: s for s in reversed(found) if s.is_feasible}
     return tuple(by_totals[totals] for totals in non_dominated(list(by_totals)))
 
@@ -47,7 +48,19 @@ def sweep_error(
     """The fastest plan at each of a geometric series of error budgets, smallest budget first."""
     top = max(fastest.totals.error, mildest.totals.error)
     grid = error_grid(mildest.totals.error, top, n_points)
-    return [optimise(replace(problem, objective="latency", max_error=e)) for e in grid]
+    return [
+        solution
+        for error in grid
+        for solution in _point(replace(problem, objective="latency", max_error=error))
+    ]
+
+
+def _point(problem: Problem) -> list[Solution]:
+    """The plan of one point; none where the solver ran out of time before it had one."""
+    try:
+        return [optimise(problem, is_rough=True)]
+    except NumericalError:
+        return []
 
 
 def error_grid(low: float, high: float, n_points: int) -> list[float]:
