@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tersor.plan.problem import Totals
-from tersor.plan.solve import TOLERANCE, optimise, solve
+from tersor.core.errors import NumericalError
+from tersor.plan import sweep
+from tersor.plan.problem import Problem, Totals
+from tersor.plan.solve import TOLERANCE, Solution, optimise, solve
 from tersor.plan.sweep import (
     error_budget,
     error_grid,
@@ -101,3 +103,24 @@ def test_nothing_is_promised_beyond_what_was_evaluated() -> None:
     assert error_budget([(0.1, 0.0), (0.3, 0.0)], 5.0) == 0.3
     assert error_budget([], 5.0) == 0.0
     assert error_budget([(0.1, -0.2)], 0.0) == 0.1
+
+
+def test_a_point_that_takes_too_long_is_left_out(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = lab.random_problem(5, 12)
+    whole = pareto(problem, 6)
+    asked: list[bool] = []
+
+    def hurried(problem: Problem, *, is_rough: bool = False) -> Solution:
+        asked.append(is_rough)
+        if is_rough and len(asked) % 2:
+            raise NumericalError("the solver stopped without a plan")
+        return optimise(problem, is_rough=is_rough)
+
+    monkeypatch.setattr(sweep, "optimise", hurried)
+    points = pareto(problem, 6)
+    assert asked[:3] == [False, False, False]  # the ends are proven
+    assert all(asked[3:])
+    assert {s.totals for s in points[:1]} == {whole[0].totals}
+    assert 2 <= len(points) < len(whole)
