@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 
 from tersor.backends.openvino.channels_first import RANKS, Crossings
+from tersor.backends.openvino.constants import ALIGNING, is_zero
 from tersor.backends.openvino.executable import CODES, WEIGHT_ONLY
 from tersor.backends.openvino.failures import shapes_refused
 from tersor.backends.openvino.skeleton import Skeleton, skeleton_of
@@ -24,7 +25,6 @@ from tersor.graph.split import Activation, Addition, Operation, Weight, split
 
 _PRODUCTS = {"linear": ("MatMul",), "conv": ("Convolution", "GroupConvolution")}
 _QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
-_ALIGNING = ("Convert", "ConvertLike")
 _EXTREMES = frozenset({"ReduceMax", "ReduceMin"})
 _AUTOMATIC = re.compile(r"[A-Z][A-Za-z0-9]*_\d+")  # names that count what a process has made
 
@@ -124,7 +124,7 @@ class Assembly:
         for position, activation in addition.operands.items():
             reader = found[0].input(position)
             source = reader.get_source_output()
-            while source.get_node().get_type_name() in _ALIGNING:  # to types that are equal here
+            while source.get_node().get_type_name() in ALIGNING:  # to types that are equal here
                 source = source.get_node().input_value(0)
             values = self._quantize(source, activation)
             base = f"{activation.name}/{_QUANTIZE}"
@@ -285,10 +285,7 @@ def _pads_zeros(node: Any) -> bool:
         return False
     if node.get_input_size() < 4:
         return True
-    value = node.input_value(3).get_node()
-    while value.get_type_name() in _ALIGNING:
-        value = value.input_value(0).get_node()
-    return value.get_type_name() == "Constant" and not np.any(value.get_data())
+    return is_zero(node.input_value(3).get_node())
 
 
 def _named(node: Any, name: str) -> Any:

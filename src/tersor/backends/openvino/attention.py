@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from openvino import opset13 as op
 
+from tersor.backends.openvino.constants import is_zero
+
 _KIND = "ScaledDotProductAttention"
 _MASK, _SCALE = 3, 4  # inputs; the latter two may be missing
-_LEAST = np.finfo(
-    np.float32
-).min  # of a score; a row without any other gets equal weights, and no NaN
+# Of a score: finite in bfloat16 as well, so that a row without any other gets equal weights and no NaN.
+_LEAST = np.float32(-1e30)
 
 
 def spell_out(model: Any) -> None:
@@ -46,7 +47,7 @@ def _replace(node: Any) -> None:
         mask = others[0]
         if mask.get_element_type().get_type_name() == "boolean":
             made.append(op.select(mask, made[-1], op.constant(_LEAST)))
-        elif not _is_nothing(mask):
+        elif not is_zero(mask.get_node()):  # which the op wants in front of a scale
             made.append(op.add(made[-1], mask))
     made.append(op.softmax(made[-1], -1))
     product = op.matmul(made[-1], value, False, False)
@@ -56,9 +57,3 @@ def _replace(node: Any) -> None:
     readers = list(node.output(0).get_target_inputs())
     for reader in readers:
         reader.replace_source_output(product.output(0))
-
-
-def _is_nothing(mask: Any) -> bool:
-    """Whether it stands for no mask: a constant 0, which the op wants in front of a scale."""
-    node = mask.get_node()
-    return node.get_type_name() == "Constant" and not np.any(node.get_data())
