@@ -76,20 +76,28 @@ def _least_cost(
     rows = sample[:: max(1, len(sample) // _COST_ROWS)]
     expected = _Expected(rows, readers.weight, weight_limit)
     ranked: list[tuple[float, int, _Smoothed, Quantizer]] = []
-    for alpha in alphas:
-        for amax in (None,) if alpha is None else _largest(sample):
-            scale = None
-            if alpha is not None and amax is not None:
-                scale = smoothing_scale(amax, readers.amax, alpha).float()
-            smoothed = _Smoothed(alpha, scale)
-            own = expected.of_weights(smoothed)
-            for quantizer in _grids(statistics, sample, scale):
-                cost = expected.rough(smoothed, quantizer, own)
-                ranked.append((cost, len(ranked), smoothed, quantizer))
+    for smoothed in _smoothed(sample, readers.amax, alphas):
+        own = expected.of_weights(smoothed)
+        for quantizer in _grids(statistics, sample, smoothed.scale):
+            cost = expected.rough(smoothed, quantizer, own)
+            ranked.append((cost, len(ranked), smoothed, quantizer))
     nearest = sorted(ranked, key=lambda r: r[:2])[:_EXACT]
     costs = [expected.cost(smoothed, quantizer) for _, _, smoothed, quantizer in nearest]
     _, _, smoothed, quantizer = nearest[min(range(len(costs)), key=costs.__getitem__)]
     return quantizer, smoothed.alpha
+
+
+def _smoothed(
+    sample: Tensor, weight_amax: Tensor, alphas: Sequence[float | None]
+) -> Iterator["_Smoothed"]:
+    """All factors to choose from."""
+    magnitudes = list(_largest(sample))
+    for alpha in alphas:
+        if alpha is None:
+            yield _Smoothed(None, None)
+            continue
+        for amax in magnitudes:
+            yield _Smoothed(alpha, smoothing_scale(amax, weight_amax, alpha).float())
 
 
 def _largest(sample: Tensor) -> Iterator[Tensor]:
@@ -208,7 +216,8 @@ class _Expected:
         self.gram = weight.mT @ weight if weight.shape[0] > weight.shape[1] else None
         self.columns = weight.square().sum(0)
         energy = self._outputs(rows, None)
-        self.scale = energy + energy.median() + 1e-30
+        heard = energy[energy > 0]  # rows of nothing but zeros say nothing of what is usual
+        self.scale = energy + (heard.median() if len(heard) else 0.0) + 1e-30
 
     def of_weights(self, smoothed: _Smoothed) -> Tensor:
         """What rounding the weights adds [t]."""

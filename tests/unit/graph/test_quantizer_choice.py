@@ -52,7 +52,7 @@ def cost(statistics: SiteStatistics, quantizer: Quantizer) -> Tensor:
     grid = fake_quantize(x * scale + quantizer.shift, quantizer.step, quantizer.low, quantizer.high)
     error = ((grid - quantizer.shift) / scale - x) @ weight.mT
     energy = (x @ weight.mT).square().sum(1)
-    return (error.square().sum(1) / (energy + energy.median())).mean()
+    return (error.square().sum(1) / (energy + energy[energy > 0].median())).mean()
 
 
 @pytest.mark.parametrize("rows", [5, 40])  # by the weight itself, and by its W^T W
@@ -134,6 +134,20 @@ def test_quiet_channels_do_not_take_a_shifted_grid(monkeypatch: pytest.MonkeyPat
     before = off(statistics, choose_quantizer(statistics, (*alphas, 0.95), 127)[0])
     assert found < 0.8 * before
     assert found < 0.2 * plain
+
+
+def test_rows_of_zeros_do_not_decide() -> None:
+    """A zero is off the points of a shifted grid: nothing to speak of beside rows that are heard."""
+    statistics = gelu()
+    readers = statistics.readers
+    assert readers is not None
+    assert readers.weight is not None
+    silent = statistics.channels.clone()
+    silent[::3] = silent[1::3] = 0
+    found = quantizer_choice._Expected(silent, readers.weight, 127).scale
+    heard = quantizer_choice._Expected(silent[2::3], readers.weight, 127).scale
+    assert float(found.min()) > 0.3 * float(heard.min())
+    assert torch.isfinite(quantizer_choice._Expected(0 * silent, readers.weight, 127).scale).all()
 
 
 def test_a_loud_channel_is_smoothed() -> None:
