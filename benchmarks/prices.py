@@ -31,9 +31,9 @@ from tersor.analyse.additions import own_operands
 from tersor.api.latency import measure_calls
 from tersor.api.session import Session, Settings, open_session
 from tersor.api.shrink import Changes, facts_of, sketched
-from tersor.api.stages import PRICING
+from tersor.api.stages import PRICING, Runs
 from tersor.build.build import shapes_of
-from tersor.core.records import BuildChoice, Candidate, Level, Precision, PriceTable, Site
+from tersor.core.records import BuildChoice, Level, Precision, PriceTable, Site
 from tersor.graph.apply import quantize_node_name
 from tersor.graph.contracts import Executable, Quantizer, SiteChange
 from tersor.graph.edit import attribute
@@ -181,12 +181,12 @@ def opened(name: str, backend: str, device: str, batch: int) -> Session:
 
 
 def format_levels(session: Session, choice: BuildChoice) -> dict[str, tuple[Level, ...]]:
-    """Formats of the layers and additions that this backend runs in int8."""
-    backend = session.backends[choice.backend]
+    """Formats of the layers and additions that ``compress`` prices in int8 on this build."""
+    runs = Runs(session.backends, session.graph, session.sites)
     found: dict[str, tuple[Level, ...]] = {}
     for site in (*session.formats, *session.additions):
-        wanted = Candidate(site=site.name, level="int8", method="quantize", size_bytes=0)
-        if site.pinned is None and site.op_kind != "embedding" and backend.supports(wanted).ok:
+        is_layer = site.pinned is None and site.op_kind != "embedding"
+        if is_layer and runs(choice, site.name, "int8"):
             found[site.name] = (choice.precision, "int8")
     return found
 

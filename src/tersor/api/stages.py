@@ -202,7 +202,7 @@ def _price(session: Session, offered: Offers, rows: Sequence[BaselineRow], best:
         reference=session.caller(reference.executable, base.batch),
         reference_ms=baseline.timing.median_ms,
         quantize_nodes=lambda tensor: (quantize_node_name(tensor),),
-        runs=_Runs(session.backends, session.graph, session.sites),
+        runs=Runs(session.backends, session.graph, session.sites),
         facts=lambda assignment: facts_of(session, offered.chosen(assignment), base.batch),
         settle=lambda assignment: settled(assignment, session.inside, native),
         note=session.progress.note,
@@ -239,7 +239,7 @@ def _packed_bytes(offered: Offers) -> PackedBytes:
     return found
 
 
-class _Runs:
+class Runs:
     """Whether a way to build takes a level at all; one that it ignores has no price of its own.
 
     Nor has one that would take apart what is one kernel in floats.
@@ -252,6 +252,7 @@ class _Runs:
         self._joined: dict[str, frozenset[str]] = {}
 
     def __call__(self, choice: BuildChoice, site: str, level: Level) -> bool:
+        """Whether it has a price there."""
         if isinstance(level, int) or level in NATIVE:
             return True
         wanted = Candidate(site=site, level=level, method="", size_bytes=0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tersor.api.stages import _Runs, _ways
+from tersor.api.stages import Runs, _ways
 from tersor.backends.inductor import InductorBackend
 from tersor.core.records import BackendInfo, BuildChoice, Level, Site, Support
 from tersor.graph.contracts import Graph
@@ -62,7 +62,7 @@ def test_eight_bits_take_no_kernel_of_several_ops_apart(
         for name, ops in (("a", ("conv_a",)), ("b", ("conv_b",)), ("c", ("linear", "linear_1")))
     ]
     backend = Joins()
-    runs = _Runs({"own": backend}, Graph.__new__(Graph), sites)
+    runs = Runs({"own": backend}, Graph.__new__(Graph), sites)
     joining = BuildChoice(backend="own", precision="bf16", options={"fused": True})
     for _ in range(2):
         assert runs(BASE, site, level) is apart
