@@ -16,6 +16,7 @@ from tests.conformance.test_backends import graph_of, random
 
 pytest.importorskip("openvino")
 from tersor.backends.openvino import OpenVINOBackend, to_openvino_model
+from tersor.backends.openvino.executable import core
 from tersor.build.build import shapes_of
 
 CHOICE = BuildChoice(backend="openvino", device="cpu", precision="f32", threads=1, batch=1)
@@ -90,7 +91,9 @@ def test_nodes_lead_back_to_the_op() -> None:
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_a_row_that_may_see_nothing_is_a_number(precision: Precision) -> None:
-    if precision not in OpenVINOBackend().describe().precisions:
+    # OpenVINO itself is asked: end-to-end tests hide bf16 for as long as their process lives.
+    able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision == "bf16" and "BF16" not in able:
         pytest.skip("not on this processor")
     nothing = mask(torch.bool)
     nothing[..., 2, :] = False
