@@ -8,7 +8,7 @@ every look; before one, a forward and backward pass runs with every latent in pl
 Source: Lin et al. 2020, arXiv:2006.07253 (dynamic masks with feedback); the cube of ``schedule``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from tersor.train.scores import Scores, lowest
 from tersor.train.sharding import joined, local, rows_of
 from tersor.train.units import Units
 
+# Elements: below that a launch takes longer than reading a mask of a parameter's own shape.
+_SMALL = 2**20
 MARGIN = 0.05  # by which a dead unit must be better than a living one to take its place
 
 
@@ -87,7 +89,7 @@ class Regrow:
 
     def _prepare(self) -> None:
         keep = {group: (~flags).float() for group, flags in self.dead.items()}
-        self._masks = self.units.factors(keep)
+        self._masks = _merged(self.units.factors(keep))
         known = self._latents
         self._latents = {p: known[p] if p in known else local(p).clone() for p, _ in self._masks}
 
@@ -135,6 +137,19 @@ class Regrow:
             kept = state["latents"][names[id(parameter)]]
             latent.copy_(kept[rows_of(parameter)].to(latent.device))
         self.is_open = bool(state["is_open"])
+
+
+def _merged(factors: Iterable[tuple[nn.Parameter, Tensor]]) -> list[tuple[nn.Parameter, Tensor]]:
+    """One mask a parameter, of its own shape where it is small: those are multiplied in one launch."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for parameter, mask in factors:
+        known = found.get(parameter)
+        found[parameter] = mask if known is None else known * mask
+    for parameter, mask in found.items():
+        rows = local(parameter)
+        if rows.numel() <= _SMALL:
+            found[parameter] = torch.empty_like(rows).copy_(mask.expand_as(rows))
+    return list(found.items())
 
 
 def _names(units: Units) -> dict[int, str]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from tersor.core.errors import ConfigError
 from tersor.train.cutting import Selection, selected
 
+_PLAIN = (Tensor, nn.Parameter)
 Shard = Callable[[nn.Module], Any]
 _MARKS = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
@@ -60,8 +61,12 @@ def _first(model: nn.Module) -> str:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's rows, sharing memory; of a tensor that is whole its data."""
+    # Looking for what a plain tensor does not have costs more than the copies that its step makes.
+    if type(tensor) in _PLAIN or not is_sharded(tensor):
+        return tensor.data
     found: Any = tensor.detach()
-    return found.to_local() if is_sharded(tensor) else tensor.data
+    rows: Tensor = found.to_local()
+    return rows
 
 
 def rows_of(tensor: Tensor) -> slice:
