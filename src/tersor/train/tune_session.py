@@ -53,6 +53,15 @@ def candidates(name: str, job: Job) -> Sequence[Switch]:
     return [kind() for kind in kinds if kind.name == name]  # type: ignore[attr-defined]
 
 
+# What launches hide: it is tried again once they are recorded, in the same order.
+AGAIN = ("bf16", "channels_last", "fused_optimizer", "compile")
+
+
+def _was_slow(report: SwitchReport) -> bool:
+    """Whether it was off for its time alone."""
+    return not report.is_on and report.speedup is not None and report.loss is None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
     """How one tuning decides; its clock and its measurement may be others in a test."""
@@ -130,7 +139,31 @@ class Tuning:
             rows += found
             if name in BY_NAME and any(row.is_on for row in found):
                 trials.learn_spread()
+        if trials.on and isinstance(trials.on[-1], CudaGraph):
+            rows = self._again(trials, rows)
         return self._together(trials, replace(report, switches=tuple(rows)))
+
+    def _again(self, trials: Trials, rows: Sequence[SwitchReport]) -> list[SwitchReport]:
+        """What only time spoke against, once more: a recorded step no longer waits for launches."""
+        trials.last = CudaGraph
+        found = list(rows)
+        for name in AGAIN:
+            places = {i for i, r in enumerate(found) if r.name == name}
+            if any(found[i].is_on for i in places) or not any(_was_slow(found[i]) for i in places):
+                continue
+            self.progress.stage(f"{name}, recorded")
+            switches = [
+                s
+                for s in candidates(name, trials.arena.job)
+                if any(s.choice == found[i].choice and _was_slow(found[i]) for i in places)
+            ]
+            for row in trials.stage(switches):
+                i = next(i for i in places if found[i].choice == row.choice)
+                said = f"{row.why}, recorded; {found[i].speedup:.2f}x before that"
+                found[i] = replace(row, why=said)
+                self.progress.note(found[i].describe())
+        trials.last = None
+        return found
 
     def _together(self, trials: Trials, report: TuneReport) -> tuple[Configuration, TuneReport]:
         """The plain step and the tuned one side by side; a sum that is no gain is not kept."""

@@ -52,6 +52,7 @@ class Trials:
         plain: Losses of the plain step, one run a seed; of the switches that were asked for by name
             where those change convergence.
         base_seconds: Of one step of ``on``, by a first look.
+        last: Makes the switch that ``on`` ends with, where others are to come in front of it.
     """
 
     arena: Arena
@@ -64,6 +65,17 @@ class Trials:
     on: Configuration = ()
     base_seconds: float = 0.0
     plain: list[list[float]] = field(default_factory=list)
+    last: Callable[[], Switch] | None = None
+    _ends: dict[int, Switch] = field(default_factory=dict)
+
+    def _with(self, switch: Switch) -> Configuration:
+        """What is on, and a switch; always the same end for one switch, which may have recorded it."""
+        if self.last is None:
+            return (*self.on, switch)
+        end = self._ends.get(id(switch))
+        if end is None:
+            end = self._ends[id(switch)] = self.last()
+        return (*self.on[:-1], switch, end)
 
     def look(self) -> float:
         """Seconds of one step of the current configuration, the median of a few."""
@@ -111,15 +123,15 @@ class Trials:
         return [reports[i] for i in range(len(switches))]
 
     def _recipe(self) -> Recipe:
-        """The recipe of what is on."""
-        self.arena.enter(self.on)
+        """The recipe of what is on, in front of its end where others come there."""
+        self.arena.enter(self.on if self.last is None else self.on[:-1])
         return self.arena.recipe
 
     def _prepare(self, switch: Switch) -> SwitchReport:
         """Make the first steps with a switch; the reason is empty where it is worth blocks of them."""
         start = self.clock()
         try:
-            self.arena.enter((*self.on, switch))
+            self.arena.enter(self._with(switch))
             self.arena.run(READY_STEPS)
             seconds = max(0.0, self.clock() - start - READY_STEPS * self.base_seconds)
             switch.ready()
@@ -154,7 +166,7 @@ class Trials:
             return
         places = {id(s): i for i, s in enumerate(switches)}
         try:
-            found = self.compare([(*self.on, switch) for switch in ready])
+            found = self.compare([self._with(switch) for switch in ready])
         except Exception as error:  # noqa: BLE001 - as above
             for switch in ready:
                 i = places[id(switch)]
@@ -171,7 +183,7 @@ class Trials:
             if report.is_on:
                 chosen = switch
         if chosen is not None:
-            self.on = (*self.on, chosen)
+            self.on = self._with(chosen)
             self.arena.enter(self.on)
             self.base_seconds = self.look()
 
@@ -220,7 +232,7 @@ class Trials:
             is_same = switch.gives_the_same(self.arena.job)
             return LossCheck(kind="same batches", is_ok=is_same)
         rule = self.loss_rule
-        losses = self.arena.losses((*self.on, switch), self.seed, self.seed, rule.steps)
+        losses = self.arena.losses(self._with(switch), self.seed, self.seed, rule.steps)
         check = check_losses(losses, self.plain, rule)
         if switch.changes_convergence:
             is_finite = all(map(math.isfinite, losses))

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tersor.core.errors import (
 )
 from tersor.core.jsonable import from_json, to_json
 from tersor.core.progress import Silent
+from tersor.train.switches import ChannelsLast, CudaGraph
 from tersor.train.tune import AUTOMATIC, FastStep, LossRule, TimeRule, TuneReport
 from tersor.train.tune_checks import check_parts, chosen_names
 from tersor.train.tune_session import Tuning
@@ -199,6 +201,40 @@ def test_a_sum_that_is_no_gain_is_not_kept() -> None:
     assert "only 0.99x as fast as the plain step" in report.switches[0].why
     assert not recipe.channels_last
     assert task.model[3].weight.is_contiguous()
+
+
+@pytest.mark.parametrize(("recorded", "is_on"), [(4.0, True), (5.1, False)])
+def test_what_was_slow_is_tried_again_once_the_step_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, recorded: float, is_on: bool
+) -> None:
+    """On a GPU that waits for launches most switches only gain where there are none."""
+    monkeypatch.setattr(CudaGraph, "refusal", lambda *_: "")
+    monkeypatch.setattr(CudaGraph, "apply", lambda _, __, recipe: recipe)
+    times = iter([(10.0, 10.5), (10.0, 5.0), (5.0, recorded), (10.0, min(5.0, recorded))])
+    task = job()
+    tuning = Tuning(measure=lambda calls, rule: told(*next(times))(calls, rule), **QUICK_RULES)
+    recipe, report = tuning.tuned(task, ("channels_last", "cuda_graph"))
+    layout, graph = report.switches
+    assert (layout.is_on, graph.is_on) == (is_on, True)
+    assert layout.why.endswith("recorded; 0.95x before that")
+    assert recipe.channels_last is is_on
+    assert report.speedup == pytest.approx(2.5 if is_on else 2.0)
+    assert next(times, None) is None
+
+
+def test_what_a_loss_spoke_against_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaGraph, "refusal", lambda *_: "")
+    monkeypatch.setattr(CudaGraph, "apply", lambda _, __, recipe: recipe)
+    monkeypatch.setattr(
+        ChannelsLast,
+        "apply",
+        lambda _, job, recipe: replace(recipe, loss=lambda m, b: 2 * job.step(m, b)),
+    )
+    times = iter([(10.0, 9.0), (10.0, 5.0), (10.0, 5.0)])
+    tuning = Tuning(measure=lambda calls, rule: told(*next(times))(calls, rule), **QUICK_RULES)
+    _, report = tuning.tuned(job(), ("channels_last", "cuda_graph"))
+    assert [s.is_on for s in report.switches] == [False, True]
+    assert "the loss is off" in report.switches[0].why
 
 
 def test_a_scheduler_is_stepped_by_the_result_alone() -> None:

@@ -102,6 +102,27 @@ def test_a_faster_switch_with_the_same_loss_is_on() -> None:
     assert "1.11x as fast (1.11 to 1.11), loss" in report.why
 
 
+def test_what_comes_in_front_of_a_record_is_compared_with_a_record_of_its_own() -> None:
+    ends: list[Scaled] = []
+
+    def end() -> Scaled:
+        ends.append(Scaled(choice=f"end {len(ends)}"))
+        return ends[-1]
+
+    first, old = Scaled(choice="first"), Scaled(choice="old end")
+    found = made(job(), 10.0, 9.0, on=(first, old), last=end)
+    slower, faster = Scaled(choice="slower"), Scaled(choice="faster")
+    (report,) = found.stage([faster])
+    assert report.is_on
+    assert found.on == (first, faster, ends[0])
+    assert len(ends) == 1  # one record for the look, the times and the losses
+    found.measure = told(10.0, 9.9)
+    (report,) = found.stage([slower])
+    assert not report.is_on
+    assert found.on == (first, faster, ends[0])
+    assert found.arena.steps_made > 0
+
+
 @pytest.mark.parametrize(("milliseconds", "is_on"), [(9.8, False), (9.709, False), (9.7, True)])
 def test_three_percent_are_needed(milliseconds: float, is_on: bool) -> None:
     found = made(job(), 10.0, milliseconds)
