@@ -4,7 +4,7 @@ import copy
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -203,6 +203,15 @@ def test_a_sum_that_is_no_gain_is_not_kept() -> None:
     assert task.model[3].weight.is_contiguous()
 
 
+def in_turn(times: Iterator[tuple[float, ...]]) -> Any:
+    """A measurement that knows the times of each call beforehand."""
+
+    def measured(calls: Any, protocol: Any) -> Any:
+        return told(*next(times))(calls, protocol)
+
+    return measured
+
+
 @pytest.mark.parametrize(("recorded", "is_on"), [(4.0, True), (5.1, False)])
 def test_what_was_slow_is_tried_again_once_the_step_is_recorded(
     monkeypatch: pytest.MonkeyPatch, recorded: float, is_on: bool
@@ -212,7 +221,7 @@ def test_what_was_slow_is_tried_again_once_the_step_is_recorded(
     monkeypatch.setattr(CudaGraph, "apply", lambda _, __, recipe: recipe)
     times = iter([(10.0, 10.5), (10.0, 5.0), (5.0, recorded), (10.0, min(5.0, recorded))])
     task = job()
-    tuning = Tuning(measure=lambda calls, rule: told(*next(times))(calls, rule), **QUICK_RULES)
+    tuning = Tuning(measure=in_turn(times), **QUICK_RULES)
     recipe, report = tuning.tuned(task, ("channels_last", "cuda_graph"))
     layout, graph = report.switches
     assert (layout.is_on, graph.is_on) == (is_on, True)
@@ -231,7 +240,7 @@ def test_what_a_loss_spoke_against_is_not_tried_again(monkeypatch: pytest.Monkey
         lambda _, job, recipe: replace(recipe, loss=lambda m, b: 2 * job.step(m, b)),
     )
     times = iter([(10.0, 9.0), (10.0, 5.0), (10.0, 5.0)])
-    tuning = Tuning(measure=lambda calls, rule: told(*next(times))(calls, rule), **QUICK_RULES)
+    tuning = Tuning(measure=in_turn(times), **QUICK_RULES)
     _, report = tuning.tuned(job(), ("channels_last", "cuda_graph"))
     assert [s.is_on for s in report.switches] == [False, True]
     assert "the loss is off" in report.switches[0].why
