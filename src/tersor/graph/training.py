@@ -54,6 +54,11 @@ class Leaf:
     readers: frozenset[str]
 
 
+def has_images(nodes: Collection[fx.Node]) -> bool:
+    """Whether there is a convolution of images among some nodes."""
+    return any(n.target in (aten.conv2d.default, aten.conv2d.padding) for n in nodes)
+
+
 def map_names(module: fx.GraphModule) -> tuple[str, ...]:
     """Linear maps and convolutions, by name, whatever form their weights have."""
     return tuple(n.name for n in module.graph.nodes if n.target in _MAPS)

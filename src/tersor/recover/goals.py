@@ -13,6 +13,7 @@ from tersor.graph.axes.matching import Counterparts
 from tersor.graph.contracts import Graph
 from tersor.graph.frontiers import Block
 from tersor.graph.geometry import output_error, output_spreads
+from tersor.graph.training import has_images
 from tersor.observe.statistics import token_mask
 from tersor.ops.reconstruction import block_loss, spread
 from tersor.recover.runs import Run, Values
@@ -245,7 +246,8 @@ class Goals:
         drawn = [Drawn(*each) for each in zip(*pairs, self.masks, items, strict=True)]
         seen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if not is_unseen]
         unseen = [d for d, is_unseen in zip(drawn, self.unseen, strict=True) if is_unseen]
-        return Part(block, loss, Pool(seen, self._rows, size), unseen)
+        pool = Pool(seen, self._rows, size, channels_last=has_images(block.nodes))
+        return Part(block, loss, pool, unseen)
 
 
 def _spread(values: Sequence[Tensor]) -> float:

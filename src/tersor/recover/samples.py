@@ -52,10 +52,21 @@ class Drawn:
 class Pool:
     """Batches to draw from."""
 
-    def __init__(self, batches: Sequence[Drawn], rows: frozenset[str], size: int) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Drawn],
+        rows: frozenset[str],
+        size: int,
+        *,
+        channels_last: bool = False,
+    ) -> None:
+        """``channels_last``: images lie with their channels innermost, as convolutions like it."""
         self.batches = list(batches)
         self.size = size
         self._merged = _merge(self.batches, rows)
+        if channels_last and self._merged is not None:
+            values, wanted, mask, count, constant = self._merged
+            self._merged = _innermost(values), _innermost(wanted), mask, count, constant
 
     def draw(self, generator: torch.Generator) -> Drawn:
         """Some samples by chance; without a merged pool one of the batches."""
@@ -65,10 +76,28 @@ class Pool:
         values, wanted, mask, count, constant = self._merged
         pick = torch.randint(count, (min(self.size, count),), generator=generator)
         return Drawn(
-            {n: v if n in constant else v[pick] for n, v in values.items()},
-            {n: v[pick] for n, v in wanted.items()},
+            {n: v if n in constant else _picked(v, pick) for n, v in values.items()},
+            {n: _picked(v, pick) for n, v in wanted.items()},
             None if mask is None else mask[pick],
         )
+
+
+def _innermost(values: Values) -> Values:
+    return {
+        n: v.contiguous(memory_format=torch.channels_last) if _is_image(v) else v
+        for n, v in values.items()
+    }
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+
+
+def _picked(value: Tensor, pick: Tensor) -> Tensor:
+    """Some samples, as they lie: indexing would walk through an image channel by channel."""
+    if _is_image(value) and value.is_contiguous(memory_format=torch.channels_last):
+        return value.permute(0, 2, 3, 1)[pick].permute(0, 3, 1, 2)
+    return value[pick]
 
 
 _Merged = tuple[Values, Values, Tensor | None, int, frozenset[str]]

@@ -47,7 +47,7 @@ class Tensors:
         groups: list[dict[str, object]] = []
         for target in targets:
             leaf, own = self.leaves[target], self.now[target]
-            free = torch.zeros_like(own) if leaf.is_scale else own.clone()
+            free = torch.zeros_like(own) if leaf.is_scale else _free_of(own)
             size = rate if leaf.is_scale else self._size(leaf, rate)
             if size > 0:  # zeros beside zeros: nothing says how large a step is
                 self._free[target] = free.requires_grad_()
@@ -102,4 +102,10 @@ class Tensors:
     def end(self, values: Mapping[str, Tensor]) -> None:
         """Take over some values; nothing is free any more."""
         self._forget()
-        self.now |= dict(values)
+        self.now |= {name: value.contiguous() for name, value in values.items()}
+
+
+def _free_of(own: Tensor) -> Tensor:
+    """A copy; kernels of images lie with their channels innermost, which makes convolutions faster."""
+    is_kernel = own.dim() == 4
+    return own.clone(memory_format=torch.channels_last if is_kernel else torch.preserve_format)

@@ -22,7 +22,7 @@ from tersor.recover import training
 from tersor.recover.blocks import reconstruct
 from tersor.recover.goals import Goal, Goals, Judged, Teacher
 from tersor.recover.runs import Run
-from tersor.recover.samples import Drawn
+from tersor.recover.samples import Drawn, Pool
 from tersor.recover.tensors import Tensors
 from tersor.recover.training import Budget, Part, outputs, train
 from tests.unit.capturing import graph_of, random, trained
@@ -100,6 +100,34 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(training, "_step", step)
     return found
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 4, 5), (9, 1, 4, 4), (9, 3, 1, 1), (9, 6), (9, 3, 4)])
+def test_images_are_drawn_as_they_are_wherever_their_channels_lie(shape: tuple[int, ...]) -> None:
+    values, wanted = random(*shape), random(*shape, seed=1)
+    codes = torch.arange(9 * 4).reshape(9, 1, 2, 2)
+    drawn = [Drawn({"x": v, "codes": c}, {"y": w}, None) for v, c, w in
+             zip(values.split(3), codes.split(3), wanted.split(3), strict=True)]  # fmt: skip
+    names = frozenset({"x", "codes"})
+    plain, last = (Pool(drawn, names, 5, channels_last=flag) for flag in (False, True))
+    for seed in range(3):
+        one, other = (p.draw(torch.Generator().manual_seed(seed)) for p in (plain, last))
+        for name in ("x", "codes"):
+            assert torch.equal(one.values[name], other.values[name])
+        assert torch.equal(one.wanted["y"], other.wanted["y"])
+        if len(shape) == 4:
+            assert other.values["x"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_kernels_lie_as_before_once_they_are_trained() -> None:
+    given = task()
+    targets = [n for n, t in given.tensors.now.items() if t.dim() == 4]
+    given.tensors.begin(targets, 0.01)
+    free = [given.tensors.value(n) for n in targets]
+    assert all(f.is_contiguous(memory_format=torch.channels_last) for f in free)
+    given.tensors.end(given.tensors.snapshot())
+    assert all(given.tensors.now[n].is_contiguous() for n in targets)
+    assert given.run().after > 0
 
 
 def test_the_rate_rises_and_falls_to_nothing(rates: list[float]) -> None:
