@@ -17,6 +17,7 @@ from tersor.recover.tensors import Tensors
 
 _LOOKS = (0.1, 0.25, 0.5, 0.75, 0.9)  # of a part: what is best there or at the end stays
 _RISE = 1.1  # of the best loss so far: beyond, steps lead away and not only about
+_NOTHING = 1e-12  # of a loss relative to what is wanted: rounding in single precision, squared
 _SMALLER = 0.25  # of a step's size, each time that training begins anew
 _MOST_RESTARTS = (
     4  # steps are 1/256 as large by then, and gain nothing that would be worth their time
@@ -111,7 +112,7 @@ def train(  # noqa: PLR0913 - what, how long, and who
     """
     groups = tensors.begin(targets, rate)
     course = _Course(part, tensors, groups, ranks)
-    if groups and course.before > 0:
+    if groups and course.before > _NOTHING:
         for progress in ranks.follow(budget.progress()):
             if not course.step(progress, generator):
                 break
