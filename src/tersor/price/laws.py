@@ -24,12 +24,14 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 LANES = (8, 16, 32)  # elements of a vector, from f32 in AVX2 to bf16 in AVX-512
-DEPTH_SIDE = (
-    4  # the same of one channel at a time: some kernels want fours, and are slow on all else
-)
+# Of one channel at a time: some kernels want fours, and take all else channel by channel; others work
+# on vectors of sixteen, then on one of eight, then element by element.
+DEPTH_SIDE, DEPTH_LANES, DEPTH_HALF = 4, 16, 8
+QUAD = 4  # integers that one instruction multiplies
+_DEPTHS = 5 + 1 + len(RAGGED)  # columns of ``_depthwise`` and ``_few``
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
-_BLOCKS = slice(3 + 2 * len(RAGGED), 5 + 4 * len(RAGGED))
+_BLOCKS = slice(2 + _DEPTHS + 2 * len(RAGGED), 4 + _DEPTHS + 4 * len(RAGGED))
 _ADDED, _CHANGED = -2, -1
 _READ = slice(-2, None)  # of sizes: what reads a result
 # Of the squared error on builds left out that it must tell, and of a node's time that is no error.
@@ -199,8 +201,7 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
     """What a node's time may be made of, a column each.
 
     A call, MACs with both sides padded to whole tiles, MACs (or, without any, activations read and
-    written) where only inputs are not whole and where outputs are not, those of channels one by one where they are
-    no fours, and over the blocks of outputs that are worked on at once,
+    written) where only inputs are not whole and where outputs are not, what ``_depthwise`` and ``_few`` say, and over the blocks of outputs that are worked on at once,
     MACs by passes over the inputs, windows read, activations written where outputs are not whole
     blocks, weights read, activations read and written, a call of code that is cold, scores of attention,
     ends of rows that fill no vector where elements are only moved, and activations written where an
@@ -231,7 +232,8 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             np.ones(len(sizes)),
             _padded(sizes, input_tile, output_tile),
             *ragged,
-            work * (channels == 1) * (read >= written) * _is_ragged(outputs, DEPTH_SIDE),
+            *_depthwise(sizes),
+            *_few(sizes),
             *(work / _at_once(outputs, block) for block in RAGGED),
             *(work * _passes(outputs, block) for block in RAGGED),
             macs / np.maximum(outputs, 1),
@@ -246,6 +248,41 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
             written * changed,
         ],
         axis=1,
+    )
+
+
+def _depthwise(sizes: Matrix) -> tuple[Matrix, ...]:
+    """Of channels one by one: calls and results (of stride 1, of others) where they are no fours; a place's
+    vector of eight and elements where they are no sixteens.
+
+    ONNX Runtime 1.24: floats of other counts leave the blocked layout, and a window with a stride is
+    then gathered first; integers lie with channels innermost.
+    """
+    macs, _, read, written, inputs, outputs, window = sizes.T[:7]
+    single = (inputs == window) & (read >= written)
+    odd = single * _is_ragged(outputs, DEPTH_SIDE)
+    places = single * (macs > 0) * written / np.maximum(outputs, 1)
+    return (
+        odd * outputs,
+        odd * written * (read == written),
+        odd * written * (read > written),
+        places * (outputs % DEPTH_LANES >= DEPTH_HALF),
+        places * (outputs % DEPTH_HALF),
+    )
+
+
+def _few(sizes: Matrix) -> tuple[Matrix, ...]:
+    """Results of sums that are no whole fours, and MACs with fewer inputs than a block has.
+
+    ONNX Runtime 1.24: integers beyond the last four are added one by one; with less than a block of inputs
+    another kernel is taken, at a third of the speed.
+    """
+    macs, _, _, written, inputs, _, window = sizes.T[:7]
+    channels = inputs / np.maximum(window, 1)
+    several = (channels > 1) & (macs > 0)
+    return (
+        written * several * _is_ragged(inputs, QUAD),
+        *(macs * several * (channels < block) for block in RAGGED),
     )
 
 
