@@ -119,3 +119,25 @@ def test_a_tuned_step_trains_on_and_an_odd_batch_too() -> None:
     odd = [torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)]
     assert torch.isfinite(fast(odd))
     assert all(s.why for s in fast.report.switches)
+
+
+def test_random_numbers_differ_from_replay_to_replay() -> None:
+    def random(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        x = batch[0].float() / 128 - 1
+        return step(model, [torch.zeros_like(x), batch[1]]) * torch.rand((), device=x.device)
+
+    model = network()
+    fast = tersor.train.tune(
+        random,
+        model=model,
+        optimizer=AdamW(model.parameters(), 0.0),
+        batches=loader(),
+        switches=["cuda_graph"],
+        loss_rule=LossRule(tolerance=0.99),
+        time_rule=TimeRule(gain=0.0),
+        progress=False,
+    )
+    (report,) = fast.report.switches
+    batch = next(iter(loader()))
+    losses = {float(fast(batch)) for _ in range(20)}
+    assert len(losses) == 20, report.why

@@ -252,9 +252,9 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
 
 def _depthwise(sizes: Matrix) -> tuple[Matrix, ...]:
-    """Of channels one by one: calls and results (of stride 1, of others) where they are no fours; a place's
-    vector of eight and elements where they are no sixteens.
+    """Of channels one by one: what counts that are no fours cost, then what those that are no sixteens do.
 
+    A call a channel, results at stride 1 and at others; the vector of eight and the elements of each place.
     ONNX Runtime 1.24: floats of other counts leave the blocked layout, and a window with a stride is
     then gathered first; integers lie with channels innermost.
     """

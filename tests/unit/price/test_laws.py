@@ -113,6 +113,75 @@ def test_both_sides_off_a_block_cost_what_one_does() -> None:
         assert laws.ms("n", "f32", linear(*pair)) == pytest.approx(ms(*pair), rel=0.15)
 
 
+def image(channels: int, out: int, pixels: int, stride: int = 1) -> NodeFacts:
+    """A depthwise convolution of 3 x 3, or with ``out`` a product at each place."""
+    is_single = not out
+    window, inputs = (9, 9) if is_single else (1, channels)
+    outputs = channels if is_single else out
+    return NodeFacts(
+        kind="depthwise" if is_single else "conv",
+        macs=inputs * pixels * outputs,
+        weight_elements=inputs * outputs,
+        in_elements=stride**2 * pixels * channels,
+        out_elements=pixels * outputs,
+        inputs=inputs,
+        outputs=outputs,
+        window=window,
+    )
+
+
+def one_of_many(rows: dict[str, list[tuple[NodeFacts, float]]]) -> list[NodeTime]:
+    return [
+        NodeTime(node=node, format="f32", build=i, facts=facts, ms=ms)
+        for node, own in rows.items()
+        for i, (facts, ms) in enumerate(own)
+    ]
+
+
+def test_channels_that_are_computed_one_by_one_are_gathered_at_a_stride() -> None:
+    """A call a channel, and each result: 1.8 ns at stride 1, 5 at stride 2 (ONNX Runtime, f32)."""
+    places = {"first": (12544, 1), "second": (3136, 2), "last": (49, 1)}
+    counts = (16, 32, 64, 96, 128, 256, 512, 54, 97, 211, 343, 726)
+
+    def ms(channels: int, pixels: int, stride: int) -> float:
+        if channels % 4 == 0:
+            return 4e-7 * channels * pixels
+        return channels * (2.5e-4 + pixels * (5e-6 if stride > 1 else 1.8e-6))
+
+    rows = {
+        node: [(image(n, 0, *place), ms(n, *place)) for n in counts]
+        for node, place in places.items()
+    }
+    laws = fit_laws(one_of_many(rows))
+    for node, place in places.items():
+        for n in (10, 47, 127, 735, 821, 480):
+            found = laws.ms(node, "f32", image(n, 0, *place))
+            assert found == pytest.approx(ms(n, *place), rel=0.12), (node, n)
+
+
+def test_fewer_inputs_than_a_block_take_another_kernel() -> None:
+    """25 ps a product of 16 inputs and more, 70 of fewer (ONNX Runtime, AVX-512, f32)."""
+
+    def ms(channels: int, out: int) -> float:
+        return channels * out * 12544 * (2.5e-8 if channels >= 16 else 7e-8)
+
+    seen = [
+        (16, 96),
+        (24, 96),
+        (32, 48),
+        (8, 48),
+        (14, 54),
+        (12, 96),
+        (4, 16),
+        (64, 32),
+        (5, 40),
+        (48, 64),
+    ]
+    laws = fit_laws(one_of_many({"n": [(image(*c, 12544), ms(*c)) for c in seen]}))
+    for c in ((11, 51), (9, 96), (16, 54), (40, 96)):
+        assert laws.ms("n", "f32", image(*c, 12544)) == pytest.approx(ms(*c), rel=0.15), c
+
+
 def test_depthwise_kernels_may_want_fours() -> None:
     """As fast at 12 channels as eights are, and six times as slow at 13 (ONNX Runtime, f32)."""
 
