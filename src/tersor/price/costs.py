@@ -18,7 +18,7 @@ from tersor.price.chains import ChainCosts, chain_shares, chain_times
 from tersor.price.context import alone, in_context, with_additions
 from tersor.price.facts import WidthFacts
 from tersor.price.gates import find_gates
-from tersor.price.laws import Laws, NodeTime, fit_laws, warm_nodes
+from tersor.price.laws import DEPTH_SIDE, Laws, NodeTime, fit_laws, warm_nodes
 from tersor.price.node_costs import (
     Builds,
     NodeCost,
@@ -81,9 +81,10 @@ class WidthCosts:
     def elements(self, assignment: Mapping[str, Level]) -> tuple[float, ...]:
         """What ops write: all layers, those in int8, what is read in the other format, what is moved.
 
-        As shares of what all layers write at full counts, and of what is moved then.
+        Behind those in int8 what floats of depthwise layers read and write whose counts are no fours. As shares
+        of what all layers write at full counts, and of what is moved then.
         """
-        total = int8 = moved = 0.0
+        total = int8 = odd = moved = 0.0
         changed = [0.0] * (2 * len(CHANGES))
         for cost in self.costs:
             if cost.is_glue:
@@ -93,9 +94,10 @@ class WidthCosts:
             if not cost.is_addition:
                 total += share
                 int8 += share * is_eight_bit(assignment.get(cost.name))
+                odd += self._odd(cost, assignment)
             if cost.is_changed(assignment):
                 changed[self._change(cost, assignment)] += share
-        return total, int8, *changed, moved
+        return total, int8, odd, *changed, moved
 
     def _change(self, cost: NodeCost, assignment: Mapping[str, Level]) -> int:
         """Who writes and who reads, and whether in int8: a place in ``Slopes.changed``."""
@@ -209,7 +211,18 @@ class WidthCosts:
             sizes = self.facts.layer(cost.name, assignment)
             total = self.chains.ms(cost.name, chosen, sizes, self.laws)
         total += slopes.elements * elements
+        if slopes.odd:
+            total += slopes.odd * self._odd(cost, assignment)
         return total + rounds * (slopes.int8_op + slopes.int8_elements * elements)
+
+    def _odd(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
+        """What floats of a depthwise layer read and write that leaves the blocked layout around it."""
+        if self.ways.format(cost.site, assignment) == "int8":
+            return 0.0
+        single = [n for n in cost.nodes if self.facts.nodes[n].kind == "depthwise"]
+        sizes = [self.facts.at(node, assignment) for node in single]
+        own = sum(f.in_elements + f.out_elements for f in sizes if f.outputs % DEPTH_SIDE)
+        return own / self.full_elements
 
     def _elements(self, cost: NodeCost, assignment: Mapping[str, Level]) -> float:
         own = sum(self.facts.at(node, assignment).out_elements for node in cost.nodes)

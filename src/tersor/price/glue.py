@@ -22,7 +22,9 @@ from tersor.price.observation import Observation
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
-_CHANGED = slice(6, -1)  # of ``Glue.counts``: the elements that are read in another format
+_CHANGED = slice(
+    6, -1
+)  # of ``Glue.counts``: the elements that are read in another layout or format
 _NOTHING = 1e-3  # of a build's latency, in the one that has most of it
 
 
@@ -32,8 +34,8 @@ class Glue:
 
     Attributes:
         counts: What it grows with: a call, quantised tensors, int8 layers, quantised tensors that an
-            addition reads as floats; and with widths elements written, those in int8, those that are
-            read in another format by who writes and reads, as shares of all at full counts, and those
+            addition reads as floats; and with widths elements written, those in int8, those around
+            depthwise layers of odd counts, those that are read in another format by who writes and reads, as shares of all at full counts, and those
             that are only moved, as a share of theirs.
         ms: Of the nodes that nothing else owns.
         outside_ms: Outside of all nodes.
@@ -135,12 +137,13 @@ def with_glue(
         },
         glue_ms=constant + float(np.mean([g.outside_ms for g in glue])),
     )
-    per_element, per_int8_element, *changed, moved = by_elements or (0.0,) * 3
+    per_element, per_int8_element, odd, *changed, moved = by_elements or (0.0,) * 4
     slopes = Slopes(
         int8_op=per_site,
         boundary=boundary,
         elements=per_element,
         int8_elements=per_int8_element,
+        odd=odd,
         changed=tuple(changed),
         moved=moved,
         changed_spread=off,

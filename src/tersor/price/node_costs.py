@@ -83,7 +83,8 @@ def is_any(sites: Sequence[str], level: Format, assignment: Mapping[str, Level])
 class Slopes:
     """Glue that ops cause, in milliseconds: an int8 op, and all elements at full counts.
 
-    ``boundary``: of a quantised tensor that an addition reads as floats. ``changed``: of elements that
+    ``boundary``: of a quantised tensor that an addition reads as floats. ``odd``: of elements that are read and
+    written by floats of depthwise layers whose counts are no fours. ``changed``: of elements that
     are written in one format and read in the other, by who writes and reads; ``changed_spread`` is the
     relative deviation of these. ``moved``: of elements that are only moved.
     """
@@ -92,6 +93,7 @@ class Slopes:
     boundary: float = 0.0
     elements: float = 0.0
     int8_elements: float = 0.0
+    odd: float = 0.0
     changed: tuple[float, ...] = ()
     moved: float = 0.0
     changed_spread: float = 0.0

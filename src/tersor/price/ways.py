@@ -27,6 +27,7 @@ Way = Literal["own", "reader", "native"]
 # The other two ways hold for a kind where they leave less than this part of the squared error of its
 # own. It was 0.41 for ONNX Runtime's convolutions, 1.0 to 11 for its linear layers and for OpenVINO.
 _TELLING = 0.7
+_TOGETHER = {"depthwise": "conv"}  # kinds that one kernel's rule is for
 # How much larger an op's error may be as native: it has few builds, and one that is computed in
 # integers in any of them is off by a factor.
 _SLACK = 2.0
@@ -114,6 +115,9 @@ def choose_ways(
 ) -> Ways:
     """The ways of all sites, kind by kind: another than their own where errors tell it.
 
+    Depthwise convolutions are taken or left with all others: at aligned counts they are as fast in floats
+    as in integers, so that alone they tell little.
+
     Args:
         times: Of nodes by the formats that builds were set to.
         laws: Fitted on them.
@@ -125,7 +129,7 @@ def choose_ways(
     for row in times:
         if row.node in owners and row.ms > 0 and row.facts.out_elements > 0:
             kinds.setdefault(row.facts.kind, []).append(row)
-    found: dict[str, Way] = {}
+    groups: dict[str, list[_Found]] = {}
     for kind, rows in kinds.items():
         int8 = [row for row in rows if row.format == "int8"]
         sites = [owners[row.node].name for row in int8]
@@ -136,14 +140,28 @@ def choose_ways(
         if (kind, ways.precision) in laws.laws and any(fused) and not all(fused):
             native = [row for row in rows if row.format != "int8"]
             tiles = (laws.laws[kind, ways.precision].tiles, laws.laws[kind, "int8"].tiles)
-            found |= _of_kind(_squares(native, int8, np.array(fused), tiles), sites, fused)
-    return replace(ways, found=found)
+            own = _of_kind(_squares(native, int8, np.array(fused), tiles), sites, fused)
+            groups.setdefault(_TOGETHER.get(kind, kind), []).append(own)
+    told = [row for own in groups.values() if _is_told(own) for row in own]
+    return replace(ways, found={site: way for row in told for site, way in row.ways.items()})
 
 
-def _of_kind(
-    squares: Mapping[Way, Vector], sites: Sequence[str], fused: Sequence[bool]
-) -> dict[str, Way]:
-    """The ways of the sites of one kind; none where their own do as well.
+def _is_told(kinds: Sequence["_Found"]) -> bool:
+    """Whether the other ways do better than their own."""
+    return sum(k.least for k in kinds) < _TELLING * sum(k.own for k in kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The ways of one kind's sites if not their own, and the squared errors in those and in their own."""
+
+    ways: Mapping[str, Way]
+    least: float
+    own: float
+
+
+def _of_kind(squares: Mapping[Way, Vector], sites: Sequence[str], fused: Sequence[bool]) -> _Found:
+    """The ways of the sites of one kind.
 
     A kind is computed in one manner or in the other: an op has too few builds to be an exception.
 
@@ -161,7 +179,7 @@ def _of_kind(
         # Where it is fused in no build, nothing tells the two ways apart.
         is_native = native <= _SLACK * reader or not np.any(np.array(fused)[mine])
         found[site] = "native" if is_native else "reader"
-    return found if least < _TELLING * float(np.sum(squares["own"])) else {}
+    return _Found(found, least, float(np.sum(squares["own"])))
 
 
 def _squares(

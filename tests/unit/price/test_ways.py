@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from tersor.core.records import Level, PriceTable, Site
+from tersor.graph.facts import NodeFacts
 from tersor.price.facts import learn_facts
+from tersor.price.laws import NodeTime, fit_laws
 from tersor.price.table import fit_error, fit_table
 from tersor.price.variants import draw_variants
-from tersor.price.ways import first_readers
+from tersor.price.ways import Ways, choose_ways, first_readers
 
 
 def chained(lab: ModuleType, *, fuses: bool, **fields: object):
@@ -161,3 +163,45 @@ def test_what_a_result_costs_that_is_read_in_another_format(lab: ModuleType) -> 
     assert table.uncertainty is not None
     assert set(terms) <= set(table.uncertainty.entries)  # else `explain` has no standard error
     assert 0 < np.median(list(table.uncertainty.entries.values())) < 1
+
+
+def one_kernel(*, with_others: bool) -> Mapping[str, str]:
+    """Ways of two depthwise layers that gain little in integers, beside convolutions that gain much."""
+    rng = np.random.default_rng(0)
+    gains = {"c0": 0.2, "c1": 0.25, "c2": 0.3, "d0": 0.93, "d1": 0.95}
+    names = [n for n in gains if with_others or n[0] == "d"]
+    owners = {n: Site(name=n, kind="format", ops=(n,), op_kind="conv") for n in names}
+    readers = {n: f"after {n}" for n in names}
+    assignments, rows = [], []
+    for build in range(24):
+        chosen = {s: str(rng.choice(["f32", "int8"])) for n in names for s in (n, readers[n])}
+        assignments.append(chosen)
+        for node in names:
+            kind, count = ("depthwise", 9) if node[0] == "d" else ("conv", 64)
+            out = 16 * int(rng.integers(2, 9))
+            facts = NodeFacts(
+                kind=kind,
+                macs=100 * count * out,
+                weight_elements=count * out,
+                in_elements=100 * (out if kind == "depthwise" else count),
+                out_elements=100 * out,
+                inputs=count,
+                outputs=out,
+                window=9 if kind == "depthwise" else 1,
+            )
+            is_fused = chosen[node] == chosen[readers[node]] == "int8"
+            ms = (
+                1e-3 * out * (gains[node] if is_fused else 1.0) * float(np.exp(0.05 * rng.normal()))
+            )
+            rows.append(
+                NodeTime(node=node, format=chosen[node], build=build, facts=facts, ms=ms)  # type: ignore[arg-type]
+            )
+    ways = Ways(precision="f32", readers=readers)
+    return choose_ways(rows, fit_laws(rows), owners, assignments, ways).found
+
+
+def test_depthwise_layers_go_with_all_other_convolutions() -> None:
+    alone, beside = one_kernel(with_others=False), one_kernel(with_others=True)
+    assert alone == {}
+    assert {beside[n] for n in ("c0", "c1", "c2")} == {"reader"}
+    assert {beside.get(n) for n in ("d0", "d1")} <= {"reader", "native"}
