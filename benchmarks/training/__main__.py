@@ -56,6 +56,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--together", type=int, default=1)
+    parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     is_tuning = options.start == "checkpoint"
     if options.blocks != SMALL and (is_tuning or options.distil or options.widths == "planned"):
@@ -102,7 +103,8 @@ def main() -> None:
                 f"{row.arm} at {row.macs_share:.3f}, seed {row.seed}: {row.accuracy:.2f} % "
                 f"({row.validation:.2f} %), {row.seconds:.0f} s"
             )
-            record.append(NAME, [row], seed=row.seed, settings=own)
+            if not options.dry:
+                record.append(NAME, [row], seed=row.seed, settings=own)
 
     for begin in range(0, len(todo), options.together):
         part = todo[begin : begin + options.together]
