@@ -66,15 +66,15 @@ class Trials:
     base_seconds: float = 0.0
     plain: list[list[float]] = field(default_factory=list)
     last: Callable[[], Switch] | None = None
-    _ends: dict[int, Switch] = field(default_factory=dict)
+    _ends: dict[Switch, Switch] = field(default_factory=dict)
 
     def _with(self, switch: Switch) -> Configuration:
         """What is on, and a switch; always the same end for one switch, which may have recorded it."""
         if self.last is None:
             return (*self.on, switch)
-        end = self._ends.get(id(switch))
+        end = self._ends.get(switch)
         if end is None:
-            end = self._ends[id(switch)] = self.last()
+            end = self._ends[switch] = self.last()
         return (*self.on[:-1], switch, end)
 
     def look(self) -> float:
