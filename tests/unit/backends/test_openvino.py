@@ -1,6 +1,7 @@
 """What is OpenVINO's own: layouts, shared skeletons, the probe, names, files."""
 
 import json
+import operator
 import re
 import subprocess
 import sys
@@ -487,6 +488,31 @@ class Tokens(nn.Module):
         heads = h.reshape(h.shape[0], h.shape[1], 4, 4).transpose(1, 2)
         mixed = torch.softmax(heads @ heads.transpose(2, 3), -1) @ heads
         return self.c(mixed.transpose(1, 2).reshape(h.shape)), h.mean(1)
+
+
+class Share(nn.Module):
+    """[b, t, 16] -> [b, t, 8], scaled by a size over another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * (x.shape[1] / 7)
+
+
+def test_sizes_may_be_divided() -> None:
+    """As detectors do that bring boxes back to the size of an image."""
+    example = Samples(flatten_item(random(2, 9, 16), "x")[0], (random(2, 9, 16),))
+    graph = capture(Share().eval(), example, {(0, 1)}).graph
+    assert operator.truediv in {n.target for n in graph.module.graph.nodes}
+    (name,) = (i.name for i in graph.signature.inputs)
+    built = OpenVINOBackend().build(graph, {name: (2, OPEN, 16)}, LINEAR)
+    for length in (2, 9, 31):
+        x = random(2, length, 16, seed=length)
+        (right,) = graph.run([x])
+        (found,) = built.run({name: x.numpy()}).values()
+        assert torch.allclose(torch.from_numpy(found), right, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("choice", [LINEAR, CONVOLUTION])

@@ -5,6 +5,7 @@ op), then read by its PyTorch frontend. Every node of the result carries the nam
 the first part of its friendly name, so that measured node times lead back to the graph.
 """
 
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,10 @@ def _mish(x: Tensor) -> Tensor:
     return x * (n / (n + 2.0))
 
 
+# On sizes, as a model writes them that works out the scale of what it was given.
+_OF_TENSORS: dict[Any, Any] = {operator.truediv: torch.ops.aten.div.Tensor}
+
+
 def _convert(graph: Graph, parts: Split) -> Skeleton:
     """The skeleton of a float graph.
 
@@ -93,6 +98,8 @@ def _convert(graph: Graph, parts: Split) -> Skeleton:
     kept = native_ops(parts.module)
     module, sources = _decompose(graph, parts, kept)
     cuts = cut(module, kept)
+    for node in module.graph.nodes:  # its frontend divides tensors, and takes sizes for such
+        node.target = _OF_TENSORS.get(node.target, node.target)
     decoder = TorchFXPythonDecoder(module, dynamic_shapes=False)  # SymInt sizes become dynamic
     frontend = FrontEndManager().load_by_framework("pytorch")
     try:
