@@ -1,5 +1,6 @@
 """Extra peak memory of one run, as the system accounts it."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,12 @@ _RESET_PEAK = "5"  # proc(5): reset the high-water mark of the resident set
 def peak_bytes(call: Callable[[], object]) -> int | None:
     """High-water mark of the resident set during a call, above what was resident before.
 
+    Garbage is collected first: what was freed during the call would hide as much of what it touches.
+
     Returns:
         Bytes, or None where the system does not account for it (only Linux does).
     """
+    gc.collect()
     try:
         _RESET.write_text(_RESET_PEAK)
         before = _field("VmRSS")

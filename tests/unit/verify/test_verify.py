@@ -1,5 +1,6 @@
 """Verdicts: every budget passes, fails or is unknown, and the reasons for the last."""
 
+import gc
 import math
 from dataclasses import replace
 from typing import Any
@@ -225,6 +226,23 @@ def test_agreement_of_values_is_one_minus_the_normalised_error() -> None:
     (scores,) = [agreement([(found,)], [(wanted,)], "values")]
     spread = (wanted.double() - wanted.double().mean(0)).square().mean()
     assert torch.allclose(scores, 1 - 0.01 / spread.expand(50), rtol=1e-5)
+
+
+def test_garbage_that_goes_during_a_call_hides_no_peak() -> None:
+    size = 64 * MB
+    garbage: list[object] = [torch.ones(size // 2)]
+    garbage.append(garbage)
+    del garbage
+    kept: list[Tensor] = []
+
+    def call() -> None:
+        gc.collect()
+        kept.append(torch.ones(size // 4))
+
+    peak = peak_bytes(call)
+    if peak is None:
+        pytest.skip("this system does not account for peak memory")
+    assert 0.8 * size < peak < 2 * size
 
 
 def test_peak_memory_counts_what_a_call_touches() -> None:
