@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = ("calibration", "propose", "baseline", "price", "plan", "transform", "verdict")
 N_TEST = 40
 MEMORY = ("builds/", "tables/")  # what prices remember of earlier sessions
+LOOKS = "looked/"  # losses of a plan on some batches: other prices may want it on more of them
 
 
 @dataclass
@@ -186,9 +187,20 @@ def records(store: Path) -> dict[str, int]:
     return {str(path.relative_to(store)): path.stat().st_mtime_ns for path in found}
 
 
-def kept_all(before: dict[str, int], after: dict[str, int]) -> bool:
-    """Whether no stage was done again; builds are, where the machine's speed has changed by much."""
-    return all(after.get(k) == v for k, v in before.items() if not k.startswith(MEMORY))
+def kept_all(
+    before: dict[str, int], after: dict[str, int], *, is_priced_again: bool = False
+) -> bool:
+    """Whether no stage was done again; builds are, where the machine's speed has changed by much.
+
+    ``is_priced_again``: prices were measured once more, so that looks may have grown.
+    """
+
+    def is_kept(name: str, time: int) -> bool:
+        if is_priced_again and name.startswith(LOOKS):
+            return after.get(name, 0) >= time
+        return after.get(name) == time
+
+    return all(is_kept(*record) for record in before.items() if not record[0].startswith(MEMORY))
 
 
 def partial_files(folder: Path) -> list[str]:
