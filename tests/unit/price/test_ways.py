@@ -9,6 +9,7 @@ import pytest
 
 from tersor.core.records import Level, PriceTable, Site
 from tersor.graph.facts import NodeFacts
+from tersor.price.costs import WidthCosts
 from tersor.price.facts import learn_facts
 from tersor.price.laws import NodeTime, fit_laws
 from tersor.price.table import fit_error, fit_table
@@ -205,3 +206,46 @@ def test_depthwise_layers_go_with_all_other_convolutions() -> None:
     assert alone == {}
     assert {beside[n] for n in ("c0", "c1", "c2")} == {"reader"}
     assert {beside.get(n) for n in ("d0", "d1")} <= {"reader", "native"}
+
+
+def test_what_is_laid_out_anew_around_depthwise_layers_of_odd_counts(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a runtime's floats are in blocks of four channels, and other counts are not."""
+
+    class Depthwise(lab.Network):  # type: ignore[misc, name-defined]
+        """First layers work on one channel at a time."""
+
+        def facts(self, assignment: Mapping[str, Level]) -> dict[str, NodeFacts]:
+            found: dict[str, NodeFacts] = super().facts(assignment)
+            for node, own in found.items():
+                if node[0] == "b" and node[-1] == "a":
+                    found[node] = replace(
+                        own,
+                        kind="depthwise",
+                        macs=9 * own.out_elements,
+                        weight_elements=9 * own.outputs,
+                        in_elements=own.out_elements,
+                        inputs=9,
+                    )
+            return found
+
+        def exact(self, assignment: Mapping[str, Level]) -> dict[str, float]:
+            found: dict[str, float] = super().exact(assignment)
+            odd = [
+                own.in_elements + own.out_elements
+                for node, own in self.facts(assignment).items()
+                if own.kind == "depthwise" and own.outputs % 4 and assignment.get(node) != "int8"
+            ]
+            return {**found, "ReorderInput": 3e-6 * sum(odd)}
+
+    net = Depthwise(own=0.1)
+    odd: tuple[Level, ...] = (128, 113, 96, 81, 64, 49, 32, 17)
+    net.levels |= {s.name: odd for s in net.sites if s.kind == "width"}
+    error = fit_error(fitted(lab, net))
+    monkeypatch.setattr(WidthCosts, "_odd", lambda *_: 0.0)
+    without = fit_error(fitted(lab, net))
+    assert error is not None
+    assert without is not None
+    assert error.median < 0.015
+    assert without.median > 2 * error.median
