@@ -25,10 +25,10 @@ TILES = (8, 16, 32, 64)
 RAGGED = (8, 16)  # sides that are no multiple of these may cost more, whatever is padded
 LANES = (8, 16, 32)  # elements of a vector, from f32 in AVX2 to bf16 in AVX-512
 # Of one channel at a time: some kernels want fours, and take all else channel by channel; others work
-# on vectors of sixteen, then on one of eight, then element by element.
-DEPTH_SIDE, DEPTH_LANES, DEPTH_HALF = 4, 16, 8
+# on vectors down to eight, then element by element.
+DEPTH_SIDE, DEPTH_LANES = 4, 8
 QUAD = 4  # integers that one instruction multiplies
-_DEPTHS = 5 + 1 + len(RAGGED)  # columns of ``_depthwise`` and ``_few``
+_DEPTHS = 4 + 1 + len(RAGGED)  # columns of ``_depthwise`` and ``_few``
 MOST_BLOCKS = 4  # that a kernel works on at once
 # Columns of ``features`` that are about blocks: they would hide a tile from the choice of tiles.
 _BLOCKS = slice(2 + _DEPTHS + 2 * len(RAGGED), 4 + _DEPTHS + 4 * len(RAGGED))
@@ -252,9 +252,9 @@ def features(sizes: Matrix, input_tile: int, output_tile: int) -> Matrix:
 
 
 def _depthwise(sizes: Matrix) -> tuple[Matrix, ...]:
-    """Of channels one by one: what counts that are no fours cost, then what those that are no sixteens do.
+    """Of channels one by one: what counts that are no fours cost, then what those that are no eights do.
 
-    A call a channel, results at stride 1 and at others; the vector of eight and the elements of each place.
+    A call a channel, results at stride 1 and at others; the last elements of each place.
     ONNX Runtime 1.24: floats of other counts leave the blocked layout, and a window with a stride is
     then gathered first; integers lie with channels innermost.
     """
@@ -266,8 +266,7 @@ def _depthwise(sizes: Matrix) -> tuple[Matrix, ...]:
         odd * outputs,
         odd * written * (read == written),
         odd * written * (read > written),
-        places * (outputs % DEPTH_LANES >= DEPTH_HALF),
-        places * (outputs % DEPTH_HALF),
+        places * (outputs % DEPTH_LANES),
     )
 
 
