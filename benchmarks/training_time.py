@@ -22,7 +22,7 @@ from torch.nn import functional
 import tersor.train
 from benchmarks import record
 from benchmarks.prune import read
-from benchmarks.training.data import PAD, SIDE, accuracy
+from benchmarks.training.data import ENDS, accuracy, changed, padded
 from benchmarks.training_step import SEED, images, loader
 from tersor.cli.demo.pictures import DEVIATION, MEAN
 from tersor.cli.demo.zoo import ResNet
@@ -71,26 +71,9 @@ class Row:
 def step(model: nn.Module, batch: list[Tensor]) -> Tensor:
     """The loss of a batch of bytes."""
     x = (batch[0].float() / 255 - MEAN) / DEVIATION
-    return functional.cross_entropy(model(changed(x)), batch[1])
-
-
-def changed(x: Tensor) -> Tensor:
-    """Shifted by up to two pixels, mirrored, a square set to the mean: each image on its own."""
-    count, device = len(x), x.device
-
-    def drawn(end: int) -> Tensor:
-        return torch.randint(0, end, (count, 1), device=device)
-
-    along = torch.arange(SIDE, device=device)[None]
-    across = torch.where(drawn(2) > 0, SIDE - 1 - along, along)
-    padded = functional.pad(x, (PAD,) * 4, mode="replicate")[:, 0]
-    index = torch.arange(count, device=device)[:, None, None]
-    rows, columns = drawn(2 * PAD + 1) + along, drawn(2 * PAD + 1) + across
-    moved = padded[index, rows[:, :, None], columns[:, None]]
-    inside = [
-        (part >= 0) & (part < ERASED) for part in (along - drawn(SIDE) + ERASED // 2 for _ in "yx")
-    ]
-    return moved.masked_fill(inside[0][:, :, None] & inside[1][:, None], 0.0)[:, None]
+    drawn = [torch.arange(len(x), device=x.device)]
+    drawn += [torch.randint(0, end, (len(x),), device=x.device) for end in ENDS]
+    return functional.cross_entropy(model(changed(padded(x), torch.stack(drawn), ERASED)), batch[1])
 
 
 class Made:

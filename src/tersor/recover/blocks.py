@@ -319,7 +319,7 @@ class _Work:
     def finished(self, what: What, before: float) -> Reconstructed:
         """The better of what was given and what was found."""
         graph = self._rebuilt(self.tensors.now)
-        after = max(0.0, self.error(graph))  # rounding makes some divergences of nothing negative
+        after = self.error(graph)
         is_better = after < before
         samples, held_out = self.goals.counts()
         recovery = Recovery(

@@ -123,8 +123,8 @@ class Trials:
         return [reports[i] for i in range(len(switches))]
 
     def _recipe(self) -> Recipe:
-        """The recipe of what is on, in front of its end where others come there."""
-        self.arena.enter(self.on if self.last is None else self.on[:-1])
+        """The recipe of what is on."""
+        self.arena.enter(self.on)
         return self.arena.recipe
 
     def _prepare(self, switch: Switch) -> SwitchReport:
