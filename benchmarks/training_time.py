@@ -30,8 +30,7 @@ from tersor.train.tune import TuneReport
 
 NAME = "training_time"
 BATCH = 128
-ERASED = 8  # side of the square that is set to the mean
-RATE, WARM = 0.1, 0.1  # peak of the learning rate, share of the run until it
+WARM = 0.1  # share of the run until the learning rate's peak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,23 +67,29 @@ class Row:
     report: TuneReport
 
 
-def step(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    """The loss of a batch of bytes."""
-    x = (batch[0].float() / 255 - MEAN) / DEVIATION
-    drawn = [torch.arange(len(x), device=x.device)]
-    drawn += [torch.randint(0, end, (len(x),), device=x.device) for end in ENDS]
-    return functional.cross_entropy(model(changed(padded(x), torch.stack(drawn), ERASED)), batch[1])
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The loss of a batch of bytes; ``erased`` is the side of the square that is set to the mean."""
+
+    erased: int
+
+    def __call__(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
+        x = (batch[0].float() / 255 - MEAN) / DEVIATION
+        drawn = [torch.arange(len(x), device=x.device)]
+        drawn += [torch.randint(0, end, (len(x),), device=x.device) for end in ENDS]
+        x = changed(padded(x), torch.stack(drawn), self.erased)
+        return functional.cross_entropy(model(x), batch[1])
 
 
 class Made:
     """A model with its optimizer and rate, the same each time."""
 
-    def __init__(self, device: str, steps: int) -> None:
+    def __init__(self, device: str, steps: int, peak: float) -> None:
         with torch.random.fork_rng():
             torch.random.default_generator.manual_seed(SEED)
             self.model = ResNet().to(device).train()
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), RATE, momentum=0.9, weight_decay=5e-4, nesterov=True
+            self.model.parameters(), peak, momentum=0.9, weight_decay=5e-4, nesterov=True
         )
         warm = max(1, round(WARM * steps))
 
@@ -124,7 +129,7 @@ def run(options: argparse.Namespace) -> Row:
     pixels, labels = read("t10k")
     test = (pixels.to(device), labels.to(device))
     source = loader(data, BATCH)
-    ours = Made(device, steps)
+    ours, step = Made(device, steps, options.rate), Step(options.erased)
     fast = tersor.train.tune(
         step,
         model=ours.model,
@@ -135,7 +140,7 @@ def run(options: argparse.Namespace) -> Row:
         switches=options.names.split(",") if options.names else "auto",
     )
     tuned, curve = epochs(options.epochs, lambda: fast.batches(source), fast, ours.model, test)
-    hand = Made(device, steps)
+    hand = Made(device, steps, options.rate)
 
     def plain(batch: list[Tensor]) -> None:
         step(hand.model, [t.to(device) for t in batch]).backward()
@@ -174,9 +179,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--epochs", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--hand-epochs", type=int, default=6)
     parser.add_argument("--until", type=float, default=95.0, help="percent of the test images")
+    parser.add_argument("--rate", type=float, default=0.1, help="its peak")
+    parser.add_argument("--erased", type=int, default=8, help="side of a square in each image")
     parser.add_argument("--names", default="", help="switches to try; default: all automatic ones")
     parser.add_argument("--quick", action="store_true", help="keep no row")
     options = parser.parse_args()
@@ -189,7 +196,8 @@ def main() -> None:
         f"{row.speedup:.2f}x, {row.speedup_with_tuning:.2f}x with {row.tuning_seconds:.0f} s of tuning"
     )
     if not options.quick:
-        record.append(NAME, [row], seed=SEED, settings={"batch": BATCH, "erased": ERASED})
+        settings = {"batch": BATCH, "erased": options.erased, "rate": options.rate}
+        record.append(NAME, [row], seed=SEED, settings=settings)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import tersor.train
-from tersor.train.switches import ChannelsLast, Compiled, CudaGraph, ResidentData, Switch
+from tersor.train.switches import ChannelsLast, Compiled, ResidentData, Switch
+from tersor.train.switches_cuda import CudaGraph, CudnnBenchmark, OptimizerGraph
 from tersor.train.switches_optimizer import FusedOptimizer
 from tersor.train.tune import LossRule, TimeRule
 from tersor.train.tune_arena import Arena
@@ -50,13 +51,17 @@ def step(model: nn.Module, batch: list[Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0].float() / 128 - 1), batch[1])
 
 
-def job() -> Job:
+def job(kind: str = "adamw") -> Job:
     model, source = network(), loader()
+    optimizers: dict[str, Callable[[], Optimizer]] = {
+        "adamw": lambda: AdamW(model.parameters(), 1e-3),
+        "sgd": lambda: SGD(model.parameters(), 1e-2, momentum=0.9, nesterov=True),
+    }
     device = next(model.parameters()).device
     return Job(
         step=step,
         model=model,
-        optimizer=AdamW(model.parameters(), 1e-3),
+        optimizer=optimizers[kind](),
         source=source,
         device=device,
         platform=platform_of(device),
@@ -71,18 +76,24 @@ def job() -> Job:
         (lambda: FusedOptimizer("fused"),),
         (ChannelsLast, lambda: FusedOptimizer("fused"), CudaGraph),
         (Compiled, CudaGraph),
+        (CudnnBenchmark, CudaGraph),
+        (CudaGraph, OptimizerGraph),
+        (ChannelsLast, CudnnBenchmark, CudaGraph, OptimizerGraph),
+        (lambda: FusedOptimizer("fused"), CudaGraph, OptimizerGraph),
     ],
 )
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_switches_train_as_the_plain_step_also_after_a_change(
-    switches: tuple[Callable[[], Switch], ...],
+    switches: tuple[Callable[[], Switch], ...], kind: str
 ) -> None:
-    task = job()
+    task = job(kind)
     arena = Arena(task, Snapshot(task.model, task.optimizer), lambda: 0.0)
     wanted = torch.tensor(arena.losses((), 0, 0, STEPS))
     chosen: tuple[Switch, ...] = ()
     for make in switches:
         switch = make()
-        assert switch.refusal(task, plain(task)) == ""
+        arena.enter(chosen)
+        assert switch.refusal(task, arena.recipe) == ""
         chosen = (*chosen, switch)
     for configuration in (chosen, (), chosen):  # recorded work survives a change and back
         found = torch.tensor(arena.losses(configuration, 0, 0, STEPS))
@@ -119,6 +130,37 @@ def test_a_tuned_step_trains_on_and_an_odd_batch_too() -> None:
     odd = [torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64)]
     assert torch.isfinite(fast(odd))
     assert all(s.why for s in fast.report.switches)
+
+
+def test_a_recorded_optimizer_follows_its_scheduler_and_a_loaded_state() -> None:
+    model = network()
+    optimizer = AdamW(model.parameters(), 1e-2)
+    twin, other = network(), None
+    other = AdamW(twin.parameters(), 1e-2, fused=True)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.8) for o in (optimizer, other)]
+    fast = tersor.train.tune(
+        step,
+        model=model,
+        optimizer=optimizer,
+        batches=loader(),
+        scheduler=schedules[0],
+        switches=["cuda_graph", "optimizer_graph"],
+        loss_rule=LossRule(tolerance=0.99),
+        time_rule=TimeRule(gain=0.0),
+        progress=False,
+    )
+    assert [s.is_on for s in fast.report.switches] == [True, True]
+    data = [[t.cuda() for t in batch] for batch in loader()]
+    for i, batch in enumerate(data[:8]):
+        if i == 4:
+            optimizer.load_state_dict(other.state_dict())
+        fast(batch)
+        step(twin, batch).backward()
+        other.step()
+        schedules[1].step()
+        other.zero_grad(set_to_none=True)
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(one, two, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_random_numbers_differ_from_replay_to_replay() -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tersor.train.tune_batches import equal, leaves, place, resident, signature
+from tersor.train.tune_batches import equal, place, resident, signature
 from tersor.train.tune_state import Randomness, generators_of
-from tersor.train.tune_steps import GradientGraph, Job, Recipe, Runner
+from tersor.train.tune_steps import Job, Recipe
 
 MEMORY_SHARE = 0.2  # of the device's, that data may take: the rest is for the model and its values
 # With all of its kernels in the compiler's cache, ResNet-20 took 6 s of processor time to get ready (torch
@@ -233,7 +233,7 @@ class Compiled(Switch):
         """Shapes that change, or a run that is too short."""
         del recipe
         if not job.pool.is_static:
-            return _dynamic(job)
+            return changing_shapes(job)
         if job.steps is None or job.plain_seconds <= 0:
             return ""
         whole = job.steps * job.plain_seconds
@@ -248,7 +248,7 @@ class Compiled(Switch):
         """Compiles with the first step; batches of another signature take the caller's function."""
         if self._compiled is None:
             self._compiled = torch.compile(recipe.loss, backend=self._backend, dynamic=False)
-        return replace(recipe, loss=self._compiled, fits=_signature(job, recipe))
+        return replace(recipe, loss=self._compiled, fits=usual_signature(job, recipe))
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -273,45 +273,14 @@ class Compiled(Switch):
         return ""
 
 
-class CudaGraph(Switch):
-    """Forward and backward recorded as one CUDA graph."""
-
-    name = "cuda_graph"
-
-    def __init__(self) -> None:
-        self._graph: GradientGraph | None = None
-
-    def refusal(self, job: Job, recipe: Recipe) -> str:
-        """Another device, shapes that change, or batches with parts that can't be recorded."""
-        del recipe
-        if job.device.type != "cuda":
-            return f"recording is for CUDA devices, the step runs on {job.device}"
-        if not job.pool.is_static:
-            return _dynamic(job)
-        plain = (Tensor, bool, int, float, str, bytes, type(None))
-        for leaf in leaves(job.pool.batches[0]):
-            if not isinstance(leaf, plain):
-                return (
-                    f"a batch holds a {type(leaf).__name__}, which can't be copied to fixed memory"
-                )
-        return ""
-
-    def apply(self, job: Job, recipe: Recipe) -> Recipe:
-        """Records with the first call; parameters have to stay where they are from then on."""
-        if self._graph is None:
-            batch = job.pool.batches[0]
-            placed = place(batch, job.device, channels_last=recipe.channels_last)
-            parameters = [p for p in job.model.parameters() if p.requires_grad]
-            self._graph = GradientGraph(Runner(job, recipe).gradients, parameters, placed)
-        return replace(recipe, graph=self._graph, fits=_signature(job, recipe))
-
-
-def _signature(job: Job, recipe: Recipe) -> Any:
+def usual_signature(job: Job, recipe: Recipe) -> Any:
+    """Of the batches that a recipe sees, as far as shapes do not change."""
     placed = place(job.pool.batches[0], job.device, channels_last=recipe.channels_last)
     return signature(placed)
 
 
-def _dynamic(job: Job) -> str:
+def changing_shapes(job: Job) -> str:
+    """Says how many shapes there are."""
     count = len(job.pool.batches)
     return (
         f"shapes change: {job.pool.kinds} different ones in {count} batches, wanted one (an epoch's "

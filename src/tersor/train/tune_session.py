@@ -12,13 +12,13 @@ from tersor.timing.protocol import measure, ratio
 from tersor.train.switches import (
     ChannelsLast,
     Compiled,
-    CudaGraph,
     Half,
     ResidentData,
     Switch,
     Threads,
     thread_counts,
 )
+from tersor.train.switches_cuda import CudaGraph, CudnnBenchmark, OptimizerGraph
 from tersor.train.switches_optimizer import KERNELS, FusedOptimizer, Muon, ScheduleFree, require
 from tersor.train.tune_arena import Arena, Configuration
 from tersor.train.tune_batches import Pool, describe
@@ -36,8 +36,10 @@ AUTOMATIC = (
     "bf16",
     "channels_last",
     "fused_optimizer",
+    "cudnn_benchmark",
     "compile",
     "cuda_graph",
+    "optimizer_graph",
 )
 
 
@@ -48,13 +50,14 @@ def candidates(name: str, job: Job) -> Sequence[Switch]:
     if name == FusedOptimizer.name:
         return [FusedOptimizer(choice) for choice in KERNELS]
     kinds: tuple[Callable[[], Switch], ...] = (
-        ResidentData, Half, ChannelsLast, Compiled, CudaGraph, Muon, ScheduleFree,
+        ResidentData, Half, ChannelsLast, CudnnBenchmark, Compiled, CudaGraph, OptimizerGraph, Muon,
+        ScheduleFree,
     )  # fmt: skip
     return [kind() for kind in kinds if kind.name == name]  # type: ignore[attr-defined]
 
 
 # What launches hide: it is tried again once they are recorded, in the same order.
-AGAIN = ("bf16", "channels_last", "fused_optimizer", "compile")
+AGAIN = ("bf16", "channels_last", "fused_optimizer", "cudnn_benchmark", "compile")
 
 
 def _was_slow(report: SwitchReport) -> bool:
@@ -139,8 +142,8 @@ class Tuning:
             rows += found
             if name in BY_NAME and any(row.is_on for row in found):
                 trials.learn_spread()
-        if trials.on and isinstance(trials.on[-1], CudaGraph):
-            rows = self._again(trials, rows)
+            if name == CudaGraph.name and any(row.is_on for row in found):
+                rows = self._again(trials, rows)
         return self._together(trials, replace(report, switches=tuple(rows)))
 
     def _again(self, trials: Trials, rows: Sequence[SwitchReport]) -> list[SwitchReport]:

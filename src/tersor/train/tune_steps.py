@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from tersor.core.machine import describe_machine
 from tersor.train.tune_batches import Pool, Signature, map_leaves, place, signature, tensors
+from tersor.train.tune_update import UpdateGraph
 
 LossOf = Callable[[nn.Module, Any], Tensor]
 _WARM_UPS = 3  # before recording: libraries choose kernels and allocate in the first calls
@@ -103,6 +104,8 @@ class Recipe:
         fits: Signature of the batches that ``loss`` and ``graph`` are for; others take the caller's
             function. None: all.
         graph: Forward and backward, recorded.
+        benchmark: cuDNN times its kernels.
+        update: The optimizer's step, recorded.
     """
 
     loss: LossOf
@@ -113,6 +116,8 @@ class Recipe:
     channels_last: bool = False
     fits: Signature | None = None
     graph: "GradientGraph | None" = None
+    benchmark: bool = False
+    update: UpdateGraph | None = None
 
 
 def plain(job: Job) -> Recipe:
@@ -133,6 +138,21 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def timed_kernels(is_on: bool) -> AbstractContextManager[None]:
+    """CuDNN's search for kernels, for a while; otherwise the caller's choice stays."""
+    is_new = is_on and not torch.backends.cudnn.benchmark
+    return _timed_kernels() if is_new else nullcontext()
+
+
+@contextmanager
+def _timed_kernels() -> Iterator[None]:
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 class Runner:
@@ -158,12 +178,13 @@ class Runner:
         job, recipe = self._job, self._recipe
         fits = recipe.fits is None or signature(placed) == recipe.fits
         loss_of = recipe.loss if fits else job.step
-        if recipe.half:
-            with torch.autocast(job.device.type, dtype=torch.bfloat16):
+        with timed_kernels(recipe.benchmark and fits):
+            if recipe.half:
+                with torch.autocast(job.device.type, dtype=torch.bfloat16):
+                    loss = loss_of(job.model, placed)
+            else:
                 loss = loss_of(job.model, placed)
-        else:
-            loss = loss_of(job.model, placed)
-        (loss if job.scaler is None else job.scaler.scale(loss)).backward()
+            (loss if job.scaler is None else job.scaler.scale(loss)).backward()
         return loss.detach()
 
     def _gradients(self, placed: Any) -> Tensor:
@@ -182,8 +203,9 @@ class Runner:
         else:
             if job.after_backward is not None:
                 job.after_backward(job.model)
-            for optimizer in recipe.optimizers:
-                optimizer.step()
+            if recipe.update is None or not recipe.update.replay():
+                for optimizer in recipe.optimizers:
+                    optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
         if recipe.graph is None:  # its gradients are written anew by every replay

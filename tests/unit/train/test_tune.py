@@ -26,7 +26,8 @@ from tersor.core.errors import (
 )
 from tersor.core.jsonable import from_json, to_json
 from tersor.core.progress import Silent
-from tersor.train.switches import ChannelsLast, CudaGraph
+from tersor.train.switches import ChannelsLast
+from tersor.train.switches_cuda import CudaGraph
 from tersor.train.tune import AUTOMATIC, FastStep, LossRule, TimeRule, TuneReport
 from tersor.train.tune_checks import check_parts, chosen_names
 from tersor.train.tune_session import Tuning

@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from tersor.train.switches import (
     ChannelsLast,
     Compiled,
-    CudaGraph,
     Half,
     ResidentData,
     Switch,
     Threads,
     thread_counts,
 )
+from tersor.train.switches_cuda import CudaGraph
 from tersor.train.switches_optimizer import FusedOptimizer
 from tersor.train.tune_arena import Arena
 from tersor.train.tune_batches import place, signature
