@@ -8,7 +8,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 # Their fused kernels read the rate from memory, and their state begins with zeros.
 KINDS = (SGD, Adam, AdamW)
-_RATES = ("lr", "initial_lr")  # the first may change, the second is a scheduler's note
+# The rate may change, the others say nothing about a step that is recorded: a state that is loaded brings
+# the flags of the run that it is of.
+_FREE = ("params", "lr", "initial_lr", "fused", "foreach", "capturable")
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -71,7 +73,7 @@ class UpdateGraph:
         return [
             (
                 [id(p) for p in group["params"]],
-                {k: v for k, v in group.items() if k not in ("params", *_RATES)},
+                {k: v for k, v in group.items() if k not in _FREE},
             )
             for group in self._optimizer.param_groups
         ]
@@ -97,12 +99,10 @@ class UpdateGraph:
     def _step(self) -> None:
         """``step`` with rates from memory; the groups keep their plain numbers."""
         groups = self._optimizer.param_groups
-        kept: list[dict[str, Any]] = [
-            {k: g[k] for k in ("lr", "capturable") if k in g} for g in groups
-        ]
+        kept = [dict(group) for group in groups]
         try:
             for group, rate in zip(groups, self._rates, strict=True):
-                group["lr"] = rate
+                group.update(lr=rate, fused=True, foreach=False)
                 if "capturable" in group:
                     group["capturable"] = True
             self._optimizer.step()
