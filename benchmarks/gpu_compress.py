@@ -207,7 +207,7 @@ def cosine(model: nn.Module, inputs: Mapping[str, Tensor], batch: int) -> Callab
             part = {n: t[i : i + batch] for n, t in inputs.items()}
             with torch.no_grad():
                 wanted = model(*part.values())
-            given = torch.as_tensor(predict(part if len(part) > 1 else next(iter(part.values()))))
+            given = torch.as_tensor(predict(*part.values()))
             found.append(functional.cosine_similarity(given.float(), wanted, dim=1))
         return 100 * float(torch.cat(found).mean())
 

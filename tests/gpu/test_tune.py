@@ -1,6 +1,7 @@
 """The fast step on a CUDA device: each switch trains as the plain step does, and all of them together."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,6 +169,25 @@ def test_a_recorded_optimizer_follows_its_scheduler_and_a_loaded_state(kind: str
         other.zero_grad(set_to_none=True)
     for one, two in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_around_all_does_not_freeze_the_weights_of_a_record() -> None:
+    task = job("sgd")
+    with torch.autocast("cuda", torch.bfloat16):
+        arena = Arena(task, Snapshot(task.model, task.optimizer), lambda: 0.0)
+        found = arena.losses((CudaGraph(),), 0, 0, STEPS)
+        arena.leave()
+    free = job("sgd")
+    plainly = replace(free, step=autocast)
+    arena = Arena(plainly, Snapshot(free.model, free.optimizer), lambda: 0.0)
+    assert torch.allclose(
+        torch.tensor(found), torch.tensor(arena.losses((), 0, 0, STEPS)), rtol=1e-2, atol=1e-2
+    )
+
+
+def autocast(model: nn.Module, batch: list[Tensor]) -> Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        return step(model, batch)
 
 
 def test_random_numbers_differ_from_replay_to_replay() -> None:

@@ -33,11 +33,13 @@ class Switch:
         choice: Which of several of that name.
         changes_convergence: It trains differently on purpose: never without being asked for by name,
             and then not judged by its loss.
+        only_recorded: Why it is tried only in front of a recorded step; "" where it is not so.
     """
 
     name = "plain"
     choice = ""
     changes_convergence = False
+    only_recorded = ""
 
     def refusal(self, job: Job, recipe: Recipe) -> str:
         """Why it is not even tried beside what is on; "" to try it."""

@@ -15,10 +15,13 @@ from tersor.train.tune_update import UpdateGraph, unrecordable
 class CudnnBenchmark(Switch):
     """cuDNN times its kernels at the shapes of a step and takes the fastest.
 
-    By itself it takes them by rules: of a step of ResNet-20 in bfloat16 on an H200 two fifths were in two such choices.
+    By itself it takes them by rules: of a step of ResNet-20 in bfloat16 on an H200 two fifths were in two such
+    choices. What a thread took for a shape it keeps (torch has no way to forget it), so that the plain step, which
+    ran before, decides for the thread that trains; recording has one of its own.
     """
 
     name = "cudnn_benchmark"
+    only_recorded = "a thread keeps what cuDNN took for a shape; recording has a thread of its own"
 
     def refusal(self, job: Job, recipe: Recipe) -> str:
         """Another device, a model without convolutions, or what is on already."""
@@ -33,7 +36,7 @@ class CudnnBenchmark(Switch):
         return ""
 
     def apply(self, job: Job, recipe: Recipe) -> Recipe:
-        """For forward and backward alone: outside of them the flag stays."""
+        """While forward and backward are recorded: outside of that the flag stays."""
         del job
         return replace(recipe, benchmark=True)
 
@@ -67,7 +70,9 @@ class CudaGraph(Switch):
             batch = job.pool.batches[0]
             placed = place(batch, job.device, channels_last=recipe.channels_last)
             parameters = [p for p in job.model.parameters() if p.requires_grad]
-            self._graph = GradientGraph(Runner(job, recipe).gradients, parameters, placed)
+            self._graph = GradientGraph(
+                Runner(job, recipe).gradients, parameters, placed, is_apart=recipe.benchmark
+            )
         return replace(recipe, graph=self._graph, fits=usual_signature(job, recipe))
 
 

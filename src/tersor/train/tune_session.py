@@ -60,8 +60,10 @@ def candidates(name: str, job: Job) -> Sequence[Switch]:
 AGAIN = ("bf16", "channels_last", "fused_optimizer", "cudnn_benchmark", "compile")
 
 
-def _was_slow(report: SwitchReport) -> bool:
-    """Whether it was off for its time alone."""
+def _may_gain(report: SwitchReport, switch: Switch) -> bool:
+    """Whether it was off for its time alone, or waits for a recorded step."""
+    if switch.only_recorded and report.why == switch.only_recorded:
+        return True
     return not report.is_on and report.speedup is not None and report.loss is None
 
 
@@ -136,7 +138,7 @@ class Tuning:
         rows: list[SwitchReport] = []
         for name in (n for n in (*BY_NAME, *AUTOMATIC) if n in names):
             self.progress.stage(name)
-            found = trials.stage(candidates(name, arena.job))
+            found = self._tried(trials, candidates(name, arena.job))
             for row in found:
                 self.progress.note(row.describe())
             rows += found
@@ -146,23 +148,39 @@ class Tuning:
                 rows = self._again(trials, rows)
         return self._together(trials, replace(report, switches=tuple(rows)))
 
+    def _tried(self, trials: Trials, switches: Sequence[Switch]) -> list[SwitchReport]:
+        """All choices of a name, or why they wait."""
+        if not any(switch.only_recorded for switch in switches):
+            return trials.stage(switches)
+        return [
+            SwitchReport(
+                name=switch.name,
+                choice=switch.choice,
+                why=switch.refusal(trials.arena.job, trials.arena.recipe) or switch.only_recorded,
+            )
+            for switch in switches
+        ]
+
     def _again(self, trials: Trials, rows: Sequence[SwitchReport]) -> list[SwitchReport]:
         """What only time spoke against, once more: a recorded step no longer waits for launches."""
         trials.last = CudaGraph
         found = list(rows)
         for name in AGAIN:
-            places = {i for i, r in enumerate(found) if r.name == name}
-            if any(found[i].is_on for i in places) or not any(_was_slow(found[i]) for i in places):
-                continue
-            self.progress.stage(f"{name}, recorded")
+            places = {(r.name, r.choice): i for i, r in enumerate(found) if r.name == name}
             switches = [
                 s
                 for s in candidates(name, trials.arena.job)
-                if any(s.choice == found[i].choice and _was_slow(found[i]) for i in places)
+                if (s.name, s.choice) in places and _may_gain(found[places[s.name, s.choice]], s)
             ]
+            if not switches or any(found[i].is_on for i in places.values()):
+                continue
+            self.progress.stage(f"{name}, recorded")
             for row in trials.stage(switches):
-                i = next(i for i in places if found[i].choice == row.choice)
-                said = f"{row.why}, recorded; {found[i].speedup:.2f}x before that"
+                i = places[row.name, row.choice]
+                before = found[i].speedup
+                said = f"{row.why}, recorded"
+                if before is not None:
+                    said += f"; {before:.2f}x before that"
                 found[i] = replace(row, why=said)
                 self.progress.note(found[i].describe())
         trials.last = None

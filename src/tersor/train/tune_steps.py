@@ -5,6 +5,7 @@ None. Nothing here reads a value back from the device, so that a GPU is never wa
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -233,7 +234,12 @@ class GradientGraph:
     """
 
     def __init__(
-        self, gradients: Callable[[Any], Tensor], parameters: Iterable[Tensor], batch: Any
+        self,
+        gradients: Callable[[Any], Tensor],
+        parameters: Iterable[Tensor],
+        batch: Any,
+        *,
+        is_apart: bool = False,
     ) -> None:
         """Record.
 
@@ -241,10 +247,18 @@ class GradientGraph:
             gradients: Forward and backward of a batch; returns the loss.
             parameters: All that get gradients.
             batch: An example on the device; copied.
+            is_apart: In a thread of its own, where libraries choose kernels anew.
         """
         self._parameters = tuple(parameters)
         self._batch = map_leaves(batch, lambda v: v.clone() if isinstance(v, Tensor) else v)
         self._inputs = tensors(self._batch)
+        if is_apart:
+            _apart(lambda: self._record(gradients), self._parameters[0].device)
+        else:
+            self._record(gradients)
+        self._written = [(p, p.grad) for p in self._parameters if p.grad is not None]
+
+    def _record(self, gradients: Callable[[Any], Tensor]) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -253,11 +267,14 @@ class GradientGraph:
                 gradients(self._batch)
         torch.cuda.current_stream().wait_stream(stream)
         self.let_go()
+        # Where autocast is on around this call, copies of weights in 16 bits outlive the warm-ups, and a record
+        # would read them for ever; those that it makes are no one else's.
+        torch.clear_autocast_cache()
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, as a loader's that pins memory, may go on while this one records.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._loss = gradients(self._batch)
-        self._written = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        torch.clear_autocast_cache()
 
     def let_go(self) -> None:
         """Gradients to None, for a step that is not replayed."""
@@ -272,3 +289,19 @@ class GradientGraph:
             parameter.grad = gradient
         self._graph.replay()
         return self._loss.clone()
+
+
+def _apart(call: Callable[[], None], device: torch.device) -> None:
+    """In a thread of its own, backward included; autocast is as it is here."""
+    kind = device.type
+    is_on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def run() -> None:
+        if kind == "cuda":
+            torch.cuda.set_device(device)
+        around = torch.autocast(kind, dtype=dtype) if is_on else nullcontext()
+        with torch.autograd.set_multithreading_enabled(False), around:
+            call()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()

@@ -27,7 +27,7 @@ from tersor.core.errors import (
 from tersor.core.jsonable import from_json, to_json
 from tersor.core.progress import Silent
 from tersor.train.switches import ChannelsLast
-from tersor.train.switches_cuda import CudaGraph
+from tersor.train.switches_cuda import CudaGraph, CudnnBenchmark
 from tersor.train.tune import AUTOMATIC, FastStep, LossRule, TimeRule, TuneReport
 from tersor.train.tune_checks import check_parts, chosen_names
 from tersor.train.tune_session import Tuning
@@ -229,6 +229,21 @@ def test_what_was_slow_is_tried_again_once_the_step_is_recorded(
     assert layout.why.endswith("recorded; 0.95x before that")
     assert recipe.channels_last is is_on
     assert report.speedup == pytest.approx(2.5 if is_on else 2.0)
+    assert next(times, None) is None
+
+
+@pytest.mark.parametrize("names", [("cudnn_benchmark",), ("cudnn_benchmark", "cuda_graph")])
+def test_what_needs_a_record_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(CudaGraph, "refusal", lambda *_: "")
+    monkeypatch.setattr(CudaGraph, "apply", lambda _, __, recipe: recipe)
+    monkeypatch.setattr(CudnnBenchmark, "refusal", lambda *_: "")
+    times = iter([(10.0, 5.0), (5.0, 4.0), (10.0, 4.0)] if len(names) > 1 else [])
+    recipe, report = Tuning(measure=in_turn(times), **QUICK_RULES).tuned(job(), names)
+    found = report.switches[0]
+    assert recipe.benchmark is found.is_on is found.is_tried is (len(names) > 1)
+    assert "a thread of its own" in found.why if len(names) == 1 else found.why.endswith("recorded")
     assert next(times, None) is None
 
 

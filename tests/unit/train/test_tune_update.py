@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from tersor.train.switches_cuda import CudaGraph, CudnnBenchmark, OptimizerGraph
 from tersor.train.tune_arena import Arena
 from tersor.train.tune_state import Snapshot
-from tersor.train.tune_steps import Runner, plain
+from tersor.train.tune_steps import plain
 from tersor.train.tune_update import UpdateGraph, unrecordable
 from tests.unit.train.tuning import batches, job, network, step
 
@@ -235,29 +236,50 @@ def test_an_odd_batch_takes_the_optimizers_own_step() -> None:
 # cuDNN's search
 
 
-def test_the_search_for_kernels_is_on_in_the_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_for_kernels_is_recorded_in_a_thread_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Backward too: what a thread took for a shape it keeps."""
     seen = []
 
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append((get_ident(), torch.backends.cudnn.benchmark))
+            return x.clone()
+
+        @staticmethod
+        def backward(_: Any, gradient: torch.Tensor) -> torch.Tensor:
+            seen.append((get_ident(), torch.backends.cudnn.benchmark))
+            return gradient
+
     def looked(model: nn.Module, batch: Any) -> torch.Tensor:
-        seen.append(torch.backends.cudnn.benchmark)
-        return step(model, batch)
+        assert torch.is_autocast_enabled("cpu")
+        return Look.apply(step(model, batch).float())
 
     task = job(step=looked)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     recipe = CudnnBenchmark().apply(task, plain(task))
-    Runner(task, recipe)(task.pool.batches[0])
-    assert seen == [True]
+    with torch.autocast("cpu", torch.bfloat16):
+        CudaGraph().apply(task, recipe)
+    assert len(set(seen)) == 1
+    assert seen[0][0] != get_ident()
+    assert seen[0][1] is True
+    assert len(seen) == 8  # three warm-ups and the record, forward and backward
     assert torch.backends.cudnn.benchmark is False
 
 
-def test_a_failing_step_leaves_the_search_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_fails_apart_fails_here_and_leaves_the_search_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(*_: Any) -> torch.Tensor:
-        raise RuntimeError
+        raise RuntimeError("no kernel")
 
     task = job(step=broken)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    with pytest.raises(RuntimeError):
-        Runner(task, CudnnBenchmark().apply(task, plain(task)))(task.pool.batches[0])
+    recipe = CudnnBenchmark().apply(task, plain(task))
+    with pytest.raises(RuntimeError, match="no kernel"):
+        CudaGraph().apply(task, recipe)
     assert torch.backends.cudnn.benchmark is False
 
 
