@@ -141,9 +141,8 @@ def test_a_recorded_optimizer_follows_its_scheduler_and_a_loaded_state(kind: str
         scale = batch[0].float().mean() / 128 - 0.9
         return torch.stack([p.sum() for p in model.parameters()]).sum() * scale
 
-    task, twin = job(kind), network()
-    model, optimizer = task.model, task.optimizer
-    other = type(optimizer)(twin.parameters(), **{**optimizer.defaults, "fused": True})
+    task, free = job(kind), job(kind)
+    (model, optimizer), (twin, other) = ((t.model, t.optimizer) for t in (task, free))
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.8) for o in (optimizer, other)]
     fast = tersor.train.tune(
         linear,

@@ -56,8 +56,9 @@ def candidates(name: str, job: Job) -> Sequence[Switch]:
     return [kind() for kind in kinds if kind.name == name]  # type: ignore[attr-defined]
 
 
-# What launches hide: it is tried again once they are recorded, in the same order.
-AGAIN = ("bf16", "channels_last", "fused_optimizer", "cudnn_benchmark", "compile")
+# What launches hide: it is tried again once they are recorded, in the same order; all but the compiler
+# (who takes long) once more where one of them came on: 16 bits may want channels last, and the other way round.
+AGAIN = ("bf16", "channels_last", "fused_optimizer", "cudnn_benchmark")
 
 
 def _may_gain(report: SwitchReport, switch: Switch) -> bool:
@@ -165,26 +166,34 @@ class Tuning:
         """What only time spoke against, once more: a recorded step no longer waits for launches."""
         trials.last = CudaGraph
         found = list(rows)
-        for name in AGAIN:
-            places = {(r.name, r.choice): i for i, r in enumerate(found) if r.name == name}
-            switches = [
-                s
-                for s in candidates(name, trials.arena.job)
-                if (s.name, s.choice) in places and _may_gain(found[places[s.name, s.choice]], s)
-            ]
-            if not switches or any(found[i].is_on for i in places.values()):
-                continue
-            self.progress.stage(f"{name}, recorded")
-            for row in trials.stage(switches):
-                i = places[row.name, row.choice]
-                before = found[i].speedup
-                said = f"{row.why}, recorded"
-                if before is not None:
-                    said += f"; {before:.2f}x before that"
-                found[i] = replace(row, why=said)
-                self.progress.note(found[i].describe())
+        for _ in range(2):
+            came_on = [name for name in AGAIN if self._once_more(trials, found, name)]
+            if not came_on:
+                break
+        self._once_more(trials, found, Compiled.name)
         trials.last = None
         return found
+
+    def _once_more(self, trials: Trials, found: list[SwitchReport], name: str) -> bool:
+        """Try what may gain now, and put what is found in its place; True where it is on."""
+        places = {(r.name, r.choice): i for i, r in enumerate(found) if r.name == name}
+        switches = [
+            s
+            for s in candidates(name, trials.arena.job)
+            if (s.name, s.choice) in places and _may_gain(found[places[s.name, s.choice]], s)
+        ]
+        if not switches or any(found[i].is_on for i in places.values()):
+            return False
+        self.progress.stage(f"{name}, recorded")
+        rows = trials.stage(switches)
+        for row in rows:
+            i = places[row.name, row.choice]
+            before, said = found[i].speedup, f"{row.why}, recorded"
+            if before is not None:
+                said += f"; {before:.2f}x before that"
+            found[i] = replace(row, why=said)
+            self.progress.note(found[i].describe())
+        return any(row.is_on for row in rows)
 
     def _together(self, trials: Trials, report: TuneReport) -> tuple[Configuration, TuneReport]:
         """The plain step and the tuned one side by side; a sum that is no gain is not kept."""

@@ -232,6 +232,24 @@ def test_what_was_slow_is_tried_again_once_the_step_is_recorded(
     assert next(times, None) is None
 
 
+def test_what_gains_only_with_another_switch_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """16 bits are slow without channels last, and both are decided before the step is recorded."""
+    monkeypatch.setattr(CudaGraph, "refusal", lambda *_: "")
+    monkeypatch.setattr(CudaGraph, "apply", lambda _, __, recipe: recipe)
+    before = [(10.0, 10.0), (10.0, 10.0), (10.0, 5.0)]  # 16 bits, channels last, recorded
+    first, second = [(5.0, 6.0), (5.0, 4.5)], [(4.5, 3.0)]
+    times = iter([*before, *first, *second, (10.0, 3.0)])
+    rules = {**QUICK_RULES, "loss_rule": LossRule(steps=10, seeds=3, tolerance=0.5)}
+    tuning = Tuning(measure=in_turn(times), **rules)
+    recipe, report = tuning.tuned(job(), ("bf16", "channels_last", "cuda_graph"))
+    assert [s.is_on for s in report.switches] == [True, True, True]
+    assert recipe.half
+    assert recipe.channels_last
+    assert next(times, None) is None
+
+
 @pytest.mark.parametrize("names", [("cudnn_benchmark",), ("cudnn_benchmark", "cuda_graph")])
 def test_what_needs_a_record_waits_for_it(
     monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
