@@ -7,6 +7,8 @@ in each row, so that a slower arm is seen.
     dense     nothing is removed
     regrow    ours: units die while it trains, and may come back
     oneshot   the lowest scores at the end of the window all at once, no latents; then the rest of the run
+    posttrained  ours without training: the units that err least at once, in closed form and without labels; then all of
+              the run (the trained ResNet-20 alone)
     spectral  ours: dense until stable ranks settle, then the 3 x 3 kernels of the two wide stages become pairs, of
               ranks at which so many multiply-accumulates are left
     bits4     ours: every width stays, weights end on a grid of 4 bits; the share of multiply-accumulates is 1
@@ -18,12 +20,15 @@ in each row, so that a slower arm is seen.
 
 ``--start checkpoint`` tunes the trained ResNet-20 of ``tests/data`` (scratch still starts from random weights),
 ``--start random`` trains from the start, also ResNet-56 (``--blocks 9``). Test images are touched once an arm.
+Runs whose rows are recorded are left out (``--again`` makes them all the same), so that a table that was cut off goes on.
 ``--together N`` lets N runs take turns on one card: accuracies are the same, seconds are those of all.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 from benchmarks import record
 from benchmarks.training.arms import ARMS, RATE, WHOLE, Arm, Row, Setting, take_turns
@@ -40,7 +45,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="*", choices=ARMS, help="default: all that the start allows")
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--start", choices=("checkpoint", "random"), default="checkpoint")
     parser.add_argument("--blocks", type=int, default=SMALL)
@@ -56,11 +61,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--half", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--together", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="also what is recorded")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
     is_tuning = options.start == "checkpoint"
+    options.arms = options.arms or [a for a in ARMS if is_tuning or a != "posttrained"]
     if options.blocks != SMALL and (is_tuning or options.distil or options.widths == "planned"):
         parser.error("only ResNet-20 (--blocks 3) was trained: --start random, no --distil")
+    if "posttrained" in options.arms and not is_tuning:
+        parser.error("the arm posttrained is of the trained ResNet-20: --start checkpoint")
     if options.together > 1 and options.device == "cpu":
         parser.error("--together is for a card")
     return options
@@ -73,6 +82,28 @@ def runs(options: argparse.Namespace, setting: Setting) -> Iterator[tuple[str, f
             for name in options.arms:
                 if name not in WHOLE or share == options.shares[0]:
                     yield name, share, replace(setting, seed=seed)
+
+
+def key_of(arm: str, share: float, setting: Setting) -> str:
+    """What two runs have to share for the second to be left out: all that accuracies depend on, but the device."""
+    values = asdict(setting)
+    for name in ("device", "is_recorded", "together"):
+        del values[name]
+    if arm in WHOLE:
+        share = 1.0
+    return json.dumps([arm, round(share, 6), values], sort_keys=True)
+
+
+def recorded(path: Path = record.RESULTS / f"{NAME}.jsonl") -> set[str]:
+    """Keys of all rows that have every setting; older ones lack some."""
+    found = set()
+    names = {field.name for field in fields(Setting)}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        entry = json.loads(line)
+        if set(entry["settings"]) == names:
+            row = entry["row"]
+            found.add(key_of(row["arm"], row["share"], Setting(**entry["settings"])))
+    return found
 
 
 def main() -> None:
@@ -95,7 +126,8 @@ def main() -> None:
         together=options.together,
     )
     data, printed = Data.load(options.images, options.device), Printed()
-    todo = list(runs(options, setting))
+    there = set() if options.again else recorded()
+    todo = [run for run in runs(options, setting) if key_of(*run) not in there]
 
     def keep(rows: list[Row], settings: list[Setting]) -> None:
         for row, own in zip(rows, settings, strict=True):

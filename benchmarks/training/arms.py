@@ -15,6 +15,7 @@ from benchmarks.training.data import Data, accuracy, plans
 from benchmarks.training.nets import (
     SMALL,
     Counts,
+    fitted,
     fresh,
     kept,
     macs_of,
@@ -35,7 +36,9 @@ from tersor.train.shrinker import Shrinker
 from tersor.train.units import Units
 from tests.data.zoo import load_resnet20
 
-ARMS = ("dense", "regrow", "oneshot", "scratch", "groupnorm", "spectral", "bits4", "bits2")
+ARMS = (
+    "dense", "regrow", "oneshot", "posttrained", "scratch", "groupnorm", "spectral", "bits4", "bits2",
+)  # fmt: skip
 WHOLE = ("dense", "bits4", "bits2")  # arms that have no share
 RATE = 0.1  # peak of random weights
 PRUNING_STEPS = 400  # Torch-Pruning stops at the first step below the share
@@ -242,6 +245,8 @@ class Arm:
     def _model(self, counts: Mapping[str, int]) -> nn.Module:
         if self.arm == "scratch":
             return narrow(counts, self.setting.blocks)
+        if self.arm == "posttrained":
+            return fitted(dict(counts))
         is_trained = self.setting.start == "checkpoint"
         return load_resnet20() if is_trained else ResNet(self.setting.blocks)
 

@@ -68,6 +68,56 @@ def planned(share: float) -> Counts:
     return {name: len(units) for name, units in _pruner().planned(share).items()}
 
 
+def fitted(counts: Counts) -> nn.Module:
+    """The trained ResNet-20 after training: the units that err least stay, what reads them is fitted; no labels.
+
+    The fit folds batch norms into convolutions; here they are apart again, with the statistics of the images
+    that it read, so that the network computes the same and trains as any other.
+    """
+    pruner = _pruner()
+    graph = pruner.pruned(pruner.kept(counts))
+    model = narrow({n: counts.get(n, g.units) for n, g in structure_of(SMALL).groups.items()}, SMALL)
+    values, modules = dict(graph.module.named_buffers()), dict(model.named_modules())
+    norms = _norms(model)
+    with torch.no_grad():
+        for name, norm in norms.items():
+            modules[name].weight.copy_(values[f"{name}.weight"])  # type: ignore[union-attr, operator]
+            norm.weight.fill_((1 + norm.eps) ** 0.5)
+            norm.bias.copy_(values[f"{name}.folded_bias"])
+        for name in ("weight", "bias"):
+            getattr(model.fc, name).copy_(values[f"fc.{name}"])
+    _settle(model.eval(), tuple(norms.values()), read("train")[0][:1000])
+    return model
+
+
+def _norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    """Convolution -> the norm behind it; they are defined in turn."""
+    found, last = {}, ""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            last = name
+        elif isinstance(module, nn.BatchNorm2d):
+            found[last] = module
+    return found
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, norms: tuple[nn.BatchNorm2d, ...], images: Tensor) -> None:
+    """Norms that shift alone take the statistics of images, and compute what they did."""
+    seen: dict[nn.Module, Tensor] = {}
+    handles = [n.register_forward_pre_hook(lambda m, x: seen.update({m: x[0]})) for n in norms]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    for norm in norms:
+        value = seen[norm]
+        mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3))
+        norm.bias += mean
+        norm.weight.copy_((variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+
 @cache
 def ranks_at(share: float) -> Counts:
     """Ranks of ResNet-20's wide kernels, the same share of each one's largest, so that as much is left.
