@@ -23,7 +23,8 @@ from tests.data.zoo import load_lenet5, load_resnet20
 
 NEURONS = (250, 125, 50)
 SHARES = (0.5, 0.25)
-IMAGES, SEARCH = 2000, 500
+IMAGES = {"resnet20": 8000, "lenet5": 2000}  # that calibrate, for every method; no labels
+SEARCH = 4  # as many fewer decide about widths
 LABELLED = 1000  # images of gradients
 STEPS: Mapping[str, int] = {"resnet20": 2, "lenet5": 25}  # of the kept counts on offer
 PAIR_IMAGES, PAIR_ITERATIONS = 10_000, 60
@@ -264,6 +265,8 @@ class Case:
         self.name, self.recorder = name, recorder
         self.model = load_resnet20() if name == "resnet20" else load_lenet5()
         self.images, self.labels = drawn_images(recorder.seed)
+        self.calibration = self.images[: IMAGES[name]]
+        self.search = self.images[IMAGES[name] :][: IMAGES[name] // SEARCH]
         self.test = read("t10k")
         self.base = accuracy(self.model, *self.test)
         self.widths = inner_widths(self.model)
@@ -292,8 +295,7 @@ class Case:
 
 def scored(case: Case) -> dict[str, list[Tensor]]:
     """Scores of every unit, by baseline."""
-    calibration = case.images[:IMAGES]
-    seen = activities(case.model, case.widths, calibration)
+    seen = activities(case.model, case.widths, case.calibration)
     pairs = list(zip(case.widths, seen, strict=True))
     return {
         "magnitude": [magnitude(w) for w in case.widths],
@@ -308,7 +310,7 @@ def baselines(case: Case, setting: str, budget: float, counts: Sequence[int]) ->
     needed = ("magnitude", "Taylor", "Wanda-sp", "FLAP")
     if not any(case.lacks(setting, name) for name in needed):
         return
-    seen = activities(case.model, case.widths, case.images[:IMAGES])
+    seen = activities(case.model, case.widths, case.calibration)
     for name, scores in scored(case).items():
         is_flap = name == "FLAP"
         whole = is_flap and len(scores) > 1
@@ -319,7 +321,7 @@ def baselines(case: Case, setting: str, budget: float, counts: Sequence[int]) ->
         if case.lacks(setting, name):
             case.add(setting, name, net, macs, REFERENCE)
         if has_norms and case.lacks(setting, f"{name} + batch norm"):
-            reestimate_(net, case.images[:IMAGES])
+            reestimate_(net, case.calibration)
             case.add(setting, f"{name} + batch norm", net, macs, REFERENCE)
 
 
@@ -372,7 +374,7 @@ def torch_pruning(case: Case, setting: str, ratio: float) -> None:
         if case.lacks(setting, method):
             case.add(setting, method, net, share, source)
         if has_norms:
-            reestimate_(net, case.images[:IMAGES])
+            reestimate_(net, case.calibration)
             case.add(setting, f"{method} + batch norm", net, share, source)
 
 
@@ -388,15 +390,14 @@ def ours(case: Case, settings: Mapping[str, float]) -> None:
     wanted = [*ways, RECONSTRUCTED] if _has_reconstruction() else [*ways]
     if not any(case.lacks(s, n) for s in settings for n in wanted):
         return
-    calibration, search = case.images[:IMAGES], case.images[IMAGES : IMAGES + SEARCH]
-    pruner = Pruner(case.model, calibration, search, step=STEPS[case.name])
+    pruner = Pruner(case.model, case.calibration, case.search, step=STEPS[case.name])
     for setting, share in settings.items():
         for name in ways:
             if case.lacks(setting, name):
                 _judge(case, setting, name, _pruned(case, pruner, name, share))
         if RECONSTRUCTED in wanted and case.lacks(setting, RECONSTRUCTED):
             keep = _keep(case, pruner, ways[0], share)
-            found = reconstructed(pruner, keep, pruner.pruned(keep), calibration)
+            found = reconstructed(pruner, keep, pruner.pruned(keep), case.calibration)
             _judge(case, setting, RECONSTRUCTED, found)
 
 

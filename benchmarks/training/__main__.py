@@ -45,7 +45,9 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--arms", nargs="*", choices=ARMS, help="default: all that the start allows")
+    parser.add_argument(
+        "--arms", nargs="*", choices=ARMS, help="default: all that the start allows"
+    )
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--start", choices=("checkpoint", "random"), default="checkpoint")
     parser.add_argument("--blocks", type=int, default=SMALL)

@@ -12,6 +12,7 @@ from benchmarks.prune import Pruner, read, total_macs
 from tersor.capture.module import capture
 from tersor.capture.samples import Samples, flatten_item
 from tersor.cli.demo.zoo import ResNet
+from tersor.core.records import WIDTH_PREFIX
 from tersor.train.cutting import cut_
 from tersor.train.factorable import find_layers
 from tersor.train.pairs import blank_pair, put_in_place
@@ -75,8 +76,10 @@ def fitted(counts: Counts) -> nn.Module:
     that it read, so that the network computes the same and trains as any other.
     """
     pruner = _pruner()
-    graph = pruner.pruned(pruner.kept(counts))
-    model = narrow({n: counts.get(n, g.units) for n, g in structure_of(SMALL).groups.items()}, SMALL)
+    units = {n: g.units for n, g in structure_of(SMALL).groups.items()}
+    cut = {WIDTH_PREFIX + n: k for n, k in counts.items() if k < units[n]}
+    graph = pruner.pruned(pruner.kept(cut))
+    model = narrow({**units, **counts}, SMALL)
     values, modules = dict(graph.module.named_buffers()), dict(model.named_modules())
     norms = _norms(model)
     with torch.no_grad():
