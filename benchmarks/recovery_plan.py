@@ -19,7 +19,7 @@ from tersor.core.records import Verdict
 from tersor.core.target import Target
 
 NAME = "recovery_plan"
-MORE = 3000  # sentences that recovery reads
+MORE = 2304  # sentences that recovery reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
