@@ -69,7 +69,7 @@ def row_of(result: Any, minutes: float, seconds: float) -> Row:
         status=str(verdict.status),
         levels=levels,
         widths=sum(kept) / len(kept) if kept else 1.0,
-        said=tuple(r.describe() for r in result._final.recoveries),  # noqa: SLF001
+        said=tuple(r.describe() for r in result._made.recoveries),  # noqa: SLF001
         seconds=seconds,
     )
 
