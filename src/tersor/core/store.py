@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -94,12 +94,21 @@ def _host() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def _sweep(folders: Iterable[Path]) -> None:
-    """Remove what processes of this host were writing when they were killed."""
-    for folder in folders:
+def _sweep(root: Path) -> None:
+    """Remove what processes of this host were writing when they were killed, beside stages and within them."""
+    stages = [Path(item) for item in os.scandir(root) if item.is_dir()]
+    for folder in [*stages, *(inner for stage in stages for inner in _inside(stage))]:
         found = _TEMPORARY.match(folder.name)
         if found and found["host"] == _host() and not _is_running(int(found["process"])):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds; nothing, where another process has removed it meanwhile."""
+    try:
+        return [Path(item) for item in os.scandir(folder)]
+    except OSError:
+        return []
 
 
 def _is_running(process: int) -> bool:
@@ -123,8 +132,7 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = tempfile.mkdtemp(dir=self.root, prefix=_prefix("probe"))
             Path(probe).rmdir()
-            for pattern in (".*", "*/.*"):
-                _sweep(self.root.glob(pattern))
+            _sweep(self.root)
         except OSError as error:
             raise StoreError(
                 f"cache directory {self.root}: cannot write ({error.strerror or error}); "

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,11 @@ def test_what_a_killed_process_was_writing_goes_with_the_next_store(tmp_path: Pa
     found = Store(tmp_path)
     assert {name: (tmp_path / "plan" / name).exists() for name in names} == names
     assert found.get(Record, "plan", "k") == Record(x=1)
+
+
+def test_many_may_open_a_store_at_a_time(tmp_path: Path) -> None:
+    """What one makes and removes while another looks around is no error."""
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(Store, [tmp_path] * 800))
+    assert len(stores) == 800
+    assert list(tmp_path.iterdir()) == []
