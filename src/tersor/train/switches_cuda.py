@@ -71,7 +71,7 @@ class CudaGraph(Switch):
             placed = place(batch, job.device, channels_last=recipe.channels_last)
             parameters = [p for p in job.model.parameters() if p.requires_grad]
             self._graph = GradientGraph(
-                Runner(job, recipe).gradients, parameters, placed, is_apart=recipe.benchmark
+                Runner(job, recipe).gradients, parameters, placed, searches=recipe.benchmark
             )
         return replace(recipe, graph=self._graph, fits=usual_signature(job, recipe))
 

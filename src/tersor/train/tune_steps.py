@@ -105,7 +105,7 @@ class Recipe:
         fits: Signature of the batches that ``loss`` and ``graph`` are for; others take the caller's
             function. None: all.
         graph: Forward and backward, recorded.
-        benchmark: cuDNN times its kernels.
+        benchmark: cuDNN times its kernels for the record.
         update: The optimizer's step, recorded.
     """
 
@@ -141,21 +141,6 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def timed_kernels(is_on: bool) -> AbstractContextManager[None]:
-    """CuDNN's search for kernels, for a while; otherwise the caller's choice stays."""
-    is_new = is_on and not torch.backends.cudnn.benchmark
-    return _timed_kernels() if is_new else nullcontext()
-
-
-@contextmanager
-def _timed_kernels() -> Iterator[None]:
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = False
-
-
 class Runner:
     """One step on one batch."""
 
@@ -179,13 +164,12 @@ class Runner:
         job, recipe = self._job, self._recipe
         fits = recipe.fits is None or signature(placed) == recipe.fits
         loss_of = recipe.loss if fits else job.step
-        with timed_kernels(recipe.benchmark and fits):
-            if recipe.half:
-                with torch.autocast(job.device.type, dtype=torch.bfloat16):
-                    loss = loss_of(job.model, placed)
-            else:
+        if recipe.half:
+            with torch.autocast(job.device.type, dtype=torch.bfloat16):
                 loss = loss_of(job.model, placed)
-            (loss if job.scaler is None else job.scaler.scale(loss)).backward()
+        else:
+            loss = loss_of(job.model, placed)
+        (loss if job.scaler is None else job.scaler.scale(loss)).backward()
         return loss.detach()
 
     def _gradients(self, placed: Any) -> Tensor:
@@ -239,7 +223,7 @@ class GradientGraph:
         parameters: Iterable[Tensor],
         batch: Any,
         *,
-        is_apart: bool = False,
+        searches: bool = False,
     ) -> None:
         """Record.
 
@@ -247,13 +231,13 @@ class GradientGraph:
             gradients: Forward and backward of a batch; returns the loss.
             parameters: All that get gradients.
             batch: An example on the device; copied.
-            is_apart: In a thread of its own, where libraries choose kernels anew.
+            searches: cuDNN times its kernels first, in a thread of its own, where it has chosen none yet.
         """
         self._parameters = tuple(parameters)
         self._batch = map_leaves(batch, lambda v: v.clone() if isinstance(v, Tensor) else v)
         self._inputs = tensors(self._batch)
-        if is_apart:
-            _apart(lambda: self._record(gradients), self._parameters[0].device)
+        if searches:
+            _searching(lambda: self._record(gradients), self._parameters[0].device)
         else:
             self._record(gradients)
         self._written = [(p, p.grad) for p in self._parameters if p.grad is not None]
@@ -291,9 +275,9 @@ class GradientGraph:
         return self._loss.clone()
 
 
-def _apart(call: Callable[[], None], device: torch.device) -> None:
-    """In a thread of its own, backward included; autocast is as it is here."""
-    kind = device.type
+def _searching(call: Callable[[], None], device: torch.device) -> None:
+    """With cuDNN's search, in a thread of its own, backward included; autocast is as it is here."""
+    kind, flags = device.type, torch.backends.cudnn
     is_on, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def run() -> None:
@@ -303,5 +287,9 @@ def _apart(call: Callable[[], None], device: torch.device) -> None:
         with torch.autograd.set_multithreading_enabled(False), around:
             call()
 
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(run).result()
+    before, flags.benchmark = flags.benchmark, True
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+    finally:
+        flags.benchmark = before

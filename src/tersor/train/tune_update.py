@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 # Their fused kernels read the rate from memory, and their state begins with zeros.
 KINDS = (SGD, Adam, AdamW)
@@ -12,6 +13,7 @@ KINDS = (SGD, Adam, AdamW)
 # the flags of the run that it is of.
 _FREE = ("params", "lr", "initial_lr", "fused", "foreach", "capturable")
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_OF_ALL = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)  # of every optimizer
 
 
 class UpdateGraph:
@@ -57,7 +59,7 @@ class UpdateGraph:
     def replay(self) -> bool:
         """One step, or False where it has to be made as usual."""
         optimizer: Any = self._optimizer
-        if any(vars(optimizer).get(name) for name in _HOOKS):
+        if any(vars(optimizer).get(name) for name in _HOOKS) or any(_OF_ALL):
             return False
         if any(p.grad is not gradient for p, gradient in self._gradients):
             return False

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tersor.train.switches_cuda import CudaGraph, CudnnBenchmark, OptimizerGraph
 from tersor.train.tune_arena import Arena
@@ -163,6 +164,16 @@ def test_what_was_not_recorded_is_not_replayed(change: Callable[..., Any]) -> No
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_hooks_of_all_optimizers_are_called() -> None:
+    _, _, graph, _, _ = pair("sgd")
+    handle = register_optimizer_step_post_hook(lambda *_: None)
+    try:
+        assert not graph.replay()
+    finally:
+        handle.remove()
+    assert graph.replay()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
     [
@@ -255,6 +266,7 @@ def test_a_search_for_kernels_is_recorded_in_a_thread_of_its_own(
 
     def looked(model: nn.Module, batch: Any) -> torch.Tensor:
         assert torch.is_autocast_enabled("cpu")
+        assert not torch._C._is_multithreading_enabled()  # on a GPU backward has threads otherwise
         return Look.apply(step(model, batch).float())
 
     task = job(step=looked)
