@@ -26,6 +26,7 @@ from torch.nn import functional
 import tersor
 from benchmarks import record
 from benchmarks.gpu_builds import Layer
+from benchmarks.outcome import levels_of, widths_of
 from benchmarks.prune import read
 from tersor.api.latency import measure_calls
 from tersor.backends.inductor import InductorBackend
@@ -347,16 +348,6 @@ def rows_of(
         verdict = result.verdict
         model = tersor.load(path, device=device)
         anchor = against_compiled(result)
-        levels: dict[str, int] = {}
-        for level in result.plan.assignment.values():
-            if isinstance(level, str):
-                levels[level] = levels.get(level, 0) + 1
-        session = result._run.session  # noqa: SLF001 - a benchmark of this package
-        kept = [
-            int(result.plan.assignment[s.name]) / s.units
-            for s in session.widths
-            if s.name in result.plan.assignment
-        ]
         yield CompressRow(
             name=name,
             device=device,
@@ -374,8 +365,8 @@ def rows_of(
             base_score=base_score,
             seconds=seconds,
             first_answer_s=first_answer(path, device, subject, folder),
-            levels=levels,
-            widths=float(np.mean(kept)) if kept else 1.0,
+            levels=levels_of(result),
+            widths=widths_of(result),
             price_errors={
                 t.choice.describe(): tuple(
                     abs(b.predicted_ms / b.measured_ms - 1) for b in t.builds if b.held_out

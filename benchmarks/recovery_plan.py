@@ -13,6 +13,7 @@ from typing import Any
 
 import tersor
 from benchmarks import record
+from benchmarks.outcome import levels_of, widths_of
 from tersor.cli.demo.models import Case, minilm
 from tersor.core.progress import Printed
 from tersor.core.records import Verdict
@@ -51,24 +52,14 @@ class Row:
 def row_of(result: Any, minutes: float, seconds: float) -> Row:
     """What a result says of itself."""
     verdict: Verdict = result.verdict
-    levels: dict[str, int] = {}
-    for level in result.plan.assignment.values():
-        if isinstance(level, str):
-            levels[level] = levels.get(level, 0) + 1
-    session = result._run.session  # noqa: SLF001 - a benchmark of this package
-    kept = [
-        int(result.plan.assignment[s.name]) / s.units
-        for s in session.widths
-        if s.name in result.plan.assignment
-    ]
     return Row(
         minutes=minutes,
         score=verdict.agreement,
         speedup=(verdict.speedup, verdict.speedup_low, verdict.speedup_high),
         ms=verdict.latency.median_ms,
         status=str(verdict.status),
-        levels=levels,
-        widths=sum(kept) / len(kept) if kept else 1.0,
+        levels=levels_of(result),
+        widths=widths_of(result),
         said=tuple(r.describe() for r in result._made.recoveries),  # noqa: SLF001
         seconds=seconds,
     )
