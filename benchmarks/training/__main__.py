@@ -102,9 +102,10 @@ def recorded(path: Path = record.RESULTS / f"{NAME}.jsonl") -> set[str]:
     names = {field.name for field in fields(Setting)}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         entry = json.loads(line)
-        if set(entry["settings"]) == names:
-            row = entry["row"]
-            found.add(key_of(row["arm"], row["share"], Setting(**entry["settings"])))
+        row, settings = entry["row"], entry["settings"]
+        if names <= set(settings):  # a row may say more, as which card it was
+            setting = Setting(**{name: settings[name] for name in names})
+            found.add(key_of(row["arm"], row["share"], setting))
     return found
 
 
