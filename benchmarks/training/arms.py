@@ -91,7 +91,8 @@ class Row:
         validation: Percent of 5,000 training images that no arm trained on.
         seconds: Of the training, by the wall's clock, without reading data.
         difference: Of the outputs at the cut, of their scale; ours alone.
-        hook_share: Of the time between steps; ours alone, and only where runs do not take turns.
+        hook_share: Of the time between steps; ours alone, and only where runs do not take turns and are
+            not recorded (a hook of a recorded run waits for the card).
     """
 
     arm: str
@@ -163,7 +164,7 @@ class Arm:
         report = None
         if shrinker is not None:
             model, report = shrinker.finish()
-        is_alone = report is not None and setting.together == 1
+        is_alone = setting.together == 1 and not setting.is_recorded
         return Row(
             arm=self.arm,
             share=self.share,

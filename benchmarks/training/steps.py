@@ -1,5 +1,6 @@
 """Forward and backward of one step: launch by launch, or recorded once and replayed."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -54,6 +55,7 @@ class Recorded:
             optimizer.zero_grad(set_to_none=True)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # a graph of the run before that is freed while this one is recorded would end it
         with torch.cuda.graph(graph, stream=stream):
             self._loss(model, self._plan).backward()
         self._graph = graph
