@@ -1,6 +1,6 @@
 """Small out of training, against the ways people get there: ``python -m benchmarks.training``.
 
-A residual network on Fashion-MNIST. Every arm ends with the same number of units in every width, trains on
+A residual network or a small vision transformer on Fashion-MNIST. Every arm ends with the same number of units in every width, trains on
 the same batches in the same order with the same loss and the same optimizer, for equal epochs; seconds are
 in each row, so that a slower arm is seen.
 
@@ -19,7 +19,8 @@ in each row, so that a slower arm is seen.
               of 16 channels, and training did not recover.)
 
 ``--start checkpoint`` tunes the trained ResNet-20 of ``tests/data`` (scratch still starts from random weights),
-``--start random`` trains from the start, also ResNet-56 (``--blocks 9``). Test images are touched once an arm.
+``--start random`` trains from the start, also ResNet-56 (``--blocks 9``) and a transformer of six layers (``--net vit``,
+AdamW, feed-forward neurons alone may go). Test images are touched once an arm.
 Runs whose rows are recorded are left out (``--again`` makes them all the same), so that a table that was cut off goes on.
 ``--together N`` lets N runs take turns on one card: accuracies are the same, seconds are those of all.
 """
@@ -39,6 +40,8 @@ from tersor.core.progress import Printed
 NAME = "training"
 SHARES = (1 / 2, 1 / 2.6, 1 / 4)
 TUNING_RATE = 0.02  # peak of trained weights
+LAYERS, ADAM_RATE = 6, 1e-3  # of the transformer
+VIT_ARMS = ("dense", "regrow", "oneshot", "scratch", "groupnorm")
 
 
 def parsed() -> argparse.Namespace:
@@ -50,7 +53,8 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES))
     parser.add_argument("--start", choices=("checkpoint", "random"), default="checkpoint")
-    parser.add_argument("--blocks", type=int, default=SMALL)
+    parser.add_argument("--net", choices=("resnet", "vit"), default="resnet")
+    parser.add_argument("--blocks", type=int, help="a stage, or layers; default: 3 and 6")
     parser.add_argument("--widths", choices=("uniform", "planned"), default="uniform")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--images", type=int, default=55_000)
@@ -66,10 +70,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="also what is recorded")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
-    is_tuning = options.start == "checkpoint"
-    options.arms = options.arms or [a for a in ARMS if is_tuning or a != "posttrained"]
-    if options.blocks != SMALL and (is_tuning or options.distil or options.widths == "planned"):
-        parser.error("only ResNet-20 (--blocks 3) was trained: --start random, no --distil")
+    is_tuning, is_vit = options.start == "checkpoint", options.net == "vit"
+    options.blocks = options.blocks or (LAYERS if is_vit else SMALL)
+    default = VIT_ARMS if is_vit else [a for a in ARMS if is_tuning or a != "posttrained"]
+    options.arms = options.arms or list(default)
+    is_other = is_vit or options.blocks != SMALL
+    if is_other and (is_tuning or options.distil or options.widths == "planned"):
+        parser.error("only ResNet-20 was trained: --start random, no --distil, no --widths planned")
+    if is_other and "spectral" in options.arms:
+        parser.error("the arm spectral is of ResNet-20")
     if "posttrained" in options.arms and not is_tuning:
         parser.error("the arm posttrained is of the trained ResNet-20: --start checkpoint")
     if options.together > 1 and options.device == "cpu":
@@ -103,6 +112,7 @@ def recorded(path: Path = record.RESULTS / f"{NAME}.jsonl") -> set[str]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         entry = json.loads(line)
         row, settings = entry["row"], entry["settings"]
+        settings.setdefault("kind", "resnet")  # there was nothing else
         if names <= set(settings):  # a row may say more, as which card it was
             setting = Setting(**{name: settings[name] for name in names})
             found.add(key_of(row["arm"], row["share"], setting))
@@ -111,9 +121,11 @@ def recorded(path: Path = record.RESULTS / f"{NAME}.jsonl") -> set[str]:
 
 def main() -> None:
     options = parsed()
-    rate = options.rate or (TUNING_RATE if options.start == "checkpoint" else RATE)
+    default = ADAM_RATE if options.net == "vit" else RATE
+    rate = options.rate or (TUNING_RATE if options.start == "checkpoint" else default)
     setting = Setting(
         start=options.start,
+        kind=options.net,
         blocks=options.blocks,
         widths=options.widths,
         epochs=options.epochs,

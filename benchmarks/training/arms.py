@@ -15,6 +15,7 @@ from benchmarks.training.data import Data, accuracy, plans
 from benchmarks.training.nets import (
     SMALL,
     Counts,
+    Net,
     fitted,
     fresh,
     kept,
@@ -27,7 +28,6 @@ from benchmarks.training.nets import (
     whole_macs,
 )
 from benchmarks.training.steps import Eager, Recorded
-from tersor.cli.demo.zoo import ResNet
 from tersor.train.cutting import cut_
 from tersor.train.factorizer import Factorizer
 from tersor.train.schedule import Schedule
@@ -52,7 +52,7 @@ class Setting:
 
     Attributes:
         start: "checkpoint" (the trained ResNet-20; the arm scratch has random weights all the same) or "random".
-        blocks: A stage: 3 is ResNet-20, 9 ResNet-56.
+        blocks, kind: A stage, 3 for ResNet-20, 9 for ResNet-56; or layers of a "vit".
         widths: "uniform" (the same share of every width) or "planned" (by measured errors).
         rate: Peak of the learning rate; that of the arm scratch is 0.1.
         distil: Weight of the trained network's own outputs in the loss of every arm; the rest is that
@@ -78,6 +78,12 @@ class Setting:
     is_half: bool = False
     together: int = 1
     seed: int = 0
+    kind: str = "resnet"
+
+    @property
+    def net(self) -> Net:
+        """What is trained."""
+        return Net(self.kind, self.blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,10 +147,9 @@ class Arm:
             model = self._model(counts).to(setting.device).train()
             if setting.is_half:
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        peak = RATE if self.arm == "scratch" else setting.rate
-        optimizer = torch.optim.SGD(
-            model.parameters(), peak, momentum=0.9, weight_decay=5e-4, nesterov=True
-        )
+        is_tuning = setting.start == "checkpoint"
+        peak = RATE if self.arm == "scratch" and is_tuning else setting.rate
+        optimizer = setting.net.optimizer(model, peak)
         rate = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         shrinker = self._attached(model, optimizer, counts)
         at = self._moments(counts)
@@ -168,7 +173,7 @@ class Arm:
         return Row(
             arm=self.arm,
             share=self.share,
-            macs_share=macs_of(model) / whole_macs(setting.blocks),
+            macs_share=macs_of(model) / whole_macs(setting.net),
             parameters=sum(p.numel() for p in model.parameters()),
             accuracy=accuracy(model, self.data.test),
             validation=accuracy(model, self.data.validation),
@@ -220,7 +225,7 @@ class Arm:
             return ranks_at(self.share)
         if self.setting.widths == "planned":
             return planned(self.share)
-        return uniform(self.share, self.setting.blocks)
+        return uniform(self.share, self.setting.net)
 
     def _attached(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, counts: Mapping[str, int]
@@ -245,11 +250,11 @@ class Arm:
 
     def _model(self, counts: Mapping[str, int]) -> nn.Module:
         if self.arm == "scratch":
-            return narrow(counts, self.setting.blocks)
+            return narrow(counts, self.setting.net)
         if self.arm == "posttrained":
             return fitted(dict(counts))
         is_trained = self.setting.start == "checkpoint"
-        return load_resnet20() if is_trained else ResNet(self.setting.blocks)
+        return load_resnet20() if is_trained else self.setting.net.made()
 
     def _rate(self, step: int) -> float:
         """Warm-up over a twentieth of the run, then a cosine."""
@@ -271,7 +276,7 @@ class Arm:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, counts: Mapping[str, int]
     ) -> Changed:
         """The units with the largest squared saliency on 32 batches stay; one look, no way back."""
-        groups = [g for n, g in structure_of(self.setting.blocks).groups.items() if n in counts]
+        groups = [g for n, g in structure_of(self.setting.net).groups.items() if n in counts]
         units, scores = Units.of(model, groups), Scores()
         gradients = Eager(self._loss)
         for _, plan in zip(range(LOOKS), self._plans(), strict=False):
@@ -293,7 +298,7 @@ class Arm:
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=0.95,
             iterative_steps=PRUNING_STEPS,
-            ignored_layers=[m for m in model.modules() if isinstance(m, nn.Linear)],
+            ignored_layers=self.setting.net.left_alone(model),
         )
         macs = whole
         while macs > self.share * whole and pruner.current_step < PRUNING_STEPS:

@@ -1,13 +1,15 @@
-"""Residual networks for 28 x 28 images, and how many units they keep at a share of their work."""
+"""Networks for 28 x 28 images, and how many units they keep at a share of their work."""
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_compress import Vit
 from benchmarks.prune import Pruner, read, total_macs
 from tersor.capture.module import capture
 from tersor.capture.samples import Samples, flatten_item
@@ -31,27 +33,70 @@ def macs_of(model: nn.Module) -> int:
     return total_macs(capture(plain, Samples(*flatten_item(IMAGES, "example"))).graph)
 
 
+@dataclass(frozen=True, slots=True)
+class Net:
+    """What is trained.
+
+    Attributes:
+        kind: "resnet", or "vit" (192 wide, patches of four pixels), of which the feed-forward neurons may go.
+        blocks: A stage of the residual network (3: ResNet-20, 9: ResNet-56), or layers of the other.
+    """
+
+    kind: str = "resnet"
+    blocks: int = SMALL
+
+    def made(self) -> nn.Module:
+        """With random weights."""
+        return Vit(depth=self.blocks) if self.kind == "vit" else ResNet(self.blocks)
+
+    def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        """AdamW for the transformer, SGD with momentum for the other."""
+        if self.kind == "vit":
+            return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
+        return torch.optim.SGD(
+            model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+        )
+
+    def left_alone(self, model: nn.Module) -> list[nn.Module]:
+        """Layers whose outputs have to stay as many: the classifier, and all of attention."""
+        if self.kind == "vit":
+            neurons = {layer.up for layer in model.layers}  # type: ignore[union-attr]
+            return [m for m in model.modules() if not list(m.children()) and m not in neurons]
+        return [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+RESNET20 = Net()
+
+
 @cache
-def whole_macs(blocks: int) -> int:
+def whole_macs(net: Net) -> int:
     """Of the network as it is before anything goes."""
-    return macs_of(ResNet(blocks))
+    return macs_of(net.made())
 
 
 @cache
-def structure_of(blocks: int) -> Structure:
+def structure_of(net: Net) -> Structure:
     """Its widths."""
-    return find_structure(ResNet(blocks), IMAGES)
+    return find_structure(net.made(), IMAGES)
 
 
 @cache
-def uniform(share: float, blocks: int) -> Counts:
-    """The same share of every width, so that as much of the multiply-accumulates is left."""
-    groups = structure_of(blocks).groups
+def uniform(share: float, net: Net) -> Counts:
+    """The same share of every width, so that as much of the multiply-accumulates is left.
+
+    Raises:
+        ValueError: What can't go is more than that.
+    """
+    groups = structure_of(net).groups
 
     def at(part: float) -> Counts:
         return {n: max(1, round(g.units * part)) for n, g in groups.items()}
 
-    return at(_largest(lambda part: macs_of(narrow(at(part), blocks)), share * whole_macs(blocks)))
+    budget = share * whole_macs(net)
+    part = _largest(lambda part: macs_of(narrow(at(part), net)), budget)
+    if part == 0.0:
+        raise ValueError(f"a unit of every width is more than {share:.0%} of the network")
+    return at(part)
 
 
 @cache
@@ -76,10 +121,10 @@ def fitted(counts: Counts) -> nn.Module:
     that it read, so that the network computes the same and trains as any other.
     """
     pruner = _pruner()
-    units = {n: g.units for n, g in structure_of(SMALL).groups.items()}
+    units = {n: g.units for n, g in structure_of(RESNET20).groups.items()}
     cut = {WIDTH_PREFIX + n: k for n, k in counts.items() if k < units[n]}
     graph = pruner.pruned(pruner.kept(cut))
-    model = narrow({**units, **counts}, SMALL)
+    model = narrow({**units, **counts}, RESNET20)
     values, modules = dict(graph.module.named_buffers()), dict(model.named_modules())
     norms = _norms(model)
     with torch.no_grad():
@@ -135,7 +180,7 @@ def ranks_at(share: float) -> Counts:
     def at(part: float) -> Counts:
         return {n: max(1, round(y.most * part)) for n, y in wide.items()}
 
-    part = _largest(lambda p: macs_of(paired(at(p))), share * whole_macs(SMALL))
+    part = _largest(lambda p: macs_of(paired(at(p))), share * whole_macs(RESNET20))
     if part == 0.0:
         raise ValueError(f"pairs of the wide kernels alone leave more than {share:.0%}")
     return at(part)
@@ -158,10 +203,10 @@ def paired(ranks: Mapping[str, int]) -> nn.Module:
     return model
 
 
-def narrow(counts: Mapping[str, int], blocks: int) -> nn.Module:
+def narrow(counts: Mapping[str, int], net: Net) -> nn.Module:
     """The final architecture, its weights as they are drawn for it."""
-    model = ResNet(blocks)
-    groups = [g for n, g in structure_of(blocks).groups.items() if n in counts]
+    model = net.made()
+    groups = [g for n, g in structure_of(net).groups.items() if n in counts]
     cut_(model, groups, {n: torch.arange(k) for n, k in counts.items()})
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
@@ -172,7 +217,7 @@ def narrow(counts: Mapping[str, int], blocks: int) -> nn.Module:
 def fresh(model: nn.Module, old: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same settings with empty states."""
     settings = {k: v for k, v in old.param_groups[0].items() if k != "params"}
-    made = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True)
+    made = type(old)([{"params": list(model.parameters()), **settings}])
     made.param_groups[0].update(settings)
     return made
 
