@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 
 from tersor.backends.openvino.failures import compilation_failed, reason
+from tersor.backends.openvino.faults import options_around
 from tersor.backends.openvino.nodes import source_name
 from tersor.core.errors import ArtifactError, BackendError, ConfigError, DataError, ShapeError
 from tersor.core.jsonable import dumps
@@ -252,15 +253,17 @@ def check_choice(choice: BuildChoice) -> None:
 
 
 def _compile(stored: Any, choice: BuildChoice, extra: Mapping[str, Any] | None = None) -> Any:
+    model = _expanded(stored)
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": choice.threads,
         "INFERENCE_PRECISION_HINT": choice.precision,
+        **options_around(model, choice),
         **(extra or {}),
     }
     with failing_as("compiling the model"):
-        return core().compile_model(_expanded(stored), _DEVICES[choice.device], options)
+        return core().compile_model(model, _DEVICES[choice.device], options)
 
 
 def _expanded(stored: Any) -> Any:
