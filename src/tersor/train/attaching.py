@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -12,6 +13,7 @@ from tersor.capture.samples import flatten_item
 from tersor.core.errors import ConfigError
 from tersor.core.target import Target
 from tersor.train.algorithms import NAMES
+from tersor.train.arguments import check_keep, check_kinds, checked_counts
 from tersor.train.attaching_spectral import Dense, Wish, attach_spectral, resumed_spectral
 from tersor.train.factorizer import Factorizer
 from tersor.train.parts import Parts
@@ -95,6 +97,7 @@ def attach(  # noqa: PLR0913 - the public contract
         CaptureError: The model can't be exported.
     """
     plain = _unwrapped(model)
+    check_kinds(plain, target=target, counts=counts, schedule=schedule, rescue=rescue, keep=keep)
     check_sharded(plain, shard)
     _check_optimizer(optimizer, plain)
     has_widths = target is not None or counts is not None
@@ -111,6 +114,7 @@ def attach(  # noqa: PLR0913 - the public contract
         device=device, backend=backend, batch=batch, cache_dir=cache_dir, progress=progress
     )
     if algorithm == SPECTRAL:
+        check_keep(keep, plain, NO_WIDTHS)
         wish = Wish(target=target, counts=counts, keep=keep, serving=serving, rescue=folder)
         factorizer = attach_spectral((model, plain), optimizer, example, planned, wish)
         setattr(optimizer, _MARK, factorizer)
@@ -119,10 +123,12 @@ def attach(  # noqa: PLR0913 - the public contract
     copy = plain if shard is None else gathered(plain)
     if has_widths:
         structure = find_structure(copy, example, keep=keep)
+    check_keep(keep, plain, structure)
+    if has_widths:
         _check_groups(structure, optimizer, plain)
     rounding = _rounding(plain, optimizer, {"bits": bits, "keep": keep}, planned, structure)
     if counts is not None:
-        _check_counts(counts, structure)
+        counts = checked_counts(counts, structure)
     planner = None
     if target is not None:
         planner = Planner(copy, example, structure, target, serving)
@@ -274,6 +280,11 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
             f"attach: found {type(optimizer).__name__}, wanted a torch.optim.Optimizer; with Accelerate or "
             "DeepSpeed attach to the plain optimizer before prepare()"
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "attach: found LBFGS, whose history is one flat vector of all parameters that no cut can follow; train "
+            "with SGD, AdamW or another optimizer that keeps its states by parameter"
+        )
     known = getattr(optimizer, _MARK, None)
     if known is not None and known._handles:  # noqa: SLF001
         raise ConfigError("attach: this optimizer has a shrinker already; call its finish() first")
@@ -293,25 +304,16 @@ def _check_groups(structure: Structure, optimizer: Optimizer, model: nn.Module) 
             f"{f' ({reasons})' if reasons else ''}; tersor.inspect(model, example) lists what holds each"
         )
     own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for group in structure.groups.values():
-        for slot in group.slots:
-            if slot.is_made and id(model.get_parameter(slot.tensor)) not in own:
-                raise ConfigError(
-                    f"attach: {slot.tensor} makes units of {group.name} and is in no group of the optimizer; "
-                    f"add it, set requires_grad=False, or leave the width whole with keep=({group.name!r},)"
-                )
-
-
-def _check_counts(counts: Mapping[str, int], structure: Structure) -> None:
-    for name, count in counts.items():
-        group = structure.groups.get(name)
-        if group is None:
-            why = next((h.reason for h in structure.held if h.name == name), "")
-            raise ConfigError(
-                f"counts: {name!r} is no width that may shrink{f': {why}' if why else ''}; there are "
-                f"{', '.join(list(structure.groups)[:8])}"
-            )
-        if type(count) is not int or not group.least <= count <= group.units:
-            raise ConfigError(
-                f"counts: {name}: found {count!r}, wanted {group.least} to {group.units} units"
-            )
+    foreign = {
+        group.name: slot.tensor
+        for group in structure.groups.values()
+        for slot in group.slots
+        if slot.is_made and id(model.get_parameter(slot.tensor)) not in own
+    }
+    if foreign:
+        name, tensor = next(iter(foreign.items()))
+        raise ConfigError(
+            f"attach: {tensor} makes units of {name} and is in no group of the optimizer, nor is what makes units "
+            f"of {len(foreign) - 1} other widths; add it (one optimizer has to train all that shrinks), set "
+            f"requires_grad=False, or leave them whole with keep={tuple(foreign)!r}"
+        )

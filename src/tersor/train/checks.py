@@ -1,26 +1,38 @@
 """What stops a run by name: a model that was changed, gradients that are no numbers, no step at all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from tersor.core.errors import ConfigError, NumericalError
 from tersor.train.counting import all_finite
+from tersor.train.groups import Group
 from tersor.train.rescue import Rescue
 from tersor.train.scores import Scores
 
 
-def check_shapes(seen: Mapping[nn.Parameter, torch.Size], step: int) -> None:
+def check_shapes(
+    seen: Mapping[nn.Parameter, torch.Size], step: int, model: nn.Module | None
+) -> None:
     """Refuse to go on with a model that was changed.
 
     Args:
         seen: Parameter -> its shape when the run began.
         step: For the message.
+        model: Has to hold those parameters still; None: not looked at.
 
     Raises:
-        ConfigError: A parameter has another shape.
+        ConfigError: A parameter has another shape, or is in the model no more.
     """
+    if model is not None:
+        own = {id(p) for p in model.parameters()}
+        for parameter, shape in seen.items():
+            if id(parameter) not in own:
+                raise ConfigError(
+                    f"step {step}: a parameter of {tuple(shape)} was taken out of the model after attach(), its layer "
+                    "replaced; change the model first and attach then"
+                )
     for parameter, shape in seen.items():
         if parameter.shape != shape:
             raise ConfigError(
@@ -42,6 +54,36 @@ def check_scores(scores: Scores, step: int, rescue: Rescue | None) -> None:
             "can be chosen; go back to the last checkpoint, lower the learning rate, or clip gradients"
             f"{'' if rescue is None else rescue.describe()}"
         )
+
+
+def check_unread(
+    model: nn.Module, names: Sequence[str], shrinking: Sequence[Group], step: int
+) -> None:
+    """Refuse layers that train, that ``forward`` does not read, and that look as if they read what shrinks.
+
+    The loss calls them by itself, so that nothing is known of what they take.
+
+    Args:
+        model: With the gradients of this step.
+        names: Parameters that ``forward`` reads in no mode.
+        shrinking: Groups that lose units.
+        step: For the message.
+
+    Raises:
+        ConfigError: Names the layer and the width.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        parameter = named[name]
+        if parameter.grad is None or parameter.dim() < 2:
+            continue
+        for group in shrinking:
+            if parameter.shape[1] == group.units:
+                raise ConfigError(
+                    f"step {step}: {name} has a gradient, forward() of {type(model).__name__} does not read it, and it "
+                    f"takes {group.units} inputs, as many as {group.name} has units: it could not follow a cut. Call it "
+                    f"in forward(), in training mode alone if need be, or leave the width whole with keep=({group.name!r},)"
+                )
 
 
 def no_steps(step: int, wanted: int) -> str:

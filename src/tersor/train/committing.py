@@ -6,15 +6,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from tersor.capture.module import relative_difference
-from tersor.core.errors import ConfigError
+from tersor.core.errors import ConfigError, NumericalError
 from tersor.train.cutting import Selection, cut_
 from tersor.train.groups import Group
 from tersor.train.literals import literals_after
 from tersor.train.parts import Parts
 from tersor.train.sharding import Shard, follow_, gathered, is_sharded, largest, local
 from tersor.train.states import cut_states_
-from tersor.train.structure import TOLERANCE
+from tersor.train.trial import TOLERANCE, difference_in_double, worst_difference
 from tersor.train.units import Units
 
 
@@ -55,25 +54,60 @@ class Commit:
         model = gathered(parts.model) if parts.shard is not None else parts.model
         shapes = {p: p.shape for p in model.parameters()}
         wanted = parts.probe.run(model)
+        if not self._is_sound(model, wanted):
+            return False
         done = cut_(model, groups, self.kept, self._literals())
-        found = parts.probe.run(model)
-        pairs = zip(found, wanted, strict=True)
-        worst = max(
-            (relative_difference(f, w) for f, w in pairs if w.is_floating_point()), default=0.0
-        )
+        worst = worst_difference(parts.probe.run(model), wanted)
         self.difference = largest(worst, parts.model)
         if not self.difference <= self._tolerance(wanted):
             done.undo()
-            self.notes.append(
-                f"cutting changed the outputs by {self.difference:.1e} of their scale and was undone: the "
-                "units stay, at zero"
-            )
-            return False
+            if not self._is_rounding(model, groups):
+                self.notes.append(
+                    f"cutting changed the outputs by {self.difference:.1e} of their scale and was undone: "
+                    "the units stay, at zero"
+                )
+                return False
+            done = cut_(model, groups, self.kept, self._literals())
         if parts.shard is None:
             self._follow(done.selections, shapes)
         else:
             self._reshard(parts.shard, model, done.selections)
         self.is_cut = True
+        return True
+
+    def _is_sound(self, model: nn.Module, outputs: list[Tensor]) -> bool:
+        """Whether there are numbers to compare.
+
+        Raises:
+            NumericalError: Weights are none.
+        """
+        for name, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise NumericalError(
+                    f"{name}: its weights are not finite, so that the small model would be of no use; go back to "
+                    "the last checkpoint, lower the learning rate, or clip gradients"
+                )
+        if all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
+            return True
+        self.difference = float("nan")
+        self.notes.append(
+            "in evaluation mode the outputs are not finite although the weights are, so that a cut can't be compared "
+            "with them: the units stay, at zero; look at the running statistics of norms"
+        )
+        return False
+
+    def _is_rounding(self, model: nn.Module, groups: list[Group]) -> bool:
+        """Whether a difference is gone in float64; it is what ``difference`` says then."""
+        if self.parts.shard is not None:  # every process would have to find the same
+            return False
+        exact = difference_in_double(model, self.parts.probe, groups, self.kept, self._literals())
+        if exact is None or not exact <= TOLERANCE:
+            return False
+        self.notes.append(
+            f"cutting changed the outputs by {self.difference:.1e} of their scale in the model's own floats and "
+            f"by {exact:.1e} in float64: rounding, not the cut; inputs near 0 with a spread of 1 would avoid it"
+        )
+        self.difference = exact
         return True
 
     def _reshard(

@@ -1,6 +1,7 @@
 """One batch that a model is asked before and after a change of its structure."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,14 @@ class Probe:
         """A probe from flat inputs on the CPU."""
         return cls(call, tuple(t.detach().clone() for t in flat))
 
-    def run(self, model: nn.Module) -> list[Tensor]:
-        """The tensors of the model's outputs in evaluation mode; modes and buffers stay as they are.
+    def run(self, model: nn.Module, *, training: bool = False) -> list[Tensor]:
+        """The tensors of the model's outputs; modes, buffers and random states stay as they are.
 
         Without shortened mantissas, whatever the caller trains with: answers are compared to roundings.
+
+        Args:
+            model: Not changed.
+            training: In training mode, in which a model may use more of its layers; else in evaluation mode.
         """
         first = next(iter(model.parameters()), None)
         device = torch.device("cpu") if first is None else first.device
@@ -41,10 +46,25 @@ class Probe:
         moved = [t.to(device) for t in self.flat]
         moved = [t.to(dtype) if t.is_floating_point() else t for t in moved]
         args, kwargs = unflatten(both, moved)
-        quiet = (state_restored(model), configured(model, WITHOUT_CACHE), evaluation_mode(model))
+        mode = _training_mode(model) if training else evaluation_mode(model)
+        quiet = (state_restored(model), configured(model, WITHOUT_CACHE), mode)
         exact = (tf32(enabled=False), torch.autocast(device.type, enabled=False))
         with quiet[0], quiet[1], quiet[2], exact[0], exact[1], torch.no_grad():
             found: Any = model(*args, **kwargs)
         leaves: list[Tensor] = []
         describe(found, leaves)
         return leaves
+
+
+@contextlib.contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    """Training mode inside; every submodule's own mode and the random state after."""
+    modes = {module: module.training for module in model.modules()}
+    cards = list({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=cards):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from tersor.train.units import Units
 
 DECAY = 0.9
+_TINY = 1e-30
 
 
 @dataclass
@@ -39,6 +40,26 @@ class Scores:
                 new = torch.where(skipped > 0, torch.zeros_like(new) if old is None else old, new)
             self.values[group] = new
         self.looks += 1
+
+    def completed(self, units: Units) -> tuple["Scores", tuple[str, ...]]:
+        """With the squared weights of units, of the mean of all other scores, where no gradient came at any look.
+
+        Such a layer is trained at other steps (heads that take turns) or not at all: its units have to be
+        chosen all the same.
+
+        Args:
+            units: Of all groups; the weights are the latents.
+
+        Returns:
+            The scores of every group, and the names of those that were filled up.
+        """
+        missing = tuple(n for n in units.counts if n not in self.values)
+        if not missing or not self.values:
+            return self, ()
+        mean = torch.stack([v.mean() for v in self.values.values()]).mean()
+        squares = units.squares()
+        filled = {n: squares[n] * (mean / squares[n].mean().clamp_min(_TINY)) for n in missing}
+        return Scores({**self.values, **filled}, self.looks), missing
 
     def state_dict(self) -> dict[str, object]:
         """Tensors and numbers that ``load`` takes."""

@@ -5,7 +5,7 @@ behind it are all that runs; no wrapper class, no value read from the device but
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tersor.core.errors import ConfigError
 from tersor.train.algorithms import make
-from tersor.train.checks import check_scores, check_shapes, no_steps
+from tersor.train.checks import check_scores, check_shapes, check_unread, no_steps
 from tersor.train.closures import Closure, around, closure_of, with_closure
 from tersor.train.committing import Commit, commit
 from tersor.train.counting import Counter, Rate
@@ -63,6 +63,7 @@ class Shrinker:
         self._seen = {p: p.shape for p in self._units.parameters()}
         self._rate = Rate()
         self._shrunk_at: int | None = None
+        self._ended_at: int | None = None
         self._notes: list[str] = []
         self._pace = Pace(time.perf_counter)
         folder = parts.rescue
@@ -125,7 +126,10 @@ class Shrinker:
         with self._pace.inside():
             is_look = self._parts.schedule.is_look(self.step + 1)
             if is_look:
-                check_shapes(self._seen, self.step)
+                is_whole = (
+                    self._parts.shard is None
+                )  # a sharded model changes its parameters itself
+                check_shapes(self._seen, self.step, self._parts.model if is_whole else None)
             if is_look and closure is None:
                 self._scores.update(self._units, self._parts.optimizer)
             self._algorithm.before()
@@ -177,9 +181,10 @@ class Shrinker:
         schedule = self._parts.schedule
         if self.step < schedule.first:
             return
+        scores, missing = self._scores.completed(self._units)
         if self.plan is None:
             assert self._parts.planner is not None
-            self.plan = self._parts.planner.counts(self._scores.values)
+            self.plan = self._parts.planner.counts(scores.values)
             if is_replicated(self._parts.outer):  # each process has measured prices of its own
                 device = self._units.parameters()[0].device
                 self.plan = replace(self.plan, keep=agreed_counts(self.plan.keep, device))
@@ -189,9 +194,23 @@ class Shrinker:
             name: schedule.dead(self.step, group.units, self.plan.keep.get(name, group.units))
             for name, group in self._parts.structure.groups.items()
         }
-        self._algorithm.look(self._scores, dead)
+        self._check_reads(dead, missing)
+        self._algorithm.look(scores, dead)
         if is_replicated(self._parts.outer):
             self._algorithm.replace(agreed(self._algorithm.dead))
+
+    def _check_reads(self, dead: Mapping[str, int], missing: Sequence[str]) -> None:
+        """What the loss reads past ``forward``, and what had no gradient at any look."""
+        parts = self._parts
+        keep = {} if self.plan is None else self.plan.keep
+        groups = parts.structure.groups
+        shrinking = [g for n, g in groups.items() if keep.get(n, g.units) < g.units]
+        if parts.shard is None:
+            check_unread(parts.model, parts.structure.unread, shrinking, self.step)
+        note = "no gradient at any look so far, so that its units go by the size of their weights"
+        for name in missing:
+            if dead[name] and f"{name}: {note}" not in self._notes:
+                self._notes.append(f"{name}: {note}")
 
     def _settle(self) -> None:
         """The units are chosen for good: cut them out, or hold them at zero until that can be done."""
@@ -225,7 +244,7 @@ class Shrinker:
         assert self._commit is not None
         self._parts.rounding.reveal()
         if self._commit.cut():
-            self._shrunk_at = self.step
+            self._shrunk_at = self._made
             self._parts = self._commit.parts  # a sharded model is another one now
         self._parts.rounding.resize(self.step)
         self._notes += [n for n in self._commit.notes if n not in self._notes]
@@ -275,17 +294,23 @@ class Shrinker:
         rounding = self._parts.rounding
         if rounding.coded and not self.step:
             raise ConfigError(no_steps(0, 1))
-        self._notes += rounding.note(self.step)
+        self._notes += rounding.note(self._made)
         self._rounded = rounding.harden()
+
+    @property
+    def _made(self) -> int:
+        """Steps that were made: ``finish`` goes on from where all units had to be gone."""
+        return self.step if self._ended_at is None else self._ended_at
 
     def _end_early(self) -> None:
         last = self._parts.schedule.last
+        if not self._scores.values:
+            raise ConfigError(no_steps(self.step, self._parts.schedule.every))
+        self._ended_at = self.step
         self._notes.append(
             f"finish() was called after {self.step} steps, before step {last} at which the model would have "
             "shrunk: all units that had to go went at once"
         )
-        if not self._scores.values:
-            raise ConfigError(no_steps(self.step, self._parts.schedule.every))
         self._counter.done = max(self.step, last)
         self._algorithm.reveal()
         self._look()
@@ -298,7 +323,7 @@ class Shrinker:
         after = sum(p.numel() for p in small.parameters())
         return Report(
             algorithm=parts.algorithm,
-            steps=self.step,
+            steps=self._made,
             shrunk_at=self._shrunk_at,
             groups=kept_of(groups, self._commit.kept if self._commit.is_cut else {}),
             held=(*parts.structure.held, *parts.rounding.held),
@@ -355,8 +380,12 @@ class Shrinker:
         if state["is_cut"]:
             check_whole(self._parts.shard)
             kept = dict(state["kept"])
-            commit(self._parts, self._units, kept).restore()
+            cut = commit(self._parts, self._units, kept)
+            cut.restore()
             self._units = Units({}, ())
+            self._restore(state)
+            self._notes += [n for n in cut.notes if n not in self._notes]
+            return
         self._restore(state)
 
     def _restore(self, state: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ def cut_states_(
     """Cut every state tensor of a parameter's old shape as the parameter was cut.
 
     A tensor of another shape that is no single number (rows and columns of factored moments) can't
-    follow; that parameter's state begins anew.
+    follow; that parameter's state begins anew. One that has the new shape already was loaded from a checkpoint
+    of the small model, and stays.
 
     Args:
         optimizer: Its ``state`` is changed.
@@ -32,7 +33,8 @@ def cut_states_(
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        alien = [n for n, v in state.items() if _is_alien(v, shapes[parameter])]
+        fitting = (shapes[parameter], parameter.shape)
+        alien = [n for n, v in state.items() if _is_alien(v, fitting)]
         if alien:
             optimizer.state.pop(parameter)
             notes.append(
@@ -46,5 +48,5 @@ def cut_states_(
     return tuple(notes)
 
 
-def _is_alien(value: object, shape: torch.Size) -> bool:
-    return isinstance(value, Tensor) and value.numel() > 1 and value.shape != shape
+def _is_alien(value: object, fitting: Sequence[torch.Size]) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 1 and value.shape not in fitting

@@ -575,7 +575,7 @@ def test_another_models_optimizer_and_a_second_shrinker_are_refused() -> None:
 def test_parameters_outside_of_the_optimizer_are_named() -> None:
     model = network()
     some = [p for n, p in model.named_parameters() if not n.startswith("blocks.0.bn1")]
-    with pytest.raises(ConfigError, match=r"blocks\.0\.bn1\.weight makes units"):
+    with pytest.raises(ConfigError, match=r"blocks\.0\.bn1\.bias makes units"):
         attached(model, torch.optim.SGD(some, 0.1))
 
 

@@ -10,7 +10,8 @@ from tersor.train.cutting import cut_, zeroed
 from tersor.train.groups import Group
 from tersor.train.literals import literals_after
 from tersor.train.probe import Probe
-from tersor.train.structure import TOLERANCE, Structure, find_structure
+from tersor.train.structure import Structure, find_structure
+from tersor.train.trial import TOLERANCE
 from tests.data.zoo import load_lenet5, load_resnet20
 from tests.unit.capturing import random, trained
 from tests.unit.train.networks import Convolutional, Depthwise, Encoder
