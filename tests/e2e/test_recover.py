@@ -1,5 +1,6 @@
 """compress(recover=...): trained before and after rounding, reported, kept, and on behind a stop."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import tersor
 from tersor.api.result import Result
+from tersor.api.taught import _name
 from tersor.core.jsonable import from_json, to_json
 from tersor.graph.edit import parameters_by_name
 from tersor.report.record import Report
@@ -130,6 +132,37 @@ def test_own_data_and_a_loss_have_a_say(
     quiet = Recorded()
     again(pruned_run, store, quiet, recover=recover)
     assert "recover" not in quiet.stages  # found in the store
+
+
+def test_a_loss_counts_by_its_name_and_an_object_by_that_of_its_class() -> None:
+    assert _name(None) is None
+    assert _name(torch.nn.functional.cross_entropy) == "torch.nn.functional.cross_entropy"
+    assert _name(partial(torch.nn.functional.cross_entropy)) == "functools.partial"
+    assert str(_name(torch.nn.CrossEntropyLoss())).endswith(".loss.CrossEntropyLoss")
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda outputs, item: outputs.logits.sum(), "loss raised AttributeError: .*logits.*item 0"),  # noqa: ARG005
+        (lambda outputs, item: 1.0, "returned a float, wanted a scalar tensor"),  # noqa: ARG005
+        (lambda outputs, item: (outputs, item), "returned a tuple, wanted a scalar tensor"),
+        (torch.nn.CrossEntropyLoss(), "loss raised"),  # an object, which gets the whole item
+        (lambda outputs, item: outputs.sum(1), r"of shape \[12\], wanted one number"),  # noqa: ARG005
+        (lambda outputs, item: outputs.sum() * torch.nan, "loss is nan on the model's own outputs"),  # noqa: ARG005
+    ],
+)  # fmt: skip
+def test_a_loss_of_no_use_is_refused_before_anything_is_searched(
+    pruned_run: Finished, tmp_path: Path, images: dict[str, Tensor], loss: Any, words: str
+) -> None:
+    pairs = [(images["train"][:12], images["train_labels"][:12])] * 2
+    recover = tersor.Recover(
+        steps=2, data=tersor.Data(pairs, to_inputs=lambda pair: pair[0]), loss=loss
+    )
+    progress = Recorded()
+    with pytest.raises(tersor.TersorError, match=words):
+        again(pruned_run, tmp_path, progress, recover=recover)
+    assert set(progress.stages) <= {"data", "capture"}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Accelerate, Lightning and Hugging Face's Trainer, the packages themselves: train, stop, resume, shrink."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from inspect import unwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -16,6 +19,7 @@ from tersor.train.schedule import Schedule
 from tests.unit.train.networks import Convolutional, images
 
 STEPS = 48
+KEY = "tersor"  # of Lightning's checkpoints
 SCHEDULE = Schedule(total_steps=STEPS, begin=0.1, end=0.5, every=4, epoch=4)
 COUNTS = {"blocks.0.conv1": 3, "blocks.1.conv1": 5}
 OPTIONS: dict[str, Any] = {"counts": COUNTS, "schedule": SCHEDULE}
@@ -139,7 +143,14 @@ class TestLightning:
         return Module()
 
     def fit(
-        self, folder: Path, module: Any, *, until: int, path: Any = None, kind: str = "units"
+        self,
+        folder: Path,
+        module: Any,
+        *,
+        until: int,
+        path: Any = None,
+        kind: str = "units",
+        attribute: str = "model",
     ) -> Any:
         """Train up to a step, of a run of STEPS."""
         import lightning.pytorch as lightning
@@ -149,7 +160,7 @@ class TestLightning:
                 if trainer.global_step >= until:
                     trainer.should_stop = True
 
-        callback = tersor.train.LightningCallback(images(4)[0], attribute="model", **KINDS[kind])
+        callback = tersor.train.LightningCallback(images(4)[0], attribute=attribute, **KINDS[kind])
         trainer = lightning.Trainer(
             max_epochs=4,
             callbacks=[callback, Stop()],
@@ -214,6 +225,56 @@ class TestLightning:
         with pytest.raises(ConfigError, match="no structure in the checkpoint"):
             self.fit(tmp_path, self.module(), until=STEPS, path=tmp_path / "plain.ckpt")
 
+    @pytest.mark.parametrize("mode", ["max", "min"])
+    def test_only_checkpoints_from_after_the_cut_are_the_best(
+        self, mode: str, tmp_path: Path
+    ) -> None:
+        import lightning.pytorch as lightning
+
+        class Scored(lightning.Callback):
+            """Best at the very first, whatever is best."""
+
+            def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+                worse = float(trainer.current_epoch)
+                pl_module.log("score", -worse if mode == "max" else worse)
+
+        callback = tersor.train.LightningCallback(images(4)[0], attribute="model", **OPTIONS)
+        kept = lightning.callbacks.ModelCheckpoint(
+            tmp_path, monitor="score", mode=mode, filename="best"
+        )
+        trainer = lightning.Trainer(
+            max_epochs=4,
+            callbacks=[callback, Scored(), kept],
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+        )
+        module = self.module()
+        loader = DataLoader(labelled(STEPS * 2), batch_size=8)  # 12 batches an epoch
+        trainer.fit(module, loader)
+        small, report = callback.finish()
+        assert report.shrunk_at == SCHEDULE.last == 24
+        assert sum("best checkpoint so far" in note for note in report.notes) == 1
+        assert kept.best_model_score == (-1 if mode == "max" else 1)
+        found = torch.load(kept.best_model_path, weights_only=True)
+        assert found[KEY]["step"] == 24
+        module.load_state_dict(found["state_dict"])  # fits
+        assert small is module.model
+
+    def test_a_wrong_option_is_refused_at_once_and_a_wrong_attribute_by_name(
+        self, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match="LightningCallback: found count=, wanted"):
+            tersor.train.LightningCallback(images(4)[0], count={})
+        kind = tersor.train.LightningCallback
+        with pytest.raises(ConfigError, match="found attribute=3, wanted the name"):
+            # Without the annotations' own check, which only tests have.
+            unwrap(kind.__init__)(object.__new__(kind), images(4)[0], attribute=3)
+        with pytest.raises(ConfigError, match=r"attribute='net', .*module of Module.*\(model\)"):
+            self.fit(tmp_path, self.module(), until=1, attribute="net")
+
     def test_finish_before_any_fit(self) -> None:
         callback = tersor.train.LightningCallback(images(4)[0], **OPTIONS)
         with pytest.raises(ConfigError, match="no training run yet"):
@@ -264,7 +325,9 @@ class TestTrainer:
         )
         return transformers.BertForSequenceClassification(config)
 
-    def trainer(self, folder: Path, model: Any, **options: Any) -> Any:
+    def trainer(
+        self, folder: Path, model: Any, changes: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
         import transformers
 
         sample = Sentences()[0]
@@ -273,18 +336,21 @@ class TestTrainer:
         callback = tersor.train.TrainerCallback(example, **given)
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
-            max_steps=STEPS,
             per_device_train_batch_size=8,
             learning_rate=1e-3,
-            save_steps=12,
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
             logging_strategy="no",
             seed=5,
+            **{"max_steps": STEPS, "save_steps": 12, **(changes or {})},
         )
         trainer = transformers.Trainer(
-            model, arguments, train_dataset=Sentences(), callbacks=[callback]
+            model,
+            arguments,
+            train_dataset=Sentences(),
+            eval_dataset=Sentences(),
+            callbacks=[callback],
         )
         return trainer, callback
 
@@ -325,6 +391,50 @@ class TestTrainer:
             assert late.factored == report.factored
             assert late.rounded == report.rounded
             assert same(whole, found)
+
+    BEST: dict[str, Any] = {  # noqa: RUF012 - read only
+        "eval_strategy": "steps",
+        "eval_steps": 12,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # so that the first is the best, but for what is forgotten
+    }
+
+    @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+    def test_only_checkpoints_from_after_the_cut_are_loaded_as_the_best(
+        self, tmp_path: Path
+    ) -> None:
+        trainer, callback = self.trainer(tmp_path, self.model(), self.BEST)
+        trainer.train()
+        small, report = callback.finish()
+        assert report.shrunk_at == SCHEDULE.last == 24
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-24")
+        (note,) = [n for n in report.notes if "best checkpoint so far" in n]
+        assert note.startswith(str(tmp_path / "checkpoint-12"))
+        best = load_file(tmp_path / "checkpoint-24" / "model.safetensors")
+        assert all(torch.equal(t, small.state_dict()[n]) for n, t in best.items())
+
+    def test_nothing_is_loaded_where_none_was_saved_after_the_cut(self, tmp_path: Path) -> None:
+        import transformers
+
+        class Stop(transformers.TrainerCallback):
+            """Else the Trainer saves at the end, whatever steps were asked for."""
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                del args
+                control.should_training_stop = state.global_step == 45
+
+        course = replace(SCHEDULE, end=0.9)  # checkpoints after steps 12, 24 and 36
+        trainer, callback = self.trainer(tmp_path, self.model(), self.BEST, schedule=course)
+        trainer.add_callback(Stop())
+        trainer.train()
+        _, report = callback.finish()
+        assert report.shrunk_at == 43
+        assert trainer.state.best_model_checkpoint is None
+
+    def test_a_wrong_option_is_refused_at_once(self) -> None:
+        with pytest.raises(ConfigError, match=r"found total_steps=, wanted.*itself"):
+            tersor.train.TrainerCallback({}, counts={}, total_steps=4)
 
     def test_a_checkpoint_without_structure_says_what_is_missing(self, tmp_path: Path) -> None:
         trainer, callback = self.trainer(tmp_path, self.model())

@@ -1,18 +1,22 @@
 """The caller's own data for recovery: read once, early, so that what is wrong with it is said early."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tersor.capture.samples import Call, Samples, as_carried, flatten_item, inputs_of
 from tersor.core.data import Data
-from tersor.core.errors import DataError
+from tersor.core.errors import ConfigError, DataError, NumericalError
 from tersor.core.jsonable import digest
 from tersor.core.records import Signature
 from tersor.core.recovery import Recover
+from tersor.core.structure import unflatten
 from tersor.graph.contracts import Graph
+from tersor.recover.goals import one_number
 
 MOST_SAMPLES = 16_384  # that are kept; a stream may be endless
 
@@ -38,8 +42,14 @@ def read_taught(
 ) -> Taught | None:
     """The batches of ``recover.data``; None where there is none.
 
+    A loss is called once, on what the model itself gives for the first item: its mistakes are found before
+    anything is searched.
+
     Raises:
         DataError: Fewer than two batches, or inputs that the model is not given so.
+        ConfigError: The loss raises, or returns no tensor.
+        ShapeError: It returns several numbers.
+        NumericalError: It is not finite.
     """
     if recover is None or recover.data is None:
         return None
@@ -56,6 +66,8 @@ def read_taught(
         flat = _flat(item, data, graph.signature, call, f"recover, item {position}")
         batches.append(flat)
         if recover.loss is not None:
+            if not items:
+                _check_loss(recover.loss, graph, flat, item)
             items.append(item)
         count += int(flat[0].shape[0])
         if count >= MOST_SAMPLES:
@@ -65,11 +77,41 @@ def read_taught(
             f"recover: found {len(batches)} batches of data, wanted at least 2: one to train on and one to "
             "check on"
         )
-    name = (
-        None if recover.loss is None else f"{recover.loss.__module__}.{recover.loss.__qualname__}"
-    )
     hashes = [hash_of(Samples(call, flat)) for flat in batches]
-    return Taught(batches, items, recover.loss, digest(hashes, name))
+    return Taught(batches, items, recover.loss, digest(hashes, _name(recover.loss)))
+
+
+def _name(loss: Callable[[Any, Any], Any] | None) -> str | None:
+    """A loss that is an object (a module, a partial) counts by its class."""
+    if loss is None:
+        return None
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _check_loss(
+    loss: Callable[[Any, Any], Any], graph: Graph, flat: tuple[Tensor, ...], item: Any
+) -> None:
+    """Call a caller's loss once, with outputs that have gradients as they do in training."""
+    with torch.enable_grad():
+        own = [
+            t.detach().requires_grad_().clone() if t.is_floating_point() else t
+            for t in graph.run(flat)
+        ]
+        try:
+            found = loss(unflatten(graph.signature.result, own), item)
+        except Exception as error:  # the caller's function may raise anything
+            kind, said = type(error).__name__, str(error).partition("\n")[0]
+            raise ConfigError(
+                f"recover: loss raised {kind}: {said} (on the model's own outputs and item 0 of data); wanted a "
+                "function loss(outputs, item), where outputs are what the model returns and item is one of data"
+            ) from error
+    value = float(one_number(found).detach())
+    if not math.isfinite(value):
+        raise NumericalError(
+            f"recover: loss is {value} on the model's own outputs and item 0 of data, wanted a finite one; check "
+            "the item's labels and the loss function"
+        )
 
 
 def _flat(

@@ -1,10 +1,10 @@
 """What the caller allows for recovery, and what it did: plain values."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tersor.core.data import Data
 from tersor.core.errors import ConfigError
 
 _MOST_SECONDS = 86400.0
@@ -53,13 +53,10 @@ class Recover:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         self._take_minutes()
-        if self.loss is not None and self.data is None:
-            raise ConfigError(
-                "recover: found a loss without data; give data=tersor.Data(loader, to_inputs=...) whose "
-                "items hold what the loss needs"
-            )
-        if not (math.isfinite(self.seconds) and 0 < self.seconds <= _MOST_SECONDS):
+        self._check_data()
+        if not 0 < self.seconds <= _MOST_SECONDS:
             raise ConfigError(
                 f"recover: found seconds={self.seconds}, wanted more than 0 and at most "
                 f"{_MOST_SECONDS:.0f}; recover=None leaves it out"
@@ -78,6 +75,34 @@ class Recover:
         if not 0 <= self.whole <= 1:
             raise ConfigError(f"recover: found whole={self.whole}, wanted a share from 0 to 1")
         self._check_goal()
+
+    def _check_numbers(self) -> None:
+        """Types, before anything is compared or multiplied."""
+        for name in ("seconds", "minutes", "rate", "whole", "temperature"):
+            value = getattr(self, name)
+            if name == "minutes" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(
+                    f"recover: found {name}={value!r}, wanted a number; leave it out for the default"
+                )
+
+    def _check_data(self) -> None:
+        if not (self.data is None or isinstance(self.data, Data) or _is_many(self.data)):
+            raise ConfigError(
+                f"recover: found data={self.data!r}, wanted an iterable of inputs (a DataLoader is one), "
+                "tersor.Data(iterable, to_inputs=...), or None for the calibration part"
+            )
+        if not (self.loss is None or callable(self.loss)):
+            raise ConfigError(
+                f"recover: found loss={self.loss!r}, wanted a function loss(outputs, item) that returns a "
+                "scalar tensor, or None"
+            )
+        if self.loss is not None and self.data is None:
+            raise ConfigError(
+                "recover: found a loss without data; give data=tersor.Data(loader, to_inputs=...) whose "
+                "items hold what the loss needs"
+            )
 
     def _check_goal(self) -> None:
         if self.towards not in _GOALS:
@@ -100,6 +125,12 @@ class Recover:
     def budget(self) -> "Recover":
         """The same without data and loss: plain values, which keys and records are made of."""
         return replace(self, data=None, loss=None)
+
+
+def _is_many(data: Any) -> bool:
+    """Whether items can be had of it one by one; those of a text are none."""
+    each = getattr(data, "__iter__", getattr(data, "__getitem__", None))
+    return callable(each) and not isinstance(data, str | bytes)
 
 
 Part = Literal["moments", "block", "whole"]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tersor.core.errors import ConfigError, ShapeError
 from tersor.core.records import OutputKind, Structure
 from tersor.core.structure import unflatten
 from tersor.graph.axes.matching import Counterparts
@@ -52,8 +53,27 @@ class Teacher:
 class Judged:
     """A caller's own loss, and what it reads of each batch."""
 
-    loss: Callable[[Any, Any], Tensor]
+    loss: Callable[[Any, Any], Any]
     items: Sequence[Any]
+
+
+def one_number(loss: Any) -> Tensor:
+    """What a caller's loss has returned, as a scalar.
+
+    Raises:
+        ConfigError: It is no tensor.
+        ShapeError: It has several numbers.
+    """
+    if not isinstance(loss, Tensor):
+        raise ConfigError(
+            f"recover: loss returned a {type(loss).__name__}, wanted a scalar tensor; return the loss itself, "
+            "without .item()"
+        )
+    if loss.numel() != 1:
+        raise ShapeError(
+            f"recover: loss returned a tensor of shape {list(loss.shape)}, wanted one number; take its mean"
+        )
+    return loss.reshape(())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +135,7 @@ class _Ends:
     def _with_labels(self, loss: Tensor, got: Mapping[str, Any], drawn: Drawn) -> Tensor:
         if drawn.item is None or self.judged is None:
             return loss
-        label = self.judged.loss(unflatten(self.result, self._new(got)), drawn.item)
+        label = one_number(self.judged.loss(unflatten(self.result, self._new(got)), drawn.item))
         return (1 - LABELS) * loss + LABELS * label
 
 

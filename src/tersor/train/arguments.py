@@ -30,7 +30,8 @@ def check_kinds(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: found {type(model).__name__}, wanted a torch.nn.Module")
-    lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
+    parameters: list[tuple[str, Any]] = list(model.named_parameters())
+    lazy = next((n for n, p in parameters if is_lazy(p)), None)
     if lazy is not None:
         raise ConfigError(
             f"{lazy}: has no size yet (a lazy layer); run the model once and attach then"
@@ -46,7 +47,8 @@ def check_kinds(
             raise ConfigError(f"{name}: found {value!r}, wanted {text} or None")
     if isinstance(keep, str) or not isinstance(keep, Sequence):
         raise ConfigError(f"keep: found {keep!r}, wanted a tuple of names of layers or widths")
-    odd = next((k for k in keep if not isinstance(k, str)), None)
+    names: list[object] = list(keep)
+    odd = next((k for k in names if not isinstance(k, str)), None)
     if odd is not None:
         raise ConfigError(f"keep: found {odd!r} in it, wanted names of layers or widths")
 

@@ -168,7 +168,8 @@ def resumed(
         example: One batch of the model's inputs.
         structure: Of the model when the run began; of one whose layers become pairs, what it was.
         state: Of ``state_dict``.
-        options: As of ``attach``: its schedule, bits and keep are taken.
+        options: As of ``attach``: its schedule, bits, keep and counts are taken; the last are only
+            compared.
     """
     plain = _unwrapped(model)
     check_sharded(plain, None)
@@ -188,7 +189,7 @@ def resumed(
             probe=Probe.of(*flatten_item(example, "example")),
             schedule=planned,
             planner=None,
-            counts=None,
+            counts=options.get("counts"),
             algorithm=str(state["algorithm"]),
             rounding=_rounding(plain, optimizer, options, planned, structure, tuple(known["bits"])),
         ),

@@ -28,7 +28,7 @@ from tersor.train.rank_planning import Ranks
 from tersor.train.ranks import agreed, is_replicated, rewrapped, summed
 from tersor.train.report import Report
 from tersor.train.rescue import Rescue
-from tersor.train.resuming import VERSION, bind, check_shape
+from tersor.train.resuming import VERSION, bind, check_run, check_shape, course_of
 from tersor.train.settling import StableRanks
 from tersor.train.spectral_parts import SpectralParts
 
@@ -288,6 +288,8 @@ class Factorizer:
             "algorithm": "spectral",
             "structure": self._parts.shapes,
             "total_steps": self._parts.schedule.total_steps,
+            "schedule": course_of(self._parts.schedule),
+            "plan": None if self._parts.counts is None else dict(self._parts.counts),
             "step": self.step,
             "cut_at": self._cut_at,
             "is_cut": self._is_done,
@@ -319,11 +321,8 @@ class Factorizer:
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, of which the model has the structure."""
         check_shape(state, self._parts.shapes, "spectral")
-        if state["total_steps"] != self._parts.schedule.total_steps:
-            raise ConfigError(
-                f"checkpoint: found total_steps={state['total_steps']}, wanted "
-                f"{self._parts.schedule.total_steps}: the schedule of the run that is resumed"
-            )
+        schedule, counts = self._parts.schedule, self._parts.counts
+        check_run(state, schedule.total_steps, "spectral", schedule=schedule, counts=counts)
         device = next(self._parts.model.parameters()).device
         self._counter.done, self._rate.peak = int(state["step"]), float(state["peak"])
         self._notes, self._shrunk_at = list(state["notes"]), state["shrunk_at"]

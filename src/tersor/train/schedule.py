@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from tersor.core.errors import ConfigError
 
+_BEGIN, _END = 0.05, 0.40  # of the window, where nothing else is said
 FEWEST_LOOKS = 4  # between the begin and the end: fewer would be a one-shot cut
 
 
@@ -31,8 +33,8 @@ class Schedule:
     """
 
     total_steps: int
-    begin: float = 0.05
-    end: float = 0.40
+    begin: float = _BEGIN
+    end: float = _END
     every: int = 20
     hard: float = 0.90
     epoch: int | None = None
@@ -43,27 +45,51 @@ class Schedule:
                 f"total_steps: found {self.total_steps!r}, wanted the number of the optimizer's steps, "
                 "a whole number of at least 1: epochs * batches // accumulation"
             )
-        if not (0 <= self.begin < self.end <= 1):
-            raise ConfigError(
-                f"schedule: found begin={self.begin}, end={self.end}; wanted 0 <= begin < end <= 1"
-            )
-        if not 0 < self.hard <= 1:
-            raise ConfigError(f"schedule: found hard={self.hard}, wanted more than 0, at most 1")
+        self._check_shares()
         if self.epoch is not None and (type(self.epoch) is not int or self.epoch < 1):
             raise ConfigError(
                 f"schedule: found epoch={self.epoch!r}, wanted at least 1 step, or None"
             )
         if type(self.every) is not int or self.every < 1:
             raise ConfigError(f"schedule: found every={self.every!r}, wanted at least 1 step")
-        looks = (self.last - self.first) // self.every
+        self._check_looks()
+
+    def _check_shares(self) -> None:
+        for name in ("begin", "end", "hard"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ConfigError(
+                    f"schedule: found {name}={value!r}, wanted a share of the run, a number from 0 to 1"
+                )
+        if not (0 <= self.begin < self.end <= 1):
+            raise ConfigError(
+                f"schedule: found begin={self.begin}, end={self.end}; wanted 0 <= begin < end <= 1"
+            )
+        if not 0 < self.hard <= 1:
+            raise ConfigError(f"schedule: found hard={self.hard}, wanted more than 0, at most 1")
+
+    def _check_looks(self) -> None:
+        looks = max(0, self.last - self.first) // self.every
         if looks < FEWEST_LOOKS:
             least = math.ceil((FEWEST_LOOKS + 1) * self.every / (self.end - self.begin))
             raise ConfigError(
                 f"total_steps={self.total_steps} is too small: {looks} looks at the scores between "
                 f"{self.begin:.0%} and {self.end:.0%} of the run, wanted {FEWEST_LOOKS}; train for "
-                f"{least} steps, or give schedule=tersor.train.Schedule(total_steps={self.total_steps}, "
-                f"every={max(1, (self.last - self.first) // FEWEST_LOOKS)})"
+                f"{least} steps{self._way_out()}"
             )
+
+    def _way_out(self) -> str:
+        """A schedule that fits the steps that there are: closer looks, else a wider window."""
+        head = f"schedule=tersor.train.Schedule(total_steps={self.total_steps}"
+        every = (self.last - self.first) // FEWEST_LOOKS
+        if every >= 1:
+            is_usual = (self.begin, self.end) == (_BEGIN, _END)
+            shares = "" if is_usual else f", begin={self.begin}, end={self.end}"
+            return f", or give {head}{shares}, every={every})"
+        every = self.total_steps // FEWEST_LOOKS
+        if every >= 1:
+            return f", or give a wider window: {head}, begin=0.0, end=1.0, every={every})"
+        return ""
 
     @property
     def first(self) -> int:

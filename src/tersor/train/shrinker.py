@@ -26,7 +26,14 @@ from tersor.train.planning import Counts
 from tersor.train.ranks import agreed, agreed_counts, is_replicated, rewrapped
 from tersor.train.report import Report, kept_of
 from tersor.train.rescue import Rescue
-from tersor.train.resuming import VERSION, bind, check_run, check_structure, check_whole
+from tersor.train.resuming import (
+    VERSION,
+    bind,
+    check_run,
+    check_structure,
+    check_whole,
+    course_of,
+)
 from tersor.train.rounding import Rounded
 from tersor.train.scores import Scores
 from tersor.train.sharding import gathered
@@ -351,6 +358,7 @@ class Shrinker:
             "version": VERSION,
             "structure": {n: g.units for n, g in self._parts.structure.groups.items()},
             "total_steps": self._parts.schedule.total_steps,
+            "schedule": course_of(self._parts.schedule),
             "step": self.step,
             "plan": None if plan is None else dict(plan.keep),
             "predicted_ms": None if plan is None else plan.predicted_ms,
@@ -391,7 +399,14 @@ class Shrinker:
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, of which the model has the structure."""
         check_structure(state, self._parts.structure)
-        check_run(state, self._parts.schedule.total_steps, self._parts.algorithm)
+        parts = self._parts
+        check_run(
+            state,
+            parts.schedule.total_steps,
+            parts.algorithm,
+            schedule=parts.schedule,
+            counts=parts.counts,
+        )
         device = next(self._parts.model.parameters()).device
         self._counter.done, self._rate.peak = int(state["step"]), float(state["peak"])
         self._notes = list(state["notes"])

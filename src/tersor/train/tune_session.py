@@ -113,7 +113,7 @@ class Tuning:
                 self.progress.close()
         report = replace(
             report,
-            notes=(*report.notes, *_notes(job, hooks)),
+            notes=(*report.notes, *_notes(job, recipe, hooks)),
             seconds=self.clock() - begun,
             steps_made=arena.steps_made,
         )
@@ -276,7 +276,7 @@ def without_pool(job: Job) -> Job:
     return replace(job, pool=Pool((), 0, is_static=job.pool.is_static))
 
 
-def _notes(job: Job, hooks: int) -> tuple[str, ...]:
+def _notes(job: Job, recipe: Recipe, hooks: int) -> tuple[str, ...]:
     found = []
     if not job.model.training:
         found.append(
@@ -285,7 +285,9 @@ def _notes(job: Job, hooks: int) -> tuple[str, ...]:
         )
     if hooks:
         found.append(f"note: {hooks} step hooks of the optimizer were left off while tuning")
-    owned = {id(p) for group in job.optimizer.param_groups for p in group["params"]}
+    # By name, another optimizer has taken some parameters of the caller's, or all of them.
+    groups = [group for optimizer in recipe.optimizers for group in optimizer.param_groups]
+    owned = {id(p) for group in groups for p in group["params"]}
     free = [n for n, p in job.model.named_parameters() if p.requires_grad and id(p) not in owned]
     if free:
         found.append(

@@ -164,6 +164,7 @@ def test_muon_is_on_by_name_whatever_its_time_and_others_are_compared_with_it() 
     assert fused.loss is not None
     assert fused.loss.plain_mean == pytest.approx(muon.loss.mean)  # not the loss of Adam alone
     assert len(recipe.optimizers) == 2
+    assert not any("not in the optimizer" in note for note in report.notes)  # Muon has them
     assert found.optimizer.param_groups[0]["fused"] is True
 
 
