@@ -76,7 +76,7 @@ def test_pt2_is_a_program_of_torch(
     lenet_run.result.export(path)
     program = torch.export.load(path)
     batch = images["test"][:3]
-    (found,) = program.module()(batch)
+    found = program.module()(batch)
     check(found.detach().numpy(), lenet_run, batch)
 
 
