@@ -35,7 +35,8 @@ def samples(item: Any) -> Samples:
 
 
 def graph_of(module: nn.Module, *inputs: Tensor) -> Graph:
-    return capture(module, samples(inputs)).graph
+    """Of any module: what ops do to a whole batch is asked of modules that mix its samples, too."""
+    return capture(module, samples(inputs), may_mix=True).graph
 
 
 def targets(graph: Graph) -> list[str]:

@@ -29,6 +29,7 @@ from tersor.capture.exporting import (
     first_line,
     input_values,
 )
+from tersor.capture.mixing import check_mixing
 from tersor.capture.programs import Model, as_module
 from tersor.capture.samples import TO_INPUTS, Call, Samples, several_shapes, varying
 from tersor.capture.sizes import Names, described, limits
@@ -79,7 +80,12 @@ class _Host:
 
 
 def capture(
-    model: Model, samples: Samples, dynamic: Collection[Place] = (), *, fold: bool = True
+    model: Model,
+    samples: Samples,
+    dynamic: Collection[Place] = (),
+    *,
+    fold: bool = True,
+    may_mix: bool = False,
 ) -> Captured:
     """Export a model and prove that the graph computes the same.
 
@@ -89,27 +95,33 @@ def capture(
             repeated). Dimensions that vary among them are exported as dynamic.
         dynamic: More dimensions that shall be dynamic, as (flat input, dimension): those that
             vary in other parts of the data (``samples.varying``).
-        fold: As for ``normalise``; without it stored tensors keep the model's own names.
+        fold: As for ``normalise``; without it stored tensors keep the model's own names, as training
+            needs them.
+        may_mix: Take a model that mixes the samples of a batch, too, as one that is trained may.
 
     Raises:
         WeightError: A parameter that is not finite, complex or sparse.
         DataError: The model can't take the inputs.
         CaptureError: Not exportable; names the op or the dimension, the source line and the way
             out.
-        ParityError: The exported graph computes something else.
+        ParityError: The exported graph computes something else, or a sample's output depends on the
+            batch that it is in.
     """
     module = as_module(model)
     check_weights(module)
     with state_restored(module), configured(module, EXPORTABLE), evaluation_mode(module), _quiet():
         host = _hosted(module, samples)
         with evaluation_mode(host.plain):
-            graph = _graph(host, samples, dynamic, fold=fold)
+            graph, limit = _graph(host, samples, dynamic, fold=fold)
+            if fold and not may_mix:  # unfolded it is looked at for training, where losses may mix
+                _check_mixing(host, graph, samples, limit)
     return Captured(graph, _original(host), samples.call)
 
 
 def _graph(
     host: _Host, samples: Samples, dynamic: Collection[Place], *, fold: bool = True
-) -> Graph:
+) -> tuple[Graph, float]:
+    """The graph, and what it may differ by."""
     call = samples.call
     samples = _cast(samples, host.dtype)
     _check_shapes(host, samples)
@@ -141,7 +153,8 @@ def _graph(
     graph = Graph(module, signature, example)
     ensure(graph)
     lower = autocast_type(program.graph_module)
-    return _with_parity(host, graph, samples, PARITY if lower is None else half_parity(lower))
+    limit = PARITY if lower is None else half_parity(lower)
+    return _with_parity(host, graph, samples, limit), limit
 
 
 def _check_constants(module: torch.fx.GraphModule) -> None:
@@ -381,6 +394,16 @@ def _with_parity(host: _Host, graph: Graph, samples: Samples, limit: float) -> G
         for found, wanted in zip(graph.run(graph.example), host.outputs, strict=True):
             _judge(host.own, found, wanted, 2, half_parity(host.dtype))
     return dataclasses.replace(graph, signature=_typed(graph.signature, host))
+
+
+def _check_mixing(host: _Host, graph: Graph, samples: Samples, limit: float) -> None:
+    def run(flat: Sequence[Tensor]) -> list[Tensor]:
+        leaves: list[Tensor] = []
+        describe(_run(host.plain, samples.call, flat), leaves)
+        return leaves
+
+    groups = _cast(samples, torch.float32).groups
+    check_mixing(host.plain, run, groups, graph.signature.outputs, limit)
 
 
 def half_parity(dtype: torch.dtype) -> float:

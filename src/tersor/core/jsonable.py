@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -137,14 +138,21 @@ def digest(*values: Any) -> str:
     return hashlib.sha256("\n".join(dumps(v) for v in values).encode()).hexdigest()
 
 
-def read_record(cls: type[RecordT], path: str | Path) -> RecordT:
+def read_record(cls: type[RecordT], path: object) -> RecordT:
     """Read a record from a JSON file.
 
     Raises:
-        ConfigError: The file is absent, no JSON, or no record of that class.
+        ConfigError: No path, or the file is absent, no JSON, or no record of that class.
     """
+    name = cls.__name__
+    if not isinstance(path, str | PathLike):
+        raise ConfigError(
+            f"{name.lower()}: found {type(path).__name__}, wanted a {name} or the path of a JSON file "
+            "with one; write a dict to a file with json.dump, or change a record with "
+            "dataclasses.replace"
+        )
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}; wanted a JSON file with a {cls.__name__}") from error
+        raise ConfigError(f"{path}: {error}; wanted a JSON file with a {name}") from error
     return from_json(cls, data, str(path))

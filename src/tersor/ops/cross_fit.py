@@ -26,13 +26,13 @@ def cross_fitted(
 
     Args:
         weight: The original; read only.
-        halves: Moments of both halves of the samples; of one, or without the original input, nothing
-            is fitted.
+        halves: Moments of both halves of the samples; of one, of two of which one is empty (a single
+            row was seen), or without the original input, nothing is fitted.
 
     Raises:
         NumericalError: The moments are not finite or not positive semi-definite.
     """
-    if len(halves) < 2 or halves[0].cross is None:
+    if len(halves) < 2 or halves[0].cross is None or not all(h.count for h in halves):
         return weight, None
     costs: dict[float | None, float] = {
         None: sum(relative_error(weight, weight, h) for h in halves)

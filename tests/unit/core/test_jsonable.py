@@ -178,6 +178,13 @@ def test_an_unreadable_file_says_why(tmp_path: Path):
         read_record(Timing, broken)
 
 
+@pytest.mark.parametrize("value", [{"assignment": {}}, None, b"plan.json", 3])
+def test_what_is_no_path_says_what_is_taken(value: Any):
+    kind = type(value).__name__
+    with pytest.raises(ConfigError, match=rf"plan: found {kind}, wanted a Plan or the path of a"):
+        read_record(Plan, value)
+
+
 def test_digests_depend_on_content_not_on_key_order():
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
