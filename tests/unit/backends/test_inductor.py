@@ -181,7 +181,7 @@ class Reads(nn.Module):
         parts = [t.view(t.shape[0], t.shape[1], 4, -1) for t in (q, k, v)]
         return (
             torch.cat([*parts, self.tied(x).unsqueeze(2).expand(-1, -1, 4, -1)], -1)
-            + (self.tied.weight * x.mean()).sum()
+            + (self.tied.weight * x.mean((1, 2), keepdim=True)).sum((1, 2))[:, None, None, None]
         )
 
 
