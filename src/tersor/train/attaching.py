@@ -313,8 +313,9 @@ def _check_groups(structure: Structure, optimizer: Optimizer, model: nn.Module) 
     }
     if foreign:
         name, tensor = next(iter(foreign.items()))
+        more = f" (and so for {len(foreign) - 1} more widths)" if len(foreign) > 1 else ""
         raise ConfigError(
-            f"attach: {tensor} makes units of {name} and is in no group of the optimizer, nor is what makes units "
-            f"of {len(foreign) - 1} other widths; add it (one optimizer has to train all that shrinks), set "
-            f"requires_grad=False, or leave them whole with keep={tuple(foreign)!r}"
+            f"attach: {tensor} makes units of {name} and is in no group of the optimizer{more}; add it (one "
+            "optimizer has to train all that shrinks), set requires_grad=False, or leave what it makes whole with "
+            f"keep={tuple(foreign)!r}"
         )

@@ -56,21 +56,20 @@ def check_scores(scores: Scores, step: int, rescue: Rescue | None) -> None:
         )
 
 
-def check_unread(
-    model: nn.Module, names: Sequence[str], shrinking: Sequence[Group], step: int
-) -> None:
-    """Refuse layers that train, that ``forward`` does not read, and that look as if they read what shrinks.
+def reader_beside(
+    model: nn.Module, names: Sequence[str], shrinking: Sequence[Group]
+) -> tuple[str, str] | None:
+    """A layer that trains, that ``forward`` does not read, and that may read a width that shrinks.
 
-    The loss calls them by itself, so that nothing is known of what they take.
+    The loss calls it by itself, so that nothing is known of what it takes but its size.
 
     Args:
-        model: With the gradients of this step.
+        model: With the gradients of a step.
         names: Parameters that ``forward`` reads in no mode.
         shrinking: Groups that lose units.
-        step: For the message.
 
-    Raises:
-        ConfigError: Names the layer and the width.
+    Returns:
+        The parameter and the group; None where there is none.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
@@ -79,11 +78,8 @@ def check_unread(
             continue
         for group in shrinking:
             if parameter.shape[1] == group.units:
-                raise ConfigError(
-                    f"step {step}: {name} has a gradient, forward() of {type(model).__name__} does not read it, and it "
-                    f"takes {group.units} inputs, as many as {group.name} has units: it could not follow a cut. Call it "
-                    f"in forward(), in training mode alone if need be, or leave the width whole with keep=({group.name!r},)"
-                )
+                return name, group.name
+    return None
 
 
 def no_steps(step: int, wanted: int) -> str:

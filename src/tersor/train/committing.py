@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.core.errors import ConfigError, NumericalError
+from tersor.train.counting import all_finite
 from tersor.train.cutting import Selection, cut_
 from tersor.train.groups import Group
 from tersor.train.literals import literals_after
@@ -81,13 +82,14 @@ class Commit:
         Raises:
             NumericalError: Weights are none.
         """
-        for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise NumericalError(
-                    f"{name}: its weights are not finite, so that the small model would be of no use; go back to "
-                    "the last checkpoint, lower the learning rate, or clip gradients"
-                )
-        if all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
+        weights = dict(model.named_parameters())
+        if not all_finite(list(weights.values())):
+            bad = next(n for n, w in weights.items() if not all_finite([w]))
+            raise NumericalError(
+                f"{bad}: its weights are not finite, so that the small model would be of no use; go back to "
+                "the last checkpoint, lower the learning rate, or clip gradients"
+            )
+        if all_finite([t for t in outputs if t.is_floating_point()]):
             return True
         self.difference = float("nan")
         self.notes.append(

@@ -111,7 +111,7 @@ class Prox:
     def look(self, scores: Scores, counts: Mapping[str, int]) -> None:
         """Choose the redundant units anew, and pull harder where too much lives."""
         for group, count in counts.items():
-            if count and group in scores.values:
+            if count:
                 self.dead[group] = lowest(scores.values[group], count, self.dead.get(group), 0.05)
         if not self.dead:
             return

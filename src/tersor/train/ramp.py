@@ -73,7 +73,7 @@ class Ramp:
         """Pick as many more units as have to be dead now; those that were fading are gone."""
         self._gone = dict(self.dead)
         for group, count in counts.items():
-            if count and group in scores.values:
+            if count:
                 gone = self._gone.get(group)
                 values = scores.values[group]
                 if gone is not None:

@@ -78,7 +78,7 @@ class Regrow:
             counts: Group -> how many have to be dead now.
         """
         for group, count in counts.items():
-            if count and group in scores.values:
+            if count:
                 self.dead[group] = lowest(scores.values[group], count, self.dead.get(group), MARGIN)
         self._prepare()
 

@@ -42,7 +42,7 @@ class Scores:
         self.looks += 1
 
     def completed(self, units: Units) -> tuple["Scores", tuple[str, ...]]:
-        """With the squared weights of units, of the mean of all other scores, where no gradient came at any look.
+        """With the squared weights of units, brought to the mean of all other scores, where no look saw a gradient.
 
         Such a layer is trained at other steps (heads that take turns) or not at all: its units have to be
         chosen all the same.
@@ -54,11 +54,13 @@ class Scores:
             The scores of every group, and the names of those that were filled up.
         """
         missing = tuple(n for n in units.counts if n not in self.values)
-        if not missing or not self.values:
+        if not missing:
             return self, ()
-        mean = torch.stack([v.mean() for v in self.values.values()]).mean()
         squares = units.squares()
-        filled = {n: squares[n] * (mean / squares[n].mean().clamp_min(_TINY)) for n in missing}
+        filled = {n: squares[n] / squares[n].mean().clamp_min(_TINY) for n in missing}
+        if self.values:
+            mean = torch.stack([v.mean() for v in self.values.values()]).mean()
+            filled = {n: v * mean for n, v in filled.items()}
         return Scores({**self.values, **filled}, self.looks), missing
 
     def state_dict(self) -> dict[str, object]:

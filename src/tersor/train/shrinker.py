@@ -5,7 +5,7 @@ behind it are all that runs; no wrapper class, no value read from the device but
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from tersor.core.errors import ConfigError
 from tersor.train.algorithms import make
-from tersor.train.checks import check_scores, check_shapes, check_unread, no_steps
+from tersor.train.checks import check_scores, check_shapes, no_steps, reader_beside
 from tersor.train.closures import Closure, around, closure_of, with_closure
 from tersor.train.committing import Commit, commit
 from tersor.train.counting import Counter, Rate
@@ -71,6 +71,7 @@ class Shrinker:
         self._rate = Rate()
         self._shrunk_at: int | None = None
         self._ended_at: int | None = None
+        self._beside: tuple[str, str] | None = None
         self._notes: list[str] = []
         self._pace = Pace(time.perf_counter)
         folder = parts.rescue
@@ -133,10 +134,9 @@ class Shrinker:
         with self._pace.inside():
             is_look = self._parts.schedule.is_look(self.step + 1)
             if is_look:
-                is_whole = (
-                    self._parts.shard is None
-                )  # a sharded model changes its parameters itself
-                check_shapes(self._seen, self.step, self._parts.model if is_whole else None)
+                # A sharded model changes its parameters itself.
+                own = self._parts.model if self._parts.shard is None else None
+                check_shapes(self._seen, self.step, own)
             if is_look and closure is None:
                 self._scores.update(self._units, self._parts.optimizer)
             self._algorithm.before()
@@ -201,23 +201,38 @@ class Shrinker:
             name: schedule.dead(self.step, group.units, self.plan.keep.get(name, group.units))
             for name, group in self._parts.structure.groups.items()
         }
-        self._check_reads(dead, missing)
+        self._follow_beside()
         self._algorithm.look(scores, dead)
+        for name in missing:
+            self._note_once(name, dead[name])
         if is_replicated(self._parts.outer):
             self._algorithm.replace(agreed(self._algorithm.dead))
 
-    def _check_reads(self, dead: Mapping[str, int], missing: Sequence[str]) -> None:
-        """What the loss reads past ``forward``, and what had no gradient at any look."""
+    def _note_once(self, group: str, dead: int) -> None:
+        note = f"{group}: no look saw a gradient, so that its units go by the size of their weights"
+        if dead and note not in self._notes:
+            self._notes.append(note)
+
+    def _follow_beside(self) -> None:
+        """Remember a layer that the loss calls past ``forward``: at any look it may be without gradient."""
         parts = self._parts
-        keep = {} if self.plan is None else self.plan.keep
-        groups = parts.structure.groups
-        shrinking = [g for n, g in groups.items() if keep.get(n, g.units) < g.units]
-        if parts.shard is None:
-            check_unread(parts.model, parts.structure.unread, shrinking, self.step)
-        note = "no gradient at any look so far, so that its units go by the size of their weights"
-        for name in missing:
-            if dead[name] and f"{name}: {note}" not in self._notes:
-                self._notes.append(f"{name}: {note}")
+        if self._beside is None and parts.shard is None and self.plan is not None:
+            keep, groups = self.plan.keep, parts.structure.groups.items()
+            shrinking = [g for n, g in groups if keep.get(n, g.units) < g.units]
+            self._beside = reader_beside(parts.model, parts.structure.unread, shrinking)
+
+    def _is_read_beside(self) -> bool:
+        """Whether a layer might break at a cut, so that units stay at zero as long as it trains."""
+        self._follow_beside()
+        if self._beside is None:
+            return False
+        name, group = self._beside
+        self._notes.append(
+            f"{name} trains, and forward() of {type(self._parts.model).__name__} does not read it; it takes as many "
+            f"inputs as {group} has units. As it could not follow a cut, units stay at zero until finish(). Call it in "
+            f"forward() (in training mode alone, if need be), or leave the width whole with keep=({group!r},)"
+        )
+        return True
 
     def _settle(self) -> None:
         """The units are chosen for good: cut them out, or hold them at zero until that can be done."""
@@ -230,7 +245,7 @@ class Shrinker:
         }
         self._commit = commit(self._parts, self._units, kept)
         self._notes += self._rate.note()
-        if not is_replicated(self._parts.outer) and self._pays(kept):
+        if not is_replicated(self._parts.outer) and not self._is_read_beside() and self._pays(kept):
             self._cut()
         self._pull()
 
@@ -311,7 +326,7 @@ class Shrinker:
 
     def _end_early(self) -> None:
         last = self._parts.schedule.last
-        if not self._scores.values:
+        if not self._scores.looks:
             raise ConfigError(no_steps(self.step, self._parts.schedule.every))
         self._ended_at = self.step
         self._notes.append(

@@ -79,14 +79,31 @@ def test_a_width_that_only_training_reads_elsewhere_is_held_and_the_others_shrin
     assert report.shrunk_at == 24
 
 
-def test_a_layer_that_only_the_loss_calls_is_refused_before_anything_goes() -> None:
+def test_a_layer_that_only_the_loss_calls_trains_on_to_the_end() -> None:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         assert isinstance(model, Aux)
         return plain_loss(model, x, y) + model.aux(model.first(x).relu()).square().mean()
 
     shrinker = attached(Aux(inside=False), {"first": 6})
-    with pytest.raises(ConfigError, match=re.escape("aux.weight has a gradient, forward() of Aux")):
-        trained(shrinker, loss)
+    trained(shrinker, loss)
+    assert shrinker.is_settled
+    assert not shrinker.is_shrunk
+    small, report = shrinker.finish()
+    assert small.first.out_features == 6
+    assert report.difference <= 1e-5
+    assert any(
+        "aux.weight trains, and forward() of Aux does not read it" in n for n in report.notes
+    )
+
+
+def test_a_layer_beside_forward_that_can_read_no_width_is_no_reason() -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert isinstance(model, Aux)
+        return plain_loss(model, x, y) + model.aux(model.first(x).relu()).square().mean()
+
+    shrinker = attached(Aux(inside=False), {"second": 6})
+    trained(shrinker, loss)
+    assert shrinker.is_shrunk
 
 
 def test_a_layer_that_nothing_calls_is_no_reason() -> None:
@@ -120,8 +137,23 @@ def test_heads_that_train_in_turn_end_with_the_counts_asked_for(algorithm: str) 
     trained(shrinker, loss)
     small, report = shrinker.finish()
     assert (small.left[0].out_features, small.right[0].out_features) == (5, 4)
-    (note,) = [n for n in report.notes if "no gradient at any look" in n]
+    (note,) = [n for n in report.notes if "no look saw a gradient" in n]
     assert note.startswith("left.0")
+
+
+@pytest.mark.parametrize("algorithm", ["regrow", "ramp", "prox"])
+def test_a_model_that_no_look_finds_trained_ends_with_the_counts(algorithm: str) -> None:
+    """Its steps and those of another model of the same optimizer take turns."""
+    model, other = chain(), nn.Linear(6, 3)
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], 0.05)
+    turn = iter(range(10**6))
+
+    def loss(own: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return plain_loss(own if next(turn) % 2 == 0 else other, x, y)
+
+    shrinker = attached(model, {"0": 5}, optimizer=optimizer, algorithm=algorithm)
+    trained(shrinker, loss)
+    assert shrinker.finish()[0][0].out_features == 5
 
 
 def test_units_without_gradients_go_by_their_size() -> None:

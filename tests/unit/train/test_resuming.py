@@ -22,21 +22,10 @@ from tersor.train.resuming import (
     stage_of,
 )
 from tersor.train.schedule import Schedule
+from tests.unit.train.comparing import same
 
 STEPS = 40
 SCHEDULE = Schedule(total_steps=STEPS, every=2)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Values and kinds, all the way down."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(v, other[k]) for k, v in one.items())
-    if isinstance(one, list | tuple):
-        pairs = zip(one, other, strict=True)
-        return type(one) is type(other) and all(same(*pair) for pair in pairs)
-    return type(one) is type(other) and bool(one == other)
 
 
 def test_tensors_that_share_memory_come_back_as_they_were(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +19,7 @@ from tersor.train.tune_state import (
     seed_all,
     without_hooks,
 )
+from tests.unit.train.comparing import same
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: SGD(p, 0.1),
@@ -59,18 +60,6 @@ def picture(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
             "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()),  # noqa: NPY002
         }
     )
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(v, other[k]) for k, v in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    return type(one) is type(other) and one == other
 
 
 @pytest.mark.parametrize("before", [0, 3], ids=["fresh", "in training"])
