@@ -73,6 +73,7 @@ def test_a_width_that_only_training_reads_elsewhere_is_held_and_the_others_shrin
     shrinker = attached(Aux(inside=True), {"second": 5})
     (held,) = [h for h in shrinker._parts.structure.held if h.name == "first"]
     assert "in training mode" in held.reason
+    assert shrinker._parts.structure.unread == ()
     trained(shrinker)
     small, report = shrinker.finish()
     assert small.second.out_features == 5
@@ -141,8 +142,11 @@ def test_heads_that_train_in_turn_end_with_the_counts_asked_for(algorithm: str) 
     assert note.startswith("left.0")
 
 
+@pytest.mark.parametrize("steps", [STEPS, 9])
 @pytest.mark.parametrize("algorithm", ["regrow", "ramp", "prox"])
-def test_a_model_that_no_look_finds_trained_ends_with_the_counts(algorithm: str) -> None:
+def test_a_model_that_no_look_finds_trained_ends_with_the_counts(
+    algorithm: str, steps: int
+) -> None:
     """Its steps and those of another model of the same optimizer take turns."""
     model, other = chain(), nn.Linear(6, 3)
     optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], 0.05)
@@ -152,7 +156,7 @@ def test_a_model_that_no_look_finds_trained_ends_with_the_counts(algorithm: str)
         return plain_loss(own if next(turn) % 2 == 0 else other, x, y)
 
     shrinker = attached(model, {"0": 5}, optimizer=optimizer, algorithm=algorithm)
-    trained(shrinker, loss)
+    trained(shrinker, loss, steps=steps)
     assert shrinker.finish()[0][0].out_features == 5
 
 
