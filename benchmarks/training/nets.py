@@ -217,9 +217,7 @@ def narrow(counts: Mapping[str, int], net: Net) -> nn.Module:
 def fresh(model: nn.Module, old: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same settings with empty states."""
     settings = {k: v for k, v in old.param_groups[0].items() if k != "params"}
-    made = type(old)([{"params": list(model.parameters()), **settings}])
-    made.param_groups[0].update(settings)
-    return made
+    return type(old)([{"params": list(model.parameters()), **settings}])
 
 
 def kept(values: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
