@@ -1,7 +1,7 @@
 """What solvers take: to be run on a machine that does nothing else."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -70,7 +70,10 @@ def square_seconds(seed: int) -> dict[str, float]:
 
 
 def minilm_seconds(seed: int) -> dict[str, float]:
-    """One statistics pass over MiniLM, then every level of every method at all of its sites."""
+    """One statistics pass over MiniLM, then every level of every method, site by site as a run does.
+
+    What methods share of a site is counted at the first of them that needs it.
+    """
     graph, flat = minilm_parts(SENTENCES, seed)
     calibration = batches(flat["calibration"], 32)
     begun = time.perf_counter()
@@ -78,20 +81,20 @@ def minilm_seconds(seed: int) -> dict[str, float]:
     observed = observe(graph, calibration, len(calibration), seed=seed)
     statistics = site_statistics(graph, sites, observed)
     found = {"statistics s": time.perf_counter() - begun}
-    ways: dict[str, Sequence[Method]] = {
-        "quantize s": [Quantize()],
-        "codebook s": [Codebook()],
-        "sparsify s": [Sparsify()],
-        "lowrank s": [Lowrank()],
+    ways: dict[str, Method] = {
+        "quantize s": Quantize(),
+        "codebook s": Codebook(),
+        "sparsify s": Sparsify(),
+        "lowrank s": Lowrank(),
     }
-    for name, family in ways.items():
-        begun = time.perf_counter()
-        for method in family:
-            for site in sites:
-                known = statistics[site.name]
-                for candidate in method.propose(site, known):
-                    method.apply(site, candidate, known)
-        found[name] = time.perf_counter() - begun
+    found |= dict.fromkeys(ways, 0.0)
+    for site in sites:
+        known = statistics[site.name]
+        for name, method in ways.items():
+            begun = time.perf_counter()
+            for candidate in method.propose(site, known):
+                method.apply(site, candidate, known)
+            found[name] += time.perf_counter() - begun
     return {**found, "seconds": sum(found.values())}
 
 

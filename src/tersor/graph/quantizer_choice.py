@@ -5,6 +5,7 @@ a smoothing scale per channel where that helps. What convolutions read takes the
 error, or that of another rule (largest value, percentile, entropy) where one is surely better.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ SIGNED, UNSIGNED = (-128, 127), (0, 255)
 SHIFT_SHARE = 0.25
 # Ranges to choose from, as fractions of the largest value.
 RANGE_FRACTIONS = (1.0, 0.8, 0.64, 0.5, 0.4, 0.3)
+_CLIPPED = 0.999  # share of values that a clipped range takes in
 _FLOORS = (0.5, 1.0)  # of channels' largest magnitudes, in units of the middle channel's
 _EXACT = 24  # grids whose errors are computed as the readers see them
 SURE = 2.0  # standard errors by which another range has to be better
@@ -91,11 +93,12 @@ def _smoothed(
     sample: Tensor, weight_amax: Tensor, alphas: Sequence[float | None]
 ) -> Iterator["_Smoothed"]:
     """All factors to choose from."""
-    magnitudes = list(_largest(sample))
+    magnitudes: list[Tensor] = []
     for alpha in alphas:
         if alpha is None:
             yield _Smoothed(None, None)
             continue
+        magnitudes = magnitudes or list(_largest(sample))
         for amax in magnitudes:
             yield _Smoothed(alpha, smoothing_scale(amax, weight_amax, alpha).float())
 
@@ -107,11 +110,20 @@ def _largest(sample: Tensor) -> Iterator[Tensor]:
     middle channel's. The short side of a function such as GELU is as long in a quiet channel as in a loud one: divided by
     little it would take most of a grid that is shifted for it.
     """
-    yield torch.quantile(sample.abs(), 0.999, dim=0).clamp_min(1e-6)
-    largest = sample.abs().amax(0).clamp_min(1e-6)
+    sizes = sample.abs()
+    yield _quantile(sizes, _CLIPPED).clamp_min(1e-6)
+    largest = sizes.amax(0).clamp_min(1e-6)
     middle = float(largest.median())
     for share in _FLOORS:
         yield largest.clamp_min(share * middle)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """A high quantile of each column [n], between two values as ``torch.quantile`` takes it, which sorts all of them."""
+    place = share * (len(values) - 1)
+    below = math.floor(place)
+    top = values.topk(len(values) - below, dim=0).values
+    return torch.lerp(top[-1], top[max(0, len(top) - 2)], place - below)
 
 
 def range_steps(statistics: SiteStatistics) -> dict[str, float]:

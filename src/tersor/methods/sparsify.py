@@ -26,6 +26,7 @@ from tersor.ops.group_rounding import RoundingConfig
 from tersor.ops.low_bits import DRAFT, rounded_low
 from tersor.ops.packed import Packed
 from tersor.ops.permutation import permute_inputs
+from tersor.ops.remembered import remembered
 from tersor.ops.sparsity import (
     NofM,
     Pattern,
@@ -67,7 +68,7 @@ _FOURS = NofM(kept=2, of=4)
 _ROUNDS = 4
 # Of the refit's gradient; the loss is then within 1e-3 of its least one, and rounding follows.
 REFIT_TOLERANCE = 1e-3
-DRAFT_TOLERANCE = 1e-2  # the loss is within 1 % of that
+DRAFT_TOLERANCE = 2e-3  # the loss is within 1 % of that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +137,11 @@ class Sparsify:
     def _packed(self, packing: Packing, aim: Aim) -> Packed:
         if aim.metric is None:
             return pack_nearest(aim.target, packing)
-        order = self._order(packing, aim.target, aim.metric)
-        keep, weight = self._kept(packing, aim, aim.metric, order)
+        pattern: Pattern = _FOURS
+        if packing.kind == "sparse":
+            pattern = Unstructured(kept=packing.kept / aim.target.numel())
+        effort = _Effort(aim.is_draft, self.damping, self.steps)
+        order, keep, weight = _kept(aim.target, aim.metric, pattern, effort)
         codes, steps = weight, None
         if packing.bits != FLOAT_BITS:
             config = DRAFT if aim.is_draft else RoundingConfig.for_layer(*weight.shape[1:])
@@ -147,47 +151,61 @@ class Sparsify:
             return pack_pairs(packing, order, keep, codes, steps)
         return pack_sparse(packing, keep, codes, steps)
 
-    def _order(self, packing: Packing, target: Tensor, metric: Tensor) -> Tensor:
-        """The order of the inputs in which the pattern keeps most, where there is one."""
-        inputs = target.shape[2]
-        if packing.kind != "pairs" or inputs % _FOURS.of:
-            return torch.arange(inputs)
-        scores = obs_scores(target, metric, self.damping).flatten(0, 1)
-        return permute_inputs(scores, _FOURS, rounds=_ROUNDS)
 
-    def _kept(
-        self, packing: Packing, aim: Aim, metric: Tensor, order: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Which weights stay, and what they are: in one pass over the columns, or at leisure."""
-        pattern: Pattern = _FOURS
-        if packing.kind == "sparse":
-            pattern = Unstructured(kept=packing.kept / aim.target.numel())
-        target, moment = _arranged(aim.target, metric, order, pattern)
-        if aim.is_draft:
-            done = eliminate(target, moment, pattern, damping=self.damping)
-            # It keeps a share of every block of columns, whose sum may be a few weights off.
-            keep = best_mask(magnitude_scores(done.weight), pattern)
-        else:
-            keep = choose_support(
-                target, moment, pattern, damping=self.damping, steps=self.steps
-            ).keep
-        weight = refit_support(
-            target,
-            moment,
-            keep,
-            damping=self.damping,
-            direct=False,  # one factorisation an output takes ten times as long
-            tolerance=DRAFT_TOLERANCE if aim.is_draft else REFIT_TOLERANCE,
-        ).weight
-        back = order.argsort()
-        return keep[:, :, back], weight[:, :, back]
+@dataclass(frozen=True, slots=True)
+class _Effort:
+    """How hard to try: in one pass over the columns, or at leisure by so many steps."""
+
+    is_draft: bool
+    damping: float
+    steps: int
+
+
+@remembered  # levels that differ in bits alone keep the same
+def _kept(
+    weight: Tensor, metric: Tensor, pattern: Pattern, effort: _Effort
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of the inputs, which weights [g, m, n] stay, and what they are."""
+    order = _order(weight, metric, pattern, effort.damping)
+    target, moment = _arranged(weight, metric, order, pattern)
+    start: Tensor | None = None
+    if effort.is_draft:
+        done = eliminate(target, moment, pattern, damping=effort.damping)
+        # It keeps a share of every block of columns, whose sum may be a few weights off.
+        keep, start = best_mask(magnitude_scores(done.weight), pattern), done.weight
+    else:
+        keep = choose_support(
+            target, moment, pattern, damping=effort.damping, steps=effort.steps
+        ).keep
+    refitted = refit_support(
+        target,
+        moment,
+        keep,
+        damping=effort.damping,
+        direct=False,  # one factorisation an output takes ten times as long
+        tolerance=DRAFT_TOLERANCE if effort.is_draft else REFIT_TOLERANCE,
+        start=start,
+    ).weight
+    back = order.argsort()
+    return order, keep[:, :, back], refitted[:, :, back]
+
+
+def _order(target: Tensor, metric: Tensor, pattern: Pattern, damping: float) -> Tensor:
+    """The order of the inputs in which the pattern keeps most, where there is one."""
+    inputs = target.shape[2]
+    if not isinstance(pattern, NofM) or inputs % pattern.of:
+        return torch.arange(inputs)
+    scores = obs_scores(target, metric, damping).flatten(0, 1)
+    return permute_inputs(scores, pattern, rounds=_ROUNDS)
 
 
 def _arranged(
     weight: Tensor, metric: Tensor, order: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor]:
     """A weight and its metric in an order of the inputs, with idle ones behind to fill the last group."""
-    W, H = weight[:, :, order], metric[:, order][:, :, order]
+    W, H = weight, metric
+    if not torch.equal(order, torch.arange(len(order))):
+        W, H = weight[:, :, order], metric[:, order][:, :, order]
     missing = -W.shape[2] % pattern.of if isinstance(pattern, NofM) else 0
     if not missing:
         return W, H

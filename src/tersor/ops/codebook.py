@@ -129,23 +129,27 @@ def ascending(codebook: Codebook) -> Codebook:
 class ColumnTables:
     """Tables as the loops over columns need them."""
 
-    tables: Float64[Tensor, "b c k"]
-    bounds: Float64[Tensor, "b c edges"]
+    tables: tuple[Float64[Tensor, "b k"], ...]  # by block of inputs
+    bounds: tuple[Float64[Tensor, "b edges"], ...]
     width: int  # inputs that share a table
 
     @classmethod
     def of(cls, tables: Float64[Tensor, "b c k"], shape: torch.Size) -> "ColumnTables":
         """For weights of this shape [g, m, n]."""
-        return cls(tables=tables, bounds=_bounds(tables), width=shape[2] // tables.shape[1])
+        return cls(
+            tables=tables.transpose(0, 1).contiguous().unbind(0),
+            bounds=_bounds(tables).transpose(0, 1).contiguous().unbind(0),
+            width=shape[2] // tables.shape[1],
+        )
 
     def nearest(
         self, column: int, values: Float64[Tensor, "g m"]
     ) -> tuple[Int64[Tensor, "g m"], Float64[Tensor, "g m"]]:
         """Codes and entries of the values of one column."""
         block = column // self.width
-        rows = values.reshape(len(self.tables), -1).contiguous()
-        codes = torch.searchsorted(self.bounds[:, block].contiguous(), rows)
-        entries = self.tables[:, block].gather(1, codes)
+        rows = values.reshape(len(self.tables[block]), -1).contiguous()
+        codes = torch.searchsorted(self.bounds[block], rows)
+        entries = self.tables[block].gather(1, codes)
         return codes.reshape(values.shape), entries.reshape(values.shape)
 
 

@@ -34,10 +34,11 @@ from tersor.ops.codebook import (
     looked_up,
     nearest_codes,
 )
-from tersor.ops.damping import damped_inverse_upper
+from tersor.ops.feedback import rates
 from tersor.ops.grids import check_finite
 from tersor.ops.kmeans import EXACT_WORK
 from tersor.ops.refit import layer_loss
+from tersor.ops.sweep import feed_back_, ordered_factor
 
 BLOCK = 128
 # Of the gradient, relative to where it began. A round's loss was within 4e-4 of that of the exact
@@ -113,16 +114,16 @@ def fit_codebook(
     problem, used = _problem(weight, H, damping)
     tables, merged = first_tables(weight, _given_later(problem), scheme, exact_work)
     nearest = Codebook(codes=nearest_codes(problem.W, tables), tables=tables)
-    current = Codebook(codes=_feedback(problem, tables), tables=tables)
-    losses = [float(_row_losses(problem, book).sum()) for book in (nearest, current)]
+    current, fed_back = _feedback(problem, tables)
+    losses = [float(_row_losses(problem, nearest).sum()), float(fed_back.sum())]
     for _ in range(rounds):
-        current = _round(problem, current)
-        losses.append(float(_row_losses(problem, current).sum()))
+        current, rows = _round(problem, current)
+        losses.append(float(rows.sum()))
         if losses[-1] > (1 - ENOUGH) * losses[-2]:
             break
     if rounds:
-        current = _rounded_entries(problem, current, scheme.value_dtype)
-        losses[-1] = float(_row_losses(problem, current).sum())
+        current, rows = _rounded_entries(problem, current, scheme.value_dtype)
+        losses[-1] = float(rows.sum())
     loss = layer_loss(problem.W - decode(current), H)
     return CodebookFit(
         codebook=current, losses=tuple(losses), loss=loss, damping=used, merged=merged
@@ -188,14 +189,24 @@ def descend_codes(
 
     Source: Behdin et al. 2023 (QuantEase), arXiv:2309.01885, eq. 7, with tables in place of a grid.
     """
+    for _ in range(sweeps):
+        before, codebook = codebook, _descended(weight, H, codebook)[0]
+        if torch.equal(before.codes, codebook.codes):
+            break
+    return codebook
+
+
+def _descended(
+    weight: Float64[Tensor, "g m n"], H: Float64[Tensor, "g n n"], codebook: Codebook
+) -> tuple[Codebook, Float64[Tensor, "g m"]]:
+    """After one pass over all columns, with the loss of every row."""
     codes = codebook.codes.mT.contiguous()
     columns = ColumnTables.of(codebook.tables, weight.shape)
-    for _ in range(sweeps):
-        current = looked_up(codes.mT, codebook.tables).mT.contiguous()
-        gradient = H @ (weight.mT - current)
-        if not _descend_once_(codes, current, gradient, H, columns):
-            break
-    return Codebook(codes=codes.mT.contiguous(), tables=codebook.tables)
+    current = looked_up(codebook.codes, codebook.tables).mT.contiguous()
+    D = weight.mT - current
+    gradient = H @ D
+    rows = (D * gradient).sum(1) - _descend_once_(codes, current, gradient, H, columns)
+    return Codebook(codes=codes.mT.contiguous(), tables=codebook.tables), rows
 
 
 def _problem(
@@ -205,9 +216,9 @@ def _problem(
     diagonal = metric.diagonal(dim1=1, dim2=2)
     # One order for all groups: the most active inputs first, while the others can make up for them.
     order = diagonal.mean(0).argsort(descending=True, stable=True)
+    U, used = ordered_factor(metric, order.expand(len(metric), -1), damping)
     alive = diagonal > 0  # couplings of inputs without activity are rounding noise
     metric = metric * alive.unsqueeze(2) * alive.unsqueeze(1)
-    U, used = damped_inverse_upper(metric[:, order][:, :, order], damping)
     ridge = (used * diagonal.mean(1)).unsqueeze(1)
     metric.diagonal(dim1=1, dim2=2).add_(ridge)
     return _Problem(W=weight.to(torch.float64), H=metric, U=U, order=order), used
@@ -220,42 +231,42 @@ def _given_later(problem: _Problem) -> Float64[Tensor, "g n"]:
     return variances
 
 
-def _feedback(problem: _Problem, tables: Float64[Tensor, "b c k"]) -> UInt8[Tensor, "g m n"]:
-    """Nearest entries column by column; the columns still to come absorb what they can."""
+def _feedback(
+    problem: _Problem, tables: Float64[Tensor, "b c k"]
+) -> tuple[Codebook, Float64[Tensor, "g m"]]:
+    """Nearest entries column by column, the columns still to come absorb what they can; row losses."""
     columns = ColumnTables.of(tables, problem.W.shape)
     W = problem.W.mT[:, problem.order].contiguous()
     codes = torch.empty_like(W, dtype=torch.uint8)
-    U, places = problem.U, problem.order.tolist()
-    pivots = U.diagonal(dim1=1, dim2=2)
-    for start in range(0, W.shape[1], BLOCK):
-        stop = min(start + BLOCK, W.shape[1])
-        errors = torch.empty_like(W[:, start:stop])
-        for j in range(start, stop):
-            found, entries = columns.nearest(places[j], W[:, j])
-            error = (W[:, j] - entries).div_(pivots[:, j, None])
-            W[:, j + 1 : stop].addcmul_(U[:, j, j + 1 : stop, None], error.unsqueeze(1), value=-1)
-            codes[:, places[j]], errors[:, j - start] = found.to(torch.uint8), error
-        W[:, stop:].baddbmm_(U[:, start:stop, stop:].mT, errors, alpha=-1)
-    return codes.mT.contiguous()
+    places, into = problem.order.tolist(), codes.unbind(1)
+
+    def become(j: int, column: Float64[Tensor, "g m"]) -> Float64[Tensor, "g m"]:
+        found, entries = columns.nearest(places[j], column)
+        into[places[j]].copy_(found)
+        return entries
+
+    rows = feed_back_(W, problem.U, become)
+    # A group without any activity has the identity for a factor, and no loss.
+    rows = rows * problem.H.diagonal(dim1=1, dim2=2).any(1).unsqueeze(1)
+    return Codebook(codes=codes.mT.contiguous(), tables=tables), rows
 
 
-def _round(problem: _Problem, codebook: Codebook) -> Codebook:
-    """Entries, then codes: by descent, or anew where that is better for a block of outputs."""
+def _round(problem: _Problem, codebook: Codebook) -> tuple[Codebook, Float64[Tensor, "g m"]]:
+    """Entries, then codes: by descent, or anew where that is better for an output; row losses."""
     W, H = problem.W, problem.H
     fitted = refit_entries(W, H, codebook)
-    descended = descend_codes(W, H, fitted)
-    anew = Codebook(codes=_feedback(problem, fitted.tables), tables=fitted.tables)
-    anew = descend_codes(W, H, anew)
-    b = len(fitted.tables)
-    losses = [_row_losses(problem, book).reshape(b, -1) for book in (descended, anew)]
-    better = (losses[1] < losses[0]).reshape(*W.shape[:2], 1)
-    codes = torch.where(better, anew.codes, descended.codes)
-    return Codebook(codes=codes, tables=fitted.tables)
+    descended, rows = _descended(W, H, fitted)
+    anew, others = _descended(W, H, _feedback(problem, fitted.tables)[0])
+    better = others < rows
+    codes = torch.where(better.unsqueeze(2), anew.codes, descended.codes)
+    return Codebook(codes=codes, tables=fitted.tables), torch.where(better, others, rows)
 
 
-def _rounded_entries(problem: _Problem, codebook: Codebook, dtype: torch.dtype) -> Codebook:
+def _rounded_entries(
+    problem: _Problem, codebook: Codebook, dtype: torch.dtype
+) -> tuple[Codebook, Float64[Tensor, "g m"]]:
     stored = codebook.tables.to(dtype).to(torch.float64)
-    return descend_codes(problem.W, problem.H, replace(codebook, tables=stored))
+    return _descended(problem.W, problem.H, replace(codebook, tables=stored))
 
 
 def _descend_once_(
@@ -264,30 +275,37 @@ def _descend_once_(
     gradient: Float64[Tensor, "g n m"],
     H: Float64[Tensor, "g n n"],
     columns: ColumnTables,
-) -> bool:
-    """One pass over all columns; overwrites codes, their entries and the gradient H D."""
-    changed = False
+) -> Float64[Tensor, "g m"]:
+    """One pass over all columns; overwrites codes, their entries and the gradient H D.
+
+    Returns:
+        What every row gains.
+    """
+    gains = torch.zeros_like(current[:, 0])
     for start in range(0, H.shape[1], BLOCK):
         stop = min(start + BLOCK, H.shape[1])
-        moves = torch.zeros_like(current[:, start:stop])
-        for j in range(start, stop):
-            bend = H[:, j, j, None]
-            wish = gradient[:, j] / torch.where(bend > 0, bend, 1.0)
-            found, entries = columns.nearest(j, current[:, j] + wish)
-            move = entries - current[:, j]
-            # A tie or rounding noise must not move a code that is a best one already.
-            closer = ((wish - move).abs() < wish.abs() * (1 - 1e-9)) & (bend > 0)
-            move = torch.where(closer, move, 0.0)
-            codes[:, j] = torch.where(closer, found.to(torch.uint8), codes[:, j])
-            current[:, j] += move
-            moves[:, j - start] = move
-            gradient[:, j + 1 : stop].addcmul_(
-                H[:, j + 1 : stop, j, None], move.unsqueeze(1), value=-1
-            )
-        if bool(moves.any()):
-            changed = True
-            gradient[:, stop:].baddbmm_(H[:, stop:, start:stop], moves, alpha=-1)
-    return changed
+        part, H_part = gradient[:, start:stop], H[:, start:stop, start:stop]
+        moves = torch.empty_like(part)
+        views = zip(
+            codes[:, start:stop].unbind(1),
+            current[:, start:stop].unbind(1),
+            part.unbind(1),
+            rates(H_part, torch.ones_like(H_part[:, 0, :1])).unbind(1),
+            moves.unbind(1),
+            H_part.unsqueeze(3).unbind(2),
+            strict=True,
+        )
+        for i, (code, entry, slope, rate, move, pulls) in enumerate(views):
+            found, new = columns.nearest(start + i, torch.addcmul(entry, slope, rate))
+            move.copy_(new).sub_(entry)
+            code.copy_(found)
+            entry.copy_(new)
+            part[:, i + 1 :].addcmul_(pulls[:, i + 1 :], move.unsqueeze(1), value=-1)
+        gradient[:, stop:].baddbmm_(H[:, stop:, start:stop], moves, alpha=-1)
+        # Each column's gradient stands as it was when the column moved.
+        bend = H_part.diagonal(dim1=1, dim2=2).unsqueeze(2)
+        gains += (moves * (2 * part - moves * bend)).sum(1)
+    return gains
 
 
 def _row_losses(problem: _Problem, codebook: Codebook) -> Float64[Tensor, "g m"]:

@@ -17,12 +17,11 @@ from tersor.ops.group_grids import GroupGrid, Steps, check_sizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnGrid:
-    """Steps and zero points, transposed, and which of them each place of an order uses."""
+    """Steps and zero points of the column at each place of an order."""
 
     grid: GroupGrid
-    step: Float64[Tensor, "g k m"]
-    zero: Float64[Tensor, "g k m"]
-    place: Int64[Tensor, "g n"]
+    steps: tuple[Float64[Tensor, "g m"], ...]
+    zeros: tuple[Float64[Tensor, "g m"], ...]
 
     @classmethod
     def of(
@@ -38,15 +37,32 @@ class ColumnGrid:
             ShapeError: Steps and weight differ in size.
         """
         check_sizes(weight, steps, grid)
-        step, zero = (v.to(torch.float64).mT.contiguous() for v in (steps.step, steps.zero))
-        width = max(1, grid.width(weight.shape[2]))
-        return cls(grid=grid, step=step, zero=zero, place=order // width)
+        place = order // max(1, grid.width(weight.shape[2]))
+        step, zero = (_at(v.to(torch.float64).mT, place) for v in (steps.step, steps.zero))
+        return cls(grid=grid, steps=step, zeros=zero)
 
     def code(
         self, j: int, column: Float64[Tensor, "g m"]
     ) -> tuple[Float64[Tensor, "g m"], Float64[Tensor, "g m"], Float64[Tensor, "g m"]]:
         """Nearest codes of the column at place j, their zero points and steps."""
-        groups = torch.arange(len(column), device=column.device)
-        step, zero = self.step[groups, self.place[:, j]], self.zero[groups, self.place[:, j]]
-        code = (column / step).round_().add_(zero).clamp_(self.grid.low, self.grid.high)
-        return code, zero, step
+        step, zero = self.steps[j], self.zeros[j]
+        code = (column / step).round_()
+        if not self.grid.symmetric:
+            code.add_(zero)
+        return code.clamp_(self.grid.low, self.grid.high), zero, step
+
+    def value(self, j: int, code: Float64[Tensor, "g m"]) -> Float64[Tensor, "g m"]:
+        """What codes of the column at place j stand for."""
+        return (code if self.grid.symmetric else code - self.zeros[j]) * self.steps[j]
+
+
+def _at(
+    values: Float64[Tensor, "g k m"], place: Int64[Tensor, "g n"]
+) -> tuple[Float64[Tensor, "g m"], ...]:
+    """The values that each place uses."""
+    values = values.contiguous()
+    if len(values) == 1:  # views: no copy of the size of the weight
+        rows = values.unbind(1)
+        return tuple(rows[p] for p in place[0].tolist())
+    index = place.unsqueeze(2).expand(-1, -1, values.shape[2])
+    return values.gather(1, index).unbind(1)

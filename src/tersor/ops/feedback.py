@@ -23,6 +23,9 @@ from tersor.ops.grids import check_finite, check_limit, check_steps
 from tersor.ops.refit import layer_loss
 from tersor.ops.sweep import BLOCK, columns_at, feed_back_, input_order, ordered_factor
 
+# Wishes of codes are taken shorter by this share: far above rounding noise, far below what is worth a move.
+TIE = 1e-9
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounded:
@@ -77,10 +80,10 @@ def round_with_feedback(  # noqa: PLR0913 - three tensors and the four knobs of 
     U, used = ordered_factor(metric, order, damping)
     columns = columns_at(order, weight.shape[1])
     found = torch.empty_like(W.mT)
+    places = found.unbind(1)
 
     def become(j: int, column: Float64[Tensor, "g m"]) -> Float64[Tensor, "g m"]:
-        found[:, j] = (column / scale).round_().clamp_(-limit, limit)
-        return found[:, j] * scale
+        return places[j].copy_(column).div_(scale).round_().clamp_(-limit, limit) * scale
 
     feed_back_(W.mT.gather(1, columns), U, become, block)
     codes = torch.empty_like(found).scatter_(1, columns, found).mT.contiguous()
@@ -145,29 +148,33 @@ def _descend_once_(
     changed = False
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        moves = torch.zeros_like(codes[:, start:stop])
-        for j in range(start, stop):
-            code = codes[:, j]
-            wish = _to_minimum(gradient[:, j], H[:, j, j, None], step)
-            # Where the code is a nearest one already, a tie or rounding noise must not move it.
-            move = torch.where(
-                wish.abs() > 0.5, (code + wish).round().clamp(-limit, limit) - code, 0.0
-            )
-            codes[:, j] += move
-            moves[:, j - start] = move * step
-            gradient[:, j + 1 : stop].addcmul_(
-                H[:, j + 1 : stop, j, None], moves[:, j - start, None], value=-1
-            )
+        part, H_part = gradient[:, start:stop], H[:, start:stop, start:stop]
+        moves = torch.empty_like(part)
+        views = zip(
+            codes[:, start:stop].unbind(1),
+            part.unbind(1),
+            rates(H_part, step).unbind(1),
+            moves.unbind(1),
+            H_part.unsqueeze(3).unbind(2),
+            strict=True,
+        )
+        for i, (code, slope, rate, move, pulls) in enumerate(views):
+            new = torch.addcmul(code, slope, rate).round_().clamp_(-limit, limit)
+            move.copy_(new).sub_(code).mul_(step)
+            code.copy_(new)
+            part[:, i + 1 :].addcmul_(pulls[:, i + 1 :], move.unsqueeze(1), value=-1)
         if bool(moves.any()):
             changed = True
             gradient[:, stop:].baddbmm_(H[:, stop:, start:stop], moves, alpha=-1)
     return changed
 
 
-def _to_minimum(
-    gradient: Float64[Tensor, "g m"],
-    curvature: Float64[Tensor, "g 1"],
-    step: Float64[Tensor, "g m"],
-) -> Float64[Tensor, "g m"]:
-    """Move of a code to the minimum of its parabola; 0 where there is no curvature."""
-    return torch.where(curvature > 0, gradient / (curvature * step), 0.0)
+def rates(H: Float64[Tensor, "g b b"], step: Float64[Tensor, "g m"]) -> Float64[Tensor, "g b m"]:
+    """Moves of codes to the minima of their parabolas, of a unit gradient; 0 without curvature.
+
+    A little short of the minimum: where a code is a nearest one already, a tie or rounding noise must
+    not move it.
+    """
+    curvature = H.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    inverse = torch.where(curvature > 0, (1 - TIE) / curvature, 0.0)
+    return inverse / step.unsqueeze(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tersor.core.errors import ConfigError
 from tersor.ops.damping import check_moment
+from tersor.ops.feedback import rates
 from tersor.ops.grids import check_finite
 from tersor.ops.group_grids import GroupGrid, Steps, check_sizes, storable
 
@@ -194,18 +195,22 @@ def _move_codes_(state: _State, block: _Block, grid: GroupGrid, piece: slice) ->
     step = state.step[:, group]
     local = slice(piece.start - block.start, piece.stop - block.start)
     gradient, H = block.gradient[:, local].clone(), block.H[:, local, local]
-    moves = torch.empty_like(gradient)
-    for i, j in enumerate(range(piece.start, piece.stop)):
-        code, curvature = state.codes[:, j], H[:, i, i, None]
-        wish = torch.where(curvature > 0, gradient[:, i] / (curvature * step), 0.0)
-        # Where the code is a nearest one already, a tie or rounding noise must not move it.
-        move = (code + wish).round_().clamp_(grid.low, grid.high) - code
-        move = torch.where(wish.abs() > 0.5, move, 0.0)
-        if state.keep is not None:
-            move = torch.where(state.keep[:, j], move, 0.0)
-        code += move
-        moves[:, i] = move * step
-        gradient[:, i + 1 :].addcmul_(H[:, i + 1 :, i, None], moves[:, i, None], value=-1)
+    moves, rate = torch.empty_like(gradient), rates(H, step)
+    if state.keep is not None:  # codes of other weights are their zero points, and stay so
+        rate.mul_(state.keep[:, piece])
+    views = zip(
+        state.codes[:, piece].unbind(1),
+        gradient.unbind(1),
+        rate.unbind(1),
+        moves.unbind(1),
+        H.unsqueeze(3).unbind(2),
+        strict=True,
+    )
+    for i, (code, slope, fast, move, pulls) in enumerate(views):
+        new = torch.addcmul(code, slope, fast).round_().clamp_(grid.low, grid.high)
+        move.copy_(new).sub_(code).mul_(step)
+        code.copy_(new)
+        gradient[:, i + 1 :].addcmul_(pulls[:, i + 1 :], move.unsqueeze(1), value=-1)
     state.D[:, piece] -= moves
     block.gradient.baddbmm_(block.H[:, :, local], moves, alpha=-1)
 

@@ -173,9 +173,15 @@ def _best_steps(
     W = grouped(weight.to(torch.float64), grid)
     least = torch.full(W.shape[:3], torch.inf, dtype=W.dtype, device=W.device)
     best_step, best_zero = torch.ones_like(least), torch.zeros_like(least)
+    wanted = -W
     for step, zero in _candidates(W, grid, fractions):
         stored = storable(step, grid)
-        error = on_grid(W, stored.unsqueeze(3), zero.unsqueeze(3), grid).sub_(W)
+        codes = (W / stored.unsqueeze(3)).round_()
+        if grid.symmetric:
+            codes.clamp_(grid.low, grid.high)
+        else:
+            codes.add_(zero.unsqueeze(3)).clamp_(grid.low, grid.high).sub_(zero.unsqueeze(3))
+        error = torch.addcmul(wanted, codes, stored.unsqueeze(3))
         cost = error.square_().mul_(matter).sum(3)
         better = cost < least
         least = torch.minimum(cost, least)
@@ -252,17 +258,6 @@ def storable(step: Float64[Tensor, "*shape"], grid: GroupGrid) -> Float64[Tensor
         )
     floor = torch.where(step < 0, -smallest, smallest)
     return torch.where(step.abs() < smallest, floor, step).to(kind).to(torch.float64)
-
-
-def on_grid(
-    values: Float64[Tensor, "*shape"],
-    step: Float64[Tensor, "..."],
-    zero: Float64[Tensor, "..."],
-    grid: GroupGrid,
-) -> Float64[Tensor, "*shape"]:
-    """The nearest point of the grid to each value."""
-    codes = (values / step).round_().add_(zero).clamp_(grid.low, grid.high)
-    return codes.sub_(zero).mul_(step)
 
 
 def check_sizes(weight: Tensor, steps: Steps, grid: GroupGrid) -> None:

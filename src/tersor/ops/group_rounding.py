@@ -191,13 +191,15 @@ class Feedback:
         check_keep(weight, keep)
         columns = columns_at(self.order, weight.shape[1])
         W = weight.to(torch.float64).mT.gather(1, columns)
-        mask = None if keep is None else keep.mT.gather(1, columns)
+        masks = None if keep is None else keep.mT.gather(1, columns).unbind(1)
         found, columns_grid = torch.empty_like(W), ColumnGrid.of(weight, self.order, grid, steps)
+        places = found.unbind(1)
 
         def become(j: int, column: Float64[Tensor, "g m"]) -> Float64[Tensor, "g m"]:
-            code, zero, step = columns_grid.code(j, column)
-            found[:, j] = code if mask is None else torch.where(mask[:, j], code, zero)
-            return (found[:, j] - zero) * step
+            code, zero, _ = columns_grid.code(j, column)
+            if masks is not None:
+                code = torch.where(masks[j], code, zero)
+            return columns_grid.value(j, places[j].copy_(code))
 
         lost = feed_back_(W, self.U, become)
         codes = torch.empty_like(found).scatter_(1, columns, found).mT.contiguous()

@@ -15,6 +15,7 @@ from tersor.ops.damping import damped_cholesky
 from tersor.ops.elimination import all_but, factor
 from tersor.ops.moments import Moments, centred
 from tersor.ops.refit import layer_loss
+from tersor.ops.remembered import remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +29,13 @@ class Kept:
     damping: float  # in use
 
 
+@remembered
 def damped(H: Float[Tensor, "g n n"], damping: float) -> tuple[Float64[Tensor, "g n n"], float]:
     """H + damping * mean(diag H) * I, positive definite; the identity for a group of zeros.
 
     Returns:
-        The damped moment, and the damping in use: more than given where that was too little.
+        The damped moment, which is read only, as whoever asks again gets it, too; and the damping in
+        use: more than given where that was too little.
 
     Raises:
         ConfigError: Negative damping.

@@ -6,7 +6,7 @@ the weighted squared deviation of values i .. j-1 from their mean, the least err
     E_k(j) = min_i E_(k-1)(i) + C(i, j).
 
 C meets the quadrangle inequality, so that the best i never falls as j grows: halving the range of j
-finds a whole row E_k in n log n steps, and all rows together hold the curve of errors over k.
+(or dividing it into more parts) finds a whole row E_k in n log n steps, and all rows together hold the curve of errors over k.
 Many tables (one a row or group of a weight) go through in step. The search runs in NumPy on the host.
 
 Axes: t tables, n values of a table, k entries.
@@ -30,6 +30,9 @@ EXACT_WORK = 2**21
 TOTAL_WORK = 2**24
 # Values searched at once, over all tables: the row arrays of a search stay below 100 MB.
 CHUNK_POINTS = 2**20
+# Halving looks at the fewest values; where these are few, calls are most of the time, and dividing by
+# eight takes a third of them.
+FEW_POINTS, FEW_PARTS = 2**13, 8
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -166,17 +169,23 @@ def _cost(sums: _Floats, start: int, stop: slice) -> _Floats:
 
 
 def _next_row(before: _Floats, sums: _Floats) -> tuple[_Floats, NDArray[np.int32]]:
-    """E_k(j) for all j from E_(k-1), with the place of the last cut; level by level of a halving."""
+    """E_k(j) for all j from E_(k-1), with the place of the last cut; level by level of a division."""
     tables, columns = before.shape
     last = columns - 1
     best, cut = np.zeros_like(before), np.zeros(before.shape, dtype=np.int32)
     whole = np.zeros((tables, 1), dtype=np.int32), np.full((tables, 1), last, dtype=np.int32)
     _search_level(before, sums, (np.array([last]), *whole), (best, cut))
-    stride = 1 << last.bit_length()
-    while stride := stride // 2:
-        targets = np.arange(stride, last, 2 * stride)
+    parts = FEW_PARTS if before.size <= FEW_POINTS else 2
+    stride = parts
+    while stride <= last:
+        stride *= parts
+    while stride := stride // parts:
+        targets = np.arange(stride, last, stride)
+        targets = targets[targets % (parts * stride) > 0]
         if len(targets):
-            low, high = cut[:, targets - stride], cut[:, np.minimum(targets + stride, last)]
+            below = targets - targets % (parts * stride)
+            above = np.minimum(below + parts * stride, last)
+            low, high = cut[:, below], cut[:, above]
             _search_level(before, sums, (targets, low, np.minimum(high, targets)), (best, cut))
     return best, cut
 

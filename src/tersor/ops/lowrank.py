@@ -24,6 +24,7 @@ from tersor.core.errors import ConfigError
 from tersor.ops.damping import damped_cholesky
 from tersor.ops.objective import Objective
 from tersor.ops.refit import layer_loss
+from tersor.ops.remembered import remembered
 
 Form = Literal["outputs", "inputs"]
 Latent = Literal["orthonormal", "white"]
@@ -80,6 +81,15 @@ def rank_curve(objective: Objective, form: Form = "outputs") -> RankCurve:
 
     Source: Chen et al. 2021 (DRONE), theorem 1; Wang et al. 2024 (SVD-LLM), arXiv:2403.07378, section 3.
     """
+    basis, A, errors, used = _decomposed(objective, form)
+    return RankCurve(objective=objective, basis=basis, coefficients=A, errors=errors, damping=used)
+
+
+@remembered  # every rank of a layer is cut from the same curve
+def _decomposed(
+    objective: Objective, form: Form
+) -> tuple[Float64[Tensor, "g m k"], Float64[Tensor, "g k n"], Float64[Tensor, "g ranks"], float]:
+    """Basis, coefficients, errors and damping of a curve."""
     W = objective.weight
     if form == "outputs":
         U, used = principal_directions(W, objective.damped()), objective.damping
@@ -93,7 +103,7 @@ def rank_curve(objective: Objective, form: Form = "outputs") -> RankCurve:
     lost = lost + 2 * ((U.mT @ objective.residual) * A).sum(2)
     tail = lost.flip(1).cumsum(1).flip(1)
     errors = objective.floor.unsqueeze(1) + torch.cat([tail, torch.zeros_like(tail[:, :1])], 1)
-    return RankCurve(objective=objective, basis=U, coefficients=A, errors=errors, damping=used)
+    return U, A, errors, used
 
 
 def principal_directions(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tersor.core.errors import ShapeError
+from tersor.ops.remembered import remembered
 
 # Values of one float64 chunk: 4 Mi values are 32 MiB, far above what a matmul needs to be efficient.
 CHUNK_VALUES = 2**22
@@ -153,24 +154,27 @@ def second_moment(moments: Moments) -> Float64[Tensor, "g n n"]:
     Raises:
         ShapeError: No rows.
     """
-    mean = moments.xx / _count(moments)
-    return (mean + mean.mT) / 2
+    total = moments.xx + moments.xx.mT
+    return total.div_(2 * _count(moments))
 
 
+@remembered  # a layer's levels, and its error, begin with it each time
 def centred(moments: Moments) -> tuple[Float64[Tensor, "g n n"], Float64[Tensor, "g n"]]:
     """Covariance and mean of xh.
 
     Returns:
-        The covariance (divided by the count, exactly symmetric), and the mean. A channel that is
-        constant as far as float32 can tell has exactly zero rows and columns.
+        The covariance (divided by the count, exactly symmetric), and the mean, both read only. A channel
+        that is constant as far as float32 can tell has exactly zero rows and columns.
 
     Raises:
         ShapeError: No rows.
     """
     mean, _ = means(moments)
-    covariance = second_moment(moments) - _outer(mean, mean)
+    covariance = second_moment(moments).sub_(_outer(mean, mean))
     moving = _moving(moments)
-    return covariance * moving.unsqueeze(2) * moving.unsqueeze(1), mean
+    if not bool(moving.all()):
+        covariance.mul_(moving.unsqueeze(2)).mul_(moving.unsqueeze(1))
+    return covariance, mean
 
 
 def means(moments: Moments) -> tuple[Float64[Tensor, "g n"], Float64[Tensor, "g p"]]:

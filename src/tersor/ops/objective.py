@@ -24,9 +24,8 @@ from tersor.ops.moments import (
     centred,
     drift_covariance,
     drift_variance,
-    original_covariance,
 )
-from tersor.ops.refit import bias_shift, layer_loss, refit
+from tersor.ops.refit import bias_shift, layer_loss, original_variance, refit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +97,7 @@ def objective_of(
     shift = bias_shift(weight, weight, moments)
     H, mean = centred(moments)
     check_moment(H)
-    variance = layer_loss(W, original_covariance(moments))
+    variance = original_variance(W, moments)
     if moments.cross is None and moments.residual is None:
         return Objective(
             weight=W,

@@ -29,6 +29,7 @@ from tersor.ops.moments import (
     output_covariance,
     output_variance,
 )
+from tersor.ops.remembered import remembered
 
 
 def refit(
@@ -129,7 +130,17 @@ def relative_error(
     # The error is D xh + v, with the drift v = W (x - xh) + d: no difference of large terms where it is small.
     mixed = (drift_covariance(weight, moments) * D).sum((1, 2))
     error = layer_loss(D, covariance) + 2 * mixed + drift_variance(weight, moments)
-    return _ratio(error, layer_loss(W, original_covariance(moments)))
+    return _ratio(error, original_variance(W, moments))
+
+
+@remembered  # every level of a layer is measured in units of it
+def original_variance(weight: Float[Tensor, "g m p"], moments: Moments) -> Float64[Tensor, " g"]:
+    """Variance of the original output, summed over outputs.
+
+    Raises:
+        ShapeError: No rows, or the second moment of the original input was not collected.
+    """
+    return layer_loss(weight, original_covariance(moments))
 
 
 def refit_across(
@@ -211,7 +222,7 @@ def relative_error_across(
     mixed = (output_covariance(weight_original, moments) * new).sum((1, 2))
     error = output_variance(weight_original, moments) - 2 * mixed
     error = error + layer_loss(new, centred(moments)[0])
-    return _ratio(error, layer_loss(weight_original, original_covariance(moments)))
+    return _ratio(error, original_variance(weight_original, moments))
 
 
 def _ratio(error: Float64[Tensor, " g"], variance: Float64[Tensor, " g"]) -> float:

@@ -112,8 +112,15 @@ def obs_scores(
 
     Source: Hassibi and Stork 1993 (OBS), eq. 5.
     """
-    inverse = torch.cholesky_inverse(damped_cholesky(H, damping)[0])
-    return magnitude_scores(weight) / inverse.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    return magnitude_scores(weight) / _inverse_diagonal(H, damping).unsqueeze(1)
+
+
+def _inverse_diagonal(H: Float[Tensor, "g n n"], damping: float) -> Float64[Tensor, "g n"]:
+    """Of the inverse of the damped H: columns' squares of a triangular factor U, H^-1 = U^T U."""
+    metric = H.to(torch.float64)
+    order = input_order(metric, act_order=True)  # as error feedback has it, which shares the factor
+    values = ordered_factor(metric, order, damping)[0].square().sum(1)
+    return torch.empty_like(values).scatter_(1, order, values)
 
 
 def eliminate(
@@ -162,6 +169,7 @@ def eliminate(
     columns = columns_at(order, weight.shape[1])
     W = weight.to(torch.float64).mT.gather(1, columns)
     keep = torch.ones_like(W, dtype=torch.bool)
+    masks = keep.unbind(1)
 
     def look(start: int, part: Float64[Tensor, "g b m"], pivots: Float64[Tensor, "g b"]) -> None:
         scores = (part / pivots.unsqueeze(2)).square().mT
@@ -171,9 +179,8 @@ def eliminate(
 
     def become(j: int, column: Float64[Tensor, "g m"]) -> Float64[Tensor, "g m"]:
         if columns_grid is not None:
-            code, zero, step = columns_grid.code(j, column)
-            column = (code - zero) * step
-        return column * keep[:, j]
+            column = columns_grid.value(j, columns_grid.code(j, column)[0])
+        return column * masks[j]
 
     feed_back_(W, U, become, look=(block, look))
     return Eliminated(

@@ -10,6 +10,7 @@ from torch import Tensor
 from tersor.graph import quantizer_choice
 from tersor.graph.contracts import Quantizer, Readers, Rows, SiteStatistics
 from tersor.graph.quantizer_choice import (
+    _quantile,
     best_range,
     choose_quantizer,
     range_errors,
@@ -231,3 +232,11 @@ def test_a_range_that_is_not_surely_better_is_not_taken() -> None:
     assert best_range({"max": errors["max"] / 2, "mse": errors["mse"]}) == "max"
     assert best_range({"max": torch.zeros(1), "mse": torch.ones(1)}) == "mse"
     assert best_range({"max": torch.zeros(0), "mse": torch.zeros(0)}) == "mse"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 999, 1000, 1001, 4096])
+@pytest.mark.parametrize("share", [0.5, 0.999, 1.0])
+def test_a_quantile_is_torchs(rows: int, share: float) -> None:
+    values = torch.rand(rows, 7, generator=torch.Generator().manual_seed(rows))
+    found = _quantile(values, share)
+    torch.testing.assert_close(found, torch.quantile(values, share, dim=0), rtol=1e-5, atol=1e-6)

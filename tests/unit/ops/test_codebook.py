@@ -321,3 +321,16 @@ def test_a_trained_layer(lenet5: nn.Module, images: dict[str, Tensor]) -> None:
     tables, _ = first_tables(W, torch.ones(1, W.shape[2]), s)
     plain = lost(decode(Codebook(codes=nearest_codes(W, tables), tables=tables)))
     assert lost(decode(fit_codebook(W, objective.H, s, damping=0.03).codebook)) < 0.5 * plain
+
+
+@given(SEEDS, st.sampled_from(SHARES), st.integers(0, 2))
+@settings(max_examples=30, deadline=None)
+def test_losses_on_the_way_are_those_of_their_weights(
+    seed: int, share: tuple[int, int], rounds: int
+) -> None:
+    """They are added up from what each column gains, never from the weight."""
+    weight, H = problem(seed)
+    H[1] *= seed % 2  # a group without activity
+    found = fit_codebook(weight, H, scheme(share), rounds=rounds)
+    wanted = loss_of(weight, damped(H, found.damping), decode(found.codebook)).sum()
+    assert found.losses[-1] == pytest.approx(float(wanted), rel=1e-9, abs=1e-12)

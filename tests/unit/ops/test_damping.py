@@ -149,3 +149,18 @@ def test_upper_factor_of_the_inverse(seed: int, n: int, n_rows: int) -> None:
     condition = float(torch.linalg.cond(damped(H, used)).max())
     rounding = 10 * n * EPS * condition * float(wanted.abs().max())
     assert bool(((U - wanted).abs() <= rounding).all())
+
+
+@pytest.mark.parametrize("n", [95, 96, 97, 250, 385])
+def test_an_inverse_by_halves_is_the_inverse(n: int) -> None:
+    """Sizes around those that are solved directly, odd halves among them."""
+    H = second_moment(n, 2, n, 2 * n)
+    U, used = damped_inverse_upper(H, 0.01)
+    assert used == 0.01
+    assert bool((U.tril(-1) == 0).all())
+    product = U.mT @ U @ damped(H, 0.01)
+    # Some roundings times the condition number, which damping keeps below (1 + 4) / 0.01.
+    bound = 8 * n * EPS * 500
+    torch.testing.assert_close(
+        product, torch.eye(n, dtype=torch.float64).expand_as(product), rtol=0, atol=bound
+    )

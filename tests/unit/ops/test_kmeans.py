@@ -165,3 +165,18 @@ def test_arguments_that_cannot_be() -> None:
     ):
         with pytest.raises(NumericalError, match="NaN, infinity or a negative weight"):
             optimal_codebooks(values, weights, 2)
+
+
+@given(SEEDS, st.integers(1, 90), st.integers(1, 9))
+@settings(max_examples=30, deadline=None)
+def test_a_range_in_eight_parts_gives_the_same_as_in_halves(
+    seed: int, n: int, entries: int
+) -> None:
+    values, weights = normal(seed, 3, n), uniform(seed + 1, 3, n)
+    found = []
+    for few in (0, 2**13):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kmeans, "FEW_POINTS", few)
+            found.append(optimal_codebooks(values, weights, entries))
+    torch.testing.assert_close(found[0].errors, found[1].errors, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[0].tables, found[1].tables, rtol=1e-9, atol=1e-9)

@@ -119,3 +119,47 @@ def test_wrong_arguments_are_refused() -> None:
         refit_support(weight, H, keep, tolerance=0.0)
     with pytest.raises(NumericalError, match=r"found nan at group 0"):
         refit_support(weight * float("nan"), H, keep)
+
+
+@given(SEEDS, st.sampled_from([1e-2, 1e-3, 1e-4]))
+@settings(max_examples=20, deadline=None)
+def test_coarse_tolerances_hold_after_float32(seed: int, tolerance: float) -> None:
+    weight, _, H, keep = problem(seed)
+    start = normal(seed + 4, 2, 5, 9)
+    for begin in (None, start):
+        found = refit_support(
+            weight, H, keep, damping=1e-2, direct=False, tolerance=tolerance, start=begin
+        )
+        metric = H + 1e-2 * H.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(9)
+        slope = ((weight - found.weight) @ metric * keep).norm(dim=2)
+        assert bool((slope <= tolerance * (weight @ metric * keep).norm(dim=2) + 1e-13).all())
+        assert not found.weight[~keep].any()
+        D = weight - found.weight
+        torch.testing.assert_close(found.loss, ((D @ H) * D).sum((1, 2)))
+        assert found.steps >= found.single_steps > 0
+
+
+def test_what_float32_cannot_reach_goes_on_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support, "SINGLE_TOLERANCE", 1e-13)
+    weight, _, H, keep = problem(6)
+    found = refit_support(weight, H, keep, damping=1e-2, direct=False, tolerance=1e-12)
+    assert found.steps > found.single_steps > 0
+    assert found.residual <= 1e-12
+    exact = refit_support(weight, H, keep, damping=1e-2, direct=True)
+    torch.testing.assert_close(found.weight, exact.weight, rtol=1e-9, atol=1e-10)
+    fine = refit_support(weight, H, keep, damping=1e-2, direct=False)
+    assert fine.single_steps > 0  # the default is above the patched bound
+    monkeypatch.undo()
+    assert refit_support(weight, H, keep, direct=False).single_steps == 0
+
+
+def test_solved_outputs_leave_and_come_back_whole() -> None:
+    """Of one group rows are dropped as they are solved; of several none is."""
+    weight, _, H, keep = problem(7)
+    both = refit_support(weight, H, keep, damping=1e-2, direct=False, tolerance=1e-10)
+    for g in range(2):
+        part = slice(g, g + 1)
+        alone = refit_support(
+            weight[part], H[part], keep[part], damping=1e-2, direct=False, tolerance=1e-10
+        )
+        torch.testing.assert_close(alone.weight, both.weight[part], rtol=1e-7, atol=1e-8)
