@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import tersor
+from tersor.api import profiling
 from tersor.api.comparing import Comparison, _values
 from tersor.api.files import open_graph
 from tersor.api.verifying import flat_inputs
 from tersor.artifact import read_artifact
+from tersor.backends.inductor import InductorBackend
 from tersor.capture.module import capture
 from tersor.capture.samples import Samples, flatten_item
 from tersor.cli.main import app
@@ -58,9 +61,8 @@ def path(data: tersor.Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_profile_adds_up_and_names_the_layers(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "tersor.api.profiling._COPIED", (16, 1 << 16)
-    )  # from a cache: a lower floor
+    small = replace(profiling._PROBES["cpu"], copied=1)  # from a cache: a lower floor
+    monkeypatch.setitem(profiling._PROBES, "cpu", small)  # type: ignore[arg-type]
     found = tersor.profile(path)
     total = sum(row.ms for row in found.rows) + found.outside_ms
     assert total == pytest.approx(found.call.median_ms)
@@ -75,8 +77,20 @@ def test_a_profile_adds_up_and_names_the_layers(
     assert all(0 < share <= disturbed for share in shares)
     assert found.ceilings is not None
     assert all(rate > 1e9 for rate in found.ceilings.macs_per_s.values())
+    assert found.ceilings.bytes_per_s is not None
     assert found.floor_ms is not None
     assert 0 < found.floor_ms < disturbed * found.call.median_ms
+
+
+def test_a_build_of_sixteen_bits_has_both_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are for such builds alone: what is copied in f32 takes the backend's own for that."""
+    monkeypatch.setitem(profiling._PROBES, "cpu", profiling._Probe(rows=64, side=64, copied=1))  # type: ignore[arg-type]
+    options = {"mode": "eager", "half": "float16", "blocks": "fused"}
+    choice = BuildChoice(backend="inductor", precision="bf16", options=options)
+    found = profiling.measured_ceilings(InductorBackend(), choice, {"bf16"})
+    assert found.macs_per_s["bf16"] > 0
+    assert found.bytes_per_s is not None
+    assert found.bytes_per_s > 0
 
 
 def test_the_command_writes_a_trace(path: Path, tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def task_for(
         tensors=session.tensors,
         fixed_bytes=max(0, whole - covered),
         limits=limits,
-        baseline=prices.baseline,
+        # Its row has the bytes of its tensors; what a target is about is the file, graph and report included.
+        baseline=replace(prices.baseline, size_bytes=whole),
         pinned={s.name: s.pinned for s in session.sites if s.pinned is not None},
         seed=session.settings.seed,
         target=quality.target.budgets(),

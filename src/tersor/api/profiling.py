@@ -25,18 +25,39 @@ from tersor.capture.samples import Samples, flatten_item
 from tersor.core import registry
 from tersor.core.errors import BackendError, ConfigError, TersorError
 from tersor.core.records import OUTSIDE, BuildChoice, Format, Precision
-from tersor.graph.apply import apply
+from tersor.graph.apply import NEW, apply
 from tersor.graph.contracts import Executable, Graph, Quantizer
 from tersor.graph.facts import node_facts
 from tersor.graph.plain import formats_of, plain
 from tersor.graph.routed import routed
 from tersor.runtime.load import pick
+from tersor.timing.device import call_of
 from tersor.timing.protocol import Protocol, measure
 from tersor.verify.memory import peak_bytes
 
 _CALL = Protocol(rounds=5, runs=11, max_seconds=10.0)
-_ROWS, _SIDE, _CHAIN = 512, 1024, 2  # of the products whose rate is the ceiling
-_COPIED = (16, 1 << 20)  # elements of the tensor whose reading and writing is the other ceiling
+_CHANGED = f".weight{NEW}"  # behind a layer's name whose weight is another one than the original's
+_CHAIN = 2  # products, one after the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe:
+    """What ceilings are measured with: larger than any cache, and long beside a launch.
+
+    Attributes:
+        rows, side: Of the products whose rate is the ceiling; convolutions have a quarter of the rows as channels.
+        copied: Millions of elements that are read and written for the other ceiling.
+    """
+
+    rows: int
+    side: int
+    copied: int
+
+
+_PROBES: Mapping[str, _Probe] = {
+    "cpu": _Probe(rows=512, side=1024, copied=16),
+    "cuda": _Probe(rows=4096, side=4096, copied=64),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +130,9 @@ def _profile(opened: _Opened, *, ceilings: bool) -> Profile:
     names = [spec.name for spec in opened.graph.signature.inputs]
     arrays = {name: t.numpy() for name, t in zip(names, opened.flat, strict=True)}
 
-    def call() -> object:
-        return executable.run(arrays)
-
-    timing = measure({"call": call}, _CALL)["call"]
-    peak = peak_bytes(call)
+    # On a card inputs lie there, and it tells the time: as a verdict's latency is measured.
+    timing = measure({"call": call_of(executable, arrays)}, _CALL)["call"]
+    peak = peak_bytes(lambda: executable.run(arrays))
     times = executable.profile()
     floats = plain(opened.graph)
     formats = formats_of(opened.graph, choice.precision)
@@ -122,7 +141,7 @@ def _profile(opened: _Opened, *, ceilings: bool) -> Profile:
     nodes = Nodes(
         facts=node_facts(floats, choice.batch),
         formats=formats,
-        layers={node: site.name for site in sites for node in site.ops},
+        layers={node: site.name.removesuffix(_CHANGED) for site in sites for node in site.ops},
         precision=choice.precision,
     )
     rows = profile_rows(times, timing.median_ms, nodes, found)
@@ -171,7 +190,8 @@ def _captured(module: nn.Module, x: Tensor) -> Graph:
 
 
 def _product_rate(backend: Any, choice: BuildChoice, level: Format) -> float:
-    graph = _captured(_Products(), torch.randn(2, _ROWS, _SIDE))
+    probe = _PROBES[choice.device.partition(":")[0]]
+    graph = _captured(_Products(probe), torch.randn(2, probe.rows, probe.side))
     sites = find_sites(graph)
     if level == "int8":
         info = backend.describe().format("int8")
@@ -195,19 +215,19 @@ def _product_rate(backend: Any, choice: BuildChoice, level: Format) -> float:
 class _Products(nn.Module):
     """Large linear layers one after the other, and 3x3 convolutions of the same input."""
 
-    def __init__(self) -> None:
+    def __init__(self, probe: _Probe) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(_SIDE, _SIDE) for _ in range(_CHAIN))
-        channels = _ROWS // 4
+        self.linears = nn.ModuleList(nn.Linear(probe.side, probe.side) for _ in range(_CHAIN))
+        self.channels = probe.rows // 4
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(_CHAIN)
+            nn.Conv2d(self.channels, self.channels, 3, padding=1) for _ in range(_CHAIN)
         )
         generator = torch.Generator().manual_seed(0)
         for p in self.parameters():
             p.data = torch.randn(p.shape, generator=generator) / 32
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        plane = x[:, : _ROWS // 4].reshape(x.shape[0], _ROWS // 4, 32, _SIDE // 32)
+        plane = x[:, : self.channels].reshape(x.shape[0], self.channels, 32, x.shape[2] // 32)
         for linear, conv in zip(self.linears, self.convs, strict=True):
             x, plane = linear(x), conv(plane)
         return x, plane
@@ -221,13 +241,18 @@ class _Copy(nn.Module):
 
 
 def _copy_rate(backend: Any, choice: BuildChoice) -> float:
-    graph = _captured(_Copy(), torch.zeros(2, *_COPIED))
-    own = replace(choice, batch=1, precision="f32", buckets=())  # whose bytes are counted below
+    probe = _PROBES[choice.device.partition(":")[0]]
+    shape = (probe.copied, 1 << 20)
+    graph = _captured(_Copy(), torch.zeros(2, *shape))
+    # f32, whose bytes are counted below; its own options say how 16 bits or images are computed.
+    ways = [w.options for w in backend.describe().floats if w.precision == "f32"]
+    own = replace(
+        choice, batch=1, precision="f32", buckets=(), options=ways[0] if ways else choice.options
+    )
     build = backend.build(graph, shapes_of(graph.signature, 1), own)
     times = _node_times(build, graph)
     spent = sum(ms for name, ms in times.items() if name != OUTSIDE)
-    elements = _COPIED[0] * _COPIED[1]
-    return 2 * 4 * elements / (spent / 1e3)
+    return 2 * 4 * shape[0] * shape[1] / (spent / 1e3)
 
 
 def _node_times(build: Executable, graph: Graph) -> Mapping[str, float]:

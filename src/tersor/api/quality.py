@@ -177,6 +177,20 @@ class Quality:
             return next(iter(values.values()))
         return max(values[name] / budgets[name] for name in budgets)
 
+    def points(self, loss: float) -> float:
+        """A loss in points of the metric or of agreement, no more than there are."""
+        budgets = self._budgets()
+        if len(budgets) > 1:  # it is a share of either
+            loss *= self.target.drop_points or 0.0
+        elif not self._is_scored and "drop_points" not in budgets:
+            loss *= 100.0
+        if self._is_scored:
+            assert self.metric is not None
+            most = 100.0 if self.metric.points == _FRACTION else math.inf
+        else:
+            most = 100.0 if self.session.kind == "logits" else 200.0  # of a cosine of -1
+        return min(loss, most)
+
     def seen(self, graph: Graph) -> tuple[float, Vector | None]:
         """The loss of a graph, and what tells its noise beside another's; None where nothing does.
 

@@ -277,7 +277,8 @@ class Result:
             points = curve(task, choice.evaluations, _CURVE_POINTS, choice.finalists)
             kept = _Curve(points=points)
             store.put("pareto", key, kept)
-        return kept.points
+        # The program's errors add up beyond what can be lost, and its units are the target's.
+        return tuple(replace(p, drop=self._quality.points(p.drop)) for p in kept.points)
 
     def resolve(self, target: Target | str | Mapping[str, Any]) -> "Result":
         """Another result from the same tables, in seconds; its numbers are predicted."""

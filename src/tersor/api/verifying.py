@@ -16,7 +16,7 @@ from tersor.capture.structures import describe
 from tersor.capture.weights import float_type
 from tersor.core.errors import DataError
 from tersor.core.records import Check, OutputKind, Structure
-from tersor.core.structure import bind, unflatten
+from tersor.core.structure import bind, places, unflatten
 from tersor.graph.contracts import Graph
 from tersor.graph.geometry import sample_agreement
 from tersor.graph.shapes import Sizes
@@ -145,7 +145,8 @@ def flat_inputs(graph: Graph, item: Any) -> tuple[Tensor, ...]:
         leaves = bind(graph.signature, (), item)
     else:
         leaves = bind(graph.signature, item if isinstance(item, tuple) else (item,), {})
-    arrays = [to_array(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+    given = zip(leaves, specs, places(graph.signature), strict=True)
+    arrays = [to_array(leaf, spec, place) for leaf, spec, place in given]
     return tuple(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
 
 

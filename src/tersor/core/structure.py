@@ -123,6 +123,25 @@ def bind(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return leaves
 
 
+def places(signature: Signature) -> list[str]:
+    """What the caller calls each flat tensor of a call: its argument's name, and where it lies in it."""
+    found: list[str] = []
+    for name, structure in _slots(signature).items():
+        found += _places(structure, name)
+    return found
+
+
+def _places(structure: Structure, where: str) -> list[str]:
+    if structure.kind == "tensor":
+        return [where]
+    is_keyed = structure.kind in ("dict", "object")
+    keys = structure.keys if is_keyed else range(len(structure.children))
+    found: list[str] = []
+    for key, child in zip(keys, structure.children, strict=True):
+        found += _places(child, f"{where}[{key!r}]")
+    return found
+
+
 def _slots(signature: Signature) -> dict[str, Structure]:
     slots = {_position_name(signature, i): child for i, child in enumerate(signature.args.children)}
     return slots | dict(zip(signature.kwargs.keys, signature.kwargs.children, strict=True))

@@ -26,6 +26,7 @@ from tersor.ops.float8 import FLOAT8
 aten = torch.ops.aten
 
 _INT8_LIMIT = 127
+NEW = "_new"  # behind the name of a weight in whose place other floats are
 
 
 def apply(graph: Graph, changes: Sequence[SiteChange]) -> Graph:
@@ -157,9 +158,9 @@ def _new_weight(
             raise ShapeError(
                 f"{change.site.name}: weight {tuple(weight.shape)}, wanted {tuple(old.shape)}"
             )
-        tensors[f"{base}_new"] = weight.to(old.dtype)
+        tensors[base + NEW] = weight.to(old.dtype)
         with graph.inserting_before(op.node):
-            return graph.create_node("get_attr", f"{base}_new", name=f"{op.weight.name}_new")
+            return graph.create_node("get_attr", base + NEW, name=op.weight.name + NEW)
     return None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tersor.artifact.manifest import Ranges
 from tersor.core.errors import BackendError, ConfigError, DataError, GuardError, ShapeError
 from tersor.core.records import Signature, TensorSpec
-from tersor.core.structure import bind, unflatten
+from tersor.core.structure import bind, places, unflatten
 from tersor.graph.shapes import built_sizes, sizes_of
 from tersor.runtime.guards import Array, Guards, guard_arrays
 from tersor.runtime.nan import spread_nan
@@ -85,6 +85,7 @@ class Runner:
         self.ranges = ranges or Ranges()
         self._clock = clock
         self._lock = threading.Lock()
+        self._places = places(signature)
         self._counts = dict.fromkeys(
             ("calls", "samples", "chunks", "rejected", "clamped", "padded_rows"), 0
         )
@@ -98,7 +99,8 @@ class Runner:
             leaves = bind(self.signature, args, kwargs)
             origin = origin_of(leaves)
             specs = self.signature.inputs
-            inputs = {s.name: to_array(x, s) for s, x in zip(specs, leaves, strict=True)}
+            given = zip(specs, leaves, self._places, strict=True)
+            inputs = {spec.name: to_array(leaf, spec, place) for spec, leaf, place in given}
             n = _batch_size(inputs, specs)
             self._check_sizes(inputs)
             outputs = self._run_guarded(inputs, n)

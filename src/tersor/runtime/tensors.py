@@ -1,7 +1,7 @@
 """A caller's tensors to arrays and back: NumPy or PyTorch, which is used but never imported."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,10 @@ def origin_of(leaves: list[Any]) -> Origin:
     return Origin()
 
 
-def to_array(leaf: Any, spec: TensorSpec) -> Array:
+def to_array(leaf: Any, spec: TensorSpec, place: str = "") -> Array:
     """One input as an array of the type that builds take, of the declared shape.
 
-    The batch is free; a dimension with a symbol is, within its limits.
+    The batch is free; a dimension with a symbol is, within its limits. ``place``: what the caller calls it.
 
     Raises:
         DataError: Another rank or size, a change between float and integer, or integers that do
@@ -48,8 +48,9 @@ def to_array(leaf: Any, spec: TensorSpec) -> Array:
         leaf = leaf.detach().to("cpu")
         leaf = (leaf.float() if leaf.dtype == torch.bfloat16 else leaf).numpy()
     array = np.asarray(leaf)
-    _check_shape(array, spec)
-    return _cast(array, spec)
+    name = place or spec.name
+    _check_shape(array, spec, name)
+    return _cast(array, spec, name)
 
 
 def from_array(array: Array, spec: TensorSpec, origin: Origin) -> Any:
@@ -71,7 +72,7 @@ def batch_dim(spec: TensorSpec) -> int | None:
     return spec.shape.index(None) if None in spec.shape else None
 
 
-def _check_shape(array: Array, spec: TensorSpec) -> None:
+def _check_shape(array: Array, spec: TensorSpec, name: str) -> None:
     sizes_fit = len(array.shape) == len(spec.shape) and all(
         wanted in (None, found) or spec.symbol(dim)
         for dim, (found, wanted) in enumerate(zip(array.shape, spec.shape, strict=True))
@@ -82,20 +83,20 @@ def _check_shape(array: Array, spec: TensorSpec) -> None:
             for dim, size in enumerate(spec.shape)
         )
         raise DataError(
-            f"input {spec.name!r}: found shape {tuple(array.shape)}, wanted ({wanted}); "
+            f"input {name!r}: found shape {tuple(array.shape)}, wanted ({wanted}); "
             "resize or pad it as when the model was captured"
         )
-    check_limits(spec, array.shape)
+    check_limits(replace(spec, name=name), array.shape)
 
 
-def _cast(array: Array, spec: TensorSpec) -> Array:
+def _cast(array: Array, spec: TensorSpec, name: str) -> Array:
     wanted = np.dtype(spec.carrier)
     if array.dtype == wanted:
         return array
     found_kind, wanted_kind = _KINDS.get(array.dtype.kind), _KINDS[wanted.kind]
     if found_kind != wanted_kind and not (found_kind == "bool" and wanted_kind == "integer"):
         raise DataError(
-            f"input {spec.name!r}: found {array.dtype.name}, wanted {spec.dtype}; convert it "
+            f"input {name!r}: found {array.dtype.name}, wanted {spec.dtype}; convert it "
             "yourself if that is what you mean"
         )
     if wanted_kind == "integer" and found_kind == "integer" and array.size:
@@ -103,8 +104,7 @@ def _cast(array: Array, spec: TensorSpec) -> Array:
         low, high = int(array.min()), int(array.max())
         if low < limits.min or high > limits.max:
             raise DataError(
-                f"input {spec.name!r}: found values from {low} to {high}, which do not fit "
-                f"{spec.dtype}"
+                f"input {name!r}: found values from {low} to {high}, which do not fit {spec.dtype}"
             )
     with np.errstate(over="ignore"):  # becomes infinite, which the guards see
         return array.astype(wanted)

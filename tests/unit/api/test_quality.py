@@ -2,13 +2,17 @@
 
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tersor.api.quality import Watched
+from tersor.api.quality import Quality, Watched
+from tersor.api.session import Session
+from tersor.core.data import Metric
+from tersor.core.target import Target
 
 
 def logits(classes: list[int]) -> Tensor:
@@ -62,3 +66,25 @@ def test_calls_that_do_not_match_say_nothing() -> None:
 
 def test_no_answers_differ_by_nothing() -> None:
     assert asked([torch.zeros(0, 5)]).error([torch.zeros(0, dtype=torch.int64)]) == 0
+
+
+def quality(kind: str, metric: Any = None, **budgets: float) -> Quality:
+    session = Mock(spec=Session, kind=kind, settings=Mock(metric=metric))
+    return Quality(session, Target(**budgets))
+
+
+def test_losses_are_told_in_points() -> None:
+    """Losses are in the target's units, and sums of layers' errors go beyond what can be lost."""
+    share = quality("logits", min_agreement=0.99)
+    assert [share.points(x) for x in (0.004, 3.0)] == [pytest.approx(0.4), 100]
+    assert quality("embedding", min_agreement=0.9).points(1.5) == pytest.approx(150)
+    assert quality("embedding", speedup=2.0).points(0.01) == pytest.approx(1)
+    agreed = quality("logits", drop_points=0.5)
+    assert [agreed.points(x) for x in (0.3, 130.0)] == [pytest.approx(0.3), 100]
+    scored = quality("logits", Metric(lambda _: 0.5), drop_points=0.5)
+    assert [scored.points(x) for x in (0.3, 130.0)] == [pytest.approx(0.3), 100]
+    assert quality("logits", Metric(lambda _: 0.5), speedup=2.0).points(0.3) == pytest.approx(0.3)
+    wide = quality("logits", Metric(lambda _: 0.5, points=2.0), drop_points=0.5)
+    assert wide.points(130.0) == pytest.approx(130)
+    both = quality("logits", drop_points=0.5, min_agreement=0.99)
+    assert both.points(0.8) == pytest.approx(0.4)

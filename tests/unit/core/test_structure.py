@@ -1,3 +1,5 @@
+import ast
+import re
 from collections import OrderedDict, UserDict
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from tersor.core.errors import DataError
 from tersor.core.records import Signature, Structure, TensorSpec
-from tersor.core.structure import NamedOutput, bind, count_leaves, flatten, unflatten
+from tersor.core.structure import NamedOutput, bind, count_leaves, flatten, places, unflatten
 
 T = Structure(kind="tensor")
 NONE = Structure(kind="none")
@@ -248,3 +250,28 @@ def test_nested_arguments_name_the_place():
     assert [id(x) for x in flat] == [id(A), id(B), id(C)]
     with pytest.raises(DataError, match=r"batch\['pair'\]\[1\]: found None"):
         bind(captured, ({"ids": A, "pair": [B, None]},), {})
+
+
+@given(st.lists(SHAPES, max_size=3), SHAPES)
+def test_places_are_where_errors_look(shapes: list[Any], named: Any) -> None:
+    """One for each tensor, in order; followed into a call, a place leads to that very tensor."""
+    leaves: list[Any] = []
+    pairs = [build(shape, leaves) for shape in shapes]
+    structure, value = build(named, leaves)
+    signature = Signature(
+        args=tuple_of(*(s for s, _ in pairs)),
+        kwargs=dict_of(other=structure),
+        inputs=(),
+        outputs=(),
+        result=T,
+        parameter_names=tuple(f"a{i}" for i in range(len(pairs))),
+    )
+    call = {**{f"a{i}": v for i, (_, v) in enumerate(pairs)}, "other": value}
+    found = places(signature)
+    assert len(found) == len(leaves)
+    for place, leaf in zip(found, leaves, strict=True):
+        name, *rest = re.split(r"\[", place)
+        at = call[name]
+        for key in rest:
+            at = at[ast.literal_eval(key.removesuffix("]"))]
+        assert at is leaf

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -179,6 +180,16 @@ def test_other_shapes_are_refused(fake: Any, simple: Any, shape: Any):
     runner = Runner(fake(lambda x: {"y": x}, 2), simple(), 2)
     with pytest.raises(DataError, match=r"input 'x': found shape \(.*\), wanted \(batch, 3\)"):
         runner(np.zeros(shape, np.float32))
+
+
+def test_errors_call_inputs_as_the_caller_does(fake: Any, simple: Any):
+    """A graph may have another name for an argument: torch.export has for one called input."""
+    own = simple()
+    inside = replace(own, inputs=(replace(own.inputs[0], name="x_1"),))
+    runner = Runner(fake(lambda x: {"y": x}, 2), inside, 2)
+    for bad in (np.zeros((2, 4), np.float32), np.zeros((2, 3), np.int64)):
+        with pytest.raises(DataError, match="input 'x': found"):
+            runner(bad)
 
 
 def test_batches_must_agree(fake: Any, signature: Any, function: Any):
