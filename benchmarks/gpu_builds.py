@@ -31,12 +31,13 @@ from tersor.graph.apply import apply
 from tersor.graph.contracts import Graph, Quantizer, SiteChange
 from tersor.graph.edit import attribute, run_all
 from tersor.graph.operators import weighted_ops
+from tersor.kernels.activations_triton import ACTIVATION_CODES
 from tersor.kernels.epilogue import activated, finished
 from tersor.kernels.linear8 import linear8
 from tersor.kernels.linear8_cuda import CHOICES
 from tersor.kernels.linear8_library import library_product, library_ways
-from tersor.kernels.linear8_triton import ACTIVATION_CODES, choose_tile, finish, key_of, launch
 from tersor.kernels.linear8_triton import CHOSEN as CHOSEN_TILES
+from tersor.kernels.linear8_triton import choose_tile, finish, key_of, launch
 from tersor.ops.float8 import FLOAT8_LIMIT, float8_codes
 from tersor.timing.protocol import Protocol, measure, noise
 from tests.conformance.zoo.torchvision_shim import import_torchvision

@@ -119,6 +119,10 @@ def baselines(session: Session) -> tuple[tuple[BaselineRow, ...], int]:
 def _baseline_tools(session: Session) -> BaselineTools:
     def make(choice: BuildChoice) -> Callable[[], object]:
         session.progress.advance()
+        backend = session.backends[choice.backend]
+        reason = backend.idle(session.graph, choice) if isinstance(backend, Joining) else ""
+        if reason:
+            raise BackendError(reason)
         try:
             built = build_for(session, session.graph, choice)
         except ParityError as error:  # a precision that the device computes wrongly is no baseline

@@ -376,6 +376,10 @@ class Joining(Protocol):
         """Nodes that builds of a choice compute so; no price is asked for other formats of theirs."""
         ...
 
+    def idle(self, graph: Graph, choice: BuildChoice) -> str:
+        """Why a choice that asks for such kernels is no build of its own here; empty where it is one."""
+        ...
+
 
 @runtime_checkable
 class Backend(Protocol):

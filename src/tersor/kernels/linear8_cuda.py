@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
+from tersor.kernels.activations_triton import ACTIVATION_CODES
 from tersor.kernels.epilogue import ACTIVATIONS, finished
 from tersor.kernels.linear8_library import WAYS, Way, library_product, library_ways
 from tersor.kernels.linear8_triton import (
-    ACTIVATION_CODES,
     Key,
     choose_tile,
     finish,

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
-from triton import knobs
 
+from tersor.kernels.activations_triton import HAS_ASSEMBLY, activated
 from tersor.kernels.tiles import Chosen, choose
 
-ACTIVATION_CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 Tile = tuple[int, int, int, int, int]  # M, N, K, warps, stages
 # The first of each is the fastest at most shapes of BERT-base (H200): two blocks of four warps share a
 # multiprocessor, so that one multiplies while the other one finishes its results.
@@ -29,54 +28,10 @@ _FLAT: tuple[Tile, ...] = (
 _FINISH = (16, 256)  # rows and columns of a block that follows a library's product
 _FEW = 64  # rows up to which flat tiles are tried
 _GROUP = 8
-# The interpreter that tests on CPUs use knows no assembly.
-_HAS_ASSEMBLY = not knobs.runtime.interpret
 # Kernels are marked @no_type_check: a checker of types wraps functions, and Triton would look for their
 # names in the wrapper's module.
 Key = tuple[int, int, int, torch.dtype, torch.dtype, int, str]
 CHOSEN: Chosen[Key, Tile] = Chosen()
-
-
-@triton.jit
-@no_type_check
-def _erf(x):  # noqa: ANN001, ANN202
-    """Abramowitz and Stegun 7.1.26: 1.5e-7 off at most, in half the steps of the library's."""
-    a = tl.abs(x)
-    t = 1.0 / (1.0 + 0.3275911 * a)
-    p = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
-    y = 1.0 - t * (0.254829592 + t * (-0.284496736 + t * p)) * tl.exp(-a * a)
-    return tl.where(x < 0, -y, y)
-
-
-@triton.jit
-@no_type_check
-def _tanh(x):  # noqa: ANN001, ANN202
-    """One instruction, 2**-11 off at most."""
-    return tl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-@no_type_check
-def _activated(y, ACTIVATION: tl.constexpr, SHORT: tl.constexpr):  # noqa: ANN001, ANN202
-    if ACTIVATION == 1:
-        y = tl.maximum(y, 0.0)
-    elif ACTIVATION == 2:
-        if SHORT:
-            # erf(y / sqrt 2) = tanh(y p(y^2)) to 2.5e-5, p fitted to the largest error on [0, 6].
-            z = tl.minimum(y * y, 30.0)
-            p = 0.797507866 + z * (0.0370056606 - z * 0.000351518896)
-            half = 0.5 * y
-            y = half + half * _tanh(y * p)
-        else:
-            y = 0.5 * y * (1.0 + _erf(y * 0.7071067811865476))
-    elif ACTIVATION == 3:
-        inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = y * tl.sigmoid(2.0 * inner)
-    elif ACTIVATION == 4:
-        y = y * tl.sigmoid(y)
-    return y
 
 
 @triton.jit
@@ -89,7 +44,7 @@ def _finished(  # noqa: ANN202
     # torch's compiler hands Python's floats over in double precision (torch 2.11), which all that follows
     # would be computed in.
     zero, low, high = tl.cast(zero, tl.float32), tl.cast(low, tl.float32), tl.cast(high, tl.float32)
-    y = _activated(total.to(tl.float32) * scale[None, :] + offset[None, :], ACTIVATION, SHORT)
+    y = activated(total.to(tl.float32) * scale[None, :] + offset[None, :], ACTIVATION, SHORT)
     if TO_CODES:
         y = tl.minimum(tl.maximum(y * inverse[None, :] + zero, low), high)
         if ROUNDS:
@@ -232,7 +187,7 @@ def launch(
     wrap_triton(_tiled(tile))[grid](
         codes, weight, result, scale, offset, inverse, M, N, K, zero, low, high,
         IS_INT=codes.dtype == torch.int8, ACTIVATION=activation, TO_CODES=to_codes,
-        ROUNDS=dtype == torch.int8, SHORT=to_codes and _HAS_ASSEMBLY, STEPS=triton.cdiv(K, tile[2]),
+        ROUNDS=dtype == torch.int8, SHORT=to_codes and HAS_ASSEMBLY, STEPS=triton.cdiv(K, tile[2]),
     )  # fmt: skip
     return result
 
@@ -255,7 +210,7 @@ def finish(
     wrap_triton(linear8_finish_kernel)[(triton.cdiv(M, _FINISH[0]), triton.cdiv(N, _FINISH[1]))](
         total, result, scale, offset, inverse, M, N, zero, low, high,
         ACTIVATION=activation, TO_CODES=to_codes, ROUNDS=dtype == torch.int8,
-        SHORT=to_codes and _HAS_ASSEMBLY, BM=_FINISH[0], BN=_FINISH[1],
+        SHORT=to_codes and HAS_ASSEMBLY, BM=_FINISH[0], BN=_FINISH[1],
     )  # fmt: skip
     return result
 

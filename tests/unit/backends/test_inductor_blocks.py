@@ -165,20 +165,27 @@ def test_channels_are_filled_up(inp: int, between: int, out: int, count: int) ->
     assert parity(graph, built, 4, inputs) <= HALF
 
 
-def test_blocks_are_for_sixteen_bits_with_channels_last() -> None:
-    for fields in ({"precision": "f32"}, {"options": {"blocks": "fused"}}):
-        kept = {
-            "precision": "bf16",
-            "options": {"blocks": "fused", "layout": "channels_last"},
-        } | fields
-        with pytest.raises(ConfigError, match=r"blocks='fused' with precision .* wanted bf16"):
-            options.read_options(BuildChoice(backend="inductor", **kept))
-    ways = [w for w in options.float_choices("cuda", can_compile=True) if "blocks" in w.options]
-    assert {w.options.get("half", "bfloat16") for w in ways} == {"bfloat16", "float16"}
-    assert all(w.options["layout"] == "channels_last" and w.precision == "bf16" for w in ways)
+def test_blocks_are_for_sixteen_bits() -> None:
+    for layout in ("contiguous", "channels_last"):
+        given = {"blocks": "fused", "layout": layout}
+        with pytest.raises(ConfigError, match=r"blocks='fused' with precision f32, wanted bf16"):
+            options.read_options(
+                BuildChoice(backend="inductor", precision="f32", options=given)  # type: ignore[arg-type]
+            )
+        assert options.read_options(choice(layout=layout)).blocks == "fused"
     for device in ("cpu", "cuda"):
         plain = options.float_choices(device, can_compile=device == "cpu")
         assert not any("blocks" in w.options for w in plain)
+
+
+def test_blocks_are_for_channels_that_are_last(resnet: tuple[Graph, tuple[Tensor, ...]]) -> None:
+    graph, inputs = resnet
+    assert not fused(graph, Form(dtype=torch.float16, blocks=True))
+    built = InductorBackend().build(
+        graph, input_shapes(graph.signature, 4), choice(layout="contiguous")
+    )
+    assert not [n for n in built._lowered.module.graph.nodes if n.target is narrow_block]
+    assert parity(graph, built, 4, inputs) <= HALF
 
 
 def test_kernels_of_a_program_go_to_their_block(

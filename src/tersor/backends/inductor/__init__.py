@@ -136,12 +136,21 @@ class InductorBackend:
         return (plain, replace(plain, options={**plain.options, "tuned": True}))
 
     def joined(self, graph: "tersor.graph.contracts.Graph", choice: BuildChoice) -> frozenset[str]:
-        """What residual blocks that are one op each take in: 8 bits would take them apart again."""
+        """What blocks and layers that are one op each take in: 8 bits would take them apart again."""
         if choice.options.get("blocks") != "fused":
             return frozenset()
         from tersor.backends.inductor.blocks import block_ops
+        from tersor.backends.inductor.encoder import encoder_ops
 
-        return block_ops(graph.module)
+        is_last = choice.options.get("layout") == "channels_last"
+        blocks = block_ops(graph.module) if is_last else frozenset[str]()
+        return blocks | encoder_ops(graph.module)
+
+    def idle(self, graph: "tersor.graph.contracts.Graph", choice: BuildChoice) -> str:
+        """Why a choice of such kernels makes a build like another of this graph; empty where it does not."""
+        if choice.options.get("blocks") != "fused" or self.joined(graph, choice):
+            return ""
+        return "inductor: blocks='fused', but there is no narrow block and no narrow layer"
 
     def build(
         self, graph: "tersor.graph.contracts.Graph", shapes: Shapes, choice: BuildChoice

@@ -21,10 +21,12 @@ from tersor.kernels.assembler import use_sound_assembler
 from tersor.kernels.codebook_linear import codebook_linear
 from tersor.kernels.conv8 import conv8
 from tersor.kernels.linear8 import linear8
+from tersor.kernels.narrow_attention import narrow_attention
 from tersor.kernels.narrow_block import narrow_block
+from tersor.kernels.narrow_linear import narrow_linear
 
 Call = Callable[..., Sequence[Tensor]]
-_TUNED = (linear8, codebook_linear, conv8, narrow_block)
+_TUNED = (linear8, codebook_linear, conv8, narrow_block, narrow_attention, narrow_linear)
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 

@@ -5,6 +5,7 @@ the products in front get rows of zeros in each head, which change no score and 
 product behind gets columns of zeros for them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +14,21 @@ from torch import Tensor, fx
 from torch.nn.functional import pad
 
 from tersor.backends.inductor.filling import EIGHT
-from tersor.backends.inductor.work import Work, is_call, is_inner
+from tersor.backends.inductor.work import Work, is_call, is_inner, value_of
 from tersor.kernels.linear8 import linear8, quantize_codes, quantize_floats
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
 _TRANSPOSE = _aten.transpose.int
 _LINEAR = _aten.linear.default
-_VIEWS = (_aten.view.default, _aten.reshape.default)
+VIEWS = (_aten.view.default, _aten.reshape.default)
 _QUANTIZERS = (quantize_codes, quantize_floats)
 _UNFUSED = 5  # arguments of a product of codes whose result is floats
 _SIZES = 4  # of a view as heads
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class Read:
     """A product that attention reads, as [b, tokens, heads, size]."""
 
     product: fx.Node
@@ -41,7 +42,7 @@ def fill_heads(work: Work) -> None:
     for node in list(work.graph.nodes):
         if not is_call(node, _ATTENTION):
             continue
-        reads = [_read(work, value) for value in node.args[:3]]
+        reads = [read_of(work.tensors, value) for value in node.args[:3]]
         known = [r for r in reads if r is not None]
         behind = _behind(work, node)
         if len(known) < len(reads) or behind is None:
@@ -53,22 +54,22 @@ def fill_heads(work: Work) -> None:
     work.graph.eliminate_dead_code()
 
 
-def _read(work: Work, value: Any) -> _Read | None:
+def read_of(tensors: Mapping[str, Tensor], value: Any) -> Read | None:
     """What attention reads, where nobody else does."""
     if not is_inner(value, _TRANSPOSE) or tuple(value.args[1:]) != (1, 2):
         return None
     view: Any = value.args[0]
-    if not any(is_inner(view, v) for v in _VIEWS) or len(view.args[1]) != _SIZES:
+    if not any(is_inner(view, v) for v in VIEWS) or len(view.args[1]) != _SIZES:
         return None
     product = view.args[0]
     if not (is_inner(product, _LINEAR) or is_inner(product, linear8)) or product.kwargs:
         return None
     if product.target is linear8 and len(product.args) != _UNFUSED:
         return None
-    values = [work.value(a) for a in _constants(product) if a is not None]
+    values = [value_of(tensors, a) for a in _constants(product) if a is not None]
     rows = {None if v is None else int(v.shape[0]) for v in values}
     found = _heads(view.args[1][2:], rows.pop()) if len(rows) == 1 else None
-    return None if found is None else _Read(product, view, *found)
+    return None if found is None else Read(product, view, *found)
 
 
 def _heads(given: Any, rows: int | None) -> tuple[int, int] | None:
@@ -95,7 +96,7 @@ def _behind(work: Work, node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     if not is_inner(turned, _TRANSPOSE) or tuple(turned.args[1:]) != (1, 2):  # type: ignore[union-attr]
         return None
     flat = next(iter(turned.users))  # type: ignore[union-attr]
-    if not any(is_call(flat, v) for v in _VIEWS) or len(flat.args[1]) != _SIZES - 1:  # type: ignore[arg-type]
+    if not any(is_call(flat, v) for v in VIEWS) or len(flat.args[1]) != _SIZES - 1:  # type: ignore[arg-type]
         return None
     products: list[fx.Node] = []
     for user in flat.users:
@@ -112,7 +113,7 @@ def _behind(work: Work, node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
 def _fill(
     work: Work,
     node: fx.Node,
-    reads: list[_Read],
+    reads: list[Read],
     behind: tuple[fx.Node, list[fx.Node]],
     wanted: int,
 ) -> None:
@@ -133,7 +134,7 @@ def _fill(
         _put(work, product, 1, (heads, value.size, wanted), 1)
 
 
-def _fill_rows(work: Work, read: _Read, wanted: int) -> None:
+def _fill_rows(work: Work, read: Read, wanted: int) -> None:
     for place, value in enumerate(_constants(read.product), 1):
         if value is not None:
             _put(work, read.product, place, (read.heads, read.size, wanted), 0)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from tersor.backends.inductor.blocks import fuse_blocks
 from tersor.backends.inductor.coding import code_linears, own_tensors
+from tersor.backends.inductor.encoder import fuse_encoder
 from tersor.backends.inductor.filling import fill_channels
 from tersor.backends.inductor.filling_heads import fill_heads
 from tersor.backends.inductor.float8 import float8_linears
@@ -92,8 +93,10 @@ def lower(graph: Graph, form: Form, known: Mapping[str, tuple[str, ...]] | None 
     if form.eights:
         fill_channels(copied, work.tensors)
         fill_heads(work)
-    if form.blocks:
+    if form.blocks and form.channels_last:
         steps.blocks()
+    if form.blocks:
+        fuse_encoder(work)
     if form.joins:
         steps.shared_reads()
         copied.eliminate_dead_code()

@@ -29,7 +29,8 @@ class Options:
         tuned: A package whose kernels are chosen by measurement, as "autotune" does.
         weights: Of linears, where they are stored as codes: expanded to floats when the model is built, or
             read as codes by every call.
-        blocks: Residual blocks of few channels, in 16 bits with channels last: op by op, or one op each.
+        blocks: Residual blocks of few channels (in 16 bits with channels last), and linears and attentions of narrow
+            transformers with what is around them (in 16 bits): op by op, or one op each.
     """
 
     mode: Mode = "eager"
@@ -65,10 +66,9 @@ def read_options(choice: BuildChoice) -> Options:
             wanted = "; ".join(f"{n}: {list(values)}" for n, values in _WANTED.items())
             raise ConfigError(f"inductor: found option {name}={value!r}, wanted {wanted}")
     found = Options(**choice.options)  # type: ignore[arg-type]
-    if found.blocks == "fused" and (choice.precision == "f32" or found.layout != "channels_last"):
+    if found.blocks == "fused" and choice.precision == "f32":
         raise ConfigError(
-            f"inductor: found blocks='fused' with precision {choice.precision} and layout {found.layout!r}, "
-            "wanted bf16 and 'channels_last', which its kernels read"
+            f"inductor: found blocks='fused' with precision {choice.precision}, wanted bf16, which its kernels read"
         )
     if found.tuned and found.mode != "package":
         raise ConfigError(
@@ -113,7 +113,7 @@ def float_choices(device: str, *, can_compile: bool) -> tuple[FloatChoice, ...]:
     ]
     fused = [
         replace(c, options={**c.options, "blocks": "fused"})
-        for c in images
+        for c in (*(p for p in plain if p.precision == "bf16" and p.options["graph"]), *images)
         if c.options["mode"] == "compile"
     ]
     return (*plain, *images, *fused)

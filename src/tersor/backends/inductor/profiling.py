@@ -31,6 +31,8 @@ _OWN = {
     "conv8": "conv8",
     "codebook_linear": "codebook_linear",
     "narrow_block": "narrow_block",
+    "narrow_attention": "narrow_attention",
+    "narrow_linear": "narrow_linear",
 }
 
 
@@ -81,10 +83,9 @@ def _kind(target: str) -> str:
         return "linear8"
     if target.startswith("tersor.conv8") or "method conv2d" in target:
         return "conv8"
-    if target.startswith("tersor.codebook_linear"):
-        return "codebook_linear"
-    if target.startswith("tersor.narrow_block"):
-        return "narrow_block"
+    for name in ("codebook_linear", "narrow_block", "narrow_attention", "narrow_linear"):
+        if target.startswith(f"tersor.{name}"):
+            return name
     return "round" if re.search(r"\bround\b", target) and not target.startswith("aten") else target
 
 

@@ -1,6 +1,6 @@
 """A graph that is being lowered, and what the steps of it share: constants, quantisers, their codes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ class Form:
         integers: Linears and convolutions multiply codes; false: the floats that those stand for.
         joins: Linears that read one tensor become one product.
         codes: Weights that are stored as codes stay codes where a kernel reads them.
-        blocks: Residual blocks of few channels become one op each; for 16-bit floats.
+        blocks: Residual blocks of few channels, where channels are last, and linears and attentions of narrow
+            transformers, become one op each; for 16-bit floats.
         eights: Channels of images in floats, and sizes of heads, are filled up to eights.
     """
 
@@ -83,8 +84,7 @@ class Work:
 
     def value(self, node: Any) -> Tensor | None:
         """The tensor of a constant; None: it is none."""
-        is_constant = isinstance(node, fx.Node) and node.op == "get_attr"
-        return self.tensors[str(node.target)] if is_constant else None
+        return value_of(self.tensors, node)
 
     def read(self, grid: Grid) -> fx.Node:
         """The codes that a quantiser's readers share."""
@@ -102,6 +102,12 @@ class Work:
         self.tensors[name] = value
         self.exact.add(name)
         return self.graph.get_attr(name)
+
+
+def value_of(tensors: Mapping[str, Tensor], node: Any) -> Tensor | None:
+    """The tensor of a constant; None: it is none."""
+    is_constant = isinstance(node, fx.Node) and node.op == "get_attr"
+    return tensors[str(node.target)] if is_constant else None
 
 
 def quantizer(value: Any) -> Grid | None:
