@@ -157,6 +157,13 @@ def encoder() -> tuple[nn.Module, Any]:
     return MiniLM(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def vit() -> tuple[nn.Module, Any]:
+    """The ViT of ``gpu_compress``, 192 wide, random weights: for a card."""
+    from benchmarks.gpu_compress import Vit
+
+    return Vit(), torch.randn(64, 1, 28, 28)
+
+
 CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "resnet18": resnet18,
     "mobilenet_v2": mobilenet_v2,
@@ -165,8 +172,10 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "minilm": minilm,
     "resnet20": resnet20,
     "encoder": encoder,
+    "vit": vit,
 }
-DEFAULT = [name for name in CASES if name != "encoder"]
+ON_CARDS = ("encoder", "vit")
+DEFAULT = [name for name in CASES if name not in ON_CARDS]
 
 
 def opened(name: str, backend: str, device: str, batch: int) -> Session:
