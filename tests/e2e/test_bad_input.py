@@ -230,7 +230,8 @@ def test_batch(refuse: Any, batch: Any) -> None:
 
 
 def test_seed(refuse: Any) -> None:
-    refuse(ConfigError, "seed: found -1", "at least 0", seed=-1)
+    refuse(ConfigError, "seed: found -1", "from 0 to", seed=-1)
+    refuse(ConfigError, f"seed: found {2**70}", "from 0 to", seed=2**70)
 
 
 def test_no_such_backend(refuse: Any) -> None:
@@ -405,7 +406,7 @@ def test_a_file_in_a_folder_that_is_not_there(lenet_run: Finished, tmp_path: Pat
 def test_a_damaged_record_is_made_again(lenet_run: Finished, tmp_path: Path, stage: str) -> None:
     """A store that was cut off by the system, not by us: the stage is run again."""
     store = Store(warm_copy(lenet_run, tmp_path))
-    (path,) = (store.root / stage).glob("*/record.json")
+    path = min((store.root / stage).glob("*/record.json"))  # other tests resolve this result
     path.write_bytes(path.read_bytes()[:-20])
     from tersor.core.records import Plan  # any record: the damage is seen before the class
 

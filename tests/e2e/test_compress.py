@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -623,11 +623,18 @@ def test_the_curve_is_found_again(finished: Finished, monkeypatch: pytest.Monkey
     assert Result(result._run, result.target, kept).pareto == points
 
 
+def is_front(points: Sequence[Any]) -> bool:
+    """Fastest first, and none at least as good as another in all that they tell."""
+    told = [(p.latency_ms, p.size_mb, p.drop, p.error) for p in points]
+    pairs = [(a, b) for i, a in enumerate(told) for j, b in enumerate(told) if i != j]
+    is_beaten = any(all(x <= y for x, y in zip(a, b, strict=True)) for a, b in pairs)
+    return told == sorted(told) and not is_beaten and all(0 <= t[2] <= 100 for t in told)
+
+
 def test_pareto_is_sorted_and_marked(finished: Finished) -> None:
     points = finished.result.pareto
     assert len(points) >= 2
-    times = [p.plan.predicted_ms for p in points]
-    assert times == sorted(times)
+    assert is_front(points)
     for point in points:
         assert point.measured == (point.plan.measured_ms is not None)
         wanted = point.plan.measured_ms if point.measured else point.plan.predicted_ms
@@ -668,6 +675,22 @@ def test_resolve_to_what_no_plan_reaches_names_what_binds(lenet_run: Finished) -
     found = lenet_run.result.resolve(tersor.Target(size_ratio=50))
     assert "size" in found.plan.binding
     assert found.plan.predicted_bytes > 0
+
+
+def test_resolved_again_is_as_resolved_at_once(lenet_run: Finished) -> None:
+    """Evaluations keep their units, and are not forgotten on the way."""
+    first = lenet_run.result
+    wanted = tersor.Target(min_agreement=0.97, speedup=1.01)
+    direct = first.resolve(wanted)
+    for between in ("1.2x smaller", "min_agreement=0.5", "1 pt"):
+        again = first.resolve(between).resolve(wanted)
+        assert again.plan.assignment == direct.plan.assignment, between
+        assert again._choice.evaluations == direct._choice.evaluations
+    assert is_front(direct.pareto)
+    points = {(p.latency_ms, p.size_mb): p.drop for p in first.pareto}
+    for point in first.resolve("1.2x smaller").pareto:
+        if (point.latency_ms, point.size_mb) in points:
+            assert point.drop == pytest.approx(points[point.latency_ms, point.size_mb])
 
 
 # --- files

@@ -177,19 +177,29 @@ class Quality:
             return next(iter(values.values()))
         return max(values[name] / budgets[name] for name in budgets)
 
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What a loss is of, and how many of its units are all of that: losses of one quantity can be converted."""
+        budgets = self._budgets()
+        if self._is_scored and not budgets.keys() - {"drop_points"}:
+            return "the metric", 100.0
+        if self.metric is not None and len(budgets) > 1:
+            return f"the larger share of {sorted(budgets.items())}", 1.0
+        scales = {"drop_points": 100.0, "min_agreement": 1.0}
+        if len(budgets) > 1:
+            return "agreement", max(scales[name] / budgets[name] for name in budgets)
+        return "agreement", scales[next(iter(budgets), "min_agreement")]
+
     def points(self, loss: float) -> float:
         """A loss in points of the metric or of agreement, no more than there are."""
-        budgets = self._budgets()
-        if len(budgets) > 1:  # it is a share of either
-            loss *= self.target.drop_points or 0.0
-        elif not self._is_scored and "drop_points" not in budgets:
-            loss *= 100.0
-        if self._is_scored:
-            assert self.metric is not None
-            most = 100.0 if self.metric.points == _FRACTION else math.inf
-        else:
+        quantity, whole = self.unit
+        if quantity == "agreement":
             most = 100.0 if self.session.kind == "logits" else 200.0  # of a cosine of -1
-        return min(loss, most)
+            return min(100.0 * loss / whole, most)
+        if quantity == "the metric":
+            assert self.metric is not None
+            return min(loss, 100.0) if self.metric.points == _FRACTION else loss
+        return loss * self._budgets()["drop_points"]
 
     def seen(self, graph: Graph) -> tuple[float, Vector | None]:
         """The loss of a graph, and what tells its noise beside another's; None where nothing does.

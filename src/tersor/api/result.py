@@ -47,8 +47,9 @@ from tersor.core.target import Target, as_target
 from tersor.core.units import BYTES_PER_MB
 from tersor.graph.modules import GraphModule
 from tersor.observe.ranks import Parcel
-from tersor.plan.resolve import curve
+from tersor.plan.resolve import curve, front
 from tersor.plan.resolve import resolve as resolve_plan
+from tersor.plan.task import Evaluation
 from tersor.report.brief import brief
 from tersor.report.explain import costliest
 from tersor.report.explain import explain as explain_site
@@ -90,6 +91,23 @@ class _Curve:
     points: tuple[ParetoPoint, ...]
 
 
+def _converted(searched: "_Searched", own: Quality, wanted: Quality) -> tuple[Evaluation, ...]:
+    """Evaluations in another target's units; none where that asks for another quantity."""
+    (quantity, whole), (other, whole_other) = own.unit, wanted.unit
+    if quantity != other:
+        return ()
+    factor = whole_other / whole
+    return tuple(replace(e, loss=e.loss * factor) for e in searched.evaluations)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Searched:
+    """What a search evaluated, in the units of its own target."""
+
+    target: Target
+    evaluations: tuple[Evaluation, ...]
+
+
 class Result:
     """One compressed model.
 
@@ -97,8 +115,11 @@ class Result:
     use where the result comes from ``resolve``.
     """
 
-    def __init__(self, run: Run, target: Target, choice: ChoiceRecord) -> None:
+    def __init__(
+        self, run: Run, target: Target, choice: ChoiceRecord, searched: "_Searched | None" = None
+    ) -> None:
         self._run = run
+        self._searched = searched  # by whom it was resolved; None: by itself
         self.target = target
         self._choice = choice
         self._reason = choice.reason
@@ -267,41 +288,46 @@ class Result:
         if not self._choice.tables:  # a plan that was given, not found, has no prices
             return ()
         choice, store = self._choice, run.session.store
+        quality, evaluations, finalists = self._quality, choice.evaluations, choice.finalists
+        if (
+            self._searched is not None and not evaluations
+        ):  # of a quantity that this target does not ask for
+            quality = Quality(run.session, self._searched.target)
+            evaluations, finalists = self._searched.evaluations, ()
         # Dozens of programs to solve: minutes where widths and formats are many.
-        base = plan_key(run.session, run.prices, self.target)
-        read = from_json(ChoiceRecord, to_json(choice))  # 2 or 2.0: as the store gives it
+        base = plan_key(run.session, run.prices, quality.target)
+        record = replace(choice, evaluations=evaluations, finalists=finalists)
+        read = from_json(ChoiceRecord, to_json(record))  # 2 or 2.0: as the store gives it
         key = digest(base, read.tables, read.evaluations, read.finalists)
         kept = store.get(_Curve, "pareto", key)
         if kept is None:
-            task = task_for(run.session, run.offered, run.prices, choice.tables, self._quality)
-            points = curve(task, choice.evaluations, _CURVE_POINTS, choice.finalists)
-            kept = _Curve(points=points)
+            task = task_for(run.session, run.offered, run.prices, choice.tables, quality)
+            kept = _Curve(points=curve(task, evaluations, _CURVE_POINTS, finalists))
             store.put("pareto", key, kept)
         # The program's errors add up beyond what can be lost, and its units are the target's.
-        return tuple(replace(p, drop=self._quality.points(p.drop)) for p in kept.points)
+        return front(replace(p, drop=quality.points(p.drop)) for p in kept.points)
 
     def resolve(self, target: Target | str | Mapping[str, Any]) -> "Result":
         """Another result from the same tables, in seconds; its numbers are predicted."""
         run, target = self._run, as_target(target)
         quality = Quality(run.session, target)
         task = task_for(run.session, run.offered, run.prices, self._choice.tables, quality)
-        found = resolve_plan(task, self._comparable(quality))
+        searched = self._searched or _Searched(
+            target=self.target, evaluations=self._choice.evaluations
+        )
+        evaluations = _converted(searched, Quality(run.session, searched.target), quality)
+        found = resolve_plan(task, evaluations)
         record = replace(
             self._choice,
             plan=found.plan,
             finalists=found.finalists,
+            evaluations=evaluations,
             binding=found.binding,
             reason=found.reason,
             is_baseline=found.is_baseline,
             met=found.target_met_on_search,
         )
-        return Result(run, target, record)
-
-    def _comparable(self, quality: Quality) -> Any:
-        """Evaluations hold for another target where both measure the same quantity."""
-        same = set(quality.target.budgets()) & {"drop_points", "min_agreement"}
-        own = set(self.target.budgets()) & {"drop_points", "min_agreement"}
-        return self._choice.evaluations if same == own else ()
+        return Result(run, target, record, searched)
 
     def explain(self, site: str) -> dict[str, Any]:
         """Price, error, alternatives, reason and what undoing would change, for one layer.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ _MOST_BRANCHES = 16
 MIX = 8  # calls that stand for all sizes of the data, each for as many samples
 
 
+_MOST_SEED = 2**62  # some are derived from it, and generators take 63 bits
+_WORDS = {"keep": "patterns of layers' names", "methods": "methods' names, or 'all'"}
+_SUCH = {"keep": "('encoder.*',)", "methods": "('quantize', 'prune')"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The caller's options."""
@@ -76,15 +81,16 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.batch) is not int or self.batch < 1:
             raise ConfigError(f"batch: found {self.batch!r}, wanted a whole number of at least 1")
-        if type(self.seed) is not int or self.seed < 0:
-            raise ConfigError(f"seed: found {self.seed!r}, wanted a whole number of at least 0")
+        if type(self.seed) is not int or not 0 <= self.seed <= _MOST_SEED:
+            raise ConfigError(
+                f"seed: found {self.seed!r}, wanted a whole number from 0 to {_MOST_SEED}"
+            )
         if self.recover is not None and not isinstance(self.recover, Recover):
             raise ConfigError(
                 f"recover: found {type(self.recover).__name__}, wanted tersor.Recover(seconds=...) "
                 "or None"
             )
-        if isinstance(self.keep, str):
-            raise ConfigError(f"keep: found the text {self.keep!r}, wanted a tuple of patterns")
+        _check_names(self.keep, self.methods)
         for name in ("metric", "test_metric"):
             value = getattr(self, name)
             if value is not None and not callable(value) and not isinstance(value, Metric):
@@ -367,7 +373,9 @@ def pick_methods(
     Raises:
         ConfigError: No method of that name.
     """
-    names = default_methods() if wanted == "all" else _names(wanted)
+    names = [
+        name for word in _names(wanted) for name in (default_methods() if word == "all" else [word])
+    ]
     limits = [int8.weight_limit for info in infos if (int8 := info.format("int8"))]
     found: dict[str, Method] = {}
     for name in names:
@@ -453,6 +461,20 @@ def with_counts(method: Method, axes: Axes | None, tiles: Tiles) -> Method:
         return tuple(n for n in found if n >= axes[site.width].least)
 
     return replace(method, counts=counts)  # type: ignore[type-var]
+
+
+def _check_names(keep: object, methods: object) -> None:
+    if isinstance(keep, str):
+        raise ConfigError(f"keep: found the text {keep!r}, wanted a tuple of patterns")
+    for name, value in (("keep", keep), ("methods", methods)):
+        if not isinstance(value, str) and not _are_texts(value):
+            raise ConfigError(
+                f"{name}: found {value!r}, wanted a tuple of {_WORDS[name]}, such as {_SUCH[name]}"
+            )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, Collection) and all(isinstance(v, str) for v in value)
 
 
 def _names(wanted: str | Sequence[str]) -> list[str]:

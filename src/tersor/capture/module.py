@@ -460,13 +460,31 @@ def _original(host: _Host) -> Callable[..., Any]:
     model = host.plain if host.outputs is None else host.own
     dtype = torch.float32 if host.outputs is None else host.dtype
 
+    writes: bool | None = None  # to its own buffers; not known yet
+
     def predict(*args: Any, **kwargs: Any) -> Any:
+        nonlocal writes
         if host.is_half:
             args, kwargs = _floats((args, kwargs), dtype)
-        with evaluation_mode(model), configured(model, WITHOUT_CACHE), torch.no_grad():
-            return model(*args, **kwargs)
+        # The caller's model never changes; copies are for models that do write, as calls are timed.
+        kept = contextlib.nullcontext() if writes is False else state_restored(model)
+        before = _versions(model) if writes is None else ()
+        with kept, evaluation_mode(model), configured(model, WITHOUT_CACHE), torch.no_grad():
+            found = model(*args, **kwargs)
+            writes = before != _versions(model) if writes is None else writes
+            return found
 
     return predict
+
+
+def _versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Which tensors a model keeps beside its parameters, and how often each was written to."""
+    return tuple(
+        (id(value), value._version)  # noqa: SLF001 - as torch's own checks read it
+        for module in model.modules()
+        for value in (*module._buffers.values(), *vars(module).values())  # noqa: SLF001
+        if isinstance(value, Tensor) and not value.is_inference()
+    )
 
 
 def _floats(value: Any, dtype: torch.dtype) -> Any:

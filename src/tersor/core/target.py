@@ -136,7 +136,10 @@ def _checked(name: str, value: object) -> float:
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TargetError(f"{name}={value!r}: wanted a number or a text such as '2x'")
     else:
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number beyond what a float holds
+            number = math.inf
     if not math.isfinite(number):
         raise TargetError(f"{name}={number}: wanted a finite number")
     _check_range(name, number)

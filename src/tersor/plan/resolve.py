@@ -4,7 +4,8 @@ What is returned is predicted: times by the tables, losses by the curve through 
 that the search has made.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from tersor.core.records import ParetoPoint, Plan, PriceTable
@@ -39,6 +40,8 @@ def resolve(task: Task, evaluations: Sequence[Evaluation]) -> Choice:
             ledger,
             f"nothing is predicted faster than the best uncompressed build: {totals.ms:.3g} ms "
             f"against {task.baseline_ms:.3g} ms ({task.baseline.name})",
+            proposal.binding or "",
+            binding_words(ledger, best, proposal.binding),
         )
     words = binding_words(ledger, best, proposal.binding)
     plan = ledger.plan(best, words)
@@ -80,8 +83,24 @@ def curve(
     for total in sorted(by_totals):
         plan = ledger.plan(by_totals[total])
         found = known.get((plan.choice.describe(), by_totals[total].levels))
+        if found is not None and not math.isfinite(found.measured_ms or 0.0):
+            continue  # it could not be built
         points.append(_point(found or plan, expected_loss(pairs, total.error)))
-    return tuple(points)
+    return front(points)
+
+
+def front(points: Iterable[ParetoPoint]) -> tuple[ParetoPoint, ...]:
+    """Those that no other one equals or beats in latency, size, drop and predicted error, fastest first.
+
+    Measurements in the place of predictions change their order, and so does what an error is expected to lose.
+    """
+    ordered = sorted(points, key=lambda p: (p.latency_ms, p.size_mb, p.drop, p.error))
+    kept: list[ParetoPoint] = []
+    for point in ordered:
+        told = point.size_mb, point.drop, point.error
+        if not any(k.size_mb <= told[0] and k.drop <= told[1] and k.error <= told[2] for k in kept):
+            kept.append(point)
+    return tuple(kept)
 
 
 def _point(plan: Plan, loss: float) -> ParetoPoint:
@@ -111,8 +130,8 @@ def _propose(ledger: Ledger) -> Proposal:
     return Proposal(tuple(within), ledger.unreachable or "drop")
 
 
-def _predicted_baseline(ledger: Ledger, reason: str) -> Choice:
-    plan = ledger.baseline_plan()
+def _predicted_baseline(ledger: Ledger, reason: str, binding: str = "", words: str = "") -> Choice:
+    plan = ledger.baseline_plan(words)
     loss = plan.measured_error
     if loss is None:
         pairs = [(e.error, e.loss) for e in ledger.evaluations]
@@ -121,7 +140,7 @@ def _predicted_baseline(ledger: Ledger, reason: str) -> Choice:
         plan=plan,
         finalists=(plan,),
         evaluations=tuple(ledger.evaluations),
-        binding="",
+        binding=binding,
         reason=reason,
         target_met_on_search=meets(ledger.task.limits, plan, loss),
         is_baseline=True,

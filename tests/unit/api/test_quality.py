@@ -88,3 +88,31 @@ def test_losses_are_told_in_points() -> None:
     assert wide.points(130.0) == pytest.approx(130)
     both = quality("logits", drop_points=0.5, min_agreement=0.99)
     assert both.points(0.8) == pytest.approx(0.4)
+
+
+def test_units_tell_which_losses_can_be_converted() -> None:
+    """Without a metric both words are of agreement; a metric is another quantity."""
+    wholes = {
+        "points": quality("logits", drop_points=0.5),
+        "agreement": quality("logits", min_agreement=0.99),
+        "none": quality("logits", speedup=2.0),
+    }
+    assert {name: q.unit for name, q in wholes.items()} == {
+        "points": ("agreement", 100.0),
+        "agreement": ("agreement", 1.0),
+        "none": ("agreement", 1.0),
+    }
+    # The larger of a loss of 0.004 in budgets of half a point and of 0.01.
+    both = quality("logits", drop_points=0.5, min_agreement=0.99)
+    assert both.unit == ("agreement", pytest.approx(200.0))
+    zero = quality("logits", drop_points=0.0, min_agreement=0.5)
+    assert zero.points(0.3 * zero.unit[1]) == pytest.approx(30)
+    metric = Metric(lambda _: 0.5)
+    assert quality("logits", metric, drop_points=0.5).unit == ("the metric", 100.0)
+    assert quality("logits", metric, speedup=2.0).unit == ("the metric", 100.0)
+    assert quality("logits", metric, min_agreement=0.9).unit == ("agreement", 1.0)
+    mixed = [
+        quality("logits", metric, drop_points=d, min_agreement=0.9).unit[0] for d in (0.5, 0.7)
+    ]
+    assert mixed[0] != mixed[1]
+    assert "the metric" not in mixed

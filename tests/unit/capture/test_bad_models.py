@@ -156,6 +156,19 @@ def test_mutated_buffers_are_put_back() -> None:
     assert not hasattr(model, "seen")
 
 
+def test_the_original_is_never_changed_by_calling_it() -> None:
+    """It is called and timed often; what a model counts stays as it was, and is counted from there each time."""
+    model = Counts().eval()
+    kept, x = model.kept, random(3, 4)
+    original = capture(model, samples(random(4, 4))).original
+    for _ in range(3):
+        original(x)
+        assert model.calls.item() == 0
+        assert torch.equal(model.last, torch.zeros(4))
+        assert model.kept is kept
+        assert not hasattr(model, "seen")
+
+
 def test_mutated_buffers_are_put_back_after_an_error() -> None:
     def function(m: Any, y: Tensor) -> Any:
         m.calls += 1
