@@ -671,6 +671,15 @@ def test_resolve_is_quick_and_lazy_and_materialises(
     assert torch.equal(tersor.load(tmp_path / "resolved.tersor")(x), found.model(x))
 
 
+def test_a_size_of_one_counts_the_whole_file(lenet_run: Finished) -> None:
+    """The uncompressed build's tensors would fit; with graph and report its file does not."""
+    found = lenet_run.result.resolve("size_ratio=1")
+    original = lenet_run.result.verdict.original_bytes
+    assert found.plan.predicted_bytes <= original
+    assert found.plan.assignment != lenet_run.result.resolve("1x").plan.assignment
+    assert set(found.plan.assignment.values()) & {"int8", "int8_weight"}
+
+
 def test_resolve_to_what_no_plan_reaches_names_what_binds(lenet_run: Finished) -> None:
     found = lenet_run.result.resolve(tersor.Target(size_ratio=50))
     assert "size" in found.plan.binding
