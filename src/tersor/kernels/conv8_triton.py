@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from triton import knobs
 
 from tersor.kernels import conv8_kernels_triton as kernels
+from tersor.kernels.activations_triton import HAS_ASSEMBLY
 from tersor.kernels.tiles import Chosen, Size, choose, is_real, result
 
 
@@ -38,8 +38,6 @@ _BLOCKS = 132  # multiprocessors of the card that this was written for (H200)
 _SMALL = ((64, 64), (32, 64), (16, 64), (64, 128))  # pixels, channels
 _SHARES = 16
 _FINISH = (16, 64, 4)  # pixels, channels, warps of the second kernel
-# The interpreter that tests on CPUs use knows no assembly.
-_HAS_ASSEMBLY = not knobs.runtime.interpret
 _FINITE = torch.finfo(torch.float32).max  # no compiler has to write an infinity
 _Key = tuple[Any, ...]
 _CHOSEN: Chosen[_Key, Tile] = Chosen()
@@ -205,7 +203,7 @@ def launched(
         "KH": down, "KW": across, "SH": stride[0], "SW": stride[1],
         "PH": padding[0], "PW": padding[1], "BORDER": offset.shape[0] > 1, "INNER": bool(inner),
         "RESIDUAL": residual is not None, "ROUND": dtype == torch.int8,
-        "NATIVE": _HAS_ASSEMBLY,
+        "NATIVE": HAS_ASSEMBLY,
     }  # fmt: skip
     is_int = codes.dtype == torch.int8
     other = scale if residual is None else residual

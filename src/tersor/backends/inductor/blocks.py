@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from tersor.backends.inductor.filling import writers
-from tersor.backends.inductor.work import is_call, is_inner
+from tersor.backends.inductor.work import float_constant, is_call, is_inner
 from tersor.kernels.narrow_block import CHANNELS, STRIDES, block_weights, narrow_block
 
 _aten = torch.ops.aten
@@ -131,15 +131,9 @@ def _conv(value: Any, tensors: Mapping[str, Tensor], kernel: tuple[int, int]) ->
     wanted = (tuple(k // 2 for k in kernel), _NARROW, 1)
     if (tuple(border), tuple(dilation), groups) != wanted or tuple(stride) != (step, step):
         return None
-    values, shift = (_constant(v, tensors) for v in (weight, bias))
+    values, shift = (float_constant(v, tensors) for v in (weight, bias))
     if values is None or (bias is not None and shift is None):
         return None
     if tuple(values.shape[2:]) != kernel or step not in STRIDES:
         return None
     return _Conv(source, values, shift, step)
-
-
-def _constant(value: Any, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    is_constant = isinstance(value, fx.Node) and value.op == "get_attr"
-    found = tensors[str(value.target)].detach() if is_constant else None
-    return found if found is not None and found.dtype == torch.float32 else None

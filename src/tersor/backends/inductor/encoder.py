@@ -6,7 +6,7 @@ else reads what is between. What has none of these stays a product of the librar
 constants; 8-bit products have kernels of their own. Graphs that write to what they read stay as they are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from tersor.backends.inductor.filling import EIGHT
 from tersor.backends.inductor.filling_heads import VIEWS, Read, read_of
-from tersor.backends.inductor.work import Work, is_call, is_inner
+from tersor.backends.inductor.work import ACTIVATIONS, Work, float_constant, is_call, is_inner
 from tersor.graph.edit import parameters_by_name
 from tersor.graph.mutation import has_mutation
 from tersor.kernels.narrow_attention import SIZES, TOKENS, attention_weights, narrow_attention
@@ -34,11 +34,6 @@ _EPS, _USUAL_EPS = 4, 1e-5  # where a norm has it, and what goes without saying
 _NARROW, _WIDE = 512, 2048
 # Arguments of ``narrow_linear``.
 _SUMS, _ADDED, _SCALE, _WIDTH = 3, 4, 5, 7
-_ACTIVATIONS: Mapping[Callable[..., Any], Callable[[fx.Node], str]] = {
-    _aten.relu.default: lambda _: "relu",
-    _aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
-    _aten.silu.default: lambda _: "silu",
-}
 _Linear = tuple[Tensor, Tensor | None]
 
 
@@ -207,8 +202,8 @@ def layer_at(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Layer | None:
     if norm is not None and norm.width <= READ and len(norm.node.users) == 1:
         layer.first = norm
     after = _only_user(node)
-    if after is not None and after.target in _ACTIVATIONS:
-        layer.activation = _ACTIVATIONS[after.target](after)  # type: ignore[index]
+    if after is not None and after.target in ACTIVATIONS:
+        layer.activation = ACTIVATIONS[after.target](after)  # type: ignore[index]
         layer.end = after
     _take_addition(layer)
     last = _norm(_only_user(layer.end), tensors) if layer.end is not node else None
@@ -242,7 +237,7 @@ def _linear(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Linear | None:
     if not is_call(node, _LINEAR) or node.kwargs:
         return None
     given = (*node.args, None)[2]
-    weight, bias = _constant(node.args[1], tensors), _constant(given, tensors)
+    weight, bias = float_constant(node.args[1], tensors), float_constant(given, tensors)
     if weight is None or weight.dim() != 2 or (bias is None) != (given is None):
         return None
     return None if bias is not None and bias.shape != weight.shape[:1] else (weight, bias)
@@ -252,17 +247,11 @@ def _norm(value: Any, tensors: Mapping[str, Tensor]) -> _Norm | None:
     if not is_call(value, _NORM) or len(value.args[1]) != 1 or value.kwargs:
         return None
     given = (*value.args[2:_EPS], None, None)[:2]
-    parts = [_constant(v, tensors) for v in given]
+    parts = [float_constant(v, tensors) for v in given]
     if any((v is None) != (p is None) for v, p in zip(given, parts, strict=True)):
         return None
     eps = float(value.args[_EPS]) if len(value.args) > _EPS else _USUAL_EPS
     return _Norm(value, value.args[0], int(value.args[1][0]), (parts[0], parts[1]), eps)
-
-
-def _constant(value: Any, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    is_constant = isinstance(value, fx.Node) and value.op == "get_attr"
-    found = tensors[str(value.target)].detach() if is_constant else None
-    return found if found is not None and found.dtype == torch.float32 else None
 
 
 def _put_attention(work: Work, node: fx.Node, found: _Attention) -> None:

@@ -27,6 +27,7 @@ from tersor.backends.inductor.lowering_conv import (
     shared_codes,
 )
 from tersor.backends.inductor.work import (
+    ACTIVATIONS,
     DEQUANTIZE,
     QUANTIZE,
     WEIGHT,
@@ -47,11 +48,6 @@ _SIDES = 4  # dimensions of an image
 _UNFUSED = (
     5  # arguments of a product of codes without an activation: codes, weight, scale, offset, type
 )
-_FUSED = {  # ops that the kernel computes behind its product
-    _aten.relu.default: lambda _: "relu",
-    _aten.gelu.default: lambda n: "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu",
-    _aten.silu.default: lambda _: "silu",
-}
 
 
 @dataclass(slots=True)
@@ -189,7 +185,7 @@ class _Lowering:
                 factor = self._vector(path[-1].args[1])
                 path.append(path[-1].args[0] if factor is not None else None)
             last = path[-1]
-            shape = _FUSED.get(last.target) if isinstance(last, fx.Node) else None  # type: ignore[call-overload]
+            shape = ACTIVATIONS.get(last.target) if isinstance(last, fx.Node) else None  # type: ignore[call-overload]
             kind = "none" if shape is None else shape(path[-1])
             if shape is not None:
                 path.append(path[-1].args[0])

@@ -14,6 +14,14 @@ _decomposed = torch.ops.quantized_decomposed
 QUANTIZE = _decomposed.quantize_per_tensor.default
 DEQUANTIZE = _decomposed.dequantize_per_tensor.default
 WEIGHT = _decomposed.dequantize_per_channel.default
+# Ops that kernels compute behind their products, by what ``kernels.epilogue`` calls them.
+ACTIVATIONS: Mapping[Callable[..., Any], Callable[[fx.Node], str]] = {
+    torch.ops.aten.relu.default: lambda _: "relu",
+    torch.ops.aten.gelu.default: lambda n: (
+        "gelu_tanh" if n.kwargs.get("approximate") == "tanh" else "gelu"
+    ),
+    torch.ops.aten.silu.default: lambda _: "silu",
+}
 _MOST = 127  # of an int8 code
 _SHIFT = 128  # from unsigned to signed codes
 
@@ -108,6 +116,12 @@ def value_of(tensors: Mapping[str, Tensor], node: Any) -> Tensor | None:
     """The tensor of a constant; None: it is none."""
     is_constant = isinstance(node, fx.Node) and node.op == "get_attr"
     return tensors[str(node.target)] if is_constant else None
+
+
+def float_constant(value: Any, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The tensor of a constant in float32, without gradients; None: it is none."""
+    found = value_of(tensors, value)
+    return found.detach() if found is not None and found.dtype == torch.float32 else None
 
 
 def quantizer(value: Any) -> Grid | None:
