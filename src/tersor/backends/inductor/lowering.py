@@ -185,7 +185,7 @@ class _Lowering:
                 factor = self._vector(path[-1].args[1])
                 path.append(path[-1].args[0] if factor is not None else None)
             last = path[-1]
-            shape = ACTIVATIONS.get(last.target) if isinstance(last, fx.Node) else None  # type: ignore[call-overload]
+            shape = ACTIVATIONS.get(last.target) if isinstance(last, fx.Node) else None  # type: ignore[arg-type]
             kind = "none" if shape is None else shape(path[-1])
             if shape is not None:
                 path.append(path[-1].args[0])
