@@ -444,7 +444,7 @@ def test_a_measured_plan_that_errs_less_comes_before_another_search(
         return Made(session.graph, loss=lost[len(seen) - 1])
 
     monkeypatch.setattr("tersor.api.settling.make_final", made)
-    monkeypatch.setattr(Settling, "_chosen", lambda s: replace(s.choice, plan=found))
+    monkeypatch.setattr(Settling, "chosen", lambda s: replace(s.choice, plan=found))
     choice = replace(result._choice, plan=plan, finalists=(plan, alike, late, lossy, slow, quick))
     fresh = Result(result._run, result.target, choice)
     assert fresh._made.loss == 1.0
@@ -500,12 +500,12 @@ def test_final_weights_that_leave_room_get_a_faster_plan(
         return replace(real(session, offered, plan, quality, key), loss=lost[len(seen) - 1])
 
     def chosen(settling: Settling) -> Any:
-        shares.append(settling._room.share)
+        shares.append(settling.scope.share)
         ms = seen[0].measured_ms * speeds[len(shares) - 1]
         return replace(settling.choice, plan=replace(seen[0], measured_ms=ms))
 
     monkeypatch.setattr("tersor.api.settling.make_final", made)
-    monkeypatch.setattr(Settling, "_chosen", chosen)
+    monkeypatch.setattr(Settling, "chosen", chosen)
     monkeypatch.setattr(Quality, "has_errors", True)
     monkeypatch.setattr(Quality, "limit", lambda _: 0.5)
     progress = Recorded()

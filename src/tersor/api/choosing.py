@@ -52,16 +52,18 @@ class ChoiceRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """What a plan leaves of its target, as its final weights turned out to need it.
+class Scope:
+    """Which plans a search may choose: what they leave of the target, as final weights turned out to need it.
 
     Attributes:
         share: Of the quality budget that evaluations may spend, 0..1.
         spare_bytes: Of the size that stay free; less than 0: what a file was smaller than predicted.
+        methods: That may take part; (): all.
     """
 
     share: float = 1.0
     spare_bytes: int = 0
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,28 +160,31 @@ def choose_plan(
     prices: Prices,
     quality: Quality,
     *,
-    room: Room | None = None,
+    scope: Scope | None = None,
     known: Sequence[Evaluation] = (),
 ) -> ChoiceRecord:
     """Solve, evaluate, build and measure until the plan holds; found again in the store.
 
-    ``room``: what of the target stays free; ``known`` evaluations cost nothing.
+    ``known`` evaluations cost nothing.
     """
-    room = room or Room()
-    plain = digest(plan_key(session, prices, quality.target), room.share)
-    key = digest(plain, room.spare_bytes) if room.spare_bytes else plain
+    scope = scope or Scope()
+    key = digest(plan_key(session, prices, quality.target), scope.share)
+    key = digest(key, scope.spare_bytes) if scope.spare_bytes else key
+    key = digest(key, scope.methods) if scope.methods else key
     kept = session.store.get(ChoiceRecord, "plan", key)
     if kept is not None:
         return kept
     session.progress.stage("plan")
+    if scope.methods:
+        offered = offered.only(scope.methods)
     task = task_for(session, offered, prices, prices.tables, quality)
     if task.limits.max_bytes is not None:
-        limits = replace(task.limits, max_bytes=task.limits.max_bytes - room.spare_bytes)
+        limits = replace(task.limits, max_bytes=task.limits.max_bytes - scope.spare_bytes)
         task = replace(task, limits=limits)
     if task.limits.max_loss is not None:
-        limits = replace(task.limits, max_loss=task.limits.max_loss * room.share)
+        limits = replace(task.limits, max_loss=task.limits.max_loss * scope.share)
         task = replace(task, limits=limits)
-    if room != Room():  # a second search knows what the first one saw
+    if scope != Scope():  # a second search knows what the first one saw
         task = replace(task, max_seconds=task.max_seconds * _AGAIN)
     tables = {t.choice.describe(): t for t in prices.tables}
 

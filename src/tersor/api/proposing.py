@@ -3,7 +3,7 @@
 Both stages are found again in the store when they were finished before, and shared by all ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +68,19 @@ class Offers:
         for candidate in self.candidates:
             found.setdefault(candidate.site, []).append(candidate)
         return {site: tuple(rows) for site, rows in found.items()}
+
+    def only(self, methods: Collection[str]) -> "Offers":
+        """What these methods offer, and what leaves a site alone."""
+        whole = {
+            site: max((v for v in levels if isinstance(v, int)), default=None)
+            for site, levels in self.levels().items()
+        }
+        found = (
+            c
+            for c in self.candidates
+            if c.method in methods or c.level in NATIVE or c.level == whole[c.site]
+        )
+        return replace(self, candidates=tuple(found))
 
     def chosen(self, assignment: Mapping[str, Level]) -> Changes:
         """The changes of an assignment that edit the graph.

@@ -31,6 +31,7 @@ from tersor.api.final import (
 )
 from tersor.api.judging import Decision, TestPart, judge, race, runner_for
 from tersor.api.keeping import MadeRecord, pack_made, unpack_made
+from tersor.api.mixing import settle
 from tersor.api.proposing import Offers
 from tersor.api.quality import Quality
 from tersor.api.recovering import recovery_key
@@ -199,7 +200,7 @@ class Result:
         if not choice.tables or self._is_baseline:  # it was given
             return make_final(run.session, run.offered, self._plan, self._quality, self._key)
         settled = Settling(run.session, run.offered, run.prices, self._quality, choice)
-        made = settled.made()
+        made = settle(settled)
         self._choice = choice = settled.choice
         self._plan, self._is_baseline, self._reason = choice.plan, choice.is_baseline, choice.reason
         return made

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from tersor.api.choosing import (
     ChoiceRecord,
-    Room,
+    Scope,
     budget_bytes,
     choose_plan,
     limits_for,
@@ -49,6 +49,7 @@ class Settling:
     Attributes:
         choice: The first one; once ``made`` was asked, that of the graph, the best uncompressed build's
             where no other plan holds.
+        scope: Of the next search.
     """
 
     session: Session
@@ -56,7 +57,7 @@ class Settling:
     prices: Prices
     quality: Quality
     choice: ChoiceRecord
-    _room: Room = field(default_factory=Room)
+    scope: Scope = field(default_factory=Scope)
 
     def made(self) -> Made:
         """The final graph; where it loses more or is larger than was allowed, that of another plan."""
@@ -73,19 +74,19 @@ class Settling:
                     self.choice = replace(self.choice, plan=known)
                     made = self._make()
                     continue
-                share = self._room.share * _CAUTION * limit / made.loss
-                self._room = replace(self._room, share=share)
-            elif self._is_to_fit and (over := self._bytes_over(made)) > 0:
+                share = self.scope.share * _CAUTION * limit / made.loss
+                self.scope = replace(self.scope, share=share)
+            elif self.is_to_fit and (over := self.bytes_over(made)) > 0:
                 self.session.progress.note(
                     f"the file would take about {over} bytes more than asked for: a smaller plan is chosen"
                 )
-                self._room = replace(self._room, spare_bytes=self._room.spare_bytes + over)
+                self.scope = replace(self.scope, spare_bytes=self.scope.spare_bytes + over)
             elif limit is None:
                 return self._larger(made, free=-over)
             else:
                 return self._faster(made, limit) if self.choice is first else made
             steps -= 1
-            self.choice = self._chosen()
+            self.choice = self.chosen()
             made = self._make()
         return made
 
@@ -94,11 +95,11 @@ class Settling:
         key = final_key(self.session, self.prices, target, plan)
         return make_final(self.session, self.offered, plan, self.quality, key)
 
-    def _chosen(self) -> ChoiceRecord:
+    def chosen(self) -> ChoiceRecord:
         """A plan that leaves so much of the target, knowing what was evaluated for the one before."""
         known = self.choice.evaluations
         return choose_plan(
-            self.session, self.offered, self.prices, self.quality, room=self._room, known=known
+            self.session, self.offered, self.prices, self.quality, scope=self.scope, known=known
         )
 
     def _milder(self, limit: float) -> Plan | None:
@@ -132,19 +133,19 @@ class Settling:
         for _ in range(_STEPS_ON):
             if not 0 < best.loss <= _ROOMY * limit:
                 break
-            share = min(self._room.share * _CAUTION * limit / best.loss, _FURTHEST)
-            if share <= self._room.share:
+            share = min(self.scope.share * _CAUTION * limit / best.loss, _FURTHEST)
+            if share <= self.scope.share:
                 break
-            self._room = replace(self._room, share=share)
+            self.scope = replace(self.scope, share=share)
             self.session.progress.note(
                 f"the final weights lose {best.loss:.4g} on the search part, allowed were {limit:.4g}: "
                 "a faster plan is tried"
             )
-            self.choice = self._chosen()
+            self.choice = self.chosen()
             if self.choice.is_baseline or not _is_faster(self.choice.plan, kept.plan):
                 break
             tried = self._make()
-            if tried.loss > limit or self._bytes_over(tried) > 0:
+            if tried.loss > limit or self.bytes_over(tried) > 0:
                 break
             best, kept = tried, self.choice
         self.choice = kept
@@ -159,23 +160,23 @@ class Settling:
         self.session.progress.note(
             f"the file would leave {free} bytes of those allowed: a larger plan is tried"
         )
-        spare = self._room.spare_bytes - int(free * _CAUTION)
-        self._room = replace(self._room, spare_bytes=spare)
-        self.choice = self._chosen()
+        spare = self.scope.spare_bytes - int(free * _CAUTION)
+        self.scope = replace(self.scope, spare_bytes=spare)
+        self.choice = self.chosen()
         if not self.choice.is_baseline:
             larger = self._make()
-            if larger.loss < made.loss and self._bytes_over(larger) <= 0:
+            if larger.loss < made.loss and self.bytes_over(larger) <= 0:
                 return larger
         self.choice = kept
         return made
 
     @property
-    def _is_to_fit(self) -> bool:
+    def is_to_fit(self) -> bool:
         """Whether the plan's file was predicted to be as small as was asked for."""
         most = budget_bytes(self.quality.target, self.session.original_bytes)
         return most is not None and self.choice.plan.predicted_bytes <= most
 
-    def _bytes_over(self, made: Made) -> int:
+    def bytes_over(self, made: Made) -> int:
         """By how much the file is larger than was asked for, less than 0: smaller; 0 where that is not at stake."""
         plan = self.choice.plan
         most = budget_bytes(self.quality.target, self.session.original_bytes)
