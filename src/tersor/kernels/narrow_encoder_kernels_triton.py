@@ -144,15 +144,18 @@ def _normed(  # noqa: ANN202
 @triton.jit
 @no_type_check
 def narrow_linear_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
-    x_ptr, w_ptr, bias_ptr, sums_ptr, added_ptr, scale_ptr, shift_ptr, z_ptr, ROWS, first_eps, last_eps,  # noqa: ANN001
+    x_ptr, w_ptr, factor_ptr, bias_ptr, sums_ptr, added_ptr, scale_ptr, shift_ptr, z_ptr, codes_ptr, ROWS,  # noqa: ANN001
+    first_eps, last_eps, inverse, zero, low, high,  # noqa: ANN001
     K: tl.constexpr, KP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    NORM_FIRST: tl.constexpr, ACTIVATION: tl.constexpr, SHORT: tl.constexpr, ADD: tl.constexpr,
-    NORM_LAST: tl.constexpr,
+    EIGHT: tl.constexpr, NORM_FIRST: tl.constexpr, ACTIVATION: tl.constexpr, SHORT: tl.constexpr,
+    ADD: tl.constexpr, NORM_LAST: tl.constexpr, FLOATS: tl.constexpr, CODES: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows and N C columns: norm(act(norm(x) W + bias) + added), either norm or none.
 
     The norm in front is behind its product: (x W - mean sums) / deviation, so that products read x as it lies.
+    ``EIGHT`` 1: x and the weight, which lies along K then, are int8, 2: 8-bit floats; ``FLOATS`` and ``CODES``: the
+    result is written as floats, and as such codes.
     """
     first_eps, last_eps = tl.cast(first_eps, tl.float32), tl.cast(last_eps, tl.float32)
     columns: tl.constexpr = C * N
@@ -161,13 +164,15 @@ def narrow_linear_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
     rows = program // tiles * BM + tl.arange(0, BM)
     is_row = rows < ROWS
     n = program % tiles * columns + tl.arange(0, C)
-    dtype = w_ptr.dtype.element_ty
     offset = rows * K
     if NORM_FIRST:
-        mean, inverse = _row_moments(x_ptr, offset, is_row, K, BK, first_eps)
+        mean, inverse_deviation = _row_moments(x_ptr, offset, is_row, K, BK, first_eps)
     y = ()
     for _ in tl.static_range(N):
-        y = y + (tl.zeros((BM, C), dtype=tl.float32),)  # noqa: RUF005 - Triton unpacks none
+        if EIGHT == 1:
+            y = y + (tl.zeros((BM, C), dtype=tl.int32),)  # noqa: RUF005 - Triton unpacks none
+        else:
+            y = y + (tl.zeros((BM, C), dtype=tl.float32),)  # noqa: RUF005 - Triton unpacks none
     for start in tl.range(0, KP, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         if K == KP:
@@ -177,15 +182,24 @@ def narrow_linear_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
         x = tl.load(x_ptr + offset[:, None] + k[None, :], mask=is_read, other=0.0)
         new = ()
         for i in tl.static_range(N):
-            w = tl.load(w_ptr + k[:, None] * DP + (i * C + n)[None, :])
-            new = new + (tl.dot(x, w, y[i]),)  # noqa: RUF005 - Triton unpacks none
+            if EIGHT == 0:
+                w = tl.load(w_ptr + k[:, None] * DP + (i * C + n)[None, :])
+                new = new + (tl.dot(x, w, y[i]),)  # noqa: RUF005 - Triton unpacks none
+            else:
+                w = tl.load(w_ptr + k[:, None] + (i * C + n)[None, :] * KP)
+                if EIGHT == 1:
+                    new = new + (tl.dot(x, w, y[i], out_dtype=tl.int32),)  # noqa: RUF005 - Triton unpacks none
+                else:
+                    new = new + (tl.dot(x, w, y[i]),)  # noqa: RUF005 - Triton unpacks none
         y = new
     z = ()
     for i in tl.static_range(N):
-        part = y[i]
+        part = y[i].to(tl.float32)
+        if EIGHT != 0:
+            part = part * tl.load(factor_ptr + i * C + n)[None, :]
         if NORM_FIRST:
             sums = tl.load(sums_ptr + i * C + n)
-            part = (part - mean[:, None] * sums[None, :]) * inverse[:, None]
+            part = (part - mean[:, None] * sums[None, :]) * inverse_deviation[:, None]
         part = activated(part + tl.load(bias_ptr + i * C + n)[None, :], ACTIVATION, SHORT)
         if ADD:
             inside = is_row[:, None] & (i * C + n < D)[None, :]
@@ -196,4 +210,15 @@ def narrow_linear_kernel(  # noqa: ANN201, C901, PLR0912, PLR0915
         z = _normed(z, last_eps, scale_ptr, shift_ptr, D, C, N)
     for i in tl.static_range(N):
         inside = is_row[:, None] & (i * C + n < D)[None, :]
-        tl.store(z_ptr + rows[:, None] * D + (i * C + n)[None, :], z[i].to(dtype), mask=inside)
+        at = rows[:, None] * D + (i * C + n)[None, :]
+        if FLOATS:
+            tl.store(z_ptr + at, z[i].to(z_ptr.dtype.element_ty), mask=inside)
+        if CODES != 0:
+            codes = z[i] * tl.cast(inverse, tl.float32) + tl.cast(zero, tl.float32)
+            codes = tl.minimum(
+                tl.maximum(codes, tl.cast(low, tl.float32)), tl.cast(high, tl.float32)
+            )
+            if CODES == 1:
+                # Adding 1.5 * 2**23 leaves whole numbers, rounded half to even as torch does.
+                codes = (codes + 12582912.0) - 12582912.0
+            tl.store(codes_ptr + at, codes.to(codes_ptr.dtype.element_ty), mask=inside)

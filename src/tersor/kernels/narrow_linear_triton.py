@@ -7,6 +7,7 @@ measured when a call is first made outside of a compiler (``tiles``).
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
@@ -52,20 +53,67 @@ def run(
     tile: Tile,
 ) -> Tensor:
     """The layer in one tile; as ``narrow_linear.narrow_linear`` otherwise, of x without gaps."""
-    inputs = x.shape[-1]
     z = x.new_empty(*x.shape[:-1], width)
-    rows = x.numel() // inputs
-    if isinstance(rows, int) and not rows:
+    if isinstance(x.numel(), int) and not x.numel():
         return z
-    programs = (triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns * tile.sums),)
-    wrap_triton(_tiled(narrow_linear_kernel, tile))[programs](
-        x, weight, bias, bias if sums is None else sums, x if added is None else added,
-        bias if scale is None else scale, bias if shift is None else shift, z, rows, first_eps, last_eps,
-        K=inputs, KP=weight.shape[0], D=width, DP=weight.shape[1], NORM_FIRST=sums is not None,
-        ACTIVATION=ACTIVATION_CODES[activation], SHORT=HAS_ASSEMBLY, ADD=added is not None,
-        NORM_LAST=scale is not None,
+    launch(
+        x, weight, bias, Parts(sums=sums, added=added, scale=scale, shift=shift), z, width, activation,
+        (first_eps, last_eps), tile,
     )  # fmt: skip
     return z
+
+
+class Parts(NamedTuple):
+    """Tensors of a layer that may be missing: see ``narrow_linear`` and ``narrow_linear8``."""
+
+    factor: Tensor | None = None
+    sums: Tensor | None = None
+    added: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+class Written(NamedTuple):
+    """Codes that are written beside the floats, or in their place; of 8-bit floats also as they were before rounding."""
+
+    codes: Tensor
+    inverse: float
+    zero: float
+    low: float
+    high: float
+
+
+EIGHTS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    parts: Parts,
+    z: Tensor | None,
+    width: int,
+    activation: str,
+    eps: tuple[float, float],
+    tile: "Tile",
+    written: Written | None = None,
+) -> None:
+    """Write ``z``, and codes where they are wanted."""
+    inputs, eight = x.shape[-1], EIGHTS.get(x.dtype, 0)
+    filled, columns = weight.shape[::-1] if eight else weight.shape
+    factor, sums, added, scale, shift = parts
+    rows = x.numel() // inputs
+    programs = (triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns * tile.sums),)
+    codes, inverse, zero, low, high = written or Written(x, 1.0, 0.0, 0.0, 0.0)
+    wrap_triton(_tiled(narrow_linear_kernel, tile))[programs](
+        x, weight, bias if factor is None else factor, bias, bias if sums is None else sums,
+        x if added is None else added, bias if scale is None else scale, bias if shift is None else shift,
+        codes if z is None else z, codes, rows, *eps, inverse, zero, low, high,
+        K=inputs, KP=filled, D=width, DP=columns, EIGHT=eight, NORM_FIRST=sums is not None,
+        ACTIVATION=ACTIVATION_CODES[activation], SHORT=HAS_ASSEMBLY, ADD=added is not None,
+        NORM_LAST=scale is not None, FLOATS=z is not None,
+        CODES=0 if written is None else EIGHTS.get(codes.dtype, 2),
+    )  # fmt: skip
 
 
 @cache
@@ -156,9 +204,9 @@ def narrow_linear_cuda(
     flags = {"has_first": sums is not None, "has_added": added is not None}
     key = _key(x, width, activation, has_last=scale is not None, **flags)
     known = tiles(x.numel() // x.shape[-1], width, is_normed=scale is not None)
-    return result(call, is_measured=choose(_CHOSEN, key, known, call, _alike))
+    return result(call, is_measured=choose(_CHOSEN, key, known, call, alike))
 
 
-def _alike(one: Tile, other: Tile) -> bool:
-    """The same but for what a row's width gives."""
+def alike(one: Tile, other: Tile) -> bool:
+    """Whether two tiles are the same but for what a row's width gives."""
     return one._replace(columns=0, sums=0) == other._replace(columns=0, sums=0)

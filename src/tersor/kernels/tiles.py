@@ -73,14 +73,27 @@ def result(call: Callable[[], Tensor], *, is_measured: bool) -> Tensor:
         call: Of one op, with its arguments.
         is_measured: Its shape was just measured, so that its kernel is compiled already.
     """
+    return results(lambda: (call(),), is_measured=is_measured)[0]
+
+
+def results(call: Callable[[], tuple[Tensor, ...]], *, is_measured: bool) -> tuple[Tensor, ...]:
+    """As ``result``, of an op that gives several tensors."""
     if is_measured or _MODE.get() == "call":
         return call()
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        like = call()
-        shape, stride, dtype, device = tuple(like.shape), like.stride(), like.dtype, like.device
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+        known = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in call()]
+    return tuple(_zeros(*k) for k in known)
+
+
+def _zeros(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    bits = made.view(torch.uint8) if dtype.itemsize == 1 else made  # no device fills 8-bit floats
+    bits.zero_()
+    return made
 
 
 def is_real(tensor: Tensor) -> bool:

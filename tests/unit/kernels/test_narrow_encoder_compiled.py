@@ -14,9 +14,22 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 HOPPER = ("cuda", 90, 32)  # its capability and the threads of a warp
 # Of arguments that are no 16-bit tensors.
 TYPES = {
-    "bias_ptr": "*fp32", "sums_ptr": "*fp32", "scale_ptr": "*fp32", "shift_ptr": "*fp32", "eps": "fp32",
-    "scale": "fp32", "first_eps": "fp32", "last_eps": "fp32",
-}  # fmt: skip
+    "bias_ptr": "*fp32",
+    "sums_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "shift_ptr": "*fp32",
+    "eps": "fp32",
+    "scale": "fp32",
+    "first_eps": "fp32",
+    "last_eps": "fp32",
+    "factor_ptr": "*fp32",
+    "inverse": "fp32",
+    "zero": "fp32",
+    "low": "fp32",
+    "high": "fp32",
+}
+EIGHTS = {1: "*i8", 2: "*fp8e4nv"}
+FLOATS = {"EIGHT": 0, "FLOATS": True, "CODES": 0}  # fmt: skip
 
 
 def compiled(name: str, warps: int, half: str = "fp16", **settings: Any) -> Any:
@@ -35,6 +48,9 @@ def compiled(name: str, warps: int, half: str = "fp16", **settings: Any) -> Any:
             return "constexpr"
         if argument == "mask_ptr" and settings["MASK"] == 2:
             return "*i1"
+        eights = {"x_ptr": "EIGHT", "w_ptr": "EIGHT", "codes_ptr": "CODES"}
+        if settings.get(eights.get(argument, "")):
+            return EIGHTS[settings[eights[argument]]]
         return TYPES.get(argument, f"*{half}" if argument.endswith("_ptr") else "i32")
 
     assert set(settings) <= set(names)
@@ -63,7 +79,7 @@ def check(made: Any, folder: Path) -> str:
     file.write_bytes(made["cubin"])
     command = [knobs.nvidia.nvdisasm.path, "-c", str(file)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "HGMMA" in code
+    assert re.search(r"\b[HIQ]GMMA\b", code)
     assert not re.search(r"\b(STL|LDL)\b", code)  # registers that there were too few of
     return ptx
 
@@ -81,8 +97,8 @@ def test_linear(around: dict[str, Any], tmp_path: Path) -> None:
 
     tile = tiles(64 * 49, 768, is_normed=False)[0]
     made = compiled(
-        "narrow_linear_kernel", tile.warps, K=192, KP=192, D=768, DP=768, **around, SHORT=True,
-        NORM_LAST=False, BM=tile.rows, BK=tile.step, C=tile.columns, N=tile.sums, STAGES=tile.stages,
+        "narrow_linear_kernel", tile.warps, K=192, KP=192, D=768, DP=768, **around, **FLOATS,
+        SHORT=True, NORM_LAST=False, BM=tile.rows, BK=tile.step, C=tile.columns, N=tile.sums, STAGES=tile.stages,
     )  # fmt: skip
     ptx = check(made, tmp_path)
     assert re.search(r"st\.global\.v4", ptx)
@@ -97,8 +113,32 @@ def test_linear_with_a_norm_behind_it(tmp_path: Path) -> None:
     assert (tile.columns, tile.sums) == (128, 3)
     made = compiled(
         "narrow_linear_kernel", tile.warps, "bf16", K=1536, KP=1536, D=384, DP=384, NORM_FIRST=False,
-        ACTIVATION=0, SHORT=True, ADD=True, NORM_LAST=True, BM=tile.rows, BK=tile.step,
+        ACTIVATION=0, **FLOATS, SHORT=True, ADD=True, NORM_LAST=True, BM=tile.rows, BK=tile.step,
         C=tile.columns, N=tile.sums, STAGES=tile.stages,
+    )  # fmt: skip
+    check(made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        (1, 0),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_linear_of_codes_with_a_norm_behind_it(kind: int, place: int, tmp_path: Path) -> None:
+    """Of MiniLM in 8 bits: from its hidden units, floats and codes of which are written."""
+    import torch
+
+    from tersor.kernels.narrow_linear8_triton import tiles
+
+    x = torch.empty(64 * 128, 1536, dtype=torch.int8, device="meta")
+    tile = tiles(x, 384, is_normed=True)[place]
+    made = compiled(
+        "narrow_linear_kernel", tile.warps, K=1536, KP=1536, D=384, DP=384, EIGHT=kind, NORM_FIRST=False,
+        ACTIVATION=0, SHORT=True, ADD=True, NORM_LAST=True, FLOATS=True, CODES=kind, BM=tile.rows,
+        BK=tile.step, C=tile.columns, N=tile.sums, STAGES=tile.stages,
     )  # fmt: skip
     check(made, tmp_path)
 

@@ -24,9 +24,18 @@ from tersor.kernels.linear8 import linear8
 from tersor.kernels.narrow_attention import narrow_attention
 from tersor.kernels.narrow_block import narrow_block
 from tersor.kernels.narrow_linear import narrow_linear
+from tersor.kernels.narrow_linear8 import narrow_linear8
 
 Call = Callable[..., Sequence[Tensor]]
-_TUNED = (linear8, codebook_linear, conv8, narrow_block, narrow_attention, narrow_linear)
+_TUNED = (
+    linear8,
+    codebook_linear,
+    conv8,
+    narrow_block,
+    narrow_attention,
+    narrow_linear,
+    narrow_linear8,
+)
 _AUTOTUNE = {"max_autotune": True, "triton.cudagraphs": False}
 
 

@@ -2,10 +2,12 @@
 
 An attention of few tokens takes in its queries, keys and values, and the norm in front of them. A linear takes in
 the norm in front of it that nothing else reads, the activation, the addition and the norm behind it, where nothing
-else reads what is between. What has none of these stays a product of the library's. Only float weights that are
-constants; 8-bit products have kernels of their own. Graphs that write to what they read stay as they are.
+else reads what is between. What has none of these stays a product of the library's. Weights are constants. Linears on
+8-bit codes (``kernels.linear8``) take in what is behind them likewise, and whatever such a layer gives is written as codes
+where it is read as codes (``kernels.narrow_linear8``). Graphs that write to what they read stay as they are.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +17,20 @@ from torch import Tensor, fx
 
 from tersor.backends.inductor.filling import EIGHT
 from tersor.backends.inductor.filling_heads import VIEWS, Read, read_of
-from tersor.backends.inductor.work import ACTIVATIONS, Work, float_constant, is_call, is_inner
+from tersor.backends.inductor.work import (
+    ACTIVATIONS,
+    Work,
+    float_constant,
+    is_call,
+    is_inner,
+    value_of,
+)
 from tersor.graph.edit import parameters_by_name
 from tersor.graph.mutation import has_mutation
+from tersor.kernels.linear8 import linear8, quantize_codes, quantize_floats
 from tersor.kernels.narrow_attention import SIZES, TOKENS, attention_weights, narrow_attention
 from tersor.kernels.narrow_linear import READ, ROW, linear_weights, narrow_linear
+from tersor.kernels.narrow_linear8 import linear8_weights, narrow_linear8
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
@@ -32,8 +43,12 @@ _OPTIONS = ("attn_mask", "dropout_p", "is_causal")  # of an attention, behind wh
 _EPS, _USUAL_EPS = 4, 1e-5  # where a norm has it, and what goes without saying
 # The smaller and the larger side of a weight: beyond them launches matter little.
 _NARROW, _WIDE = 512, 2048
-# Arguments of ``narrow_linear``.
+# Sides from which products of codes are worth their price: below, launches are all that there is.
+_EIGHT_NARROW, _EIGHT_WIDE = 256, 1024
+# Arguments of ``narrow_linear``, and of ``narrow_linear8``.
 _SUMS, _ADDED, _SCALE, _WIDTH = 3, 4, 5, 7
+_WRITTEN, _CODES = 13, 14
+_PLAIN_LINEAR8 = 5  # arguments of a product of codes without an activation
 _Linear = tuple[Tensor, Tensor | None]
 
 
@@ -73,11 +88,12 @@ class _Attention:
 
 @dataclass(slots=True)
 class _Layer:
-    """A linear and what goes with it."""
+    """A linear and what goes with it; ``factor``: of a product of codes."""
 
     product: fx.Node
     weight: Tensor
     bias: Tensor | None
+    factor: Tensor | None = None
     first: _Norm | None = None
     activation: str = "none"
     added: Any = None
@@ -111,10 +127,12 @@ def fuse_encoder(work: Work) -> None:
             work.graph.eliminate_dead_code()
     for node in work.graph.nodes:
         _widen(node)
+    for node in list(work.graph.nodes):
+        _write_codes(work, node)
 
 
 def encoder_ops(module: fx.GraphModule) -> frozenset[str]:
-    """The names of the linears, attentions and additions that such ops take in."""
+    """The names of the linears, attentions and additions that such ops take in and would be slower in 8 bits."""
     tensors = parameters_by_name(module)
     names: set[str] = set()
     if has_mutation(module.graph):
@@ -125,7 +143,8 @@ def encoder_ops(module: fx.GraphModule) -> frozenset[str]:
             names |= {node.name, *(r.product.name for r in attention.reads)}
         layer = layer_at(node, tensors)
         if layer is not None:
-            names |= {p.name for p in layer.parts}
+            is_wide = _is_wide(layer.weight)
+            names |= {p.name for p in layer.parts if p is not layer.product or not is_wide}
     return frozenset(names)
 
 
@@ -194,10 +213,13 @@ def _flat(node: fx.Node, reads: tuple[Read, Read, Read]) -> fx.Node | None:
 
 def layer_at(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Layer | None:
     """The linear of a node with what a kernel computes around it; None: there is nothing."""
-    linear = _linear(node, tensors)
-    if linear is None or not _is_narrow(linear[0]):
+    linear, coded = _linear(node, tensors), _coded(node, tensors)
+    if linear is not None and _is_narrow(linear[0]):
+        layer = _Layer(node, *linear)
+    elif coded is not None and _is_narrow(coded[0]):
+        layer = _Layer(node, *coded)
+    else:
         return None
-    layer = _Layer(node, *linear)
     norm = _norm(node.args[0], tensors)
     if norm is not None and norm.width <= READ and len(norm.node.users) == 1:
         layer.first = norm
@@ -214,6 +236,18 @@ def layer_at(node: fx.Node, tensors: Mapping[str, Tensor]) -> _Layer | None:
 
 def _is_narrow(weight: Tensor) -> bool:
     return 1 <= min(weight.shape) <= _NARROW and max(weight.shape) <= _WIDE
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return min(weight.shape) >= _EIGHT_NARROW and max(weight.shape) >= _EIGHT_WIDE
+
+
+def _coded(node: fx.Node, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Weight, offset and scale of a product of codes whose result is floats."""
+    if not is_call(node, linear8) or len(node.args) != _PLAIN_LINEAR8:
+        return None
+    weight, scale, offset = (value_of(tensors, v) for v in node.args[1:4])
+    return None if weight is None or scale is None or offset is None else (weight, offset, scale)
 
 
 def _take_addition(layer: _Layer) -> None:
@@ -281,6 +315,9 @@ def _put_attention(work: Work, node: fx.Node, found: _Attention) -> None:
 
 
 def _put_layer(work: Work, layer: _Layer) -> None:
+    if layer.factor is not None:
+        _put_coded(work, layer, layer.factor)
+        return
     first, last, product = layer.first, layer.last, layer.product
     made = linear_weights(
         _bounded(layer.weight, work.form.dtype), layer.bias, dtype=work.form.dtype,
@@ -299,6 +336,63 @@ def _put_layer(work: Work, layer: _Layer) -> None:
         fused = work.graph.call_function(narrow_linear, arguments)
     work.sources[fused.name] = work.sources.get(product.name, product.name)
     layer.end.replace_all_uses_with(fused)
+
+
+def _put_coded(work: Work, layer: _Layer, factor: Tensor) -> None:
+    last, product = layer.last, layer.product
+    assert layer.bias is not None  # the offset of a product of codes
+    made = linear8_weights(layer.weight, factor, layer.bias, None if last is None else last.parts)
+    with work.graph.inserting_before(layer.end):
+        parts = [
+            None if t is None else work.constant(f"{product.name}_{n}", t)
+            for n, t in zip(made._fields, made, strict=True)
+        ]
+        rest = (
+            int(layer.weight.shape[0]),
+            layer.activation,
+            0.0,
+            0.0 if last is None else last.eps,
+        )
+        arguments = (product.args[0], *parts[:3], None, layer.added, *parts[3:], *rest)
+        floats = (torch.float32, True)  # the build's type in its place
+        fused = work.graph.call_function(narrow_linear8, (*arguments, *floats, None, 1.0, 0, 0, 0))
+        y = work.graph.call_function(operator.getitem, (fused, 0))
+    work.sources[fused.name] = work.sources.get(product.name, product.name)
+    layer.end.replace_all_uses_with(y)
+
+
+def _write_codes(work: Work, node: fx.Node) -> None:
+    """Let the layer whose result a quantiser reads write the codes, and its floats where others read those."""
+    grid: tuple[Any, ...]
+    if is_call(node, quantize_codes):
+        grid = (torch.int8, *node.args[1:])
+    elif is_call(node, quantize_floats):
+        grid = (torch.float8_e4m3fn, node.args[1], 0, 0, 0)
+    else:
+        return
+    y: Any = node.args[0]
+    if is_call(y, narrow_linear):
+        read, weight, *rest = y.args
+        arguments = (read, weight, None, *rest, torch.float32, True, None, 1.0, 0, 0, 0)
+        with work.graph.inserting_before(y):
+            fused = work.graph.call_function(narrow_linear8, arguments)
+            new = work.graph.call_function(operator.getitem, (fused, 0))
+        work.sources[fused.name] = work.sources[y.name]
+        y.replace_all_uses_with(new)
+        work.graph.erase_node(y)
+        y = new
+    is_layer = is_call(y, operator.getitem) and is_call(y.args[0], narrow_linear8)
+    if not is_layer or y.args[1] != 0 or y.args[0].args[_CODES] is not None:
+        return
+    fused = y.args[0]
+    fused.args = (*fused.args[:_CODES], *grid)
+    with work.graph.inserting_after(y):
+        codes = work.graph.call_function(operator.getitem, (fused, 1))
+    node.replace_all_uses_with(codes)
+    work.graph.erase_node(node)
+    if not y.users:
+        fused.update_arg(_WRITTEN, False)
+        work.graph.erase_node(y)
 
 
 def _widen(node: fx.Node) -> None:

@@ -33,6 +33,7 @@ _OWN = {
     "narrow_block": "narrow_block",
     "narrow_attention": "narrow_attention",
     "narrow_linear": "narrow_linear",
+    "narrow_linear8": "narrow_linear",
 }
 
 

@@ -1,0 +1,83 @@
+"""Layers on 8-bit codes under Triton's interpreter, and how they are launched; on a card see tests/gpu."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+ROOT = Path(__file__).parents[3]
+DIFFERENT = 0.01  # of codes that lie on the border of two
+
+
+@pytest.mark.timeout(300)
+def test_interpreted_kernel_computes_its_definition() -> None:
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted_encoder8.py"))],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) > 60
+    for name, (error, code, share) in found.items():
+        assert error <= 1, name
+        assert code <= 1, name  # the next one
+        assert share <= DIFFERENT, name
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float16])
+@pytest.mark.parametrize("rows", [1, 1024, 1025])
+@pytest.mark.parametrize("width", [1, 64, 65, 256, 257, 384, 512])
+def test_tiles_hold_whole_rows_where_those_are_normed(
+    width: int, rows: int, dtype: torch.dtype
+) -> None:
+    from tersor.kernels.narrow_linear import COLUMNS, STEP
+    from tersor.kernels.narrow_linear8 import DEEP
+    from tersor.kernels.narrow_linear8_triton import tiles
+
+    x = torch.empty(rows, 8, dtype=dtype, device="meta")
+    filled = width + -width % COLUMNS
+    for is_normed in (False, True):
+        known = tiles(x, width, is_normed=is_normed)
+        assert len(set(known)) == len(known) >= 2
+        for tile in known:
+            assert (DEEP if dtype.itemsize == 1 else STEP) % tile.step == 0
+            across = tile.columns * tile.sums
+            if is_normed:
+                assert across >= width
+            assert -(-width // across) * across <= filled
+
+
+def test_what_makes_another_kernel_makes_another_choice() -> None:
+    from tersor.kernels import narrow_linear8_triton as module
+
+    x = torch.empty(64, 384, dtype=torch.int8, device="meta")
+    some = torch.empty(1)
+    usual: list[Any] = [
+        some, some, some, None, some, some, some, 384, "none", 1e-5, 1e-5, torch.float16, True, torch.int8, 1.0, 0, -9, 9,
+    ]  # fmt: skip
+    keys = {module._key(x, tuple(usual)), module._key(x.to(torch.float8_e4m3fn), tuple(usual))}
+    for place, value in {
+        4: None, 5: None, 7: 192, 8: "gelu", 11: torch.bfloat16, 12: False, 13: None,
+    }.items():  # fmt: skip
+        other = list(usual)
+        other[place] = value
+        keys.add(module._key(x, tuple(other)))
+    assert len(keys) == 9
+    scaled = [*usual[:14], 2.0, 3, -8, 8]  # the same kernel
+    assert module._key(x, tuple(scaled)) == module._key(x, tuple(usual))
