@@ -8,9 +8,9 @@ decides, so that the candidates are carried out and compared.
 from collections import Counter
 from dataclasses import replace
 
-from tersor.api.choosing import limits_for
+from tersor.api.choosing import Scope, limits_for
 from tersor.api.final import Made
-from tersor.api.settling import Settling
+from tersor.api.settling import Settling, is_nearer
 
 
 def settle(settling: Settling) -> Made:
@@ -23,24 +23,22 @@ def settle(settling: Settling) -> Made:
     if not mixes:
         return made
     session, quality = settling.session, settling.quality
-    seen, error = quality.seen(made.graph), quality.error(made.graph)
     for mix in mixes:
-        rival = replace(settling, scope=replace(settling.scope, methods=mix))
         session.progress.note(f"the best plan by {', '.join(mix)} alone is carried out as well")
+        rival = replace(settling, scope=Scope(methods=mix))
         rival.choice = rival.chosen()
         if not _is_small(rival):
             continue
         tried = rival.made()
         if not _is_small(rival) or rival.bytes_over(tried) > 0:
             continue
-        its, its_error = quality.seen(tried.graph), quality.error(tried.graph)
+        is_better = is_nearer(quality, tried, made)
         session.progress.note(
-            f"loss {its[0]:.4g}, error {its_error:.3g}; the best before it {seen[0]:.4g}, {error:.3g}"
+            f"it is {'nearer' if is_better else 'not nearer'}: loss {tried.loss:.4g}, error {quality.error(tried.graph):.3g}, "
+            f"before {made.loss:.4g}, {quality.error(made.graph):.3g}"
         )
-        noise = 0.0 if seen[1] is None or its[1] is None else quality.noise(seen[1], its[1])
-        worse = its[0] - seen[0]
-        if worse < -noise or (worse <= noise and its_error < error):
-            made, best, seen, error = tried, rival, its, its_error
+        if is_better:
+            made, best = tried, rival
     if best is not settling:  # what was seen of other plans stays known
         known = [e.assignment for e in best.choice.evaluations]
         more = (e for e in settling.choice.evaluations if e.assignment not in known)

@@ -152,29 +152,30 @@ class Settling:
         return best
 
     def _larger(self, made: Made, free: int) -> Made:
-        """The final graph of a larger plan, where the file leaves bytes free and that one loses less; or the same."""
-        kept = self.choice
+        """The final graph of a larger plan, where the file leaves bytes free and that one is nearer; or the same."""
+        kept, scope = self.choice, self.scope
         most = budget_bytes(self.quality.target, self.session.original_bytes)
         if most is None or free < _WORTH * most:
             return made
         self.session.progress.note(
             f"the file would leave {free} bytes of those allowed: a larger plan is tried"
         )
-        spare = self.scope.spare_bytes - int(free * _CAUTION)
-        self.scope = replace(self.scope, spare_bytes=spare)
+        self.scope = replace(scope, spare_bytes=scope.spare_bytes - int(free * _CAUTION))
         self.choice = self.chosen()
         if not self.choice.is_baseline:
             larger = self._make()
-            if larger.loss < made.loss and self.bytes_over(larger) <= 0:
+            if self.bytes_over(larger) <= 0 and is_nearer(self.quality, larger, made):
                 return larger
-        self.choice = kept
+        self.choice, self.scope = kept, scope
         return made
 
     @property
     def is_to_fit(self) -> bool:
-        """Whether the plan's file was predicted to be as small as was asked for."""
+        """Whether the plan's file was to be as small as was asked for, by prediction and by what it was found to be off."""
         most = budget_bytes(self.quality.target, self.session.original_bytes)
-        return most is not None and self.choice.plan.predicted_bytes <= most
+        if most is None:
+            return False
+        return self.choice.plan.predicted_bytes <= most - min(0, self.scope.spare_bytes)
 
     def bytes_over(self, made: Made) -> int:
         """By how much the file is larger than was asked for, less than 0: smaller; 0 where that is not at stake."""
@@ -191,6 +192,19 @@ class Settling:
             self.offered, self.prices, self.session.sites, most, assignment=plan.assignment
         )
         return math.ceil(size - most)
+
+
+def is_nearer(quality: Quality, made: Made, other: Made) -> bool:
+    """Whether a final graph is nearer to the original than another.
+
+    It loses less; or neither loses more, as far as the search part tells, and it changes the outputs less.
+    """
+    marks = [quality.seen(m.graph)[1] for m in (made, other)]
+    noise = 0.0 if marks[0] is None or marks[1] is None else quality.noise(marks[0], marks[1])
+    more = made.loss - other.loss
+    if abs(more) > noise:
+        return more < 0
+    return quality.error(made.graph) < quality.error(other.graph)
 
 
 def _is_faster(plan: Plan, other: Plan) -> bool:
