@@ -12,7 +12,7 @@ go to the file, and what is printed is short.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -197,12 +197,12 @@ class ByHand:
         return start.elapsed_time(end)
 
 
-def in_eight_bits(graph: Graph, level: Literal["int8", "fp8"]) -> Graph:
-    """Every linear on codes: a scale a row, a step a tensor, both from the largest value seen."""
+def in_eight_bits(graph: Graph, level: Literal["int8", "fp8"], left: Collection[str] = ()) -> Graph:
+    """Every linear but those by name on codes: a scale a row, a step a tensor, both from the largest value seen."""
     seen = run_all(graph.module, graph.example)
     changes = []
     for op in weighted_ops(graph.module):
-        if op.kind != "linear":
+        if op.kind != "linear" or op.node.name in left:
             continue
         weight = attribute(graph.module, str(op.weight.target)).detach()
         most = 127 if level == "int8" else FLOAT8_LIMIT

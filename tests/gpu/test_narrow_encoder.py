@@ -20,6 +20,7 @@ pytest.importorskip("triton")  # before what imports it
 from tersor.kernels import narrow_attention_triton, narrow_linear_triton
 from tersor.kernels.narrow_attention_triton import launches
 from tersor.kernels.narrow_linear_triton import tiles
+from tests.unit.kernels import interpreted_encoder8 as eight
 from tests.unit.kernels.interpreted_encoder import (
     ATTENTIONS,
     FIRST_EPS,
@@ -39,6 +40,7 @@ from tests.unit.kernels.interpreted_encoder import (
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 HALF_PRECISION = 2e-4  # normalised squared error of a short chain in bf16
 HALVES = (torch.float16, torch.bfloat16)
+BORDER = 0.02  # of codes that lie on the border of two
 # As wide as rows are normed; as many tokens and numbers of a head as there may be; all of a ViT's and MiniLM's kinds.
 WIDE_LINEARS = (
     LinearCase(3000, 192, 768, True, False, False), LinearCase(3000, 768, 192, False, True, False),
@@ -74,6 +76,32 @@ def test_tiles_stay_within_the_bound_of_their_formats(case: LinearCase, dtype: t
         again, _ = linear_result(case, tile)
         assert torch.equal(found, again), tile
         assert share(found, wanted) <= 1, tile
+
+
+WIDE_EIGHTS = (
+    eight.Case(2000, 1536, 384), eight.Case(2000, 1536, 384, eight.FLOAT8, eight.FLOAT8),
+    eight.Case(2000, 384, 384, torch.float16), eight.Case(3000, 384, 1536, last=False, activation="gelu"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("case", [*eight.CASES, *WIDE_EIGHTS], ids=str)
+def test_layers_of_codes_compute_their_definition(
+    case: eight.Case, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tersor.kernels.narrow_linear8_triton import tiles as coded_tiles
+
+    filled = eight.poisoned(torch.Tensor.new_empty)
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    read = half if case.read == torch.float16 else case.read
+    case = case._replace(half=half, read=read)
+    for rows in (case.rows, 10**6):
+        x = torch.empty(rows, case.inp, dtype=case.read, device="meta")
+        for tile in coded_tiles(x, case.out, is_normed=case.last):
+            error, code, different = eight.result_of(case, tile)
+            assert error <= 1, tile
+            assert code <= 1, tile
+            assert different <= BORDER, tile
 
 
 @pytest.mark.usefixtures("_poisoned")
