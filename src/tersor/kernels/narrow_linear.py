@@ -78,14 +78,17 @@ def linear_weights(
         )
     own, shift = folded(weight, bias, first)
     sides = (0, -out % COLUMNS)
-    norm: tuple[Tensor | None, Tensor | None] = (None, None)
-    if last is not None:
-        scale = weight.new_ones(out) if last[0] is None else last[0]
-        moved = weight.new_zeros(out) if last[1] is None else last[1]
-        norm = (pad(scale.float(), sides), pad(moved.float(), sides))
+    norm = (None, None) if last is None else filled_norm(*last, weight.new_zeros(out).float())
     stored = pad(own.T, (*sides, 0, -inp % STEP)).to(dtype).contiguous()
     sums = None if first is None else stored.double().sum(0).float()
     return LinearWeights(stored, pad(shift, sides), sums, *norm)
+
+
+def filled_norm(scale: Tensor | None, shift: Tensor | None, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm behind a product, filled up with zeros; ``zeros`` [out] float32, where there are none."""
+    sides = (0, -len(zeros) % COLUMNS)
+    own = zeros + 1.0 if scale is None else scale.float()
+    return pad(own, sides), pad(zeros if shift is None else shift.float(), sides)
 
 
 def folded(
@@ -175,16 +178,32 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, width: int, activation: str)
             f"narrow linear: found a weight {tuple(weight.shape)} and a bias {tuple(bias.shape)} for {width} outputs, "
             "wanted what linear_weights gives"
         )
-    if x.dim() < 1 or not inp - STEP < x.shape[-1] <= inp:
-        raise ShapeError(f"narrow linear: found x {tuple(x.shape)} for a weight of {inp} inputs")
+    check_call(x, inp, max(inp, out), activation, STEP)
+
+
+def check_call(x: Tensor, inputs: int, most: int, activation: str, step: int) -> None:
+    """Refuse what no kernel of such layers takes.
+
+    Args:
+        x: What is read.
+        inputs: That the weight has, filled up.
+        most: Numbers of a row, in or out.
+        activation: By name.
+        step: What inputs are filled up to multiples of.
+
+    Raises:
+        ShapeError: Another number of inputs, no known activation, or 2**31 elements or more.
+    """
+    if x.dim() < 1 or not inputs - step < x.shape[-1] <= inputs:
+        raise ShapeError(f"narrow linear: found x {tuple(x.shape)} for a weight of {inputs} inputs")
     if activation not in ACTIVATIONS:
         raise ShapeError(
             f"narrow linear: found activation {activation!r}, wanted one of {ACTIVATIONS}"
         )
     rows = x.numel() // x.shape[-1]
-    if isinstance(rows, int) and rows * max(inp, out) > MOST:
+    if isinstance(rows, int) and rows * most > MOST:
         raise ShapeError(
-            f"narrow linear: found x {tuple(x.shape)} to {width} outputs, wanted at most {MOST} elements; split the batch"
+            f"narrow linear: found x {tuple(x.shape)}, {most} numbers a row, wanted at most {MOST} elements; split the batch"
         )
 
 
@@ -202,19 +221,24 @@ def narrow_linear_reference(
     last_eps: float,
 ) -> Tensor:
     """As ``narrow_linear``, in torch's own ops in float32; what is added has the result's shape."""
-    inputs = x.shape[-1]
-    read = x.float()
-    y = read @ weight[:inputs, :width].float()
-    if sums is not None:
-        mean = read.mean(-1, keepdim=True)
-        deviation = ((read - mean).square().mean(-1, keepdim=True) + first_eps).sqrt()
-        y = (y - mean * sums[:width]) / deviation
+    y = float_product(x, weight, sums, width, first_eps)
     y = activated(y + bias[:width], activation)
     if added is not None:
         y = y + added.float()
     if scale is not None and shift is not None:
         y = layer_norm(y, (width,), scale[:width], shift[:width], last_eps)
     return y.to(x.dtype)
+
+
+def float_product(x: Tensor, weight: Tensor, sums: Tensor | None, width: int, eps: float) -> Tensor:
+    """norm(x) W [..., width] in float32, the norm behind its product; without ``sums`` x W."""
+    read = x.float()
+    y = read @ weight[: x.shape[-1], :width].float()
+    if sums is None:
+        return y
+    mean = read.mean(-1, keepdim=True)
+    deviation = ((read - mean).square().mean(-1, keepdim=True) + eps).sqrt()
+    return (y - mean * sums[:width]) / deviation
 
 
 def narrow_linear_op() -> Any:

@@ -14,8 +14,17 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, pad
 
 from tersor.core.errors import ShapeError
-from tersor.kernels.epilogue import ACTIVATIONS, activated
-from tersor.kernels.narrow_linear import COLUMNS, DTYPES, HAS_KERNEL, MOST, ROW, STEP
+from tersor.kernels.epilogue import activated
+from tersor.kernels.narrow_linear import (
+    COLUMNS,
+    DTYPES,
+    HAS_KERNEL,
+    ROW,
+    STEP,
+    check_call,
+    filled_norm,
+    float_product,
+)
 
 EIGHTS = (torch.int8, torch.float8_e4m3fn)
 DEEP = 128  # what inputs of codes are filled up to multiples of
@@ -68,11 +77,7 @@ def linear8_weights(
             f"narrow linear: found {out} outputs, wanted at most {ROW} with a norm behind; leave the norm as it is"
         )
     sides = (0, -out % COLUMNS)
-    norm: tuple[Tensor | None, Tensor | None] = (None, None)
-    if last is not None:
-        scale = factor.new_ones(out) if last[0] is None else last[0]
-        shift = factor.new_zeros(out) if last[1] is None else last[1]
-        norm = (pad(scale.float(), sides), pad(shift.float(), sides))
+    norm = (None, None) if last is None else filled_norm(*last, torch.zeros_like(factor).float())
     # As bits: not every device fills up 8-bit floats.
     stored = pad(weight.contiguous().view(torch.int8), (0, -inp % DEEP, *sides)).view(weight.dtype)
     return CodedWeights(
@@ -177,17 +182,7 @@ def _check(x: Tensor, weight: Tensor, factor: Tensor | None, width: int, activat
             f"narrow linear: found a weight {tuple(weight.shape)} for {width} outputs, wanted what linear8_weights or "
             "linear_weights gives"
         )
-    if x.dim() < 1 or not inp - step < x.shape[-1] <= inp:
-        raise ShapeError(f"narrow linear: found x {tuple(x.shape)} for a weight of {inp} inputs")
-    if activation not in ACTIVATIONS:
-        raise ShapeError(
-            f"narrow linear: found activation {activation!r}, wanted one of {ACTIVATIONS}"
-        )
-    rows = x.numel() // x.shape[-1]
-    if isinstance(rows, int) and rows * max(inp, out) > MOST:
-        raise ShapeError(
-            f"narrow linear: found x {tuple(x.shape)} to {width} outputs, wanted at most {MOST} elements; split the batch"
-        )
+    check_call(x, inp, max(inp, out), activation, step)
 
 
 def narrow_linear8_reference(
@@ -217,12 +212,7 @@ def narrow_linear8_reference(
         y = x.double() @ weight[:width, :inputs].double().T
         y = y.float() * factor[:width]
     else:
-        read = x.float()
-        y = read @ weight[:inputs, :width].float()
-        if sums is not None:
-            mean = read.mean(-1, keepdim=True)
-            deviation = ((read - mean).square().mean(-1, keepdim=True) + first_eps).sqrt()
-            y = (y - mean * sums[:width]) / deviation
+        y = float_product(x, weight, sums, width, first_eps)
     y = activated(y + bias[:width], activation)
     if added is not None:
         y = y + added.float()

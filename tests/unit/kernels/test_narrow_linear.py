@@ -403,7 +403,7 @@ Change = Callable[[Tensor, LinearWeights], tuple[Tensor, LinearWeights]]
         (lambda x, w: (x[0, 0], w), r"found x \(\) for a weight of 64 inputs"),
         (
             lambda x, w: (x.new_empty(1).expand(2**24, 40), w),
-            "to 24 outputs, wanted at most 2147483647 elements; split the batch",
+            "numbers a row, wanted at most 2147483647 elements; split the batch",
         ),
     ],
 )
