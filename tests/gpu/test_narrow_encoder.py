@@ -111,7 +111,7 @@ def test_launches_stay_within_the_bound_of_their_formats(
     case: AttentionCase, dtype: torch.dtype
 ) -> None:
     case = case._replace(dtype=dtype)
-    for launch in launches(case.tokens, max(case.size, case.value)):
+    for launch in launches(case.tokens, max(case.size, case.value), case.heads):
         found, wanted = attention_result(case, launch)
         again, _ = attention_result(case, launch)
         assert torch.equal(found, again), launch

@@ -1,7 +1,7 @@
 """``narrow_attention`` on a CUDA device: how a shape is launched, and the call.
 
-A program has a head of a sample. How many warps and stages is measured when a call is first made outside of a
-compiler (``tiles``).
+A program has a head of a sample, or two of small heads. How many, and how many warps and stages, is measured when a call is
+first made outside of a compiler (``tiles``).
 """
 
 from functools import cache, partial
@@ -20,15 +20,19 @@ _WIDE = 64 * 64  # numbers of a head's tokens from which eight warps come first
 
 
 class Launch(NamedTuple):
-    """Inputs of a step, warps, stages."""
+    """Inputs of a step, warps, stages, heads of a program."""
 
     step: int
     warps: int
     stages: int
+    heads: int = 1
 
 
 # The fastest at the shapes of ViTs of 192 and 384 channels and of MiniLM at batch 64 (H200).
 _LAUNCHES = (Launch(32, 4, 3), Launch(64, 4, 2), Launch(64, 8, 2))
+# Tokens are read half as often; more registers.
+_PAIRS = (Launch(64, 8, 2, 2), Launch(64, 4, 2, 2), Launch(32, 4, 3, 2))
+_PAIRED = 32  # numbers of a head at most
 _Key = tuple[Any, ...]
 _CHOSEN: Chosen[_Key, Launch] = Chosen()
 
@@ -52,7 +56,7 @@ def run(
         return y
     kind = 0 if mask is None else 2 if mask.dtype == torch.bool else 1
     steps = (0, 0, 0, 0) if mask is None else mask.stride()
-    wrap_triton(_launched(narrow_attention_kernel, launch))[(batch * heads,)](
+    wrap_triton(_launched(narrow_attention_kernel, launch))[(batch * (heads // launch.heads),)](
         x, weight, bias, x if mask is None else mask, y, heads, 0.0 if eps is None else eps, scale, *steps,
         T=tokens, K=inputs, KP=filled, S=wide, SIZE=size, NORM=eps is not None, MASK=kind, ALIKE=not steps[2], CAUSAL=causal,
         BT=max(_LEAST, triton.next_power_of_2(tokens)),
@@ -63,21 +67,22 @@ def run(
 @cache
 def _launched(kernel: Any, launch: Launch) -> Any:
     """The kernel with one launch: a list of one, so that no compiler has anything to tune."""
-    sizes = {"BK": launch.step, "STAGES": launch.stages}
+    sizes = {"G": launch.heads, "BK": launch.step, "STAGES": launch.stages}
     config = triton.Config(sizes, num_warps=launch.warps, num_stages=launch.stages)
     return triton.autotune([config], key=[])(kernel)
 
 
-def launches(tokens: int, size: int) -> tuple[Launch, ...]:
+def launches(tokens: int, size: int, heads: int = 1) -> tuple[Launch, ...]:
     """What is worth measuring, the one to expect most of first."""
-    return _LAUNCHES if tokens * size <= _WIDE else _LAUNCHES[::-1]
+    known = _LAUNCHES if tokens * size <= _WIDE else _LAUNCHES[::-1]
+    return (*known, *_PAIRS) if heads % 2 == 0 and size <= _PAIRED else known
 
 
 def _key(x: Tensor, weight: Tensor, size: int, kind: tuple[Any, ...]) -> _Key:
     batch, tokens, inputs = x.shape
     heads, wide = weight.shape[0], weight.shape[3]
     sizes = (Size(batch), tokens, Size(inputs), Size(heads), wide, Size(size))
-    return (*sizes, *kind, x.dtype, str(x.device))
+    return (*sizes, bool(heads % 2), *kind, x.dtype, str(x.device))
 
 
 def _kind(mask: Tensor | None, eps: float | None, *, causal: bool) -> tuple[Any, ...]:
@@ -101,7 +106,7 @@ def narrow_attention_op(
         from tersor.kernels.narrow_attention import narrow_attention_reference
 
         return narrow_attention_reference(x, weight, bias, mask, size, scale, eps, causal)
-    launch = launches(x.shape[1], weight.shape[3])[0]
+    launch = launches(x.shape[1], weight.shape[3], weight.shape[0])[0]
     batch: Any = x.shape[0]
     if isinstance(batch, int):  # else open: any number of samples
         launch = _CHOSEN.get(_key(x, weight, size, _kind(mask, eps, causal=causal)), launch)
@@ -125,5 +130,5 @@ def narrow_attention_cuda(
     if not is_real(x) or not x.numel():
         return call()
     key = _key(x, weight, size, _kind(mask, eps, causal=causal))
-    known = launches(x.shape[1], weight.shape[3])
+    known = launches(x.shape[1], weight.shape[3], weight.shape[0])
     return result(call, is_measured=choose(_CHOSEN, key, known, call))

@@ -1,7 +1,7 @@
 """Triton kernels of ``narrow_attention`` and ``narrow_linear``: what a transformer's layer does around its products.
 
-``narrow_attention_kernel``: a program has one head of one sample. It norms the sample's tokens and multiplies
-them by the head's queries, keys and values; nothing of these leaves the chip. ``narrow_linear_kernel``: a program
+``narrow_attention_kernel``: a program has one head of one sample, or two. It norms the sample's tokens and multiplies
+them by the heads' queries, keys and values; nothing of these leaves the chip. ``narrow_linear_kernel``: a program
 has a tile of rows and columns, or whole rows where they are normed; norm, product, activation and addition are
 one launch.
 
@@ -46,43 +46,15 @@ def _row_moments(x_ptr, offset, is_row, D: tl.constexpr, BK: tl.constexpr, eps):
 
 @triton.jit
 @no_type_check
-def narrow_attention_kernel(  # noqa: ANN201, PLR0912, PLR0915
-    x_ptr, w_ptr, bias_ptr, mask_ptr, y_ptr, HEADS, eps, scale,  # noqa: ANN001
-    mask_b, mask_h, mask_q, mask_k,  # noqa: ANN001
-    T: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
-    NORM: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr, CAUSAL: tl.constexpr,
-    BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+def _attend(  # noqa: ANN202
+    query, key, value, mask_ptr, y_ptr, sample, head, HEADS, scale, mask_b, mask_h, mask_q, mask_k,  # noqa: ANN001
+    T: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr,
+    CAUSAL: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sample; ``MASK`` 0: none, 1: added to scores, 2: what is seen; ``ALIKE``: by all queries."""
-    # torch's compiler hands Python's floats over in double precision (torch 2.11).
-    eps, scale = tl.cast(eps, tl.float32), tl.cast(scale, tl.float32)
-    program = tl.program_id(0)
-    sample, head = program // HEADS, program % HEADS
+    """What one head of one sample gives."""
     rows = tl.arange(0, BT)
     n = tl.arange(0, S)
     is_row = rows < T
-    offset = (sample * T + rows) * K
-    dtype = w_ptr.dtype.element_ty
-    if NORM:
-        mean, inverse = _row_moments(x_ptr, offset, is_row, K, BK, eps)
-    q = tl.zeros((BT, S), dtype=tl.float32)
-    k = tl.zeros((BT, S), dtype=tl.float32)
-    v = tl.zeros((BT, S), dtype=tl.float32)
-    head_ptr = w_ptr + head * (3 * KP * S)
-    for start in tl.range(0, KP, BK, num_stages=STAGES):
-        c = start + tl.arange(0, BK)
-        inside = is_row[:, None] & (c < K)[None, :]
-        x = tl.load(x_ptr + offset[:, None] + c[None, :], mask=inside, other=0.0)
-        if NORM:
-            x = ((x.to(tl.float32) - mean[:, None]) * inverse[:, None]).to(dtype)
-        at = c[:, None] * S + n[None, :]
-        q = tl.dot(x, tl.load(head_ptr + at), q)
-        k = tl.dot(x, tl.load(head_ptr + KP * S + at), k)
-        v = tl.dot(x, tl.load(head_ptr + 2 * KP * S + at), v)
-    shift_ptr = bias_ptr + head * (3 * S) + n
-    query = (q + tl.load(shift_ptr)[None, :]).to(dtype)
-    key = (k + tl.load(shift_ptr + S)[None, :]).to(dtype)
-    value = (v + tl.load(shift_ptr + 2 * S)[None, :]).to(dtype)
     scores = tl.dot(query, tl.trans(key)) * (scale * LOG2_E)
     keys = tl.arange(0, BT)
     if MASK != 0:
@@ -107,9 +79,79 @@ def narrow_attention_kernel(  # noqa: ANN201, PLR0912, PLR0915
     most = tl.where(most == float("-inf"), 0.0, most)  # nothing is seen: zeros, as torch gives
     p = tl.exp2(scores - most[:, None])
     whole = tl.sum(p, 1)
-    y = tl.dot(p.to(dtype), value) / tl.where(whole == 0.0, 1.0, whole)[:, None]
+    y = tl.dot(p.to(value.dtype), value) / tl.where(whole == 0.0, 1.0, whole)[:, None]
     at = ((sample * T + rows) * HEADS + head)[:, None] * SIZE + n[None, :]
-    tl.store(y_ptr + at, y.to(dtype), mask=is_row[:, None] & (n < SIZE)[None, :])
+    tl.store(y_ptr + at, y.to(value.dtype), mask=is_row[:, None] & (n < SIZE)[None, :])
+
+
+@triton.jit
+@no_type_check
+def _halves(x, BT: tl.constexpr, S: tl.constexpr):  # noqa: ANN001, ANN202
+    """[BT, 2 S] as the first and the last S columns."""
+    return tl.split(tl.permute(tl.reshape(x, (BT, 2, S)), (0, 2, 1)))
+
+
+@triton.jit
+@no_type_check
+def narrow_attention_kernel(  # noqa: ANN201, PLR0915
+    x_ptr, w_ptr, bias_ptr, mask_ptr, y_ptr, HEADS, eps, scale,  # noqa: ANN001
+    mask_b, mask_h, mask_q, mask_k,  # noqa: ANN001
+    T: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr, SIZE: tl.constexpr,
+    NORM: tl.constexpr, MASK: tl.constexpr, ALIKE: tl.constexpr, CAUSAL: tl.constexpr,
+    BT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """G heads, one or two, of one sample; ``MASK`` 0: none, 1: added to scores, 2: what is seen; ``ALIKE``: by all queries.
+
+    Two heads read the sample's tokens once.
+    """
+    # torch's compiler hands Python's floats over in double precision (torch 2.11).
+    eps, scale = tl.cast(eps, tl.float32), tl.cast(scale, tl.float32)
+    program = tl.program_id(0)
+    groups = HEADS // G
+    sample, head = program // groups, program % groups * G
+    rows = tl.arange(0, BT)
+    n = tl.arange(0, G * S)
+    is_row = rows < T
+    offset = (sample * T + rows) * K
+    dtype = w_ptr.dtype.element_ty
+    if NORM:
+        mean, inverse = _row_moments(x_ptr, offset, is_row, K, BK, eps)
+    q = tl.zeros((BT, G * S), dtype=tl.float32)
+    k = tl.zeros((BT, G * S), dtype=tl.float32)
+    v = tl.zeros((BT, G * S), dtype=tl.float32)
+    head_ptr = w_ptr + head * (3 * KP * S)
+    column = n // S * (3 * KP * S) + n % S
+    for start in tl.range(0, KP, BK, num_stages=STAGES):
+        c = start + tl.arange(0, BK)
+        inside = is_row[:, None] & (c < K)[None, :]
+        x = tl.load(x_ptr + offset[:, None] + c[None, :], mask=inside, other=0.0)
+        if NORM:
+            x = ((x.to(tl.float32) - mean[:, None]) * inverse[:, None]).to(dtype)
+        at = c[:, None] * S + column[None, :]
+        q = tl.dot(x, tl.load(head_ptr + at), q)
+        k = tl.dot(x, tl.load(head_ptr + KP * S + at), k)
+        v = tl.dot(x, tl.load(head_ptr + 2 * KP * S + at), v)
+    shift_ptr = bias_ptr + head * (3 * S) + n // S * (3 * S) + n % S
+    query = (q + tl.load(shift_ptr)[None, :]).to(dtype)
+    key = (k + tl.load(shift_ptr + S)[None, :]).to(dtype)
+    value = (v + tl.load(shift_ptr + 2 * S)[None, :]).to(dtype)
+    if G == 1:
+        _attend(
+            query, key, value, mask_ptr, y_ptr, sample, head, HEADS, scale, mask_b, mask_h, mask_q, mask_k,
+            T, S, SIZE, MASK, ALIKE, CAUSAL, BT,
+        )  # fmt: skip
+    else:
+        first_q, last_q = _halves(query, BT, S)
+        first_k, last_k = _halves(key, BT, S)
+        first_v, last_v = _halves(value, BT, S)
+        _attend(
+            first_q, first_k, first_v, mask_ptr, y_ptr, sample, head, HEADS, scale, mask_b, mask_h, mask_q, mask_k,
+            T, S, SIZE, MASK, ALIKE, CAUSAL, BT,
+        )  # fmt: skip
+        _attend(
+            last_q, last_k, last_v, mask_ptr, y_ptr, sample, head + 1, HEADS, scale, mask_b, mask_h, mask_q, mask_k,
+            T, S, SIZE, MASK, ALIKE, CAUSAL, BT,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -198,8 +198,8 @@ ATTENTIONS = (
     *(AttentionCase(5, 33, 2, 20, 8, norm=norm) for norm in (True, False)),
     *(AttentionCase(21, 40, 2, 16, 16, mask=mask) for mask in ("float", "seen", "scores")),
     *(AttentionCase(21, 40, 2, 16, 16, mask=mask, causal=True) for mask in ("none", "seen")),
-    AttentionCase(1, 64, 2, 16, 16, mask="float"),
-)
+    AttentionCase(1, 64, 2, 16, 16, mask="float"), AttentionCase(18, 33, 4, 8, 12, mask="scores", causal=True),
+)  # fmt: skip
 
 
 def tiles_of(case: LinearCase) -> tuple[Tile, ...]:
@@ -216,7 +216,8 @@ def every_case() -> dict[str, float]:
         for tile in tiles_of(linear):
             found[f"{tuple(linear)} {tuple(tile)}"] = share(*linear_result(linear, tile))
     for attention in ATTENTIONS:
-        for launch in (Launch(64, 4, 1), Launch(32, 4, 1)):
+        pairs = () if attention.heads % 2 else (Launch(64, 4, 1, 2),)
+        for launch in (Launch(64, 4, 1), Launch(32, 4, 1), *pairs):
             found[f"{tuple(attention)} {tuple(launch)}"] = share(
                 *attention_result(attention, launch)
             )

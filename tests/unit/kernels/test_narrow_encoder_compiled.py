@@ -144,21 +144,26 @@ def test_linear_of_codes_with_a_norm_behind_it(kind: int, place: int, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "size", "norm", "mask"),
-    [(49, 192, 64, True, 0), pytest.param(128, 384, 32, False, 1, marks=pytest.mark.slow)],
-    ids=["vit", "minilm"],
+    ("tokens", "width", "size", "norm", "mask", "place"),
+    [
+        (49, 192, 64, True, 0, 0),
+        pytest.param(128, 384, 32, False, 1, 0, marks=pytest.mark.slow),
+        (128, 384, 32, False, 1, 3),
+        pytest.param(128, 384, 32, False, 1, 4, marks=pytest.mark.slow),
+    ],
+    ids=["vit", "minilm", "pairs", "other pairs"],
 )
 def test_attention(
-    tokens: int, width: int, size: int, norm: bool, mask: int, tmp_path: Path
+    tokens: int, width: int, size: int, norm: bool, mask: int, place: int, tmp_path: Path
 ) -> None:
     import triton
 
     from tersor.kernels.narrow_attention_triton import launches
 
-    launch = launches(tokens, size)[0]
+    launch = launches(tokens, size, 2)[place]
     made = compiled(
         "narrow_attention_kernel", launch.warps, T=tokens, K=width, KP=width, S=size, SIZE=size,
-        NORM=norm, MASK=mask, ALIKE=True, CAUSAL=False, BT=triton.next_power_of_2(tokens),
+        NORM=norm, MASK=mask, ALIKE=True, CAUSAL=False, BT=triton.next_power_of_2(tokens), G=launch.heads,
         BK=launch.step, STAGES=launch.stages,
     )  # fmt: skip
     check(made, tmp_path)
