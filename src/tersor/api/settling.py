@@ -30,7 +30,9 @@ _STEPS_BACK = 2  # milder plans that are tried where the final weights lose too 
 _STEPS_ON = 2  # faster plans that are tried where they lose little
 _CAUTION = 0.9  # of what a plan that loses just enough would take
 _NEARLY = 0.9  # of a size budget, from where the file itself is looked at
+_MARGIN = 0.002  # of a size that is left free, where a plan turned out too large: the next one is off, too
 _WORTH = 0.02  # of a size budget that a file leaves free, from where a larger plan is tried
+_SURE = 2.0  # standard errors between two losses, from which the metric tells them apart
 _ROOMY = 0.75  # of a loss allowed: what loses less leaves room for a faster plan
 _FURTHEST = 2.0  # times the loss allowed, that a search may spend where final weights lose less
 _FASTER = 0.98  # of a measured latency, from where a plan is worth its own final weights
@@ -80,7 +82,10 @@ class Settling:
                 self.session.progress.note(
                     f"the file would take about {over} bytes more than asked for: a smaller plan is chosen"
                 )
-                self.scope = replace(self.scope, spare_bytes=self.scope.spare_bytes + over)
+                spare = (
+                    self.scope.spare_bytes + over + int(_MARGIN * self.choice.plan.predicted_bytes)
+                )
+                self.scope = replace(self.scope, spare_bytes=spare)
             elif limit is None:
                 return self._larger(made, free=-over)
             else:
@@ -202,7 +207,7 @@ def is_nearer(quality: Quality, made: Made, other: Made) -> bool:
     marks = [quality.seen(m.graph)[1] for m in (made, other)]
     noise = 0.0 if marks[0] is None or marks[1] is None else quality.noise(marks[0], marks[1])
     more = made.loss - other.loss
-    if abs(more) > noise:
+    if abs(more) > _SURE * noise:
         return more < 0
     return quality.error(made.graph) < quality.error(other.graph)
 
