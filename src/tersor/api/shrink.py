@@ -48,6 +48,8 @@ from tersor.transform.narrow import NarrowConfig, narrow
 
 # Samples on which the error of one candidate is measured at most, the more the cheaper the model.
 _ERROR_SAMPLES, _MOST_ERROR_SAMPLES, _ERROR_MACS = 64, 256, 2e10
+# Where a size is asked for: samples that every candidate reads, and the error at which such plans begin to lose anything.
+_SIZE_LEAST, _SIZE_FLOOR = 32, 1e-3
 _UNIT_SAMPLES = 32  # on which each unit of a width is removed, where no second moment tells
 _ACTIVATION_SAMPLES = 128  # that its reader is fitted on, as many rows as it needs
 _ADDITION_SAMPLES = 64  # whose ranges its operands' quantisers are chosen from
@@ -178,8 +180,14 @@ def width_errors(
 
 
 def error_precision(session: Session) -> Precision:
-    """How well errors have to be known, on as many search samples as the model's cost allows."""
-    return Precision(most=_affordable(session, _ERROR_SAMPLES))
+    """How well errors have to be known, on as many search samples as the model's cost allows.
+
+    Plans for a size choose among dozens of levels a site that all err little: what few samples say of those picks the luckiest.
+    """
+    most = _affordable(session, _ERROR_SAMPLES)
+    if session.settings.for_size:
+        return Precision(most=most, least=min(most, _SIZE_LEAST), floor=_SIZE_FLOOR)
+    return Precision(most=most)
 
 
 def _affordable(session: Session, least: int) -> int:
