@@ -267,7 +267,12 @@ def _raises(_: object) -> float:
         (_raises, ("metric raised ZeroDivisionError: no samples", "takes predict", "number")),
         (lambda _: float("nan"), ("metric returned nan", "wanted a finite number")),
         (lambda _: 94.7, ("metric returned 94.7", "from 0 to 1", "tersor.Metric", "points=")),
-        (lambda _: None, ("metric raised TypeError", "takes predict")),
+        (lambda _: None, ("metric returned None (NoneType)", "wanted one number")),
+        (lambda _: "0.93", ("metric returned '0.93' (str)", "wanted one number")),
+        (
+            lambda _: np.array([0.9, 0.8]),
+            ("metric returned array([0.9, 0.8]) (ndarray)", "without dimensions"),
+        ),
         (lambda predict: predict("no tensor"), ("metric raised", "takes predict")),
     ],
 )

@@ -17,12 +17,12 @@ import tersor
 from tersor.api import undoing
 from tersor.api.choosing import ChoiceRecord
 from tersor.api.files import artifact_size
-from tersor.api.final import Made, make_final
+from tersor.api.final import Final, Made, built_final, make_final
 from tersor.api.quality import Quality
 from tersor.api.result import Result
 from tersor.api.settling import Settling
 from tersor.api.stages import build_for
-from tersor.core.errors import ConfigError, SiteNotFoundError, TersorError
+from tersor.core.errors import ConfigError, ParityError, SiteNotFoundError, TersorError
 from tersor.core.jsonable import dumps, from_json, read_record
 from tersor.core.records import Plan
 from tersor.report.brief import brief
@@ -285,6 +285,54 @@ def test_a_fallback_takes_back_the_model_that_was_seen_before(
     x = images["test"][:5]
     assert close_logits(found.model(x), lenet_run.predict(x))
     assert not torch.equal(found.model(x), compressed(x))
+
+
+@pytest.mark.usefixtures("never_slower")
+@pytest.mark.parametrize("n_failing", [1, 2, 3])
+def test_a_plan_whose_build_fails_is_replaced_by_the_next_one(
+    again: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, n_failing: int
+) -> None:
+    """And by the best uncompressed build only where none is left; another run takes the same."""
+    found = again(target=tersor.Target(size_ratio=3.0, drop_points=10.0))
+    plan, base_ms = replace(found.plan, seed=100), found._run.prices.baseline.timing.median_ms
+
+    def other(seed: int, speed: float, lost: float) -> Plan:
+        return replace(plan, seed=seed, measured_ms=speed * base_ms, measured_error=lost)
+
+    slow, quick, late, lossy = (
+        other(101, 0.5, 1.0), other(102, 0.4, 1.0), other(103, 1.2, 0.0), other(104, 0.1, 99.0),
+    )  # fmt: skip
+    choice = replace(found._choice, plan=plan, finalists=(plan, late, lossy, slow, quick))
+    real, tried, left = built_final, [], [n_failing]
+
+    def building(session: Any, made: Made, how: Any) -> Final:
+        tried.append(how)
+        if len(tried) <= left[0]:
+            raise ParityError("outputs differ")
+        return real(session, made, how)
+
+    monkeypatch.setattr("tersor.api.result.built_final", building)
+
+    def settled(settling: Settling) -> Made:
+        return make_final(settling.session, settling.offered, plan, settling.quality, "first")
+
+    monkeypatch.setattr(Settling, "made", settled)
+    wanted = {1: quick, 2: slow}.get(n_failing)
+    verdict = Result(found._run, found.target, choice).verdict
+    if wanted is None:
+        assert verdict.returned_baseline
+        assert "the planned build failed" in verdict.reason
+        return
+    left[0] = 0
+    for _ in range(2):  # without trying what failed
+        fresh = Result(found._run, found.target, choice)
+        verdict = fresh.verdict
+        tried.clear()
+        assert not verdict.returned_baseline
+        assert "the next one stands in" in verdict.reason
+        assert fresh.model is not None
+        assert fresh.plan.seed == wanted.seed
+        assert len(tried) <= 1
 
 
 # --- plans

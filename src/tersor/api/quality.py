@@ -21,6 +21,7 @@ from tersor.verify.verify import agreement, by_shape
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
+_SHOWN = 80  # characters of what is no number
 _FRACTION = 0.01  # a point of a metric that is a fraction
 _REPEATS = 1e-3  # two calls on one model differ by less, of a point or of their value
 _LEAST_BUDGET = 1e-6  # a budget of zero allows rounding only
@@ -33,15 +34,31 @@ def score(metric: Metric, predict: Callable[..., Any], name: str) -> float:
         MetricError: It raised, or returned something that is no finite number.
     """
     try:
-        value = float(metric.function(predict))
+        found = metric.function(predict)
     except Exception as error:
         raise MetricError(
             f"{name} raised {type(error).__name__}: {error}; wanted a function that takes predict "
             "(called like the model) and returns a number"
         ) from error
+    value = _number(found)
+    if value is None:
+        raise MetricError(
+            f"{name} returned {repr(found)[:_SHOWN]} ({type(found).__name__}); wanted one number, higher is better, such "
+            "as a float or an array without dimensions"
+        )
     if not math.isfinite(value):
         raise MetricError(f"{name} returned {value}; wanted a finite number, higher is better")
     return value
+
+
+def _number(found: object) -> float | None:
+    """What a metric gave as a number; None: it is none. Text that reads like one is a mistake."""
+    if isinstance(found, str | bytes | bytearray):
+        return None
+    try:
+        return float(found)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def original_score(session: Session, name: str) -> float:

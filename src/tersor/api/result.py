@@ -36,7 +36,7 @@ from tersor.api.proposing import Offers
 from tersor.api.quality import Quality
 from tersor.api.recovering import recovery_key
 from tersor.api.session import Session
-from tersor.api.settling import Settling, final_key
+from tersor.api.settling import Settling, final_key, standing
 from tersor.api.undoing import measure_undone
 from tersor.capture.detector import Attached
 from tersor.core.errors import BackendError, ConfigError, ParityError
@@ -102,6 +102,14 @@ def _converted(searched: "_Searched", own: Quality, wanted: Quality) -> tuple[Ev
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _StandIn:
+    """The plan that stands in for one whose build failed."""
+
+    plan: Plan
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Searched:
     """What a search evaluated, in the units of its own target."""
 
@@ -126,6 +134,7 @@ class Result:
         self._reason = choice.reason
         self._plan = choice.plan
         self._is_baseline = choice.is_baseline
+        self._stands_in = False  # another plan's build failed
         self._undone: dict[str, Undone] = {}
 
     def parcel(self) -> Parcel[ResultRecord]:
@@ -184,14 +193,45 @@ class Result:
         except (BackendError, ParityError) as error:
             if self._is_baseline:
                 raise
-            self._fall_back(f"the planned build failed: {error}")
+            final = self._next_build(str(error)) or self._baseline_build(str(error))
             key = self._key
-            final = built_final(session, Made(session.graph), self._plan.choice)
         best = self._run.prices.baseline.choice
         assert best is not None
         final = packaged(session, final, best, key)
         self._plan = replace(self._plan, choice=final.built.choice)
         return final
+
+    def _next_build(self, error: str) -> Final | None:
+        """The build of the next plan that holds the target; None where none can be built."""
+        run, quality, failed = self._run, self._quality, self._key
+        session, limit = run.session, self._quality.limit()
+        for plan in standing(session, run.prices, quality, replace(self._choice, plan=self._plan)):
+            key = final_key(session, run.prices, self.target, plan)
+            made = make_final(session, run.offered, plan, quality, key)
+            if limit is not None and made.loss > limit:
+                continue
+            try:
+                final = built_final(session, made, plan.choice)
+            except (BackendError, ParityError) as again:
+                session.progress.note(f"the next plan failed as well: {again}")
+                continue
+            reason = (
+                f"the build of the plan that was chosen failed, the next one stands in: {error}"
+            )
+            session.store.put("instead", failed, _StandIn(plan=plan, reason=reason))
+            session.progress.note(reason)
+            self._stand_in(plan, reason)
+            self.__dict__["_made"] = made
+            return final
+        return None
+
+    def _baseline_build(self, error: str) -> Final:
+        self._fall_back(f"the planned build failed: {error}")
+        session = self._run.session
+        return built_final(session, Made(session.graph), self._plan.choice)
+
+    def _stand_in(self, plan: Plan, reason: str) -> None:
+        self._plan, self._reason, self._stands_in = plan, reason, True
 
     @cached_property
     def _made(self) -> Made:
@@ -203,14 +243,18 @@ class Result:
         made = settle(settled)
         self._choice = choice = settled.choice
         self._plan, self._is_baseline, self._reason = choice.plan, choice.is_baseline, choice.reason
-        return made
+        other = run.session.store.get(_StandIn, "instead", self._key)
+        if other is None or self._is_baseline:
+            return made
+        self._stand_in(other.plan, other.reason)
+        return make_final(run.session, run.offered, other.plan, self._quality, self._key)
 
     def _fall_back(self, reason: str) -> None:
         run = self._run
         for made in ("_made", "_final", "_runner"):  # of the plan that is given up
             self.__dict__.pop(made, None)
         self._plan = as_baseline(run.session, run.prices, self.target, self._plan)
-        self._is_baseline = True
+        self._is_baseline, self._stands_in = True, False
         self._reason = reason
 
     @cached_property
@@ -258,7 +302,7 @@ class Result:
             size_of=self._file_size,
             binding=self._plan.binding or self._choice.binding,
             is_baseline=self._is_baseline,
-            reason=self._reason if self._is_baseline else "",
+            reason=self._reason if self._is_baseline or self._stands_in else "",
         )
         return judge(run.session, self.target, final, run.test, times, decision)
 

@@ -72,7 +72,7 @@ class Settling:
                     f"the final weights lose {made.loss:.4g} on the search part, allowed were "
                     f"{limit:.4g}: a milder plan is chosen"
                 )
-                if (known := self._milder(limit)) is not None:  # each errs less than the one before
+                if (known := self._milder()) is not None:  # each errs less than the one before
                     self.choice = replace(self.choice, plan=known)
                     made = self._make()
                     continue
@@ -107,24 +107,15 @@ class Settling:
             self.session, self.offered, self.prices, self.quality, scope=self.scope, known=known
         )
 
-    def _milder(self, limit: float) -> Plan | None:
-        """The fastest finalist that errs less than the plan in hand, and holds its loss and the latency.
+    def _milder(self) -> Plan | None:
+        """The fastest finalist that errs less than the plan in hand, and holds the target.
 
         Sharper cuts lose more in their final weights than looks at them say; what was measured beside them,
         such as all in 8 bits, mostly does not.
         """
-        target, bytes_before = self.quality.target, self.session.original_bytes
-        limits = limits_for(target, self.prices, self.quality, bytes_before)
-        most = min(limits.max_ms or math.inf, self.prices.baseline.timing.median_ms)
         here = self.choice.plan.predicted_error * _CAUTION
-        holding = [
-            p
-            for p in self.choice.finalists
-            if p.predicted_error < here
-            if p.measured_error is not None and p.measured_error <= limit
-            if p.measured_ms is not None and p.measured_ms < most
-        ]
-        return min(holding, key=lambda p: p.measured_ms or math.inf, default=None)
+        holding = standing(self.session, self.prices, self.quality, self.choice)
+        return next((p for p in holding if p.predicted_error < here), None)
 
     def _faster(self, made: Made, limit: float) -> Made:
         """The final graph of a faster plan, where final weights leave much of the loss allowed; or the same.
@@ -197,6 +188,24 @@ class Settling:
             self.offered, self.prices, self.session.sites, most, assignment=plan.assignment
         )
         return math.ceil(size - most)
+
+
+def standing(
+    session: Session, prices: Prices, quality: Quality, choice: ChoiceRecord
+) -> list[Plan]:
+    """Finalists beside the plan in hand that hold the target by what was measured, the fastest first."""
+    limits = limits_for(quality.target, prices, quality, session.original_bytes)
+    most = min(limits.max_ms or math.inf, prices.baseline.timing.median_ms)
+    found = [
+        (p.measured_ms, i, p)
+        for i, p in enumerate(choice.finalists)
+        if p != choice.plan
+        if p.measured_ms is not None and p.measured_ms < most
+        if p.predicted_bytes <= (limits.max_bytes or math.inf)
+        if limits.max_loss is None
+        or (p.measured_error is not None and p.measured_error <= limits.max_loss)
+    ]
+    return [p for _, _, p in sorted(found, key=lambda row: row[:2])]
 
 
 def is_nearer(quality: Quality, made: Made, other: Made) -> bool:

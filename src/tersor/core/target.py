@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 from tersor.core.errors import ConfigError, TargetError
 from tersor.core.units import parse_quantity
@@ -133,7 +134,7 @@ def _checked(name: str, value: object) -> float:
         if dimension not in ("number", *_DIMENSIONS[name]):
             wanted = " or ".join(_DIMENSIONS[name]) or "a plain number"
             raise TargetError(f"{name}={value!r}: found a {dimension}, wanted {wanted}")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, Real):  # NumPy's, too
         raise TargetError(f"{name}={value!r}: wanted a number or a text such as '2x'")
     else:
         try:

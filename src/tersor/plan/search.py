@@ -235,7 +235,7 @@ def _is_held_back(ledger: Ledger, best: Draft) -> bool:
 def _disagreement_words(ledger: Ledger, best: Draft) -> str:
     """What to say where the tables and the machine do not come together; else nothing."""
     off = ledger.disagreement(best)
-    if off <= AGREEMENT:
+    if off <= AGREEMENT or not math.isfinite(ledger.measured[best]):
         return ""
     predicted = ledger.totals(best).ms
     return (
@@ -259,6 +259,9 @@ def _baseline_wins(ledger: Ledger, best: Draft) -> str:
         return ""  # only another plan is accurate enough
     if not ledger.baseline_holds_peak():
         return ""  # only another plan may take little enough memory
+    if not math.isfinite(ms):
+        tried = len(ledger.measured)
+        return f"none of the {tried} plan(s) tried could be built; the notes of the run say why"
     return (
         f"nothing that was measured is faster than the best uncompressed build: "
         f"{ms:.3g} ms against {task.baseline_ms:.3g} ms ({task.baseline.name}), "
@@ -298,14 +301,16 @@ def meets(limits: Limits, plan: Plan, loss: float) -> bool:
 
 def _reason(ledger: Ledger, best: Draft) -> str:
     task, n_measured = ledger.task, len(ledger.measured)
-    gain = task.baseline_ms / ledger.measured[best]
+    ms = ledger.measured[best]
+    speed = f"{ms:.3g} ms, {task.baseline_ms / ms:.2f}x the best uncompressed build"
+    if not math.isfinite(ms):
+        speed = "could not be built"
     what = {
         True: "the fastest measured plan whose loss holds",
         False: "the least loss within the budgets",
     }[task.limits.max_loss is not None]
     return (
-        f"{what}: {ledger.measured[best]:.3g} ms, {gain:.2f}x the best uncompressed build, "
-        f"loss {ledger.loss(best):.4g}; {n_measured} plan(s) measured, "
+        f"{what}: {speed}, loss {ledger.loss(best):.4g}; {n_measured} plan(s) measured, "
         f"{len(ledger.evaluations)} evaluated, {ledger.n_looked} looked at"
         + (f"; the search ended as {ledger.ended}" if ledger.ended else "")
     )

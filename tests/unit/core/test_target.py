@@ -2,10 +2,12 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tersor.core import target
 from tersor.core.errors import ConfigError, TargetError
 from tersor.core.jsonable import from_json, to_json
 from tersor.core.target import Target, as_target
@@ -133,3 +135,16 @@ def test_a_target_is_taken_in_three_forms():
     assert as_target("2x, 0.5 pt") == as_target({"speedup": 2, "drop_points": "0.5 pt"}) == wanted
     with pytest.raises(ConfigError, match=r"found float, wanted tersor\.Target"):
         as_target(2.0)
+
+
+@pytest.mark.parametrize("number", [np.float32(2), np.float64(2), np.int64(2), np.uint8(2)])
+def test_numbers_of_numpy_are_numbers(number: Any) -> None:
+    found = target._checked("speedup", number)
+    assert type(found) is float
+    assert found == 2.0
+
+
+@pytest.mark.parametrize("other", [np.bool_(True), True, np.array(2.0), [2.0], 2j])
+def test_what_is_no_number_is_refused(other: Any) -> None:
+    with pytest.raises(TargetError, match="wanted a number or a text"):
+        target._checked("speedup", other)
