@@ -4,10 +4,9 @@ A stored format takes few bytes in the artifact and runs as the floats that it s
 of them cost the time of the build's own precision: one class of prices, however many there are.
 """
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
-from tersor.core.rank_levels import RankLevel, is_eight_bit, rank_of
+from tersor.core.rank_levels import RankLevel
 
 Format = Literal[
     "f32",
@@ -44,17 +43,3 @@ PACKED: frozenset[str] = STORED - {STORED_PRICE}
 def priced_as(level: Level) -> Level:
     """The level whose time a level has: that of one stored format for all of them."""
     return STORED_PRICE if level in PACKED else level
-
-
-def place_of(level: Level | None, levels: Sequence[Level]) -> int | None:
-    """Where a level stands among those that a price knows; None: nowhere.
-
-    To an op that reads or writes beside a layer its rank is all the same: where no rank is listed, a whole layer in 8
-    bits, or in floats, stands for one.
-    """
-    if level in levels:
-        return levels.index(level)
-    if not rank_of(level):
-        return None
-    whole = (i for i, v in enumerate(levels) if isinstance(v, str) and not rank_of(v))
-    return next((i for i in whole if is_eight_bit(levels[i]) == is_eight_bit(level)), None)

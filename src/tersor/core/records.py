@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from tersor.core import formats
 from tersor.core.errors import ConfigError
-from tersor.core.formats import place_of, priced_as
+from tersor.core.formats import priced_as
 from tersor.core.rank_levels import is_eight_bit
 
 Format = formats.Format
@@ -376,13 +376,12 @@ class Term:
         index = 0
         for site, levels in zip(self.sites, self.levels, strict=True):
             level = assignment.get(site)
-            place = place_of(level, levels)
-            if place is None:
+            if level not in levels:
                 raise ConfigError(
                     f"{self.name}: site {site} at level {level!r} has no price; there are "
                     f"{', '.join(map(str, levels))}"
                 )
-            index = index * len(levels) + place
+            index = index * len(levels) + levels.index(level)
         return self.values[index]
 
 

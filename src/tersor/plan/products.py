@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tersor.core.errors import ConfigError
-from tersor.core.formats import place_of, priced_as
+from tersor.core.formats import priced_as
 from tersor.core.records import Level, Term
 from tersor.plan.problem import Problem
 
@@ -118,9 +118,8 @@ def _numbered(keys: Sequence[object]) -> tuple[int, ...]:
 
 def _places(levels: Sequence[Level], wanted: Sequence[Level]) -> list[int]:
     """Where levels stand in a term; what it does not tell apart is the level that it is priced as."""
-    places = [place_of(v if v in levels else priced_as(v), levels) for v in wanted]
-    assert None not in places  # tables have a price for all that is on offer
-    return [p for p in places if p is not None]
+    place = {level: i for i, level in enumerate(levels)}
+    return [place[level] if level in place else place[priced_as(level)] for level in wanted]
 
 
 def blocks_of(terms: Iterable[Reduced]) -> tuple[Block, ...]:

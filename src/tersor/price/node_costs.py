@@ -48,14 +48,9 @@ class NodeCost:
     spread: float | None = None
 
     def choices(self, others: Sequence[str]) -> dict[str, tuple[Level, ...]]:
-        """The format sites that decide, the op's own first, and their levels.
-
-        Ranks of the others are no matter (``core.formats.place_of``): with four layers around a product of three
-        tensors they would make a million combinations.
-        """
+        """The format sites that decide, the op's own first, and their levels."""
         found = {} if self.site is None else {self.site: self.formats}
-        beside = {s: tuple(v for v in self.known[s] if not rank_of(v)) for s in others}
-        return {**found, **beside}
+        return {**found, **{site: self.known[site] for site in others}}
 
     @property
     def partners(self) -> tuple[str, ...]:
