@@ -214,6 +214,19 @@ class Problem:
             max_error=None if "drop" in names else self.max_error,
         )
 
+    def uncut(self) -> "Problem | None":
+        """The same problem with all widths and branches whole; None where there are none to cut."""
+        cut = {
+            s
+            for s, own in self._native.items()
+            if isinstance(own, int) and len(self._levels[s]) > 1
+        }
+        rows = {
+            site: [c for c in row if c.level == self._native[site]] if site in cut else row
+            for site, row in self.candidates.items()
+        }
+        return replace(self, candidates=rows) if cut else None
+
     def totals(self, assignment: Mapping[str, Level]) -> Totals:
         """What an assignment costs; sites that it does not list stay native.
 

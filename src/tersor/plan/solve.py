@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tersor.core.errors import NumericalError
 from tersor.core.records import Level
 from tersor.plan.highs import run_milp
 from tersor.plan.model import Model
@@ -20,6 +21,8 @@ JOINT_GAP = 2e-3
 # The node limit keeps solutions reproducible; the time limit is the last resort of resolve().
 NODE_LIMIT = 20_000
 TIME_LIMIT_S = 10.0
+# Times as long for a program that has found nothing, not even without cuts.
+PATIENCE = 6.0
 # Of a point of a curve, of which there are dozens.
 ROUGH_GAP = 1e-2
 ROUGH_LIMIT_S = 2.0
@@ -87,6 +90,9 @@ def allowance(*solutions: Solution) -> float:
 def optimise(problem: Problem, *, is_rough: bool = False) -> Solution:
     """Solve a problem without saying what stops it: one run of HiGHS.
 
+    Where that finds no plan in its time, one without cuts is looked for, whose program has few products of levels; then
+    the whole one in more time.
+
     Args:
         problem: To solve.
         is_rough: To one per cent, which prices do not tell apart, and two seconds.
@@ -94,6 +100,20 @@ def optimise(problem: Problem, *, is_rough: bool = False) -> Solution:
     Raises:
         NumericalError: HiGHS gave up before it found any plan.
     """
+    try:
+        return _optimised(problem, is_rough=is_rough)
+    except NumericalError:
+        if is_rough:  # one of dozens: left out
+            raise
+        whole = problem.uncut()
+        if whole is not None:
+            found = _optimised(whole, is_rough=False)
+            if found.is_feasible:
+                return replace(found, status="feasible", gap=1.0)
+        return _optimised(problem, is_rough=False, patience=PATIENCE)
+
+
+def _optimised(problem: Problem, *, is_rough: bool, patience: float = 1.0) -> Solution:
     model = Model.of(problem)
     budgets = problem.budgets()
     if not model.columns:
@@ -107,7 +127,7 @@ def optimise(problem: Problem, *, is_rough: bool = False) -> Solution:
         {
             "mip_rel_gap": _gap(model, is_rough=is_rough),
             "node_limit": NODE_LIMIT,
-            "time_limit": ROUGH_LIMIT_S if is_rough else TIME_LIMIT_S,
+            "time_limit": patience * (ROUGH_LIMIT_S if is_rough else TIME_LIMIT_S),
         },
     )
     if x is None:

@@ -30,7 +30,7 @@ from tersor.price.node_costs import (
     site_cost,
 )
 from tersor.price.observation import Observation
-from tersor.price.terms import Cost, spread
+from tersor.price.terms import MAX_WIDTHS, Cost, spread
 from tersor.price.ways import Ways, choose_ways, first_readers, followers
 
 # Who writes and who reads what changes its format: places in ``Slopes.changed``.
@@ -161,10 +161,25 @@ class WidthCosts:
             owner = replace(
                 cost, name=f"{cost.name}, format", nodes=(), spread=slopes.changed_spread
             )
-            sites = cost.choices((cost.follower, *cost.rivals))
+            sites = self._few(cost)
             for term in spread(owner.name, cost.nodes, sites, self.facts, ms, of="out_elements"):
                 if any(term.values):
                     yield owner, term
+
+    def _few(self, cost: NodeCost) -> dict[str, tuple[Level, ...]]:
+        """The formats that say whether a result changes its own: as many as can be written out.
+
+        The layers beside it come last, and are taken for floats where their levels are too many: with ranks of
+        queries, keys, values and their reader and two widths there are a million combinations.
+        """
+        widths = self.facts.widths(cost.nodes, "out_elements")
+        counts = prod(len(self.facts.levels[w]) for w in widths[:MAX_WIDTHS])
+        sites = cost.choices((cost.follower,) if cost.follower else ())
+        for rival in cost.rivals:
+            more = {**sites, **cost.choices((rival,))}
+            if counts * prod(map(len, more.values())) <= _MOST_COMBINATIONS:
+                sites = more
+        return sites
 
     def _after(self, cost: NodeCost, slopes: Sequence[float]) -> Cost:
         """What it costs that a result is read in the same format or in another."""
@@ -229,6 +244,8 @@ class WidthCosts:
         return own / self.full_elements
 
 
+# Of widths and formats in a term of what changes format: seconds to write out, a megabyte to keep.
+_MOST_COMBINATIONS = 65_536
 # Levels whose time is that of the native format.
 _CLASS: Mapping[Level, str] = {"f32": "native", "bf16": "native", "int8_weight": "native"}
 

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import tersor.plan.products
 import tersor.plan.solve
-from tersor.core.errors import ConfigError
+from tersor.core.errors import ConfigError, NumericalError
 from tersor.core.jsonable import dumps, from_json
 from tersor.core.records import Candidate, Level, PriceTable, Term
 from tersor.plan.ledger import Ledger, draft_of
@@ -530,3 +531,43 @@ def test_prices_of_a_large_joint_plan_are_solved_to_the_gap(lab: ModuleType) -> 
     widths = {s: row for s, row in candidates.items() if s in native}
     only = optimise(replace(problem, candidates=widths, max_ms=problem.totals({}).ms / 2))
     assert solution.totals.error < only.totals.error
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_program_that_takes_too_long_gives_the_best_plan_without_cuts(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    problem = replace(lab.random_joint(seed), objective="size")
+    uncut = problem.uncut()
+    assert uncut is not None
+    assert uncut.uncut() is None
+    real, limits = tersor.plan.solve.run_milp, []
+
+    def hurried(cost: Any, rows: Any, is_integer: Any, options: Any) -> Any:
+        limits.append(options["time_limit"])
+        is_whole = len(cost) > n_uncut
+        if is_whole and limits[-1] <= tersor.plan.solve.TIME_LIMIT_S:
+            raise NumericalError("the solver stopped without a plan")
+        return real(cost, rows, is_integer, options)
+
+    n_uncut = len(Model.of(uncut).cost("size"))
+    monkeypatch.setattr(tersor.plan.solve, "run_milp", hurried)
+    found = optimise(problem)
+    assert (found.status, found.gap) == ("feasible", 1.0)
+    widths = [s for s, own in problem.native.items() if isinstance(own, int)]
+    assert all(found.assignment[s] == problem.native[s] for s in widths)
+    assert found.totals == optimise(uncut).totals == problem.totals(found.assignment)
+    # Where nothing holds without cuts, the whole program has more time.
+    tight = replace(problem, max_bytes=found.totals.size_bytes - 1)
+    exact = real_totals(tight, monkeypatch, real)
+    monkeypatch.setattr(tersor.plan.solve, "run_milp", hurried)
+    limits.clear()
+    assert optimise(tight).totals.size_bytes == exact.size_bytes
+    assert limits[-1] == tersor.plan.solve.PATIENCE * tersor.plan.solve.TIME_LIMIT_S
+    with pytest.raises(NumericalError):  # one of dozens
+        optimise(tight, is_rough=True)
+
+
+def real_totals(problem: Problem, patch: pytest.MonkeyPatch, real: Any) -> Totals:
+    patch.setattr(tersor.plan.solve, "run_milp", real)
+    return optimise(problem).totals
