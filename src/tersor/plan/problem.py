@@ -1,7 +1,7 @@
 """One allocation problem: candidates, one price table and budgets; and what a plan costs in it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -214,18 +214,23 @@ class Problem:
             max_error=None if "drop" in names else self.max_error,
         )
 
-    def uncut(self) -> "Problem | None":
-        """The same problem with all widths and branches whole; None where there are none to cut."""
+    def simpler(self) -> "Iterator[Problem]":
+        """The same problem with fewer products of levels: without ranks where widths shrink, and with all widths whole."""
         cut = {
             s
             for s, own in self._native.items()
             if isinstance(own, int) and len(self._levels[s]) > 1
         }
-        rows = {
-            site: [c for c in row if c.level == self._native[site]] if site in cut else row
-            for site, row in self.candidates.items()
-        }
-        return replace(self, candidates=rows) if cut else None
+        if not cut:
+            return
+        has_ranks = any(rank_of(level) for row in self._levels.values() for level in row)
+        if has_ranks:
+            yield self._only(lambda c: not rank_of(c.level))
+        yield self._only(lambda c: c.site not in cut or c.level == self._native[c.site])
+
+    def _only(self, stays: Callable[[Candidate], bool]) -> "Problem":
+        rows = {site: [c for c in row if stays(c)] for site, row in self.candidates.items()}
+        return replace(self, candidates=rows)
 
     def totals(self, assignment: Mapping[str, Level]) -> Totals:
         """What an assignment costs; sites that it does not list stay native.

@@ -21,6 +21,9 @@ JOINT_GAP = 2e-3
 # The node limit keeps solutions reproducible; the time limit is the last resort of resolve().
 NODE_LIMIT = 20_000
 TIME_LIMIT_S = 10.0
+# HiGHS keeps no time limit while it simplifies a program: one of 80,000 variables found nothing in ten seconds, one of
+# more took minutes.
+MOST_VARIABLES = 60_000
 # Times as long for a program that has found nothing, not even without cuts.
 PATIENCE = 6.0
 # Of a point of a curve, of which there are dozens.
@@ -90,8 +93,8 @@ def allowance(*solutions: Solution) -> float:
 def optimise(problem: Problem, *, is_rough: bool = False) -> Solution:
     """Solve a problem without saying what stops it: one run of HiGHS.
 
-    Where that finds no plan in its time, one without cuts is looked for, whose program has few products of levels; then
-    the whole one in more time.
+    Where that finds no plan in its time, or the program is too large for it, one without ranks is looked for, and one
+    without cuts, whose programs have fewer products of levels; then the whole one in more time.
 
     Args:
         problem: To solve.
@@ -105,12 +108,14 @@ def optimise(problem: Problem, *, is_rough: bool = False) -> Solution:
     except NumericalError:
         if is_rough:  # one of dozens: left out
             raise
-        whole = problem.uncut()
-        if whole is not None:
-            found = _optimised(whole, is_rough=False)
-            if found.is_feasible:
-                return replace(found, status="feasible", gap=1.0)
-        return _optimised(problem, is_rough=False, patience=PATIENCE)
+    for simpler in problem.simpler():
+        try:
+            found = _optimised(simpler, is_rough=False)
+        except NumericalError:
+            continue
+        if found.is_feasible:
+            return replace(found, status="feasible", gap=1.0)
+    return _optimised(problem, is_rough=False, patience=PATIENCE)
 
 
 def _optimised(problem: Problem, *, is_rough: bool, patience: float = 1.0) -> Solution:
@@ -120,8 +125,11 @@ def _optimised(problem: Problem, *, is_rough: bool, patience: float = 1.0) -> So
         totals = problem.totals({})
         held = all(totals.of(CONSTRAINTS[n][0]) <= b for n, b in budgets.items())
         return Solution(status="optimal" if held else "infeasible", totals=totals)
+    cost = model.cost(problem.objective)
+    if len(cost) > MOST_VARIABLES and patience == 1:
+        raise NumericalError(f"the program has {len(cost)} variables, too many to solve at once")
     x, is_proven, gap = run_milp(
-        model.cost(problem.objective),
+        cost,
         [model.structure(), *(model.budget_row(n, b) for n, b in budgets.items())],
         model.is_choice,
         {

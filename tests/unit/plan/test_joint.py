@@ -16,6 +16,7 @@ import tersor.plan.products
 import tersor.plan.solve
 from tersor.core.errors import ConfigError, NumericalError
 from tersor.core.jsonable import dumps, from_json
+from tersor.core.rank_levels import RankLevel, rank_of
 from tersor.core.records import Candidate, Level, PriceTable, Term
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES, Model
@@ -538,9 +539,8 @@ def test_a_program_that_takes_too_long_gives_the_best_plan_without_cuts(
     lab: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     problem = replace(lab.random_joint(seed), objective="size")
-    uncut = problem.uncut()
-    assert uncut is not None
-    assert uncut.uncut() is None
+    (uncut,) = problem.simpler()
+    assert not list(uncut.simpler())
     real, limits = tersor.plan.solve.run_milp, []
 
     def hurried(cost: Any, rows: Any, is_integer: Any, options: Any) -> Any:
@@ -566,6 +566,24 @@ def test_a_program_that_takes_too_long_gives_the_best_plan_without_cuts(
     assert limits[-1] == tersor.plan.solve.PATIENCE * tersor.plan.solve.TIME_LIMIT_S
     with pytest.raises(NumericalError):  # one of dozens
         optimise(tight, is_rough=True)
+
+
+def test_ranks_go_before_cuts(lab: ModuleType) -> None:
+    problem = lab.random_joint(0)
+    formats = [s for s, own in problem.native.items() if isinstance(own, str)]
+    rows = dict(problem.candidates)
+    for site in formats:
+        rank = replace(rows[site][0], level=RankLevel("f32_rank8"), error=0.5)
+        rows[site] = (*rows[site], rank)
+    ops = {s: {**row, "f32_rank8": 0.1} for s, row in problem.table.ops.items()}
+    both = replace(problem, candidates=rows, table=replace(problem.table, ops=ops))
+    found = list(both.simpler())
+    if any(rank_of(v) for row in both.levels().values() for v in row):
+        assert len(found) == 2
+        assert found[0].levels() == problem.levels()
+    assert all(
+        len(found[-1].levels()[s]) == 1 for s, own in problem.native.items() if isinstance(own, int)
+    )
 
 
 def real_totals(problem: Problem, patch: pytest.MonkeyPatch, real: Any) -> Totals:
