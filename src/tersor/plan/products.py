@@ -21,6 +21,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 # Two widths of 64 levels and four formats; HiGHS takes seconds for a dozen such blocks.
 MAX_COMBINATIONS = 16_384
+APART = 2  # times as large as two blocks, from where one is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,28 @@ def _places(levels: Sequence[Level], wanted: Sequence[Level]) -> list[int]:
 
 
 def blocks_of(terms: Iterable[Reduced]) -> tuple[Block, ...]:
-    """The fewest blocks that hold every term of two sites or more."""
+    """Few blocks that hold every term of two sites or more.
+
+    A term has one of its own where it would make a larger one more than ``APART`` times as large as both: bytes tell a
+    dozen stored levels of a weight apart, its time and that of three layers beside it only whether they are int8.
+    """
     joint = sorted((t for t in terms if len(t.sites) > 1), key=lambda t: (-len(t.sites), t.sites))
     members: dict[tuple[str, ...], list[Reduced]] = {}
     for term in joint:
         if not any(set(term.sites) <= set(sites) for sites in members):
             members[term.sites] = []
-    for term in joint:
-        members[home_of(list(members), term)].append(term)
+        home = home_of(list(members), term)
+        if home != term.sites:
+            apart = _size(home, members[home]) + _size(term.sites, [term])
+            if _size(home, [*members[home], term]) > APART * apart:
+                home = term.sites
+                members[home] = []
+        members[home].append(term)
     return tuple(Block(sites, _told_apart(sites, own)) for sites, own in members.items())
+
+
+def _size(sites: tuple[str, ...], terms: Sequence[Reduced]) -> int:
+    return Block(sites, _told_apart(sites, terms)).size
 
 
 def home_of(blocks: Sequence[tuple[str, ...]], term: Reduced) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ JOINT_GAP = 2e-3
 # The node limit keeps solutions reproducible; the time limit is the last resort of resolve().
 NODE_LIMIT = 20_000
 TIME_LIMIT_S = 10.0
-# HiGHS keeps no time limit while it simplifies a program: one of 80,000 variables found nothing in ten seconds, one of
-# more took minutes.
-MOST_VARIABLES = 60_000
+# HiGHS keeps no time limit while it simplifies a program: one of 57,000 variables found nothing in half a minute,
+# one of more took six.
+MOST_VARIABLES = 40_000
 # Times as long for a program that has found nothing, not even without cuts.
 PATIENCE = 6.0
 # Of a point of a curve, of which there are dozens.

@@ -21,6 +21,7 @@ from tersor.core.records import Candidate, Level, PriceTable, Term
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES, Model
 from tersor.plan.problem import CONSTRAINTS, Problem, Totals
+from tersor.plan.products import Reduced, blocks_of
 from tersor.plan.ranks import Grid
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import choose
@@ -589,3 +590,30 @@ def test_ranks_go_before_cuts(lab: ModuleType) -> None:
 def real_totals(problem: Problem, patch: pytest.MonkeyPatch, real: Any) -> Totals:
     patch.setattr(tersor.plan.solve, "run_milp", real)
     return optimise(problem).totals
+
+
+@pytest.mark.parametrize(("n_stored", "n_blocks"), [(3, 1), (12, 2)])
+def test_bytes_that_tell_many_levels_apart_have_products_of_their_own(
+    n_stored: int, n_blocks: int
+) -> None:
+    rng = np.random.default_rng(0)
+    ms = rng.random((2, 8, 2, 2, 2))  # int8 or not, counts, three layers beside it
+    time = Reduced(
+        ("a", "b", "c", "d", "w"), ms[[0, *[1] * (n_stored - 1)]].transpose(0, 2, 3, 4, 1)
+    )
+    size = Reduced(("a", "w"), rng.random((n_stored, 8)))
+    blocks = blocks_of([time, size])
+    assert [b.sites for b in blocks] == [time.sites, size.sites][:n_blocks]
+    assert sum(b.size for b in blocks) == (
+        8 * n_stored * 8 if n_blocks == 1 else 8 * 16 + 8 * n_stored
+    )
+    for term in (time, size):
+        block = next(b for b in blocks[::-1] if set(term.sites) <= set(b.sites))
+        flat = block.spread(term).reshape(block.shape)
+        for at in itertools.product(*map(range, term.values.shape)):
+            own = dict(zip(term.sites, at, strict=True))
+            place = tuple(
+                row[own[s]] if s in own else 0
+                for s, row in zip(block.sites, block.groups, strict=True)
+            )
+            assert flat[place] == term.values[at]
