@@ -130,17 +130,21 @@ def blocks_of(terms: Iterable[Reduced]) -> tuple[Block, ...]:
     dozen stored levels of a weight apart, its time and that of three layers beside it only whether they are int8.
     """
     joint = sorted((t for t in terms if len(t.sites) > 1), key=lambda t: (-len(t.sites), t.sites))
-    members: dict[tuple[str, ...], list[Reduced]] = {}
+    near: dict[tuple[str, ...], list[Reduced]] = {}
     for term in joint:
-        if not any(set(term.sites) <= set(sites) for sites in members):
-            members[term.sites] = []
-        home = home_of(list(members), term)
+        if not any(set(term.sites) <= set(sites) for sites in near):
+            near[term.sites] = []
+        home = home_of(list(near), term)
         if home != term.sites:
-            apart = _size(home, members[home]) + _size(term.sites, [term])
-            if _size(home, [*members[home], term]) > APART * apart:
+            apart = _size(home, near[home]) + _size(term.sites, [term])
+            if _size(home, [*near[home], term]) > APART * apart:
                 home = term.sites
-                members[home] = []
-        members[home].append(term)
+                near[home] = []
+        near[home].append(term)
+    # A term that came before one of its own sites began a block is in that block, where programs look for it.
+    members: dict[tuple[str, ...], list[Reduced]] = {sites: [] for sites in near}
+    for term in joint:
+        members[home_of(list(near), term)].append(term)
     return tuple(Block(sites, _told_apart(sites, own)) for sites, own in members.items())
 
 

@@ -21,7 +21,7 @@ from tersor.core.records import Candidate, Level, PriceTable, Term
 from tersor.plan.ledger import Ledger, draft_of
 from tersor.plan.model import FORMAT_PENALTY, OTHER_QUANTITIES, Model
 from tersor.plan.problem import CONSTRAINTS, Problem, Totals
-from tersor.plan.products import Reduced, blocks_of
+from tersor.plan.products import Reduced, blocks_of, home_of
 from tersor.plan.ranks import Grid
 from tersor.plan.resolve import curve, resolve
 from tersor.plan.search import choose
@@ -601,19 +601,21 @@ def test_bytes_that_tell_many_levels_apart_have_products_of_their_own(
     time = Reduced(
         ("a", "b", "c", "d", "w"), ms[[0, *[1] * (n_stored - 1)]].transpose(0, 2, 3, 4, 1)
     )
-    size = Reduced(("a", "w"), rng.random((n_stored, 8)))
-    blocks = blocks_of([time, size])
-    assert [b.sites for b in blocks] == [time.sites, size.sites][:n_blocks]
-    assert sum(b.size for b in blocks) == (
-        8 * n_stored * 8 if n_blocks == 1 else 8 * 16 + 8 * n_stored
-    )
-    for term in (time, size):
-        block = next(b for b in blocks[::-1] if set(term.sites) <= set(b.sites))
-        flat = block.spread(term).reshape(block.shape)
-        for at in itertools.product(*map(range, term.values.shape)):
-            own = dict(zip(term.sites, at, strict=True))
-            place = tuple(
-                row[own[s]] if s in own else 0
-                for s, row in zip(block.sites, block.groups, strict=True)
-            )
-            assert flat[place] == term.values[at]
+    # Of the same sites as the bytes, which know neither the second from the third level nor all counts.
+    own = Reduced(("a", "w"), rng.random((3, 8))[[0, 1, *[2] * (n_stored - 2)]])
+    stored = rng.random((n_stored, 8))
+    stored[1], stored[:, 7] = stored[2], stored[:, 6]
+    size = Reduced(("a", "w"), stored)
+    for terms in itertools.permutations((time, own, size)):
+        blocks = blocks_of(terms)
+        assert [b.sites for b in blocks] == [time.sites, size.sites][:n_blocks]
+        for term in terms:
+            home = home_of([b.sites for b in blocks], term)
+            block = next(b for b in blocks if b.sites == home)
+            flat = block.spread(term).reshape(block.shape)
+            for at in itertools.product(*map(range, term.values.shape)):
+                chosen = dict(zip(term.sites, at, strict=True))
+                place = tuple(
+                    row[chosen.get(s, 0)] for s, row in zip(block.sites, block.groups, strict=True)
+                )
+                assert flat[place] == term.values[at]
