@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tersor.api.choosing import Scope, limits_for
 from tersor.api.final import Made
-from tersor.api.settling import Settling, is_nearer
+from tersor.api.settling import Settling, seen
 
 
 def settle(settling: Settling) -> Made:
@@ -23,6 +23,7 @@ def settle(settling: Settling) -> Made:
     if not mixes:
         return made
     session, quality = settling.session, settling.quality
+    own = seen(quality, made)
     for mix in mixes:
         session.progress.note(f"the best plan by {', '.join(mix)} alone is carried out as well")
         rival = replace(settling, scope=Scope(methods=mix))
@@ -32,13 +33,14 @@ def settle(settling: Settling) -> Made:
         tried = rival.made()
         if not _is_small(rival) or rival.bytes_over(tried) > 0:
             continue
-        is_better = is_nearer(quality, tried, made)
+        its = seen(quality, tried)
+        is_better = its.is_nearer(own, quality)
         session.progress.note(
-            f"it is {'nearer' if is_better else 'not nearer'}: loss {tried.loss:.4g}, error {quality.error(tried.graph):.3g}, "
-            f"before {made.loss:.4g}, {quality.error(made.graph):.3g}"
+            f"it is {'nearer' if is_better else 'not nearer'}: loss {its.loss:.4g}, error {its.error:.3g}, "
+            f"before {own.loss:.4g}, {own.error:.3g}"
         )
         if is_better:
-            made, best = tried, rival
+            made, best, own = tried, rival, its
     if best is not settling:  # what was seen of other plans stays known
         known = [e.assignment for e in best.choice.evaluations]
         more = (e for e in settling.choice.evaluations if e.assignment not in known)
@@ -56,7 +58,9 @@ def _mixes(settling: Settling) -> list[tuple[str, ...]]:
     limits = limits_for(
         settling.quality.target, settling.prices, settling.quality, session.original_bytes
     )
-    is_size_alone = limits.max_bytes is not None and limits.max_ms is limits.max_loss is None
+    is_size_alone = (
+        limits.max_bytes is not None and limits.max_ms is None and limits.max_loss is None
+    )
     if not is_size_alone or not _is_small(settling) or session.settings.recover is not None:
         return []
     plan = settling.choice.plan

@@ -18,7 +18,7 @@ from tersor.api.choosing import (
 from tersor.api.files import artifact_size, carried_size
 from tersor.api.final import Made, make_final
 from tersor.api.proposing import Offers
-from tersor.api.quality import Quality
+from tersor.api.quality import Quality, Vector
 from tersor.api.session import Session
 from tersor.api.stages import build_for
 from tersor.core.errors import BackendError, ParityError
@@ -160,8 +160,10 @@ class Settling:
         self.choice = self.chosen()
         if not self.choice.is_baseline:
             larger = self._make()
-            if self.bytes_over(larger) <= 0 and is_nearer(self.quality, larger, made):
-                return larger
+            if self.bytes_over(larger) <= 0:
+                its, own = seen(self.quality, larger), seen(self.quality, made)
+                if its.is_nearer(own, self.quality):
+                    return larger
         self.choice, self.scope = kept, scope
         return made
 
@@ -208,17 +210,26 @@ def standing(
     return [p for _, _, p in sorted(found, key=lambda row: row[:2])]
 
 
-def is_nearer(quality: Quality, made: Made, other: Made) -> bool:
-    """Whether a final graph is nearer to the original than another.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A final graph on the search part: its loss, what tells that one's noise, and how much it changes the outputs."""
 
-    It loses less; or neither loses more, as far as the search part tells, and it changes the outputs less.
-    """
-    marks = [quality.seen(m.graph)[1] for m in (made, other)]
-    noise = 0.0 if marks[0] is None or marks[1] is None else quality.noise(marks[0], marks[1])
-    more = made.loss - other.loss
-    if abs(more) > _SURE * noise:
-        return more < 0
-    return quality.error(made.graph) < quality.error(other.graph)
+    loss: float
+    marks: Vector | None
+    error: float
+
+    def is_nearer(self, other: "Seen", quality: Quality) -> bool:
+        """Whether it loses less; or neither loses more, as far as the search part tells, and it changes the outputs less."""
+        noise = 0.0
+        if self.marks is not None and other.marks is not None:
+            noise = quality.noise(self.marks, other.marks)
+        more = self.loss - other.loss
+        return more < 0 if abs(more) > _SURE * noise else self.error < other.error
+
+
+def seen(quality: Quality, made: Made) -> Seen:
+    """Run a final graph on the search part."""
+    return Seen(made.loss, quality.seen(made.graph)[1], quality.error(made.graph))
 
 
 def _is_faster(plan: Plan, other: Plan) -> bool:

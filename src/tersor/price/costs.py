@@ -161,12 +161,12 @@ class WidthCosts:
             owner = replace(
                 cost, name=f"{cost.name}, format", nodes=(), spread=slopes.changed_spread
             )
-            sites = self._few(cost)
+            sites = self._few(cost, cost.follower)
             for term in spread(owner.name, cost.nodes, sites, self.facts, ms, of="out_elements"):
                 if any(term.values):
                     yield owner, term
 
-    def _few(self, cost: NodeCost) -> dict[str, tuple[Level, ...]]:
+    def _few(self, cost: NodeCost, follower: str) -> dict[str, tuple[Level, ...]]:
         """The formats that say whether a result changes its own: as many as can be written out.
 
         The layers beside it come last, and are taken for floats where their levels are too many: with ranks of
@@ -174,7 +174,7 @@ class WidthCosts:
         """
         widths = self.facts.widths(cost.nodes, "out_elements")
         counts = prod(len(self.facts.levels[w]) for w in widths[:MAX_WIDTHS])
-        sites = cost.choices((cost.follower,) if cost.follower else ())
+        sites = cost.choices((follower,))
         for rival in cost.rivals:
             more = {**sites, **cost.choices((rival,))}
             if counts * prod(map(len, more.values())) <= _MOST_COMBINATIONS:

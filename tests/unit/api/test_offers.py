@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tersor.api.proposing import Offers
-from tersor.core.records import Site
+from tersor.core.records import Candidate, Level, Site
 from tersor.graph.contracts import SiteChange
 
 SITE = Site(name="width:w", kind="width", ops=("op",), units=8, unit_kind="channels")
@@ -30,3 +30,18 @@ def test_a_count_between_takes_units_of_the_next_larger_one(count: int, wanted: 
 
 def test_all_units_are_no_change() -> None:
     assert Offers(candidates=(), changes=CHANGES).chosen({"width:w": 8}).widths == ()
+
+
+def test_some_methods_offers_and_what_leaves_a_site_alone() -> None:
+    def candidate(site: str, level: Level, method: str) -> Candidate:
+        return Candidate(site=site, level=level, method=method, size_bytes=1)
+
+    rows = (
+        candidate("op", "f32", "as given"), candidate("op", "int8", "quantize"),
+        candidate("op", "lut4_weight", "codebook"), candidate("width:w", 8, "prune"),
+        candidate("width:w", 6, "prune"),
+    )  # fmt: skip
+    offers = Offers(candidates=rows, changes=CHANGES)
+    assert offers.only(("quantize",)).candidates == (rows[0], rows[1], rows[3])
+    assert offers.only(("codebook", "prune")).candidates == (rows[0], *rows[2:])
+    assert offers.only(("codebook", "prune")).changes is CHANGES

@@ -1,8 +1,10 @@
 import itertools
 import json
+import math
 import time
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -704,3 +706,18 @@ def test_a_choice_survives_the_store(lab: ModuleType) -> None:
     world = lab.make_world(0)
     choice = choose(world.task(Limits(max_loss=0.5)), world.tools())
     assert from_json(Choice, json.loads(dumps(choice))) == choice
+
+
+def test_plans_that_could_not_be_built_are_said_so(world: Any) -> None:
+    """Neither a latency of inf nor a gain of nothing."""
+    tools = replace(world.tools(), measure=lambda plans: [math.inf] * len(plans))
+    fast = choose(world.task(Limits(max_loss=1e9)), tools)
+    assert fast.is_baseline
+    assert "could be built" in fast.reason
+    smallest = world.problem.totals({}).size_bytes
+    small = choose(world.task(Limits(max_bytes=0.9 * smallest)), tools)
+    assert not small.is_baseline  # only a compressed plan is small enough
+    assert "could not be built" in small.reason
+    for choice in (fast, small):
+        assert "inf" not in choice.reason
+        assert "prediction" not in choice.reason
