@@ -48,6 +48,29 @@ class CodedWeights(NamedTuple):
     shift: Tensor | None
 
 
+class Layer(NamedTuple):
+    """All but x that ``narrow_linear8`` takes, in its order."""
+
+    weight: Tensor
+    factor: Tensor | None
+    bias: Tensor
+    sums: Tensor | None
+    added: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    width: int
+    activation: str
+    first_eps: float
+    last_eps: float
+    half: torch.dtype
+    is_written: bool
+    codes: torch.dtype | None
+    step: float
+    zero: int
+    low: int
+    high: int
+
+
 def linear8_weights(
     weight: Tensor,
     factor: Tensor,
@@ -153,13 +176,16 @@ def narrow_linear8(
                 y = layer_norm(y, (width,), own, moved, last_eps)
             return y, y.new_empty(0) if codes is None else _coded(y, *grid)
         added = added.expand(shape).contiguous()
-    call: Any = narrow_linear8_op()
-    if x.is_cuda and HAS_KERNEL:
-        from tersor.kernels.narrow_linear8_triton import narrow_linear8_cuda as call
-    found: tuple[Tensor, Tensor] = call(
-        x.contiguous(), weight, factor, bias, sums, added, scale, shift, width, activation, first_eps,
-        last_eps, half, is_written, *grid,
+    layer = Layer(
+        weight, factor, bias, sums, added, scale, shift, width, activation, first_eps, last_eps, half,
+        is_written, *grid,
     )  # fmt: skip
+    x = x.contiguous()
+    if x.is_cuda and HAS_KERNEL:
+        from tersor.kernels.narrow_linear8_triton import narrow_linear8_cuda
+
+        return narrow_linear8_cuda(x, layer)
+    found: tuple[Tensor, Tensor] = narrow_linear8_op()(x, *layer)
     return found
 
 

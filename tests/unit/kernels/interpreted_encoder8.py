@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
 
-from tersor.kernels.narrow_linear8 import linear8_weights, narrow_linear8_reference
+from tersor.kernels.narrow_linear8 import Layer, linear8_weights, narrow_linear8_reference
 from tersor.kernels.narrow_linear8_triton import run
 from tersor.kernels.narrow_linear_triton import Parts, Tile, Written, launch
 from tests.unit.kernels.interpreted_encoder import (
@@ -113,7 +113,7 @@ def result_of(case: Case, tile: Tile) -> tuple[float, float, float]:
     if case.codes == FLOAT8 and device() == "cpu":
         y, coded = run_unrounded(there, case, tile)
     else:
-        y, coded = (t.cpu() for t in run(*there, tile))
+        y, coded = (t.cpu() for t in run(there[0], Layer(*there[1:]), tile))
     error = share(y, wanted.double()) if case.is_written else float(y.numel())
     if case.codes is None:
         return error, float(coded.numel()), 0.0

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tersor.kernels.narrow_linear8 import Layer
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 ROOT = Path(__file__).parents[3]
 DIFFERENT = 0.01  # of codes that lie on the border of two
@@ -66,18 +68,17 @@ def test_tiles_hold_whole_rows_where_those_are_normed(
 def test_what_makes_another_kernel_makes_another_choice() -> None:
     from tersor.kernels import narrow_linear8_triton as module
 
-    x = torch.empty(64, 384, dtype=torch.int8, device="meta")
-    some = torch.empty(1)
-    usual: list[Any] = [
-        some, some, some, None, some, some, some, 384, "none", 1e-5, 1e-5, torch.float16, True, torch.int8, 1.0, 0, -9, 9,
-    ]  # fmt: skip
-    keys = {module._key(x, tuple(usual)), module._key(x.to(torch.float8_e4m3fn), tuple(usual))}
-    for place, value in {
-        4: None, 5: None, 7: 192, 8: "gelu", 11: torch.bfloat16, 12: False, 13: None,
-    }.items():  # fmt: skip
-        other = list(usual)
-        other[place] = value
-        keys.add(module._key(x, tuple(other)))
-    assert len(keys) == 9
-    scaled = [*usual[:14], 2.0, 3, -8, 8]  # the same kernel
-    assert module._key(x, tuple(scaled)) == module._key(x, tuple(usual))
+    x, some = torch.empty(64, 384, dtype=torch.int8, device="meta"), torch.empty(1)
+    usual = Layer(
+        some, some, some, None, some, some, some, 384, "none", 1e-5, 1e-5, torch.float16, True, torch.int8,
+        1.0, 0, -9, 9,
+    )  # fmt: skip
+    changes: tuple[dict[str, Any], ...] = (
+        {"sums": some}, {"added": None}, {"scale": None}, {"width": 192}, {"activation": "gelu"},
+        {"half": torch.bfloat16}, {"is_written": False}, {"codes": None}, {"codes": torch.float8_e4m3fn},
+    )  # fmt: skip
+    keys = {module._key(x, usual._replace(**change)) for change in changes}
+    keys |= {module._key(x, usual), module._key(x.to(torch.float8_e4m3fn), usual)}
+    assert len(keys) == len(changes) + 2
+    scaled = usual._replace(step=2.0, zero=3, low=-8, high=8, last_eps=0.1)  # the same kernel
+    assert module._key(x, scaled) == module._key(x, usual)
