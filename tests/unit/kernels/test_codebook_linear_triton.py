@@ -1,18 +1,14 @@
 """The codebook kernels under Triton's interpreter, and how a launch is chosen; on a card see tests/gpu."""
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.unit.kernels.interpreter import interpreted
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.timeout(300)
@@ -20,16 +16,7 @@ ROOT = Path(__file__).parents[3]
     "part", ["every_form", "few_rows", pytest.param("every_shape", marks=pytest.mark.slow)]
 )
 def test_interpreted_kernels_stay_within_the_bound_of_their_formats(part: str) -> None:
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_codebook.py")), part],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = interpreted("-m", "tests.unit.kernels.interpreted_codebook", part)
     assert found
     for name, share in found.items():
         assert share <= 1, name

@@ -1,13 +1,11 @@
 """The Triton kernels of 8-bit convolutions under Triton's interpreter; on a card see tests/gpu."""
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
+
+from tests.unit.kernels.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 # Sums of int8 codes are exact; scale, offset, gains, residual: six float32 roundings at most, one of them
@@ -18,16 +16,7 @@ BORDER = 0.02  # codes that lie on the border between two
 
 
 def test_interpreted_kernels_compute_their_definition() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.unit.kernels.interpreted_conv8"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = interpreted("-m", "tests.unit.kernels.interpreted_conv8")
     assert len(found) >= 24
     for name, case in found.items():
         assert case["shape"], name

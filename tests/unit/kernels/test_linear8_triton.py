@@ -1,14 +1,13 @@
 """The Triton kernel under Triton's interpreter, against its definition; on a card see tests/gpu."""
 
-import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+
+from tests.unit.kernels.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 NEIGHBOUR = 2.0**-3  # the next 8-bit float, relative
@@ -88,16 +87,7 @@ print(json.dumps(found))
 
 
 def test_interpreted_kernel_computes_its_definition() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = interpreted("-c", SCRIPT)
     for name, (largest, share, is_kept) in found.items():
         assert is_kept, name
         if name.startswith("codes"):

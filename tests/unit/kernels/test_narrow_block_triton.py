@@ -2,11 +2,8 @@
 for a card makes of them; on a card see tests/gpu.
 """
 
-import json
-import os
 import re
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,23 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.kernels.interpreter import interpreted
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-ROOT = Path(__file__).parents[3]
 HOPPER = ("cuda", 90, 32)  # its capability and the threads of a warp
 
 
 @pytest.mark.timeout(300)
 def test_interpreted_kernels_stay_within_the_bound_of_their_formats() -> None:
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_narrow.py"))],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = interpreted("-m", "tests.unit.kernels.interpreted_narrow")
     assert found
     for name, share in found.items():
         assert share <= 1, name

@@ -1,39 +1,21 @@
 """The kernels of narrow transformers under Triton's interpreter, and how they are launched; on a card see tests/gpu."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.unit.kernels.interpreter import interpreted
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.timeout(300)
 def test_interpreted_kernels_stay_within_the_bound_of_their_formats() -> None:
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_encoder.py"))],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = interpreted("-m", "tests.unit.kernels.interpreted_encoder")
     assert len(found) > 60
     for name, share in found.items():
         assert share <= 1, name

@@ -1,40 +1,21 @@
 """Layers on 8-bit codes under Triton's interpreter, and how they are launched; on a card see tests/gpu."""
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tersor.kernels.narrow_linear8 import Layer
+from tests.unit.kernels.interpreter import interpreted
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-ROOT = Path(__file__).parents[3]
 DIFFERENT = 0.01  # of codes that lie on the border of two
 
 
 @pytest.mark.timeout(300)
 def test_interpreted_kernel_computes_its_definition() -> None:
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_encoder8.py"))],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = interpreted("-m", "tests.unit.kernels.interpreted_encoder8")
     assert len(found) > 60
     for name, (error, code, share) in found.items():
         assert error <= 1, name
