@@ -514,9 +514,18 @@ def test_a_file_that_turns_out_larger_than_planned_gets_a_smaller_plan(
     monkeypatch.setattr("tersor.api.settling.carried_size", lambda *_, **_named: 0)
     monkeypatch.setattr("tersor.api.settling._NEARLY", 0.0)
     monkeypatch.setattr("tersor.api.settling._WORTH", 1.0)
+    chosen, spare = Settling.chosen, []
+
+    def watched(settling: Settling) -> ChoiceRecord:
+        spare.append((settling.scope.spare_bytes, settling.choice.plan.predicted_bytes))
+        return chosen(settling)
+
+    monkeypatch.setattr(Settling, "chosen", watched)
     progress = Recorded()
     result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
     assert any("a smaller plan is chosen" in note for note in progress.notes)
+    (left, planned), *_ = spare  # what it was over by, and a little
+    assert left - math.ceil(round(1.1 * most) - most) == int(0.002 * planned) > 0
     assert result.plan.predicted_bytes <= 0.9 * most + 1
     assert result.verdict.size_bytes <= most
 
@@ -591,11 +600,16 @@ def test_a_file_that_leaves_room_gets_a_larger_plan_that_fits_and_loses_less(
     )
     monkeypatch.setattr("tersor.api.settling.carried_size", lambda *_, **_named: 0)
     monkeypatch.setattr("tersor.api.settling._NEARLY", 0.0)
+    settled: list[Settling] = []
+    monkeypatch.setattr(
+        "tersor.api.result.settle", lambda settling: settled.append(settling) or settling.made()
+    )
     progress = Recorded()
     result = again(target=tersor.Target(size_ratio=3.0), progress=progress)
     assert any("a larger plan is tried" in note for note in progress.notes)
     assert len(seen) == 2
     assert result.plan == seen[1 if is_taken else 0]
+    assert (settled[0].scope.spare_bytes < 0) == is_taken
 
 
 def test_another_seed_is_another_run(lenet_run: Finished, images: dict[str, Tensor]) -> None:

@@ -569,6 +569,23 @@ def test_a_program_that_takes_too_long_gives_the_best_plan_without_cuts(
         optimise(tight, is_rough=True)
 
 
+def test_a_program_that_is_too_large_is_not_tried(
+    lab: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = replace(lab.random_joint(1), objective="size")
+    (uncut,) = problem.simpler()
+    n_uncut, sizes, real = len(Model.of(uncut).cost("size")), [], tersor.plan.solve.run_milp
+
+    def watched(cost: Any, *others: Any) -> Any:
+        sizes.append(len(cost))
+        return real(cost, *others)
+
+    monkeypatch.setattr(tersor.plan.solve, "run_milp", watched)
+    monkeypatch.setattr(tersor.plan.solve, "MOST_VARIABLES", n_uncut)
+    assert optimise(problem).totals == optimise(uncut).totals
+    assert sizes == [n_uncut, n_uncut]
+
+
 def test_ranks_go_before_cuts(lab: ModuleType) -> None:
     problem = lab.random_joint(0)
     formats = [s for s, own in problem.native.items() if isinstance(own, str)]
